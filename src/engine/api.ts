@@ -1,0 +1,139 @@
+// Owns the contract between those who want tokens (server, CLI) and the engine that makes them.
+// Everything in a request survives structured clone: the engine may live on another thread.
+
+import type { LatticeError } from '../errors.ts'
+
+/** How the next token is chosen. Neutral values switch a step off. */
+export interface SamplingParams {
+  /** 0 is greedy. */
+  temperature: number
+  /** 0 is off. */
+  topK: number
+  /** 1 is off. */
+  topP: number
+  /** 0 is off. */
+  minP: number
+  /** 1 is off. */
+  typicalP: number
+  /** 1 is off; over prompt and output tokens (CTRL, Keskar et al. 2019). */
+  repetitionPenalty: number
+  /** 0 is off; over output tokens (OpenAI's definition). */
+  presencePenalty: number
+  /** 0 is off; over output tokens (OpenAI's definition). */
+  frequencyPenalty: number
+  /** Added to the logit of a token id before anything else; -100 bans in practice. */
+  logitBias: readonly (readonly [token: number, bias: number])[]
+  /** The same seed gives the same tokens whatever the batch around the sequence. */
+  seed: number
+}
+
+export const GREEDY: SamplingParams = {
+  temperature: 0,
+  topK: 0,
+  topP: 1,
+  minP: 0,
+  typicalP: 1,
+  repetitionPenalty: 1,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  logitBias: [],
+  seed: 0,
+}
+
+/** One sequence to generate. A request with `n` choices is n of these. */
+export interface SequenceRequest {
+  /** Shown in `lattice ps`; sequences of one request share it. */
+  requestId: string
+  /** Who pays; 'default' without API keys. */
+  tenant: string
+  prompt: Int32Array
+  sampling: SamplingParams
+  /** Output tokens at most, ≥ 1. prompt + maxTokens must fit the context. */
+  maxTokens: number
+  /** Token ids that end the sequence (end-of-sequence ids; empty when they are ignored). */
+  stopTokens: readonly number[]
+  /** Alternatives to report with each token; undefined reports none, 0 only the chosen one. */
+  topLogprobs: number | undefined
+}
+
+/** Natural logarithms of probabilities under the model's own distribution (before sampling). */
+export interface TokenLogprobs {
+  logprob: number
+  top: readonly { token: number; logprob: number }[]
+}
+
+/** stop: a stop token; length: maxTokens reached; abort: the caller asked; error: see the error. */
+export type FinishReason = 'stop' | 'length' | 'abort' | 'error'
+
+/** Where a sequence's tokens go. Called on the thread that submitted; must not throw. */
+export interface SequenceSink {
+  /** A stop token that ends the sequence is counted but not delivered here. */
+  onToken(token: number, logprobs: TokenLogprobs | undefined): void
+  /** Called once, last. `outputTokens` includes the stop token. */
+  onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void
+}
+
+export interface SequenceHandle {
+  /** Ends the sequence; its pages are freed within one step. Idempotent. */
+  abort(): void
+}
+
+export interface SequenceSnapshot {
+  requestId: string
+  tenant: string
+  state: 'waiting' | 'prefill' | 'decode'
+  promptTokens: number
+  /** Tokens whose KV is in memory. */
+  kvTokens: number
+  outputTokens: number
+  pages: number
+  bytes: number
+  ageMs: number
+}
+
+/** Counters only grow; gauges are of now. */
+export interface EngineSnapshot {
+  sequences: SequenceSnapshot[]
+  running: number
+  waiting: number
+  kv: {
+    pageBytes: number
+    usedPages: number
+    limitPages: number
+    /** What the kernel says is resident in the memfd; asked for this snapshot. */
+    residentBytes: number
+  }
+  steps: number
+  promptTokens: number
+  outputTokens: number
+  finished: Record<FinishReason, number>
+  preemptions: number
+  /** Wall time inside the backend's compute and in whole steps, in milliseconds. */
+  computeMs: number
+  stepMs: number
+}
+
+export interface EngineModel {
+  /** As /v1/models lists it. */
+  id: string
+  architecture: string
+  contextLength: number
+  vocabSize: number
+}
+
+export interface Engine {
+  readonly model: EngineModel
+  /**
+   * Queues a sequence.
+   * @throws LatticeError `context_length_exceeded`, `queue_full` (nothing was queued),
+   *   `draining`, `engine_stopped`, `kv_memory_exhausted` (could never fit).
+   */
+  submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
+  /** Free places in the queue now: how many submits would not throw `queue_full`. */
+  queueRoom(): number
+  snapshot(): Promise<EngineSnapshot>
+  /** Refuses new sequences, resolves when the last one has ended. */
+  drain(): Promise<void>
+  /** Ends everything at once. */
+  close(): Promise<void>
+}

@@ -1,0 +1,31 @@
+// Owns the contract of a tokenizer; bpe.ts and unigram.ts fulfil it.
+
+/** Turns text to token ids and back, exactly as the model's authors' own tokenizer does. */
+export interface Tokenizer {
+  readonly vocabSize: number
+  readonly bosToken: number | undefined
+  /** Every id that ends a turn or a text (end of sequence, end of turn). */
+  readonly eosTokens: readonly number[]
+  /**
+   * @param text any JavaScript string; lone surrogates become U+FFFD first, as UTF-8 encoding does.
+   * @param options.addSpecial adds the model's begin/end tokens, as its metadata says.
+   * @param options.parseSpecial recognises special tokens' text (templates: yes, user text: no).
+   */
+  encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array
+  /** The bytes a token stands for; a special token's text, or nothing if `skipSpecial`. */
+  tokenBytes(token: number, skipSpecial: boolean): Uint8Array
+  /** Whole text; bytes that are not UTF-8 become U+FFFD. */
+  decode(tokens: ArrayLike<number>, options?: { skipSpecial?: boolean }): string
+  /** Text piece by piece as tokens arrive; never emits half a character. */
+  detokenizer(options?: { skipSpecial?: boolean }): Detokenizer
+  isSpecial(token: number): boolean
+  /** The token's surface as the vocabulary spells it, for logprobs' `token` field and debugging. */
+  tokenText(token: number): string
+}
+
+export interface Detokenizer {
+  /** The text that this token completes; '' while a character is unfinished. */
+  push(token: number): string
+  /** What was held back, with U+FFFD for bytes that never became a character. */
+  end(): string
+}
