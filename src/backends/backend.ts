@@ -1,0 +1,79 @@
+// Owns the contract between the engine and whatever computes: a batch of tokens goes in, rows of
+// logits come out, keys and values land in slots. CPU, null and (later) CUDA fulfil it.
+
+import { assert } from '../assert.ts'
+import type { KvLayout } from '../kv/layout.ts'
+
+/**
+ * One step's work, in arrays that are filled again for every step. Segment i is `counts[i]`
+ * consecutive tokens of the sequence in `slots[i]`, the first at position `starts[i]`.
+ */
+export class StepBatch {
+  readonly tokens: Int32Array
+  readonly slots: Int32Array
+  readonly starts: Int32Array
+  readonly counts: Int32Array
+  /** 1 where the distribution after the segment's last token is wanted. */
+  readonly wantsLogits: Uint8Array
+  segments = 0
+  tokenCount = 0
+
+  constructor(maxTokens: number, maxSegments: number) {
+    this.tokens = new Int32Array(maxTokens)
+    this.slots = new Int32Array(maxSegments)
+    this.starts = new Int32Array(maxSegments)
+    this.counts = new Int32Array(maxSegments)
+    this.wantsLogits = new Uint8Array(maxSegments)
+  }
+
+  clear(): void {
+    this.segments = 0
+    this.tokenCount = 0
+  }
+
+  /** Adds `count` tokens of `from`, starting at `offset`, as the next segment. */
+  add(
+    slot: number,
+    start: number,
+    from: ArrayLike<number>,
+    offset: number,
+    count: number,
+    wantsLogits: boolean,
+  ): void {
+    const i = this.segments++
+    assert(i < this.slots.length, 'a step has no more segments than sequences')
+    assert(this.tokenCount + count <= this.tokens.length, 'a step keeps to its token budget')
+    this.slots[i] = slot
+    this.starts[i] = start
+    this.counts[i] = count
+    this.wantsLogits[i] = wantsLogits ? 1 : 0
+    for (let t = 0; t < count; t++) this.tokens[this.tokenCount + t] = from[offset + t] ?? 0
+    this.tokenCount += count
+  }
+}
+
+/** The memory that sequences' keys and values live in; physical pages come and go beneath it. */
+export interface KvMemory {
+  readonly layout: KvLayout
+  readonly slots: number
+  /** Gives every page of a slot back; its next tokens start from zeroed memory. */
+  release(slot: number): void
+  /** Bytes that are physically present now, by the owner's own account (kernel or driver). */
+  residentBytes(): number
+}
+
+export interface Backend {
+  readonly vocab: number
+  /** Tokens of one step, at most. */
+  readonly stepTokensMax: number
+  readonly kv: KvMemory
+  /** Starts a step. Pages that its tokens need must be within the limit already. */
+  launch(batch: StepBatch): void
+  /**
+   * Waits for the step: one row of `vocab` float32 logits for each segment that wants them, in
+   * segment order. The rows are valid, and may be written to, until the next launch.
+   * @throws LatticeError `backend_failed`
+   */
+  collect(): readonly Float32Array[]
+  close(): void
+}

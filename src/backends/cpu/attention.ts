@@ -1,0 +1,144 @@
+// Owns how a step's attention is cut into pieces that one ggml operation each computes: a prefill
+// chunk alone, decoding sequences in evenly spaced slots together. A piece is a base address and
+// strides over slots; nothing ever looks up a block table.
+
+import type { StepBatch } from '../backend.ts'
+
+/**
+ * Sequences of lengths this far apart do not share a piece. A masked position costs about 0.7 ns a
+ * head, a piece of its own about 1.5 µs a layer (two barriers): with ~9 heads they meet near 256.
+ */
+const LENGTH_SPREAD_MAX = 256
+
+/** Half-precision bit patterns of the mask. */
+const VISIBLE = 0
+const HIDDEN = 0xfc00
+
+/** One attention operation over `sequences` slots, `slotStep` apart, `queries` tokens of each. */
+export interface AttentionPiece {
+  firstToken: number
+  queries: number
+  sequences: number
+  slot: number
+  slotStep: number
+  /** Positions before this one are not read (sliding window), the same for all sequences. */
+  kvStart: number
+  kvTokens: number
+  /** Offset in the mask memory in elements, or -1: all positions are visible. */
+  mask: number
+}
+
+/** A layer kind's pieces: global layers see everything, sliding-window layers the last tokens. */
+export class AttentionPlan {
+  readonly pieces: AttentionPiece[] = []
+  count = 0
+  private readonly window: number
+  private readonly mask: Uint16Array
+  private maskUsed = 0
+
+  /** @param window tokens visible to a query, itself included; Infinity for global layers. */
+  constructor(window: number, mask: Uint16Array) {
+    this.window = window
+    this.mask = mask
+  }
+
+  /** Cuts the batch's segments, in their order, into pieces and writes their masks. */
+  plan(batch: StepBatch): void {
+    this.count = 0
+    this.maskUsed = 0
+    let token = 0
+    for (let s = 0; s < batch.segments; ) {
+      const together = batch.counts[s] === 1 ? this.decodeRun(batch, s) : 1
+      const piece = this.next()
+      piece.firstToken = token
+      piece.sequences = together
+      piece.queries = batch.counts[s] ?? 0
+      piece.slot = batch.slots[s] ?? 0
+      piece.slotStep = together > 1 ? (batch.slots[s + 1] ?? 0) - piece.slot : 1
+      if (together > 1) this.maskDecode(piece, batch, s)
+      else this.maskChunk(piece, batch.starts[s] ?? 0)
+      token += piece.queries * together
+      s += together
+    }
+  }
+
+  /** How many single-token segments from `first` on form one evenly spaced run. */
+  private decodeRun(batch: StepBatch, first: number): number {
+    const { slots, starts, counts } = batch
+    const step = (slots[first + 1] ?? 0) - (slots[first] ?? 0)
+    let shortest = starts[first] ?? 0
+    let longest = shortest
+    let run = 1
+    for (let s = first + 1; s < batch.segments && counts[s] === 1 && step > 0; s++) {
+      if ((slots[s] ?? 0) - (slots[s - 1] ?? 0) !== step) break
+      shortest = Math.min(shortest, starts[s] ?? 0)
+      longest = Math.max(longest, starts[s] ?? 0)
+      if (longest - shortest > LENGTH_SPREAD_MAX) break
+      run++
+    }
+    return run
+  }
+
+  private maskDecode(piece: AttentionPiece, batch: StepBatch, first: number): void {
+    let start = Infinity
+    let end = 0
+    let even = true
+    for (let i = 0; i < piece.sequences; i++) {
+      const position = batch.starts[first + i] ?? 0
+      if (i > 0 && position !== batch.starts[first]) even = false
+      start = Math.min(start, this.firstVisible(position))
+      end = Math.max(end, position + 1)
+    }
+    piece.kvStart = start
+    piece.kvTokens = end - start
+    piece.mask = even ? -1 : this.reserveMask(piece.sequences * piece.kvTokens)
+    if (even) return
+    for (let i = 0; i < piece.sequences; i++) {
+      const row = piece.mask + i * piece.kvTokens
+      this.maskRow(row, piece, batch.starts[first + i] ?? 0)
+    }
+  }
+
+  private maskChunk(piece: AttentionPiece, start: number): void {
+    piece.kvStart = this.firstVisible(start)
+    piece.kvTokens = start + piece.queries - piece.kvStart
+    piece.mask = piece.queries === 1 ? -1 : this.reserveMask(piece.queries * piece.kvTokens)
+    if (piece.mask < 0) return
+    for (let i = 0; i < piece.queries; i++) {
+      this.maskRow(piece.mask + i * piece.kvTokens, piece, start + i)
+    }
+  }
+
+  /** Makes visible what the query at `position` may see, hides the rest of the row. */
+  private maskRow(row: number, piece: AttentionPiece, position: number): void {
+    const from = row + this.firstVisible(position) - piece.kvStart
+    const to = row + position + 1 - piece.kvStart
+    this.mask.fill(HIDDEN, row, from)
+    this.mask.fill(VISIBLE, from, to)
+    this.mask.fill(HIDDEN, to, row + piece.kvTokens)
+  }
+
+  private firstVisible(position: number): number {
+    return Math.max(0, position + 1 - this.window)
+  }
+
+  private reserveMask(elements: number): number {
+    const at = this.maskUsed
+    this.maskUsed += elements
+    return at
+  }
+
+  private next(): AttentionPiece {
+    const i = this.count++
+    return (this.pieces[i] ??= {
+      firstToken: 0,
+      queries: 0,
+      sequences: 0,
+      slot: 0,
+      slotStep: 1,
+      kvStart: 0,
+      kvTokens: 0,
+      mask: -1,
+    })
+  }
+}

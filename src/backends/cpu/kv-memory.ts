@@ -1,0 +1,47 @@
+// Owns the host's KV memory: slots on a sparse memfd, mapped once. The kernel gives a page when a
+// token is first written there and takes it back when the slot is released.
+//
+//   memfd   | slot 0 ................ | slot 1 ................ | …      (sizes are addresses)
+//   pages     ##      #       ##        ###     ##      ###              (only what was written)
+//
+// Everyone can look: `stat -L /proc/PID/fd/N` gives the blocks, smaps the mapping `memfd:lattice-kv`.
+
+import { closeSync, fstatSync } from 'node:fs'
+import { createMemfd, mapShared, punchHole, unmap } from '../../ffi/libc.ts'
+import type { KvLayout } from '../../kv/layout.ts'
+import type { KvMemory } from '../backend.ts'
+
+/** What the kernel allocates at a time in a memfd unless huge pages were asked for. */
+export const HOST_PAGE_BYTES = 4096
+
+const STAT_BLOCK_BYTES = 512
+
+export class HostKvMemory implements KvMemory {
+  readonly layout: KvLayout
+  readonly slots: number
+  /** Address of slot 0. */
+  readonly address: number
+  readonly fd: number
+  private readonly bytes: number
+
+  constructor(layout: KvLayout, slots: number) {
+    this.layout = layout
+    this.slots = slots
+    this.bytes = layout.slotBytes * slots
+    this.fd = createMemfd('lattice-kv', this.bytes)
+    this.address = mapShared(this.fd, this.bytes)
+  }
+
+  release(slot: number): void {
+    punchHole(this.fd, slot * this.layout.slotBytes, this.layout.slotBytes)
+  }
+
+  residentBytes(): number {
+    return fstatSync(this.fd).blocks * STAT_BLOCK_BYTES
+  }
+
+  close(): void {
+    unmap(this.address, this.bytes)
+    closeSync(this.fd)
+  }
+}

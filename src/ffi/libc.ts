@@ -1,0 +1,129 @@
+// Owns calls into the C library: memory mappings, memfds and CPU affinity. Pointers are plain
+// numbers (user addresses fit 2^47), lengths are bytes, failures are LatticeErrors with errno.
+
+import { constants } from 'node:os'
+import koffi from 'koffi'
+import { LatticeError } from '../errors.ts'
+
+const libc = koffi.load('libc.so.6')
+
+const nativeMmap = libc.func('mmap', 'uintptr_t', [
+  'uintptr_t',
+  'size_t',
+  'int',
+  'int',
+  'int',
+  'int64_t',
+])
+const nativeMunmap = libc.func('munmap', 'int', ['uintptr_t', 'size_t'])
+const nativeMadvise = libc.func('madvise', 'int', ['uintptr_t', 'size_t', 'int'])
+const nativeMemfdCreate = libc.func('memfd_create', 'int', ['str', 'uint'])
+const nativeFtruncate = libc.func('ftruncate', 'int', ['int', 'int64_t'])
+const nativeFallocate = libc.func('fallocate', 'int', ['int', 'int', 'int64_t', 'int64_t'])
+const nativeMemcpy = libc.func('memcpy', 'uintptr_t', ['uintptr_t', 'uintptr_t', 'size_t'])
+const nativeGetAffinity = libc.func('sched_getaffinity', 'int', ['int', 'size_t', 'void *'])
+const nativeSetAffinity = libc.func('sched_setaffinity', 'int', ['int', 'size_t', 'void *'])
+
+const PROT_READ = 1
+const PROT_WRITE = 2
+const MAP_SHARED = 0x01
+const MAP_PRIVATE = 0x02
+const MAP_ANONYMOUS = 0x20
+const MAP_NORESERVE = 0x4000
+const MAP_FAILED_LOW32 = 0xffffffff
+const MFD_CLOEXEC = 1
+const FALLOC_FL_KEEP_SIZE = 1
+const FALLOC_FL_PUNCH_HOLE = 2
+
+export const MADV_WILLNEED = 3
+export const MADV_HUGEPAGE = 14
+
+const errnoNames = new Map(
+  Object.entries(constants.errno).map(([name, number]) => [number, name] as const),
+)
+
+function failed(call: string, what: string): LatticeError {
+  const errno = koffi.errno()
+  const name = errnoNames.get(errno) ?? `errno ${errno}`
+  return new LatticeError('os_call_failed', `${call} failed with ${name}: ${what}.`, {
+    details: { call, errno: name },
+  })
+}
+
+function isMapFailed(address: number | bigint): boolean {
+  return BigInt.asUintN(32, BigInt(address)) === BigInt(MAP_FAILED_LOW32) && address > 2 ** 52
+}
+
+/** Zeroed private memory of `bytes`, populated by the kernel on first touch. */
+export function mapAnonymous(bytes: number): number {
+  const flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+  const address = nativeMmap(0, bytes, PROT_READ | PROT_WRITE, flags, -1, 0)
+  if (isMapFailed(address)) throw failed('mmap', `${bytes} bytes of anonymous memory`)
+  return address
+}
+
+/** A whole open file, read-only. Reading past a later truncation raises SIGBUS: keep the file. */
+export function mapFile(fd: number, bytes: number): number {
+  const address = nativeMmap(0, bytes, PROT_READ, MAP_PRIVATE, fd, 0)
+  if (isMapFailed(address)) throw failed('mmap', `${bytes} bytes of a file`)
+  return address
+}
+
+/** Shares `bytes` of a memfd with this process, readable and writable. */
+export function mapShared(fd: number, bytes: number): number {
+  const flags = MAP_SHARED | MAP_NORESERVE
+  const address = nativeMmap(0, bytes, PROT_READ | PROT_WRITE, flags, fd, 0)
+  if (isMapFailed(address)) throw failed('mmap', `${bytes} bytes of a memfd`)
+  return address
+}
+
+export function unmap(address: number, bytes: number): void {
+  if (nativeMunmap(address, bytes) !== 0) throw failed('munmap', `${bytes} bytes`)
+}
+
+export function advise(address: number, bytes: number, advice: number): void {
+  if (nativeMadvise(address, bytes, advice) !== 0) throw failed('madvise', `advice ${advice}`)
+}
+
+/** A sparse file in memory: addresses now, pages when written. */
+export function createMemfd(name: string, bytes: number): number {
+  const fd = nativeMemfdCreate(name, MFD_CLOEXEC)
+  if (fd < 0) throw failed('memfd_create', name)
+  if (nativeFtruncate(fd, bytes) !== 0) throw failed('ftruncate', `${bytes} bytes of ${name}`)
+  return fd
+}
+
+/** Gives the pages of a file range back to the kernel; later reads see zeros. */
+export function punchHole(fd: number, offset: number, bytes: number): void {
+  const mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+  if (nativeFallocate(fd, mode, offset, bytes) !== 0) {
+    throw failed('fallocate', `hole of ${bytes} bytes at ${offset}`)
+  }
+}
+
+export function copyMemory(to: number, from: number, bytes: number): void {
+  nativeMemcpy(to, from, bytes)
+}
+
+/** Native memory as an ArrayBuffer, without a copy. The caller keeps the mapping alive. */
+export function viewMemory(address: number, bytes: number): ArrayBuffer {
+  return koffi.view(address, bytes)
+}
+
+/** CPUs this thread may run on, ascending. */
+export function allowedCpus(): number[] {
+  const mask = new Uint8Array(128)
+  if (nativeGetAffinity(0, mask.length, mask) < 0) throw failed('sched_getaffinity', 'this thread')
+  const cpus: number[] = []
+  for (let cpu = 0; cpu < mask.length * 8; cpu++) {
+    if (((mask[cpu >> 3] ?? 0) >> (cpu & 7)) & 1) cpus.push(cpu)
+  }
+  return cpus
+}
+
+/** Binds the calling thread to these CPUs. */
+export function setAffinity(cpus: readonly number[]): void {
+  const mask = new Uint8Array(128)
+  for (const cpu of cpus) mask[cpu >> 3]! |= 1 << (cpu & 7)
+  if (nativeSetAffinity(0, mask.length, mask) !== 0) throw failed('sched_setaffinity', `${cpus}`)
+}
