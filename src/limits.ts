@@ -26,3 +26,22 @@ export const MAX_BODY_BYTES = 16 << 20
 export const GGUF_MAX_TENSORS = 1 << 20
 export const GGUF_MAX_METADATA = 1 << 16
 export const GGUF_MAX_DIMENSIONS = 4
+
+/** Bytes of all metadata and tensor infos; Gemma's 262,144 tokens with scores need 8 MiB. */
+export const GGUF_MAX_HEADER_BYTES = 256 << 20
+/** The format's own bounds: a key's bytes, a tensor name's bytes. */
+export const GGUF_MAX_KEY_BYTES = 65535
+export const GGUF_MAX_NAME_BYTES = 64
+/** One string value; the longest chat templates have 100 KiB. */
+export const GGUF_MAX_STRING_BYTES = 16 << 20
+/** Elements of one array; the largest vocabularies have 600,000 merges. */
+export const GGUF_MAX_ARRAY_LENGTH = 1 << 22
+export const GGUF_MAX_ARRAY_DEPTH = 4
+
+/** Layers of a model; the deepest published have 126. Bounds loops before tensors are counted. */
+export const MODEL_MAX_LAYERS = 1024
+
+/** JSON header of one safetensors file; 100,000 tensors need 12 MiB. */
+export const SAFETENSORS_MAX_HEADER_BYTES = 32 << 20
+/** config.json, an index or a tokenizer.json; Gemma's tokenizer.json has 33 MiB. */
+export const MODEL_MAX_JSON_BYTES = 128 << 20

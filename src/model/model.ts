@@ -16,6 +16,10 @@ export type RopeScaling =
       originalContext: number
       betaFast: number
       betaSlow: number
+      /**
+       * What cos and sin are multiplied by in all, 1 + 0.1 ln(factor) unless the model says
+       * otherwise. ggml_rope_ext multiplies by 1 + 0.1 ln(factor) itself: divide by it there.
+       */
       attentionFactor: number
     }
   /** Llama 3.1: per-frequency divisors; GGUF carries them as the tensor rope_freqs.weight. */
@@ -49,7 +53,7 @@ export interface ModelConfig {
   rope: RopeConfig
   /** Gemma 3: rope of its sliding-window layers (base 10,000, unscaled); undefined elsewhere. */
   ropeLocal: RopeConfig | undefined
-  /** Sliding-window attention: window in tokens, and which layers use it. */
+  /** Sliding-window attention: keys a token sees, itself included, and which layers use it. */
   slidingWindow: { tokens: number; layers: readonly boolean[] } | undefined
   /** Scale of q·k; 1/sqrt(headDim) for most. */
   attentionScale: number
@@ -84,6 +88,10 @@ export interface Model {
   metadata: ReadonlyMap<string, MetadataValue>
   /** Parsed tokenizer.json, for safetensors directories. */
   tokenizerJson: unknown
+  /** Parsed tokenizer_config.json, for safetensors directories that have one. */
+  tokenizerConfig?: unknown
+  /** Ids that end a text by generation_config.json or config.json; GGUF metadata has its own. */
+  eosTokens?: readonly number[]
   /** Jinja source, if the model has a chat template. */
   chatTemplate: string | undefined
   /**
