@@ -143,6 +143,11 @@ export function loadBase(): GgmlBase {
   if (base) return base
   // Global, because the variants look its symbols up.
   const library = koffi.load(join(librariesFolder(), 'libggml-base.so'), { global: true })
+  // ggml's log holds nothing that a user can act on, and failures come back as statuses: its sink
+  // is a C function that ignores its arguments (a callback into JavaScript could not be called
+  // from ggml's own threads).
+  const ignore = koffi.load('libc.so.6').symbol('getppid', 'void')
+  library.func('ggml_log_set', 'void', ['void *', 'void *'])(ignore, null)
   const params = koffi.struct({ mem_size: 'size_t', mem_buffer: ptr, no_alloc: 'bool' })
   const init = library.func('ggml_init', ptr, [params])
   base = Object.assign(bind(library, BASE), {

@@ -1,0 +1,189 @@
+// Owns the engine as the main thread sees it: requests go to the engine thread, tokens come back
+// to their sinks. Whatever happens to that thread, every sequence gets its finish.
+
+import { Worker } from 'node:worker_threads'
+import { LatticeError } from '../errors.ts'
+import { pagesFor } from '../kv/layout.ts'
+import type {
+  Engine,
+  EngineModel,
+  EngineSnapshot,
+  SequenceHandle,
+  SequenceRequest,
+  SequenceSink,
+} from './api.ts'
+import type { EngineFacts, EngineThreadOptions, FromEngine, ToEngine } from './messages.ts'
+
+export interface ClientLimits {
+  /** Sequences that run and wait together, at most. */
+  sequences: number
+  contextLength: number
+}
+
+const STOPPED = 'The engine has stopped.'
+
+export class EngineClient implements Engine {
+  readonly model: EngineModel
+  readonly facts: EngineFacts
+  private readonly worker: Worker
+  private readonly signal: Int32Array
+  private readonly limits: ClientLimits
+  private readonly sinks = new Map<number, SequenceSink>()
+  private readonly snapshots = new Map<number, PromiseWithResolvers<EngineSnapshot>>()
+  private readonly drained: (() => void)[] = []
+  private nextId = 1
+  private draining = false
+  private stopped: LatticeError | undefined
+
+  private constructor(
+    worker: Worker,
+    signal: Int32Array,
+    model: EngineModel,
+    facts: EngineFacts,
+    limits: ClientLimits,
+  ) {
+    this.worker = worker
+    this.signal = signal
+    this.model = model
+    this.facts = facts
+    this.limits = limits
+    worker.on('message', (message: FromEngine) => this.receive(message))
+    worker.on('error', (thrown) => {
+      this.stop(new LatticeError('engine_stopped', STOPPED, { cause: thrown }))
+    })
+    worker.on('exit', () => this.stop(new LatticeError('engine_stopped', STOPPED)))
+  }
+
+  /** Starts the engine thread and waits until its model is loaded. */
+  static async start(
+    options: Omit<EngineThreadOptions, 'signal'>,
+    model: EngineModel,
+    limits: ClientLimits,
+  ): Promise<EngineClient> {
+    const signal = new SharedArrayBuffer(4)
+    const workerData: EngineThreadOptions = { ...options, signal }
+    const worker = new Worker(new URL('./thread.ts', import.meta.url), { workerData })
+    const facts = await new Promise<EngineFacts>((resolve, reject) => {
+      worker.once('message', (message: FromEngine) => {
+        if (message.kind === 'ready') resolve(message.facts)
+        else if (message.kind === 'failed') reject(LatticeError.fromJSON(message.error))
+      })
+      worker.once('error', reject)
+      worker.once('exit', () => reject(new LatticeError('engine_stopped', STOPPED)))
+    })
+    worker.removeAllListeners()
+    return new EngineClient(worker, new Int32Array(signal), model, facts, limits)
+  }
+
+  submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
+    this.check(request)
+    const id = this.nextId++
+    this.sinks.set(id, sink)
+    this.send({ kind: 'submit', id, request })
+    return {
+      abort: () => {
+        if (this.sinks.has(id)) this.send({ kind: 'abort', id })
+      },
+    }
+  }
+
+  queueRoom(): number {
+    return Math.max(0, this.limits.sequences - this.sinks.size)
+  }
+
+  snapshot(): Promise<EngineSnapshot> {
+    if (this.stopped) return Promise.reject(this.stopped)
+    const ticket = this.nextId++
+    const answer = Promise.withResolvers<EngineSnapshot>()
+    this.snapshots.set(ticket, answer)
+    this.send({ kind: 'snapshot', ticket })
+    return answer.promise
+  }
+
+  async drain(): Promise<void> {
+    this.draining = true
+    if (this.sinks.size === 0) return
+    await new Promise<void>((resolve) => this.drained.push(resolve))
+  }
+
+  async close(): Promise<void> {
+    if (this.stopped) return
+    this.draining = true
+    const exited = new Promise<void>((resolve) => this.worker.once('exit', () => resolve()))
+    this.send({ kind: 'close' })
+    await exited
+  }
+
+  private check({ prompt, maxTokens }: SequenceRequest): void {
+    if (this.stopped) throw this.stopped
+    if (this.draining) {
+      throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
+    }
+    const { contextLength } = this.limits
+    if (prompt.length === 0) {
+      throw new LatticeError('invalid_request', 'The prompt has no tokens.', {
+        todo: 'Send at least one token.',
+      })
+    }
+    if (prompt.length + maxTokens > contextLength) {
+      throw new LatticeError(
+        'context_length_exceeded',
+        `The prompt has ${prompt.length} tokens and ${maxTokens} more are asked for;` +
+          ` the context holds ${contextLength}.`,
+        { todo: 'Shorten the prompt, ask for fewer tokens, or start with a larger --context.' },
+      )
+    }
+    const { kvPages, layout } = this.facts
+    const pages = pagesFor(layout, prompt.length + maxTokens)
+    if (pages > kvPages) {
+      const { pageBytes } = layout.shape
+      throw new LatticeError(
+        'kv_memory_exhausted',
+        `The request may need ${pages * pageBytes} bytes of KV memory;` +
+          ` the limit is ${kvPages * pageBytes}.`,
+        { todo: 'Ask for fewer tokens or start with a larger --kv-memory.' },
+      )
+    }
+    if (this.queueRoom() === 0) {
+      throw new LatticeError('queue_full', `${this.sinks.size} sequences run or wait already.`, {
+        todo: 'Retry later, or start with a larger --max-queue.',
+      })
+    }
+  }
+
+  private send(message: ToEngine): void {
+    this.worker.postMessage(message)
+    Atomics.add(this.signal, 0, 1)
+    Atomics.notify(this.signal, 0)
+  }
+
+  private receive(message: FromEngine): void {
+    if (message.kind === 'tokens') this.deliver(message)
+    else if (message.kind === 'snapshot') {
+      this.snapshots.get(message.ticket)?.resolve(message.snapshot)
+      this.snapshots.delete(message.ticket)
+    } else if (message.kind === 'failed') this.stop(LatticeError.fromJSON(message.error))
+  }
+
+  private deliver({ tokens, logprobs, finished }: Extract<FromEngine, { kind: 'tokens' }>): void {
+    for (let i = 0; i < tokens.length; i += 2) {
+      this.sinks.get(tokens[i] ?? 0)?.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
+    }
+    for (const { id, reason, outputTokens, error } of finished) {
+      const sink = this.sinks.get(id)
+      this.sinks.delete(id)
+      sink?.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error))
+    }
+    if (this.sinks.size === 0) for (const resolve of this.drained.splice(0)) resolve()
+  }
+
+  private stop(error: LatticeError): void {
+    if (this.stopped) return
+    this.stopped = error
+    for (const answer of this.snapshots.values()) answer.reject(error)
+    this.snapshots.clear()
+    for (const sink of this.sinks.values()) sink.onFinish('error', 0, error)
+    this.sinks.clear()
+    for (const resolve of this.drained.splice(0)) resolve()
+  }
+}

@@ -1,0 +1,215 @@
+// Owns the engine's loop body: plan a step, run it, sample, tell. It has no thread and no clock of
+// its own, so that it runs the same in a worker, in a test and in a simulation.
+//
+// Newcomers start at `step`.
+
+import { present } from '../assert.ts'
+import { LatticeError } from '../errors.ts'
+import { liveBytes, pagesFor } from '../kv/layout.ts'
+import { SlotTable } from '../kv/slots.ts'
+import { type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
+import { type Backend, StepBatch } from '../backends/backend.ts'
+import type {
+  EngineSnapshot,
+  FinishReason,
+  SequenceRequest,
+  SequenceSnapshot,
+  TokenLogprobs,
+} from './api.ts'
+import { Sampler } from './sampler.ts'
+import { Sequence } from './sequence.ts'
+
+export interface CoreOptions {
+  maxSequences: number
+  /** Hard limit on physical KV pages. */
+  kvPages: number
+}
+
+/** Where the core's tokens go, during `step` and `abort`. It must not call back into the core. */
+export interface CoreSink {
+  onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void
+  onFinish(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+  ): void
+}
+
+/**
+ * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
+ * between a client's requests in a closed loop, well under the 100 ms in which idle memory must be
+ * back with the kernel.
+ */
+const WARM_MS = 40
+
+export class EngineCore {
+  private readonly backend: Backend
+  private readonly sink: CoreSink
+  private readonly now: () => number
+  private readonly slots: SlotTable
+  private readonly scheduler: Scheduler<Sequence>
+  private readonly sequences = new Map<number, Sequence>()
+  private readonly batch: StepBatch
+  private readonly sampler: Sampler
+  private steps = 0
+  private promptTokens = 0
+  private outputTokens = 0
+  private computeMs = 0
+  private stepMs = 0
+  private readonly finished: Record<FinishReason, number> = { stop: 0, length: 0, abort: 0, error: 0 }
+
+  /** @param now milliseconds that never go back. */
+  constructor(backend: Backend, options: CoreOptions, sink: CoreSink, now: () => number) {
+    this.backend = backend
+    this.sink = sink
+    this.now = now
+    this.slots = new SlotTable(backend.kv.layout, backend.kv.slots, options.kvPages)
+    this.scheduler = new Scheduler(
+      this.slots,
+      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences },
+      { release: (slot) => backend.kv.release(slot), nowMs: now },
+    )
+    this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
+    this.sampler = new Sampler(backend.vocab)
+  }
+
+  get idle(): boolean {
+    return this.sequences.size === 0
+  }
+
+  /** Takes a sequence in; its first token comes from a later step. */
+  submit(id: number, request: SequenceRequest): void {
+    const sequence = new Sequence(id, request, this.now())
+    this.sequences.set(id, sequence)
+    this.scheduler.waiting.push(sequence)
+  }
+
+  abort(id: number): void {
+    const sequence = this.sequences.get(id)
+    if (sequence) this.finish(sequence, 'abort')
+  }
+
+  /**
+   * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
+   * @returns false if there was nothing to do.
+   */
+  step(): boolean {
+    const start = this.now()
+    const parts = this.scheduler.plan()
+    if (parts.length === 0) return false
+    this.fill(parts)
+    const computeStart = this.now()
+    this.backend.launch(this.batch)
+    const rows = this.backend.collect()
+    this.computeMs += this.now() - computeStart
+    this.commit(parts, rows)
+    this.releaseWarm(start - WARM_MS, 1)
+    this.steps++
+    this.stepMs += this.now() - start
+    return true
+  }
+
+  /**
+   * Gives back the pages of sequences that ended a while ago.
+   * @returns milliseconds until there is more to give back, or undefined if there is nothing.
+   */
+  settle(): number | undefined {
+    this.releaseWarm(this.now() - WARM_MS, Infinity)
+    return this.slots.warmSlots > 0 ? WARM_MS : undefined
+  }
+
+  /** Ends everything that runs or waits, for example because the backend failed. */
+  failAll(error: LatticeError): void {
+    for (const sequence of this.sequences.values()) this.finish(sequence, 'error', error)
+  }
+
+  snapshot(): EngineSnapshot {
+    const { layout } = this.backend.kv
+    const now = this.now()
+    const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
+      const { request, computed, slot } = sequence
+      return {
+        requestId: request.requestId,
+        tenant: request.tenant,
+        state: slot < 0 ? 'waiting' : computed < request.prompt.length ? 'prefill' : 'decode',
+        promptTokens: request.prompt.length,
+        kvTokens: computed,
+        outputTokens: sequence.outputTokens,
+        pages: slot < 0 ? 0 : pagesFor(layout, computed),
+        bytes: liveBytes(layout, computed),
+        ageMs: now - sequence.arrivedMs,
+      }
+    })
+    return {
+      sequences,
+      running: this.scheduler.running.length,
+      waiting: this.scheduler.waiting.length,
+      kv: {
+        pageBytes: layout.shape.pageBytes,
+        usedPages: this.slots.usedPages,
+        limitPages: this.slots.limitPages,
+        residentBytes: this.backend.kv.residentBytes(),
+      },
+      steps: this.steps,
+      promptTokens: this.promptTokens,
+      outputTokens: this.outputTokens,
+      finished: { ...this.finished },
+      preemptions: this.scheduler.preemptions,
+      computeMs: this.computeMs,
+      stepMs: this.stepMs,
+    }
+  }
+
+  private fill(parts: readonly ScheduledPart<Sequence>[]): void {
+    this.batch.clear()
+    for (const { sequence, count } of parts) {
+      const { slot, computed, tokens, length } = sequence
+      this.batch.add(slot, computed, tokens, computed, count, computed + count === length)
+    }
+  }
+
+  private commit(parts: readonly ScheduledPart<Sequence>[], rows: readonly Float32Array[]): void {
+    let row = 0
+    for (const { sequence, count } of parts) {
+      sequence.computed += count
+      if (sequence.computed === sequence.length) {
+        this.advance(sequence, present(rows[row++], 'a row of logits'))
+      }
+    }
+  }
+
+  /** Samples a sequence's next token and ends it if that was the last. */
+  private advance(sequence: Sequence, logits: Float32Array): void {
+    const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    if (sequence.outputTokens === 0) this.promptTokens += sequence.request.prompt.length
+    try {
+      const token = this.sampler.sample(logits, sequence.sampler)
+      sequence.push(token)
+      this.outputTokens++
+      if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
+      const logprobs =
+        topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+      this.sink.onToken(sequence.id, token, logprobs)
+      if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.finish(sequence, 'error', thrown)
+    }
+  }
+
+  private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    this.scheduler.remove(sequence)
+    this.sequences.delete(sequence.id)
+    this.finished[reason]++
+    this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
+  }
+
+  private releaseWarm(untilMs: number, most: number): void {
+    for (let i = 0; i < most; i++) {
+      const slot = this.slots.reclaim(untilMs)
+      if (slot < 0) return
+      this.backend.kv.release(slot)
+    }
+  }
+}

@@ -1,0 +1,53 @@
+// Owns what the main thread and the engine thread say to each other. One message a step carries
+// all of its tokens; a shared counter wakes the engine when it sleeps.
+
+import type { LatticeErrorJson } from '../errors.ts'
+import type { KvLayout } from '../kv/layout.ts'
+import type { EngineSnapshot, FinishReason, SequenceRequest, TokenLogprobs } from './api.ts'
+
+export interface EngineThreadOptions {
+  modelPath: string
+  contextLength: number
+  maxSequences: number
+  stepTokens: number
+  /** Hard limit on KV memory in bytes; rounded down to whole pages. */
+  kvBytes: number
+  /** Cores for compute threads. */
+  cpus: readonly number[]
+  /** One 32-bit counter; it grows with every message to the engine. */
+  signal: SharedArrayBuffer
+}
+
+export type ToEngine =
+  | { kind: 'submit'; id: number; request: SequenceRequest }
+  | { kind: 'abort'; id: number }
+  | { kind: 'snapshot'; ticket: number }
+  | { kind: 'close' }
+
+export interface FinishMessage {
+  id: number
+  reason: FinishReason
+  outputTokens: number
+  error: LatticeErrorJson | undefined
+}
+
+export interface EngineFacts {
+  variant: string
+  repackedBytes: Record<string, number>
+  layout: KvLayout
+  kvPages: number
+}
+
+export type FromEngine =
+  | { kind: 'ready'; facts: EngineFacts }
+  | {
+      kind: 'tokens'
+      /** Pairs: sequence id, token. Before `finished` in time. */
+      tokens: Int32Array
+      /** By index of the pair; only for sequences that asked. */
+      logprobs: Map<number, TokenLogprobs> | undefined
+      finished: FinishMessage[]
+    }
+  | { kind: 'snapshot'; ticket: number; snapshot: EngineSnapshot }
+  /** The engine cannot go on; nothing follows. */
+  | { kind: 'failed'; error: LatticeErrorJson }

@@ -1,0 +1,35 @@
+// Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
+
+import type { SequenceRequest } from './api.ts'
+import { SamplerState } from './sampler.ts'
+
+export class Sequence {
+  readonly id: number
+  readonly request: SequenceRequest
+  readonly sampler: SamplerState
+  readonly arrivedMs: number
+  /** Prompt, then output. */
+  readonly tokens: Int32Array
+  length: number
+  computed = 0
+  slot = -1
+
+  constructor(id: number, request: SequenceRequest, nowMs: number) {
+    this.id = id
+    this.request = request
+    this.arrivedMs = nowMs
+    this.sampler = new SamplerState(request.sampling, request.prompt)
+    this.tokens = new Int32Array(request.prompt.length + request.maxTokens)
+    this.tokens.set(request.prompt)
+    this.length = request.prompt.length
+  }
+
+  get outputTokens(): number {
+    return this.length - this.request.prompt.length
+  }
+
+  push(token: number): void {
+    this.tokens[this.length++] = token
+    this.sampler.accept(token)
+  }
+}

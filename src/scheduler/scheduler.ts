@@ -1,0 +1,167 @@
+// Owns what runs in the next step: which sequences decode, which chunk of which prompt is filled
+// in beside them, who is let in and who must make room. A pure function of queues, memory and a
+// token budget; it has no clock and does no I/O. After Orca (Yu et al. 2022) for joining at every
+// step and Sarathi-Serve (Agrawal et al. 2024) for sharing a step with chunks of prompts.
+
+import { assert, present } from '../assert.ts'
+import { pagesFor } from '../kv/layout.ts'
+import type { SlotTable } from '../kv/slots.ts'
+
+/** What the scheduler sees, and changes, of a sequence. */
+export interface Schedulable {
+  /** Tokens known: prompt and output. */
+  readonly length: number
+  /** Tokens whose KV is in memory. */
+  computed: number
+  /** -1 while waiting. */
+  slot: number
+}
+
+/** One sequence's part of a step: `count` tokens from `computed` on. */
+export interface ScheduledPart<S> {
+  sequence: S
+  count: number
+}
+
+export interface SchedulerOptions {
+  stepTokens: number
+  maxSequences: number
+}
+
+/** What the scheduler asks of the memory's mechanism. */
+export interface MemoryActions {
+  /** Gives a slot's pages back; called before anybody else may use them. */
+  release(slot: number): void
+  nowMs(): number
+}
+
+export class Scheduler<S extends Schedulable> {
+  /** First come, first served; preempted sequences return to the front. */
+  readonly waiting: S[] = []
+  /** In order of admission: the last one gives way first. */
+  readonly running: S[] = []
+  preemptions = 0
+  private readonly slots: SlotTable
+  private readonly options: SchedulerOptions
+  private readonly memory: MemoryActions
+  private readonly parts: ScheduledPart<S>[] = []
+
+  constructor(slots: SlotTable, options: SchedulerOptions, memory: MemoryActions) {
+    this.slots = slots
+    this.options = options
+    this.memory = memory
+  }
+
+  /**
+   * The next step's parts: decoding sequences first, by slot (so that evenly spaced ones can be
+   * attended together), then prompts in order of arrival, as far as the budget goes. Empty when
+   * there is nothing to do. Valid until the next call.
+   */
+  plan(): readonly ScheduledPart<S>[] {
+    this.parts.length = 0
+    let budget = this.options.stepTokens
+    budget -= this.planDecodes(budget)
+    budget -= this.planPrompts(budget)
+    this.admit(budget)
+    return this.parts
+  }
+
+  /** Takes a sequence out, wherever it is; its pages stay warm for a while. */
+  remove(sequence: S): void {
+    const waitingAt = this.waiting.indexOf(sequence)
+    if (waitingAt >= 0) this.waiting.splice(waitingAt, 1)
+    const runningAt = this.running.indexOf(sequence)
+    if (runningAt >= 0) this.running.splice(runningAt, 1)
+    if (sequence.slot >= 0) this.slots.retire(sequence.slot, this.memory.nowMs())
+    sequence.slot = -1
+  }
+
+  private planDecodes(budget: number): number {
+    const decoding = this.running.filter((sequence) => isDecoding(sequence))
+    for (const sequence of decoding) {
+      // A preemption on behalf of an earlier sequence may have taken this one out.
+      if (sequence.slot < 0 || this.parts.length >= budget) continue
+      if (this.makeRoom(sequence, sequence.length)) this.parts.push({ sequence, count: 1 })
+    }
+    const kept = this.parts.filter((part) => part.sequence.slot >= 0)
+    kept.sort((a, b) => a.sequence.slot - b.sequence.slot)
+    this.parts.splice(0, this.parts.length, ...kept)
+    return kept.length
+  }
+
+  private planPrompts(budget: number): number {
+    let used = 0
+    for (const sequence of this.running) {
+      if (!isDecoding(sequence) && used < budget) used += this.planChunk(sequence, budget - used)
+    }
+    return used
+  }
+
+  /** Lets sequences in while there is budget; a prompt gets all of its pages now or waits. */
+  private admit(budget: number): void {
+    let left = budget
+    while (left > 0 && this.running.length < this.options.maxSequences) {
+      const sequence = this.waiting[0]
+      // One token more than it has: else its first output could throw it out again at once.
+      const tokens = sequence ? sequence.length + 1 : 0
+      if (!sequence || this.slots.availablePages() < pagesFor(this.slots.layout, tokens)) return
+      sequence.slot = this.acquire(tokens)
+      const grown = sequence.slot >= 0 && this.growOrReclaim(sequence, tokens)
+      assert(grown, 'a sequence that fits gets a slot and its pages')
+      this.waiting.shift()
+      this.running.push(sequence)
+      left -= this.planChunk(sequence, left)
+    }
+  }
+
+  private planChunk(sequence: S, budget: number): number {
+    const count = Math.min(budget, sequence.length - sequence.computed)
+    this.parts.push({ sequence, count })
+    return count
+  }
+
+  /** Finds pages for a decoding sequence, preempting later ones if need be. False: it gave way. */
+  private makeRoom(sequence: S, tokens: number): boolean {
+    while (!this.growOrReclaim(sequence, tokens)) {
+      const victim = present(this.running.at(-1), 'a running sequence')
+      this.preempt(victim)
+      if (victim === sequence) return false
+    }
+    return true
+  }
+
+  /** Sends a sequence back to the queue's front; its tokens are computed again later. */
+  private preempt(sequence: S): void {
+    this.preemptions++
+    const { slot } = sequence
+    this.remove(sequence)
+    sequence.computed = 0
+    this.waiting.unshift(sequence)
+    assert(slot >= 0, 'a running sequence holds a slot')
+    this.reclaimOne()
+  }
+
+  private growOrReclaim(sequence: S, tokens: number): boolean {
+    while (!this.slots.grow(sequence.slot, tokens)) if (!this.reclaimOne()) return false
+    return true
+  }
+
+  private acquire(tokens: number): number {
+    for (;;) {
+      const slot = this.slots.acquire(tokens)
+      if (slot >= 0 || !this.reclaimOne()) return slot
+    }
+  }
+
+  private reclaimOne(): boolean {
+    const slot = this.slots.reclaim(Infinity)
+    if (slot < 0) return false
+    this.memory.release(slot)
+    return true
+  }
+}
+
+/** One token is pending and everything before it is in memory. */
+function isDecoding(sequence: Schedulable): boolean {
+  return sequence.computed > 0 && sequence.length - sequence.computed === 1
+}
