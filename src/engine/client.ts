@@ -71,7 +71,8 @@ export class EngineClient implements Engine {
       worker.once('error', reject)
       worker.once('exit', () => reject(new LatticeError('engine_stopped', STOPPED)))
     })
-    worker.removeAllListeners()
+    // Each by name: the worker keeps internal listeners that deliver its messages.
+    for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
     return new EngineClient(worker, new Int32Array(signal), model, facts, limits)
   }
 

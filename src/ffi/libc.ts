@@ -20,6 +20,7 @@ const nativeMadvise = libc.func('madvise', 'int', ['uintptr_t', 'size_t', 'int']
 const nativeMemfdCreate = libc.func('memfd_create', 'int', ['str', 'uint'])
 const nativeFtruncate = libc.func('ftruncate', 'int', ['int', 'int64_t'])
 const nativeFallocate = libc.func('fallocate', 'int', ['int', 'int', 'int64_t', 'int64_t'])
+const nativeClose = libc.func('close', 'int', ['int'])
 const nativeMemcpy = libc.func('memcpy', 'uintptr_t', ['uintptr_t', 'uintptr_t', 'size_t'])
 const nativeGetAffinity = libc.func('sched_getaffinity', 'int', ['int', 'size_t', 'void *'])
 const nativeSetAffinity = libc.func('sched_setaffinity', 'int', ['int', 'size_t', 'void *'])
@@ -91,6 +92,11 @@ export function createMemfd(name: string, bytes: number): number {
   if (fd < 0) throw failed('memfd_create', name)
   if (nativeFtruncate(fd, bytes) !== 0) throw failed('ftruncate', `${bytes} bytes of ${name}`)
   return fd
+}
+
+/** Closes a descriptor that was opened here; Node only knows its own. */
+export function closeFd(fd: number): void {
+  if (nativeClose(fd) !== 0) throw failed('close', `descriptor ${fd}`)
 }
 
 /** Gives the pages of a file range back to the kernel; later reads see zeros. */

@@ -6,8 +6,8 @@
 //
 // Everyone can look: `stat -L /proc/PID/fd/N` gives the blocks, smaps the mapping `memfd:lattice-kv`.
 
-import { closeSync, fstatSync } from 'node:fs'
-import { createMemfd, mapShared, punchHole, unmap } from '../../ffi/libc.ts'
+import { fstatSync } from 'node:fs'
+import { closeFd, createMemfd, mapShared, punchHole, unmap } from '../../ffi/libc.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import type { KvMemory } from '../backend.ts'
 
@@ -42,6 +42,6 @@ export class HostKvMemory implements KvMemory {
 
   close(): void {
     unmap(this.address, this.bytes)
-    closeSync(this.fd)
+    closeFd(this.fd)
   }
 }
