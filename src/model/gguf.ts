@@ -32,6 +32,7 @@ export interface Gguf {
 
 const MAGIC = 0x46554747
 const DEFAULT_ALIGNMENT = 32
+const ALIGNMENTS: ReadonlySet<number> = new Set(Array.from({ length: 32 }, (_, i) => 2 ** i))
 const U32 = 4
 /** Key length, one byte of key, type and one byte of value. */
 const MIN_METADATA_BYTES = 8 + 1 + 4 + 1
@@ -137,8 +138,8 @@ function alignmentOf(
   const field = 'general.alignment'
   const value = values.get(field)
   if (value === undefined) return DEFAULT_ALIGNMENT
-  const power = typeof value === 'number' && value > 0 && Number.isInteger(Math.log2(value))
-  if (power && value <= 0xffffffff) return value
+  const power = typeof value === 'number' && ALIGNMENTS.has(value)
+  if (power) return value
   const shown = typeof value === 'number' ? String(value) : `a ${typeof value}`
   throw invalid(source, field, offsets.get(field) ?? 0, `is ${shown}, not a power of two`)
 }

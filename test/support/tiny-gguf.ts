@@ -220,7 +220,9 @@ function tinyLlamaMetadata(): Record<string, TinyValue> {
     'tokenizer.ggml.model': 'gpt2',
     'tokenizer.ggml.pre': 'smollm',
     'tokenizer.ggml.tokens': tokens,
-    'tokenizer.ggml.token_type': Int32Array.from(tokens, (token) => (token.startsWith('<|') ? 3 : 1)),
+    'tokenizer.ggml.token_type': Int32Array.from(tokens, (token) =>
+      token.startsWith('<|') ? 3 : 1,
+    ),
     'tokenizer.ggml.merges': ['t h', 'i n'],
     'tokenizer.ggml.bos_token_id': 0,
     'tokenizer.ggml.eos_token_id': 1,
