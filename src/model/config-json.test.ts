@@ -112,7 +112,7 @@ for (const { name, old, saved, expected } of goldens) {
   })
 }
 
-test('a multimodal Gemma 3 is read by its text_config, whose silence means the class defaults', () => {
+test('a multimodal Gemma 3 is read by its text_config, silence being the class defaults', () => {
   const text = {
     model_type: 'gemma3_text',
     hidden_size: 2560,

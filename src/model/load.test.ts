@@ -1,6 +1,5 @@
 import assert from 'node:assert/strict'
-import { mkdtempSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import {
@@ -13,6 +12,7 @@ import {
   writeTinyGguf,
   xorshift,
 } from '../../test/support/tiny-gguf.ts'
+import { temporaryDirectory } from '../../test/support/temporary.ts'
 import { LatticeError } from '../errors.ts'
 import { memorySource } from './byte-source.ts'
 import { parseGguf } from './gguf.ts'
@@ -220,7 +220,7 @@ function tinyGemma(layers: number, metadata: Record<string, TinyValue> = {}): Ti
   }
 }
 
-test("Gemma 3's local layers have their own rope, its scales are its own, and 27B's differs", () => {
+test("Gemma 3's local layers have their own rope, its scales are its own, 27B's differ", () => {
   const { config } = open(tinyGemma(7))
   assert.deepEqual(config.slidingWindow, {
     tokens: 16,
@@ -234,7 +234,10 @@ test("Gemma 3's local layers have their own rope, its scales are its own, and 27
     scaling: { kind: 'none' },
   })
   assert.equal(config.name, 'Tiny')
-  assert.deepEqual([config.attentionScale, config.embeddingScale], [1 / Math.sqrt(8), Math.sqrt(12)])
+  assert.deepEqual(
+    [config.attentionScale, config.embeddingScale],
+    [1 / Math.sqrt(8), Math.sqrt(12)],
+  )
   assert.equal(open(tinyGemma(62)).config.attentionScale, 1 / Math.sqrt(6))
   const listed = { 'gemma3.attention.sliding_window_pattern': [false, true] }
   assert.deepEqual(open(tinyGemma(2, listed)).config.slidingWindow?.layers, [false, true])
@@ -244,7 +247,7 @@ test("Gemma 3's local layers have their own rope, its scales are its own, and 27
 
 test('a split file opens from any of its parts, and not if one is missing or foreign', () => {
   const whole = tinyLlama()
-  const directory = mkdtempSync(join(tmpdir(), 'lattice-split-'))
+  const directory = temporaryDirectory('split')
   const path = (number: number) => join(directory, `m-0000${number}-of-00003.gguf`)
   const split = (number: number, metadata: TinyGguf['metadata']) => ({
     ...metadata,
@@ -276,7 +279,7 @@ test('a path that is no model says what to give instead', () => {
     'model_not_found',
     /one file of a model/,
   )
-  const empty = mkdtempSync(join(tmpdir(), 'lattice-empty-'))
+  const empty = temporaryDirectory('empty')
   assertRefused(() => openModel(empty), 'model_not_found', /holds no model.safetensors/)
 })
 

@@ -147,7 +147,7 @@ export function parseSource(text: string): Source | undefined {
   return undefined
 }
 
-/** Names as the registries allow them: nothing that their tools could take for an option or a file. */
+/** Names as the registries allow them: nothing that their tools take for an option or a file. */
 const REFERENCES = {
   pypi: /^[A-Za-z0-9][A-Za-z0-9._-]*(?:==[A-Za-z0-9.!+-]+)?$/,
   npm: /^(?:@[a-z0-9][a-z0-9._-]*\/)?[A-Za-z0-9][A-Za-z0-9._-]*(?:@[A-Za-z0-9.+-]+)?$/,

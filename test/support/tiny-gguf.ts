@@ -1,9 +1,9 @@
 // Owns the writing of small GGUF files for tests: any metadata, any tensors, and a whole tiny
 // Llama whose weights are drawn from a seed.
 
-import { mkdtempSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { temporaryDirectory } from './temporary.ts'
 import { GGML_TYPES, type GgmlType } from '../../src/model/ggml-types.ts'
 import { GGUF_VALUE } from '../../src/model/gguf-values.ts'
 import type { MetadataValue } from '../../src/model/model.ts'
@@ -36,7 +36,7 @@ export interface TinyGguf {
 
 /** Writes a GGUF file into a fresh temporary directory and returns its path. */
 export function writeTinyGguf(contents: TinyGguf, name = 'tiny.gguf'): string {
-  const path = join(mkdtempSync(join(tmpdir(), 'lattice-gguf-')), name)
+  const path = join(temporaryDirectory('gguf'), name)
   writeFileSync(path, encodeGguf(contents))
   return path
 }

@@ -1,8 +1,8 @@
 // Owns the writing of small safetensors files and directories for tests.
 
-import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { mkdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { temporaryDirectory } from './temporary.ts'
 
 /** Shape in the file's order: the last dimension is contiguous. */
 export interface TinySafeTensor {
@@ -41,7 +41,7 @@ export function withHeader(header: string, data: Uint8Array): Buffer {
  * @param files contents by name: bytes as they are, strings as text, the rest as JSON
  */
 export function writeModelDirectory(files: Readonly<Record<string, unknown>>): string {
-  const directory = join(mkdtempSync(join(tmpdir(), 'lattice-model-')), 'tiny-model')
+  const directory = join(temporaryDirectory('model'), 'tiny-model')
   mkdirSync(directory)
   for (const [name, contents] of Object.entries(files)) {
     const raw = typeof contents === 'string' || contents instanceof Uint8Array
