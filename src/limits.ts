@@ -45,3 +45,11 @@ export const MODEL_MAX_LAYERS = 1024
 export const SAFETENSORS_MAX_HEADER_BYTES = 32 << 20
 /** config.json, an index or a tokenizer.json; Gemma's tokenizer.json has 33 MiB. */
 export const MODEL_MAX_JSON_BYTES = 128 << 20
+
+/** Connections of one download at once, and the least bytes that are worth one. */
+export const DOWNLOAD_CONNECTIONS = 4
+export const DOWNLOAD_MIN_SEGMENT_BYTES = 4 << 20
+/** Attempts in a row that bring no byte before a download gives up; partial files stay. */
+export const DOWNLOAD_ATTEMPTS = 5
+/** A connection without a byte for this long counts as dropped. */
+export const DOWNLOAD_STALL_MS = 30_000

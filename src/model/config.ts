@@ -12,7 +12,7 @@ export interface ConfigAndWeights {
   config: ModelConfig
   /** Biases that must be there; others may not be. */
   biases: { attention: boolean; feedForward: boolean }
-  /** yes: the output matrix is the embedding; no: it is a tensor; maybe: if that tensor is missing. */
+  /** Whether the output matrix is the embedding; maybe: if there is no tensor for it. */
   tiedOutput: 'yes' | 'no' | 'maybe'
 }
 

@@ -45,7 +45,7 @@ const BY_ID: ReadonlyMap<number, GgmlType> = new Map(
   (Object.keys(GGML_TYPES) as GgmlType[]).map((name) => [GGML_TYPES[name].id, name]),
 )
 
-/** The type with this id in GGUF files; undefined for ids never given or withdrawn (4, 5, 31 …). */
+/** The type with this id in GGUF files; undefined for ids never given or withdrawn (4, 31 …). */
 export function ggmlTypeById(id: number): GgmlType | undefined {
   return BY_ID.get(id)
 }

@@ -1,5 +1,5 @@
 // Owns the GGUF file format: reads a file's header (metadata and tensor infos, never weights)
-// and trusts nothing in it. Source: the GGUF specification in ggml's docs/gguf.md, versions 2 and 3.
+// and trusts nothing in it. Source: GGUF's specification, ggml's docs/gguf.md, versions 2 and 3.
 
 import { GGUF_MAX_DIMENSIONS, GGUF_MAX_METADATA, GGUF_MAX_TENSORS } from '../limits.ts'
 import { GGUF_MAX_HEADER_BYTES, GGUF_MAX_KEY_BYTES, GGUF_MAX_NAME_BYTES } from '../limits.ts'
@@ -32,6 +32,7 @@ export interface Gguf {
 
 const MAGIC = 0x46554747
 const DEFAULT_ALIGNMENT = 32
+const ALIGNMENTS: ReadonlySet<number> = new Set(Array.from({ length: 32 }, (_, i) => 2 ** i))
 const U32 = 4
 /** Key length, one byte of key, type and one byte of value. */
 const MIN_METADATA_BYTES = 8 + 1 + 4 + 1
@@ -79,7 +80,7 @@ function readVersion(cursor: GgufCursor): number {
   if (version === 2 || version === 3) return version
   if (version === 1) throw invalid(cursor.source, 'version', U32, 'is 1, and 2 and 3 can be read')
   if ((version & 0xffff) === 0 && version !== 0) {
-    const what = `is 0x${version.toString(16)}: the file is big-endian, and only little-endian is read`
+    const what = `is 0x${version.toString(16)}: big-endian, and only little-endian is read`
     throw invalid(cursor.source, 'version', U32, what)
   }
   throw invalid(cursor.source, 'version', U32, `is ${version}, and 2 and 3 can be read`)
@@ -137,8 +138,8 @@ function alignmentOf(
   const field = 'general.alignment'
   const value = values.get(field)
   if (value === undefined) return DEFAULT_ALIGNMENT
-  const power = typeof value === 'number' && value > 0 && Number.isInteger(Math.log2(value))
-  if (power && value <= 0xffffffff) return value
+  const power = typeof value === 'number' && ALIGNMENTS.has(value)
+  if (power) return value
   const shown = typeof value === 'number' ? String(value) : `a ${typeof value}`
   throw invalid(source, field, offsets.get(field) ?? 0, `is ${shown}, not a power of two`)
 }
@@ -188,7 +189,8 @@ function readTensorInfo(cursor: GgufCursor, name: string): TensorInfo {
   }
   const byteLength = tensorBytes(type, shape)
   if (byteLength === undefined) {
-    const what = `is ${type}, whose blocks of ${GGML_TYPES[type].blockSize} do not divide rows of ${shape[0]}`
+    const { blockSize } = GGML_TYPES[type]
+    const what = `is ${type}, whose blocks of ${blockSize} do not divide rows of ${shape[0]}`
     throw invalid(cursor.source, `${name}.type`, typeOffset, what)
   }
   const fieldOffset = cursor.offset

@@ -1,7 +1,7 @@
 // Owns opening a model: whatever lies at a path becomes one checked description of it.
 
 import { existsSync, statSync } from 'node:fs'
-import { dirname, join, resolve } from 'node:path'
+import { dirname, resolve } from 'node:path'
 import { LatticeError } from '../errors.ts'
 import { withFile } from './byte-source.ts'
 import { configFromGguf } from './config-gguf.ts'
@@ -35,16 +35,26 @@ function isDirectory(path: string): boolean {
 }
 
 function openGguf(path: string): Model {
-  const parts = partPaths(path).map((part) => ({ path: part, gguf: readGguf(part) }))
+  return modelFromGguf(
+    path,
+    partPaths(path).map((part) => ({ path: part, gguf: readGguf(part) })),
+  )
+}
+
+/** A part of a model: its checked header, and where it lies. */
+export interface GgufPart {
+  path: string
+  gguf: Gguf
+}
+
+/** The model that the parts of a file make; metadata is the first part's. */
+export function modelFromGguf(path: string, parts: readonly GgufPart[]): Model {
   const metadata = parts[0]?.gguf.metadata ?? new Map<string, never>()
   const tensors = joinParts(parts)
   const embedding = tensors.get('token_embd.weight')
   if (embedding === undefined) {
-    throw unsupported(
-      path,
-      'it has no tensor token_embd.weight',
-      'Take a whole model, not an adapter.',
-    )
+    const todo = 'Take a whole model, not an adapter or a part.'
+    throw unsupported(path, 'it has no tensor token_embd.weight', todo)
   }
   const described = configFromGguf(metadata, {
     path,
@@ -65,11 +75,6 @@ function openGguf(path: string): Model {
   }
 }
 
-interface Part {
-  path: string
-  gguf: Gguf
-}
-
 const SPLIT = /^(?<stem>.*)-(?<number>\d{5})-of-(?<count>\d{5})\.gguf$/
 
 /** Paths of all parts of a split file, in order, whichever was given; a whole file is its own. */
@@ -87,7 +92,7 @@ function partPaths(path: string): string[] {
 }
 
 /** Every part's tensors in one map; parts must know their own number, as gguf-split writes it. */
-function joinParts(parts: readonly Part[]): Map<string, TensorRef> {
+function joinParts(parts: readonly GgufPart[]): Map<string, TensorRef> {
   const tensors = new Map<string, TensorRef>()
   parts.forEach(({ path, gguf }, file) => {
     const count = gguf.metadata.get('split.count') ?? 1
@@ -114,7 +119,7 @@ function partError(path: string, field: string, what: string): LatticeError {
 }
 
 /** rope_freqs.weight is a few hundred bytes, and part of the configuration rather than a weight. */
-function readDivisors(parts: readonly Part[], tensor: TensorRef | undefined) {
+function readDivisors(parts: readonly GgufPart[], tensor: TensorRef | undefined) {
   if (tensor === undefined) return undefined
   const path = parts[tensor.file]?.path ?? ''
   if (tensor.type !== 'F32' || tensor.byteLength > 1 << 16) {
@@ -124,12 +129,4 @@ function readDivisors(parts: readonly Part[], tensor: TensorRef | undefined) {
   const bytes = new Uint8Array(tensor.byteLength)
   withFile(path, (source) => source.read(bytes, tensor.offset))
   return new Float32Array(bytes.buffer)
-}
-
-/** Where a directory keeps its weights, for those who only ask what a path is. */
-export function looksLikeModel(path: string): boolean {
-  if (!isDirectory(path)) return /\.gguf$/i.test(path) && existsSync(path)
-  return ['model.safetensors', 'model.safetensors.index.json'].some((name) =>
-    existsSync(join(path, name)),
-  )
 }

@@ -24,7 +24,7 @@ export function ropeFromJson(json: JsonObject, facts: RopeFacts): RopeConfig {
   return ropeConfig(nested ?? all ?? old, json, json.number('rope_theta'), facts)
 }
 
-/** The rope of Gemma 3's sliding-window layers: its own base, unscaled unless nested settings say. */
+/** The rope of Gemma 3's sliding-window layers: its own base, unscaled unless settings say. */
 export function localRopeFromJson(json: JsonObject, facts: RopeFacts): RopeConfig {
   const nested = json.object('rope_parameters')?.object('sliding_attention')
   return ropeConfig(nested, json, json.number('rope_local_base_freq'), facts)

@@ -1,9 +1,9 @@
 // Owns the writing of small GGUF files for tests: any metadata, any tensors, and a whole tiny
 // Llama whose weights are drawn from a seed.
 
-import { mkdtempSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { temporaryDirectory } from './temporary.ts'
 import { GGML_TYPES, type GgmlType } from '../../src/model/ggml-types.ts'
 import { GGUF_VALUE } from '../../src/model/gguf-values.ts'
 import type { MetadataValue } from '../../src/model/model.ts'
@@ -36,7 +36,7 @@ export interface TinyGguf {
 
 /** Writes a GGUF file into a fresh temporary directory and returns its path. */
 export function writeTinyGguf(contents: TinyGguf, name = 'tiny.gguf'): string {
-  const path = join(mkdtempSync(join(tmpdir(), 'lattice-gguf-')), name)
+  const path = join(temporaryDirectory('gguf'), name)
   writeFileSync(path, encodeGguf(contents))
   return path
 }
@@ -220,7 +220,9 @@ function tinyLlamaMetadata(): Record<string, TinyValue> {
     'tokenizer.ggml.model': 'gpt2',
     'tokenizer.ggml.pre': 'smollm',
     'tokenizer.ggml.tokens': tokens,
-    'tokenizer.ggml.token_type': Int32Array.from(tokens, (token) => (/^<\|/.test(token) ? 3 : 1)),
+    'tokenizer.ggml.token_type': Int32Array.from(tokens, (token) =>
+      token.startsWith('<|') ? 3 : 1,
+    ),
     'tokenizer.ggml.merges': ['t h', 'i n'],
     'tokenizer.ggml.bos_token_id': 0,
     'tokenizer.ggml.eos_token_id': 1,
