@@ -54,7 +54,7 @@ function bytePairTokenizer(metadata: Metadata): Tokenizer {
   return new TextTokenizer({
     tokens,
     special,
-    added: addedTokens(vocabulary),
+    added: addedTokens(vocabulary, 'all'),
     addedNormalized: undefined,
     normalize: form === undefined ? (text) => text : (text) => text.normalize(form),
     preTokenize: family.preTokenize,
@@ -100,9 +100,11 @@ function sentencePieceTokenizer(metadata: Metadata): Tokenizer {
   return new TextTokenizer({
     tokens,
     special,
-    added: addedTokens(vocabulary),
-    addedNormalized: undefined,
-    normalize: addsSpace ? (text) => ` ${text}` : (text) => text,
+    // SentencePiece looks for user-defined symbols once spaces are U+2581. Where a space is put
+    // before text, one follows each of them too (as fine-tuned Llama 2 models have been trained).
+    added: addedTokens(vocabulary, addsSpace ? 'all' : 'special'),
+    addedNormalized: addsSpace ? undefined : addedTokens(vocabulary, 'user', metaSpaced),
+    normalize: addsSpace ? (text) => metaSpaced(` ${text}`) : metaSpaced,
     preTokenize: (pieces) => pieces,
     model: new Spm({
       pieces: entries,
@@ -159,11 +161,17 @@ function readKinds(metadata: Metadata, tokens: readonly string[]): Int32Array {
   return kinds
 }
 
+const metaSpaced = (text: string): string => text.replaceAll(' ', META_SPACE)
+
 /** Control tokens are special; user-defined ones are found whoever typed them. */
-function addedTokens({ tokens, kinds, special }: Vocabulary): AddedTokenMatcher {
+function addedTokens(
+  { tokens, kinds, special }: Vocabulary,
+  which: 'all' | 'special' | 'user',
+  spelling?: (content: string) => string,
+): AddedTokenMatcher {
   const added: AddedToken[] = []
   tokens.forEach((content, id) => {
-    if (!special.has(id) && kinds[id] !== Kind.user) return
+    if (special.has(id) ? which === 'user' : kinds[id] !== Kind.user || which === 'special') return
     added.push({
       id,
       content,
@@ -174,7 +182,7 @@ function addedTokens({ tokens, kinds, special }: Vocabulary): AddedTokenMatcher 
       normalized: false,
     })
   })
-  return new AddedTokenMatcher(added)
+  return new AddedTokenMatcher(added, spelling)
 }
 
 function readMerges(merges: readonly string[], entries: ReadonlyMap<string, number>): PairTable {

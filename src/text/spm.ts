@@ -3,7 +3,7 @@
 
 import { byteEntry } from './bpe.ts'
 import { Merger, type PairMerge, type PairSource, PairTable } from './merger.ts'
-import { META_SPACE, type PieceModel, WordCache, WordCutter } from './words.ts'
+import { type PieceModel, WordCache, WordCutter } from './words.ts'
 
 export interface SpmOptions {
   /** Pieces that merging may reach: normal and unused ones. */
@@ -23,6 +23,7 @@ export interface SpmOptions {
 const PAIRS_MAX = 1 << 20
 const APART = -1
 
+/** Takes pieces whose spaces are U+2581 already. */
 export class Spm implements PieceModel, PairSource {
   readonly #options: SpmOptions
   readonly #merger = new Merger(this)
@@ -48,8 +49,7 @@ export class Spm implements PieceModel, PairSource {
   }
 
   encode(piece: string, out: number[]): void {
-    const text = piece.replaceAll(' ', META_SPACE)
-    this.#cutter.cut(text, (word) => this.#cache.encode(word, this.#encodeWord, out))
+    this.#cutter.cut(piece, (word) => this.#cache.encode(word, this.#encodeWord, out))
   }
 
   /** A pair's fate is looked up by its text once, then remembered by its ids. */

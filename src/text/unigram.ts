@@ -117,7 +117,7 @@ export class Unigram implements PieceModel {
       ? Array.from(Buffer.from(piece, 'utf8'), (byte) => this.#ids.get(byteEntry(byte)))
       : [undefined]
     if (bytes.every((token) => token !== undefined)) {
-      out.push(...bytes)
+      for (const token of bytes) out.push(token)
     } else if (unknown === undefined) {
       throw new LatticeError(
         'tokenizer_invalid',
