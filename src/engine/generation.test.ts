@@ -52,7 +52,7 @@ async function collect(generation: Generation, engine: FakeEngine, between = () 
   return choices
 }
 
-test('text or tokens are lost, doubled or split inside a character by the pace of pulling', () => {
+test('the pace of pulling loses, doubles or splits text or tokens', () => {
   const units = fc.array(fc.constantFrom('a', 'b', 'é', '🙂', 'END'), { maxLength: 12 })
   return fc.assert(
     fc.asyncProperty(
@@ -90,7 +90,7 @@ test('text or tokens are lost, doubled or split inside a character by the pace o
   )
 })
 
-test('tokens that came between two pulls are not one delta, or a token waits for its text', async () => {
+test('tokens between two pulls are not one delta, or a token waits for its text', async () => {
   const engine = new FakeEngine(() => tokensOf('ab🙂'))
   const { events } = generate(engine, tokenizer, requestOf({ topLogprobs: 0 }))
   const iterator = events[Symbol.asyncIterator]()
@@ -224,7 +224,7 @@ test('an engine that speaks during submit, or after the end, confuses the events
   assert.equal(choice!.finish!.reason, 'stop')
 })
 
-test("the engine's or the tokenizer's failure does not reach the consumer as a finish", async () => {
+test("the engine's or tokenizer's failure does not reach the consumer as a finish", async () => {
   const engine = new FakeEngine(() => tokensOf('abc'))
   const generation = generate(engine, tokenizer, requestOf())
   const error = new LatticeError('backend_failed', 'broken')
