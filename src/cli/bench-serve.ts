@@ -45,7 +45,7 @@ export function benchServeCommand(): Command {
         .default('completions'),
     )
     .addOption(new Option('--api-key <KEY>', 'sent as bearer token').env('OPENAI_API_KEY'))
-    .option('--timeout <S>', 'silence that fails a request', numberIn(0.001, 1e6), 600)
+    .option('--timeout <S>', 'seconds of silence that fail a request', numberIn(0.001, 1e6), 600)
     .optionsGroup('Load:')
     .option('--num-prompts <N>', 'requests to measure', wholeIn(1), 100)
     .option('--num-warmups <N>', 'requests before, one by one, not measured', wholeIn(0), 1)
