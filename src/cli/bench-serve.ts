@@ -22,13 +22,13 @@ interface Flags {
   randomRangeRatio: number
   dataset?: string
   temperature: number
-  ignoreEos: boolean
-  goodput: string[]
+  ignoreEos?: boolean
+  goodput?: string[]
   percentileMetrics: Metric[]
   percentiles: number[]
   seed: number
   timeout: number
-  json: boolean
+  json?: boolean
   output?: string
 }
 
@@ -49,7 +49,11 @@ export function benchServeCommand(): Command {
     .optionsGroup('Load:')
     .option('--num-prompts <N>', 'requests to measure', wholeIn(1), 100)
     .option('--num-warmups <N>', 'requests before, one by one, not measured', wholeIn(0), 1)
-    .option('--request-rate <R>', 'requests a second; inf sends all at once', rate, Infinity)
+    .addOption(
+      new Option('--request-rate <R>', 'requests a second; inf sends all at once')
+        .argParser(rate)
+        .default(Infinity, 'inf'),
+    )
     .option(
       '--burstiness <B>',
       'shape of the gaps: 1 is a Poisson process, less comes in bursts, more is even',
@@ -68,15 +72,21 @@ export function benchServeCommand(): Command {
     )
     .option('--dataset <FILE>', 'JSON lines like {"prompt": "…", "output_tokens": 64} instead')
     .option('--temperature <T>', '0 always takes the likeliest token', numberIn(0, 2), 0)
-    .option('--ignore-eos', 'answers have exactly the length asked for', false)
+    .option('--ignore-eos', 'answers have exactly the length asked for')
     .option('--seed <N>', 'same seed, same prompts and times', wholeIn(0, 2 ** 52), 0)
     .optionsGroup('Report:')
-    .option('--goodput <LIMIT...>', 'what a good request keeps, in ms: ttft:500 tpot:50', [])
-    .option('--percentile-metrics <LIST>', `which of ${METRICS.join(',')} to report`, metricList, [
-      ...METRICS,
-    ])
-    .option('--percentiles <LIST>', 'which percentiles: 50,90,99.9', percentileList, [99])
-    .option('--json', 'print one JSON object; docs/bench.md lists its keys', false)
+    .option('--goodput <LIMIT...>', 'what a good request keeps, in ms: ttft:500 tpot:50')
+    .addOption(
+      new Option('--percentile-metrics <LIST>', 'which to report')
+        .argParser(metricList)
+        .default([...METRICS], METRICS.join(',')),
+    )
+    .addOption(
+      new Option('--percentiles <LIST>', 'which percentiles: 50,90,99.9')
+        .argParser(percentileList)
+        .default([99], '99'),
+    )
+    .option('--json', 'print one JSON object; docs/bench.md lists its keys')
     .option('--output <FILE>', 'write the JSON to a file as well')
     .action(run)
 }
@@ -90,7 +100,8 @@ async function run(flags: Flags): Promise<void> {
       model: flags.model,
       maxConcurrency: flags.maxConcurrency,
       dataset: flags.dataset,
-      goodput: parseGoodput(flags.goodput),
+      ignoreEos: flags.ignoreEos ?? false,
+      goodput: parseGoodput(flags.goodput ?? []),
       timeoutMs: flags.timeout * 1000,
     },
     info,
