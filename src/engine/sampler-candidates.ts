@@ -28,6 +28,7 @@ export class Candidates {
   /** Answers of `#select`: the boundary key and the mass still needed of those equal to it. */
   #cut = 0
   #needed = 0
+  #dice = 0
 
   constructor(vocab: number, rows: RowWeights) {
     this.#rows = rows
@@ -264,7 +265,8 @@ export class Candidates {
   /**
    * Finds, in ascending order of the first `count` keys, the one at which the running mass reaches
    * `mass` (the last one if it never does), by partitioning only the side that holds it (Hoare's
-   * quickselect, three-way for ties). Leaves it in `#cut`.
+   * quickselect, three-way for ties). Leaves it in `#cut`. Pivots are picked at random places, as
+   * fixed ones take quadratic time on logits that rise and fall; the seed is the same each time.
    */
   #select(count: number, mass: number): void {
     const keys = this.#keys
@@ -272,10 +274,16 @@ export class Candidates {
     let low = 0
     let high = count
     let needed = mass
+    this.#dice = count
     this.#cut = Infinity
     this.#needed = Infinity
     while (low < high) {
-      const pivot = median(keys[low]!, keys[(low + high) >> 1]!, keys[high - 1]!)
+      const span = high - low
+      const pivot = median(
+        keys[low + this.#roll(span)]!,
+        keys[low + this.#roll(span)]!,
+        keys[low + this.#roll(span)]!,
+      )
       let below = low
       let above = high
       let massBelow = 0
@@ -314,6 +322,12 @@ export class Candidates {
       needed -= massBelow + massEqual
       low = above
     }
+  }
+
+  /** A whole number in [0, span): a linear congruential generator is random enough for pivots. */
+  #roll(span: number): number {
+    this.#dice = (Math.imul(this.#dice, 1664525) + 1013904223) >>> 0
+    return Math.floor((this.#dice / 2 ** 32) * span)
   }
 }
 

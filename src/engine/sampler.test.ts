@@ -242,6 +242,26 @@ test('a vocabulary of equal logits is cut wrongly', () => {
   assert.equal(sampler.logprobs(row, 0, 20).top.length, 20)
 })
 
+test('logits that rise and fall take quadratic time', () => {
+  const vocab = 49_152
+  const sampler = new Sampler(vocab)
+  const shapes: ((i: number) => number)[] = [
+    (i) => i / vocab,
+    (i) => -i / vocab,
+    (i) => Math.min(i, vocab - i) / vocab,
+    (i) => (i % 1000) / 50,
+  ]
+  for (const shape of shapes) {
+    const row = Float32Array.from({ length: vocab }, (_, i) => shape(i))
+    for (const params of [...Object.values(MODES), { ...T1, topK: 20_000 }]) {
+      const start = performance.now()
+      sampler.sample(row, stateOf(params))
+      // Quadratic time was 2,000 ms; linear is 3.
+      assert.ok(performance.now() - start < 300)
+    }
+  }
+})
+
 test('the tiniest or hugest temperature breaks arithmetic', () => {
   const sampler = new Sampler(50)
   const row = randomRow(50, 8)

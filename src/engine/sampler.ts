@@ -22,8 +22,9 @@ export { SamplerState } from './sampler-state.ts'
  * top_p are both on). At temperature 0 the filters have no say: the largest logit wins, and of
  * equal ones the lowest id. A draw inverts the cumulative distribution in order of token ids.
  *
- * One instance serves all sequences of an engine: it is scratch, allocated once. Neither `sample`
- * nor `accept` allocates, except that penalties' counts double their arrays as new tokens come up.
+ * One instance serves all sequences of an engine: it is scratch, allocated once. `sample` and
+ * `accept` allocate under 100 bytes a token, numbers that the runtime boxes; penalties' counts
+ * double their arrays as new tokens come up.
  */
 export class Sampler {
   readonly #vocab: number
