@@ -59,7 +59,7 @@ const message = z.discriminatedUnion('role', [
   z.strictObject({ role: z.literal('user'), content: text, name: optional(string) }),
   z.strictObject({
     role: z.literal('assistant'),
-    content: z.union([z.null(), z.undefined(), text]).transform((value) => value ?? ''),
+    content: optional(text).transform((value) => value ?? ''),
     name: optional(string),
     tool_calls: optional(z.array(toolCall)),
     // What a client may hand back from an answer of ours.
