@@ -36,15 +36,12 @@ const SNAPSHOT_TIMEOUT_MS = 2000
  * @throws LatticeError `engine_stopped`
  */
 export async function askSnapshot(engine: Engine): Promise<EngineSnapshot> {
-  let timer: NodeJS.Timeout | undefined
-  const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(
-      () => reject(new LatticeError('engine_stopped', 'The engine does not answer.')),
-      SNAPSHOT_TIMEOUT_MS,
-    )
-  })
+  const { promise: late, reject } = Promise.withResolvers<never>()
+  const timer = setTimeout(() => reject(new Error('no answer in time')), SNAPSHOT_TIMEOUT_MS)
   try {
     return await Promise.race([engine.snapshot(), late])
+  } catch (cause) {
+    throw new LatticeError('engine_stopped', 'The engine does not answer.', { cause })
   } finally {
     clearTimeout(timer)
   }
