@@ -1,9 +1,18 @@
 // Owns a request's text: it joins an engine's tokens with the tokenizer and the stop strings, and
 // hands out text deltas. The engine knows tokens only; servers and the CLI know text only.
 
-import type { LatticeError } from '../errors.ts'
-import type { Tokenizer } from '../text/tokenizer.ts'
-import type { Engine, SamplingParams, TokenLogprobs } from './api.ts'
+import { LatticeError, toLatticeError } from '../errors.ts'
+import { MAX_CHOICES } from '../limits.ts'
+import type { Detokenizer, Tokenizer } from '../text/tokenizer.ts'
+import type {
+  Engine,
+  FinishReason,
+  SamplingParams,
+  SequenceHandle,
+  SequenceSink,
+  TokenLogprobs,
+} from './api.ts'
+import { StopMatcher } from './stop.ts'
 
 export interface GenerationRequest {
   requestId: string
@@ -47,12 +56,236 @@ export interface Generation {
 
 /**
  * Starts `choices` sequences.
- * @throws LatticeError as `Engine.submit` does; then no sequence of the request runs.
+ *
+ * Tokens that arrive before the consumer asks are joined to one delta a choice. A token is in a
+ * delta as soon as it is known, its text when that is final; tokens behind a matched stop string
+ * are not reported, those that completed it are. `events` is for one consumer.
+ *
+ * @throws LatticeError as `Engine.submit` does, and `invalid_request` for stop strings or a number
+ *   of choices out of bounds; then no sequence of the request runs.
  */
 export function generate(
-  _engine: Engine,
-  _tokenizer: Tokenizer,
-  _request: GenerationRequest,
+  engine: Engine,
+  tokenizer: Tokenizer,
+  request: GenerationRequest,
 ): Generation {
-  throw new Error('not written yet')
+  checkChoices(request)
+  const news = new News(request.choices)
+  const choices: Choice[] = []
+  try {
+    for (let i = 0; i < request.choices; i++) {
+      const choice = new Choice(i, tokenizer, request.stop, news)
+      choices.push(choice)
+      choice.start(engine, {
+        requestId: request.requestId,
+        tenant: request.tenant,
+        prompt: request.prompt,
+        sampling: { ...request.sampling, seed: request.sampling.seed + i },
+        maxTokens: request.maxTokens,
+        stopTokens: request.ignoreEos ? [] : tokenizer.eosTokens,
+        topLogprobs: request.topLogprobs,
+      })
+    }
+  } catch (error) {
+    for (const choice of choices) choice.abandon()
+    throw error
+  }
+  return {
+    events: {
+      [Symbol.asyncIterator]: () => ({
+        next: () => news.next(),
+        return: async () => {
+          for (const choice of choices) choice.abandon()
+          news.close()
+          return { done: true, value: undefined }
+        },
+      }),
+    },
+    abort: () => {
+      for (const choice of choices) choice.abort()
+    },
+  }
+}
+
+function checkChoices({ choices, sampling }: GenerationRequest): void {
+  if (!Number.isInteger(choices) || choices < 1 || choices > MAX_CHOICES) {
+    throw new LatticeError('invalid_request', `n is ${choices}; it must be 1 to ${MAX_CHOICES}.`, {
+      todo: `Ask for 1 to ${MAX_CHOICES} choices.`,
+      details: { param: 'n' },
+    })
+  }
+  // Beyond 2^53 − 1, seed + i would be rounded and choices share a seed.
+  if (!Number.isSafeInteger(sampling.seed + (choices - 1))) {
+    throw new LatticeError('invalid_request', `The seed ${sampling.seed} is too large.`, {
+      todo: 'Use a seed within ±2^52.',
+      details: { param: 'seed' },
+    })
+  }
+}
+
+/** One sequence: takes its tokens, keeps what has not been told yet. */
+class Choice implements SequenceSink {
+  readonly #index: number
+  readonly #news: News
+  readonly #detokenizer: Detokenizer
+  readonly #stop: StopMatcher
+  #handle: SequenceHandle | undefined
+  /** Nothing the engine still says about this sequence counts. */
+  #ended = false
+  #abortWanted = false
+  #received = 0
+  #text = ''
+  #tokens: DeltaToken[] = []
+  #finish: GenerationEvent | undefined
+  /** In the news' queue; theirs to set. */
+  queued = false
+
+  constructor(index: number, tokenizer: Tokenizer, stop: readonly string[], news: News) {
+    this.#index = index
+    this.#news = news
+    this.#detokenizer = tokenizer.detokenizer({ skipSpecial: true })
+    this.#stop = new StopMatcher(stop)
+  }
+
+  start(engine: Engine, request: Parameters<Engine['submit']>[0]): void {
+    this.#handle = engine.submit(request, this)
+    // A sink may be called before `submit` returns.
+    if (this.#abortWanted) this.#handle.abort()
+  }
+
+  /** Asks the engine to end; it answers with `onFinish`. */
+  abort(): void {
+    if (this.#ended) return
+    this.#abortEngine()
+  }
+
+  /** Ends without another event: nobody listens. */
+  abandon(): void {
+    if (this.#ended) return
+    this.#ended = true
+    this.#abortEngine()
+  }
+
+  onToken(token: number, logprobs: TokenLogprobs | undefined): void {
+    if (this.#ended) return
+    this.#received += 1
+    this.#tokens.push({ token, logprobs })
+    try {
+      this.#text += this.#stop.push(this.#detokenizer.push(token))
+    } catch (error) {
+      this.#end('error', this.#received, toLatticeError(error))
+      this.#abortEngine()
+      return
+    }
+    if (this.#stop.matched !== undefined) {
+      this.#end('stop', this.#received, undefined)
+      this.#abortEngine()
+      return
+    }
+    this.#news.of(this)
+  }
+
+  onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void {
+    if (this.#ended) return
+    try {
+      this.#text += this.#stop.push(this.#detokenizer.end())
+    } catch (thrown) {
+      this.#end('error', outputTokens, toLatticeError(thrown))
+      return
+    }
+    if (this.#stop.matched !== undefined) {
+      this.#end('stop', outputTokens, undefined)
+      return
+    }
+    this.#text += this.#stop.end()
+    this.#end(reason, outputTokens, error)
+  }
+
+  /** What is to be told next, in order: text and tokens, then the finish. */
+  take(): GenerationEvent | undefined {
+    if (this.#text !== '' || this.#tokens.length > 0) {
+      const delta = { choice: this.#index, text: this.#text, tokens: this.#tokens }
+      this.#text = ''
+      this.#tokens = []
+      return { kind: 'delta', ...delta }
+    }
+    const finish = this.#finish
+    this.#finish = undefined
+    return finish
+  }
+
+  /** A finish waits to be told. */
+  get finished(): boolean {
+    return this.#finish !== undefined
+  }
+
+  #end(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void {
+    this.#ended = true
+    const matched = this.#stop.matched
+    this.#finish = { kind: 'finish', choice: this.#index, reason, matched, outputTokens, error }
+    this.#news.of(this)
+  }
+
+  #abortEngine(): void {
+    this.#abortWanted = true
+    this.#handle?.abort()
+  }
+}
+
+/** Hands a request's events to its one consumer: choices that have something to tell, in turn. */
+class News {
+  #open: number
+  readonly #queue: Choice[] = []
+  #wake: (() => void) | undefined
+  #turn: Promise<unknown> = Promise.resolve()
+
+  constructor(choices: number) {
+    this.#open = choices
+  }
+
+  /** Notes that a choice has something to tell. */
+  of(choice: Choice): void {
+    if (!choice.queued) {
+      choice.queued = true
+      this.#queue.push(choice)
+    }
+    this.#wake?.()
+  }
+
+  /** Nobody will ask again; who still waits is told the end. */
+  close(): void {
+    this.#open = 0
+    this.#queue.length = 0
+    this.#wake?.()
+  }
+
+  /** The next event; calls that overlap are answered in order. */
+  next(): Promise<IteratorResult<GenerationEvent>> {
+    const answer = this.#turn.then(() => this.#next())
+    this.#turn = answer
+    return answer
+  }
+
+  async #next(): Promise<IteratorResult<GenerationEvent>> {
+    while (this.#open > 0) {
+      const event = this.#take()
+      if (event !== undefined) return { done: false, value: event }
+      await new Promise<void>((resolve) => {
+        this.#wake = resolve
+      })
+      this.#wake = undefined
+    }
+    return { done: true, value: undefined }
+  }
+
+  #take(): GenerationEvent | undefined {
+    const choice = this.#queue.shift()
+    if (choice === undefined) return undefined
+    const event = choice.take()
+    choice.queued = false
+    // Its finish, if it has one, comes after the others had their turn.
+    if (choice.finished) this.of(choice)
+    if (event?.kind === 'finish') this.#open -= 1
+    return event
+  }
 }
