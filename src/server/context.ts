@@ -3,7 +3,6 @@
 import type { HttpBindings } from '@hono/node-server'
 import type { Context } from 'hono'
 import type { Engine, EngineSnapshot } from '../engine/api.ts'
-import type { generate } from '../engine/generation.ts'
 import { LatticeError } from '../errors.ts'
 import type { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
@@ -14,7 +13,6 @@ export interface ServerContext {
   readonly tokenizer: Tokenizer
   /** Undefined if the model has none: then there is no chat endpoint to speak of. */
   readonly template: ChatTemplate | undefined
-  readonly generate: typeof generate
   readonly metrics: ServerMetrics
   /** Unix time in seconds at which the model was loaded. */
   readonly loadedAt: number

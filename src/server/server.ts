@@ -5,7 +5,6 @@ import type { AddressInfo, Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { getRequestListener } from '@hono/node-server'
 import type { Engine } from '../engine/api.ts'
-import { generate } from '../engine/generation.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
@@ -25,8 +24,6 @@ export interface ServerOptions {
   port: number
   /** None lets everyone in. */
   apiKeys?: readonly string[]
-  /** Instead of the engine's own, in tests. */
-  generate?: typeof generate
 }
 
 export interface Server {
@@ -51,7 +48,6 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     engine: options.engine,
     tokenizer: options.tokenizer,
     template: options.template,
-    generate: options.generate ?? generate,
     metrics: new ServerMetrics(),
     loadedAt: Math.floor(Date.now() / 1000),
     draining: false,

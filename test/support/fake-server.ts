@@ -8,19 +8,18 @@ import { type Server, type ServerOptions, startServer } from '../../src/server/s
 import { ServerMetrics } from '../../src/observe/server-metrics.ts'
 import { FakeEngine, type FakeEngineOptions } from './fake-engine.ts'
 import { fakeTokenizer } from './fake-tokenizer.ts'
-import { generate } from './generate.ts'
 
 /** `role: content` lines, calls and tools as JSON, then the start of the assistant's turn. */
 export const fakeTemplate: ChatTemplate = {
   render(messages, options) {
     const tools = options?.tools ? `tools: ${JSON.stringify(options.tools)}\n` : ''
     const lines = messages.map((message) => {
-      const calls = message['tool_calls'] ? ` ${JSON.stringify(message['tool_calls'])}` : ''
-      return `${String(message['role'])}: ${String(message['content'])}${calls}<|end|>\n`
+      const calls = message.tool_calls ? ` ${JSON.stringify(message.tool_calls)}` : ''
+      return `${message.role}: ${String(message.content)}${calls}<|end|>\n`
     })
     return `<|bos|>${tools}${lines.join('')}${options?.addGenerationPrompt ? 'assistant: ' : ''}`
   },
-} as ChatTemplate
+}
 
 export interface FakeServer extends AsyncDisposable {
   engine: FakeEngine
@@ -39,7 +38,6 @@ export async function fakeServer(
     template: fakeTemplate,
     host: '127.0.0.1',
     port: 0,
-    generate,
     ...serverOptions,
   })
   return {
@@ -60,7 +58,6 @@ export function fakeApp(engineOptions: FakeEngineOptions = {}) {
     engine,
     tokenizer: fakeTokenizer(),
     template: fakeTemplate,
-    generate,
     metrics: new ServerMetrics(),
     loadedAt: 1_700_000_000,
     draining: false,

@@ -1,6 +1,7 @@
 // Owns a chat's messages: what each role may carry, and the plain form that templates take.
 
 import { z } from 'zod'
+import type { ChatMessage as TemplateMessage } from '../../text/chat-template.ts'
 import { optional, record, refuse, string, unsupported } from '../validate.ts'
 
 type Refinement = z.core.$RefinementCtx<unknown>
@@ -92,11 +93,11 @@ const tool = z.strictObject({
 export const toolsField = z.array(tool)
 export type ChatTool = z.infer<typeof tool>
 
-/** What templates are written against: `developer` is `system`, absent fields are absent. */
-export function templateMessages(messages: readonly ChatMessage[]): Record<string, unknown>[] {
+/** `developer` is OpenAI's newer name for `system`, which is what models were trained on. */
+export function templateMessages(messages: readonly ChatMessage[]): TemplateMessage[] {
   return messages.map((message) => {
-    const plain = withoutUndefined(message)
-    return message.role === 'developer' ? { ...plain, role: 'system' } : plain
+    const role = message.role === 'developer' ? 'system' : message.role
+    return { ...withoutUndefined(message), role, content: message.content }
   })
 }
 

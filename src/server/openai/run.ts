@@ -1,6 +1,11 @@
 // Owns one request's generations from submit to last event: numbering, timing, usage, abortion.
 
-import type { Generation, GenerationEvent, GenerationRequest } from '../../engine/generation.ts'
+import {
+  generate,
+  type Generation,
+  type GenerationEvent,
+  type GenerationRequest,
+} from '../../engine/generation.ts'
 import { LatticeError } from '../../errors.ts'
 import { GenerationTimer } from '../../observe/generation-timer.ts'
 import type { AbortCause } from '../../observe/server-metrics.ts'
@@ -99,7 +104,7 @@ export class Run {
   }
 
   #submit(prompt: RunPrompt, tenant: string): void {
-    const { metrics, engine, tokenizer, generate } = this.#context
+    const { metrics, engine, tokenizer } = this.#context
     const generation = generate(engine, tokenizer, {
       ...this.#request,
       requestId: this.requestId,
