@@ -84,6 +84,8 @@ export interface Model {
   metadata: ReadonlyMap<string, MetadataValue>
   /** Parsed tokenizer.json, for safetensors directories. */
   tokenizerJson: unknown
+  /** Parsed tokenizer_config.json, if there is one: it names bos_token and eos_token. */
+  tokenizerConfig?: unknown
   /** Jinja source, if the model has a chat template. */
   chatTemplate: string | undefined
   /**

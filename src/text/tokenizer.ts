@@ -1,4 +1,4 @@
-// Owns the contract of a tokenizer; bpe.ts and unigram.ts fulfil it.
+// Owns the contract of a tokenizer; text-tokenizer.ts fulfils it for every kind of model.
 
 /** Turns text to token ids and back, exactly as the model's authors' own tokenizer does. */
 export interface Tokenizer {
@@ -8,7 +8,8 @@ export interface Tokenizer {
   readonly eosTokens: readonly number[]
   /**
    * @param text any JavaScript string; lone surrogates become U+FFFD first, as UTF-8 encoding does.
-   * @param options.addSpecial adds the model's begin/end tokens, as its metadata says.
+   * @param options.addSpecial adds the model's begin/end tokens, as its metadata says; where the
+   *   text itself begins with the begin token (parsed), there is still only one.
    * @param options.parseSpecial recognises special tokens' text (templates: yes, user text: no).
    */
   encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array
@@ -16,8 +17,12 @@ export interface Tokenizer {
   tokenBytes(token: number, skipSpecial: boolean): Uint8Array
   /** Whole text; bytes that are not UTF-8 become U+FFFD. */
   decode(tokens: ArrayLike<number>, options?: { skipSpecial?: boolean }): string
-  /** Text piece by piece as tokens arrive; never emits half a character. */
-  detokenizer(options?: { skipSpecial?: boolean }): Detokenizer
+  /**
+   * Text piece by piece as tokens arrive; never emits half a character.
+   * @param options.fromStart the tokens are a whole text, as `decode` takes them. Else they go on
+   *   from a prompt, and a space that encoding would have put before a text is the model's own.
+   */
+  detokenizer(options?: { skipSpecial?: boolean; fromStart?: boolean }): Detokenizer
   isSpecial(token: number): boolean
   /** The token's surface as the vocabulary spells it, for logprobs' `token` field and debugging. */
   tokenText(token: number): string

@@ -1,0 +1,86 @@
+// Owns what makes repeated words cheap: where a piece may be cut without changing its tokens, and
+// a bounded memory of words already encoded.
+
+/** Turns one piece of text to tokens; pieces never merge with each other. */
+export interface PieceModel {
+  encode(piece: string, out: number[]): void
+}
+
+/** Words longer than this are rarely seen twice. */
+const WORD_UNITS_MAX = 48
+
+/** Two generations of this many words are kept: some 10 MB at most. */
+const GENERATION_WORDS = 16384
+
+/** Remembers the tokens of recent words: when the young generation is full it becomes the old. */
+export class WordCache {
+  #young = new Map<string, readonly number[]>()
+  #old = new Map<string, readonly number[]>()
+
+  get(word: string): readonly number[] | undefined {
+    const young = this.#young.get(word)
+    if (young !== undefined) return young
+    const old = this.#old.get(word)
+    if (old !== undefined) this.set(word, old)
+    return old
+  }
+
+  set(word: string, tokens: readonly number[]): void {
+    if (word.length > WORD_UNITS_MAX) return
+    if (this.#young.size >= GENERATION_WORDS) {
+      this.#old = this.#young
+      this.#young = new Map()
+    }
+    this.#young.set(word, tokens)
+  }
+
+  /** Appends a word's tokens, from memory or by `encode`. */
+  encode(word: string, encode: (word: string, out: number[]) => void, out: number[]): void {
+    if (word.length > WORD_UNITS_MAX) return encode(word, out)
+    let tokens = this.get(word)
+    if (tokens === undefined) {
+      const fresh: number[] = []
+      encode(word, fresh)
+      // A substring would keep the whole text it was cut from alive.
+      this.set(detached(word), fresh)
+      tokens = fresh
+    }
+    for (let i = 0; i < tokens.length; i++) out.push(tokens[i]!)
+  }
+}
+
+function detached(word: string): string {
+  return Buffer.from(word, 'utf16le').toString('utf16le')
+}
+
+/** The space of SentencePiece vocabularies, U+2581. */
+export const META_SPACE = '\u2581'
+
+/**
+ * Cuts text before each U+2581 where no vocabulary entry could reach across: there the words'
+ * tokens are the text's tokens, so a whole text need not be merged at once.
+ *
+ * @param entries every entry a merge may produce
+ */
+export class WordCutter {
+  /** Characters (code units) that some entry has before an inner U+2581. */
+  readonly #reaching = new Set<string>([META_SPACE])
+
+  constructor(entries: Iterable<string>) {
+    for (const entry of entries) {
+      let at = entry.indexOf(META_SPACE, 1)
+      for (; at > 0; at = entry.indexOf(META_SPACE, at + 1)) this.#reaching.add(entry[at - 1]!)
+    }
+  }
+
+  cut(text: string, word: (word: string) => void): void {
+    let from = 0
+    let at = text.indexOf(META_SPACE, 1)
+    for (; at > 0; at = text.indexOf(META_SPACE, at + 1)) {
+      if (this.#reaching.has(text[at - 1]!)) continue
+      word(text.slice(from, at))
+      from = at
+    }
+    if (from < text.length) word(text.slice(from))
+  }
+}
