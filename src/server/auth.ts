@@ -19,7 +19,11 @@ export interface Authenticator {
 
 /** @param keys none lets everyone in as 'default'. */
 export function authenticator(keys: readonly string[]): Authenticator {
-  if (keys.some((key) => key.length === 0)) throw new LatticeError('usage', 'An API key is empty.')
+  if (!keys.every((key) => /^\S+$/.test(key))) {
+    throw new LatticeError('usage', 'An API key is empty or has white space in it.', {
+      todo: 'Use a key that fits in Authorization: Bearer KEY.',
+    })
+  }
   const digests = keys.map(sha256)
   return {
     tenant(path, authorization) {

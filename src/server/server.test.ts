@@ -232,8 +232,9 @@ test('API keys: 401 without one, open probes, a tenant for each key', async () =
   assert.equal(first, third)
 })
 
-test('an empty API key is refused at the start: it would let everyone in', async () => {
+test('an API key that is empty or cannot be sent is refused at the start', async () => {
   await assert.rejects(fakeServer({}, { apiKeys: [''] }), { code: 'usage' })
+  await assert.rejects(fakeServer({}, { apiKeys: ['a b'] }), { code: 'usage' })
 })
 
 test('a port that is taken is an error that says so', async () => {

@@ -106,6 +106,7 @@ function issueCode(issue: z.core.$ZodIssue): ErrorCode {
 function issueText(issue: z.core.$ZodIssue): string {
   if (issue.code === 'custom') return issue.message
   if (issue.code === 'invalid_type') return `must be ${withArticle(issue.expected)}.`
+  if (issue.code === 'invalid_value') return `must be ${issue.values.map(show).join(' or ')}.`
   if (issue.code === 'too_small') return `must have at least ${issue.minimum} item(s).`
   if (issue.code === 'too_big') return `must have at most ${issue.maximum} item(s).`
   if (issue.code === 'invalid_union') return 'is none of the kinds that docs/api.md lists.'

@@ -2,7 +2,7 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { serveFake, soak } from './streams.ts'
 
-test('200 streaming clients, a fifth leaving at random: no error, no leak, flat memory', async (t) => {
+test('200 streams, a fifth left at random: no error, no leak, flat memory', async (t) => {
   const fake = await serveFake()
   try {
     const report = await soak({ url: fake.url, clients: 200, seconds: 5, seed: 1 })

@@ -192,8 +192,8 @@ export class ChatFrames implements Frames {
     return JSON.stringify({ content: chatLogprobs(event.tokens, this.#tokenizer), refusal: null })
   }
 
-  #frame(choice: FrameChoice, delta: string, logprobs: string, finishReason: string): string {
-    return `${choice.head}${delta},"logprobs":${logprobs},"finish_reason":${finishReason}${this.#tail}`
+  #frame(choice: FrameChoice, delta: string, logprobs: string, finish: string): string {
+    return `${choice.head}${delta},"logprobs":${logprobs},"finish_reason":${finish}${this.#tail}`
   }
 }
 

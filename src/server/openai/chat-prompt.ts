@@ -3,6 +3,7 @@
 import { LatticeError } from '../../errors.ts'
 import type { ServerContext } from '../context.ts'
 import { record, refuse } from '../validate.ts'
+import { encodePrompt } from './encode.ts'
 import { type ChatMessage, type ChatTool, templateMessages, templateTools } from './messages.ts'
 
 /** Names the template gets from us: a request may not put its own in their place. */
@@ -38,10 +39,9 @@ export function chatPrompt(
     ...(options.extra ? { extra: options.extra } : {}),
     addGenerationPrompt: options.addGenerationPrompt ?? true,
   })
-  const tokens = context.tokenizer.encode(text, {
-    addSpecial: options.addSpecial ?? false,
-    parseSpecial: true,
-  })
+  const { tokenizer, engine } = context
+  const addSpecial = options.addSpecial ?? false
+  const tokens = encodePrompt(text, addSpecial, tokenizer, engine.model, 'messages')
   if (tokens.length > 0) return tokens
   throw new LatticeError('invalid_request', "'messages' make an empty prompt.", {
     details: { param: 'messages' },

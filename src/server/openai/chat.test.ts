@@ -143,7 +143,7 @@ test('max_tokens and max_completion_tokens bound the answer, which then says len
   assert.equal((await post(app.request, PATH, both)).json.error.param, 'max_tokens')
 })
 
-test('every sampling parameter reaches the engine, and absent ones have OpenAI’s defaults', async () => {
+test('every sampling parameter reaches the engine, absent ones by OpenAI’s defaults', async () => {
   const { app, engine } = fakeApp()
   const given = {
     temperature: 0.5,
@@ -193,6 +193,7 @@ test('every sampling parameter reaches the engine, and absent ones have OpenAI�
 test('a conversation with tools reaches the template as templates expect it', async () => {
   const { app, engine } = fakeApp()
   const parameters = { type: 'object', properties: { city: { type: 'string' } } }
+  const tool = { type: 'function', function: { name: 'weather', parameters } }
   const call = { name: 'weather', arguments: '{"city": "Rome"}' }
   await post(app.request, PATH, {
     messages: [
@@ -211,14 +212,14 @@ test('a conversation with tools reaches the template as templates expect it', as
       },
       { role: 'tool', tool_call_id: 'x', content: 'sunny' },
     ],
-    tools: [{ type: 'function', function: { name: 'weather', parameters } }],
+    tools: [tool],
   })
   const prompt = fakeTokenizer().decode(engine.requests[0]!.prompt)
   const object =
     '[{"id":"x","type":"function","function":{"name":"weather","arguments":{"city":"Rome"}}}]'
   assert.equal(
     prompt,
-    `<|bos|>tools: ${JSON.stringify([{ type: 'function', function: { name: 'weather', parameters } }])}\n` +
+    `<|bos|>tools: ${JSON.stringify([tool])}\n` +
       'system: be brief<|end|>\nuser: a\nb<|end|>\n' +
       `assistant:  ${object}<|end|>\ntool: sunny<|end|>\nassistant: `,
   )

@@ -116,8 +116,8 @@ export class CompletionFrames implements Frames {
     return this.#shape.includeUsage ? `${this.#start}],"usage":${JSON.stringify(usage)}}\n\n` : ''
   }
 
-  #frame(choice: FrameChoice, text: string, logprobs: string, finishReason: string): string {
+  #frame(choice: FrameChoice, text: string, logprobs: string, finish: string): string {
     const json = JSON.stringify(text)
-    return `${choice.head}${json},"logprobs":${logprobs},"finish_reason":${finishReason}${this.#tail}`
+    return `${choice.head}${json},"logprobs":${logprobs},"finish_reason":${finish}${this.#tail}`
   }
 }

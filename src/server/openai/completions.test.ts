@@ -100,6 +100,30 @@ test('logprobs are four parallel lists, streamed as whole', async () => {
   )
 })
 
+test('text offsets count whole characters where one takes several tokens', async () => {
+  const { app } = fakeApp({ reply: () => 'aé💥b' })
+  const { json } = await post(app.request, PATH, { prompt: 'x', logprobs: 0 })
+  const { tokens, text_offset } = json.choices[0].logprobs
+  assert.equal(tokens.length, 8)
+  assert.deepEqual(text_offset, [0, 1, 1, 2, 2, 2, 2, 4])
+  assert.equal(json.choices[0].text.indexOf('b'), 4)
+})
+
+test('a text of megabytes is refused by its length, before it is encoded', async () => {
+  const { app, context } = fakeApp()
+  const encode = context.tokenizer.encode
+  let longest = 0
+  context.tokenizer.encode = (text, options) => {
+    longest = Math.max(longest, text.length)
+    return encode(text, options)
+  }
+  const { status, json } = await post(app.request, PATH, { prompt: 'x'.repeat(4 << 20) })
+  assert.equal(status, 400)
+  assert.equal(json.error.code, 'context_length_exceeded')
+  assert.match(json.error.message, /at least \d+ tokens.*\b1024\b/)
+  assert.equal(longest, 0)
+})
+
 test('a queue with room for one prompt of two takes neither', async () => {
   const { app, engine } = fakeApp({ maxQueue: 1 })
   const { status } = await post(app.request, PATH, { prompt: ['a', 'b'] })

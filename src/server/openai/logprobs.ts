@@ -2,7 +2,7 @@
 
 import type { TokenLogprobs } from '../../engine/api.ts'
 import type { DeltaToken } from '../../engine/generation.ts'
-import type { Tokenizer } from '../../text/tokenizer.ts'
+import type { Detokenizer, Tokenizer } from '../../text/tokenizer.ts'
 
 interface ChatToken {
   token: string
@@ -38,18 +38,20 @@ function chatToken(token: number, logprob: number, tokenizer: Tokenizer): ChatTo
 export interface CompletionLogprobs {
   tokens: string[]
   token_logprobs: number[]
-  top_logprobs: Record<string, number>[] | null
+  top_logprobs: Record<string, number>[]
   text_offset: number[]
 }
 
 /** Collects a choice's tokens; offsets count characters from the start of the choice's text. */
 export class CompletionLogprobsWriter {
   readonly #tokenizer: Tokenizer
+  readonly #detokenizer: Detokenizer
   #offset: number
 
   /** @param offset where the output starts: after the prompt if it is echoed */
   constructor(tokenizer: Tokenizer, offset: number) {
     this.#tokenizer = tokenizer
+    this.#detokenizer = tokenizer.detokenizer({ skipSpecial: true })
     this.#offset = offset
   }
 
@@ -57,12 +59,12 @@ export class CompletionLogprobsWriter {
     const columns = emptyColumns()
     for (const { token, logprobs } of tokens) {
       if (logprobs === undefined) continue
-      const text = this.#text(token)
-      columns.tokens.push(text)
+      columns.tokens.push(this.#text(token))
       columns.token_logprobs.push(finite(logprobs.logprob))
       columns.text_offset.push(this.#offset)
-      columns.top_logprobs!.push(this.#top(token, logprobs))
-      this.#offset += text.length
+      columns.top_logprobs.push(this.#top(token, logprobs))
+      // A character of several tokens counts once, with the token that completes it.
+      this.#offset += this.#detokenizer.push(token).length
     }
     return columns
   }
@@ -87,7 +89,7 @@ export function emptyColumns(): CompletionLogprobs {
 export function appendColumns(to: CompletionLogprobs, more: CompletionLogprobs): void {
   to.tokens.push(...more.tokens)
   to.token_logprobs.push(...more.token_logprobs)
-  to.top_logprobs?.push(...(more.top_logprobs ?? []))
+  to.top_logprobs.push(...more.top_logprobs)
   to.text_offset.push(...more.text_offset)
 }
 

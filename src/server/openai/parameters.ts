@@ -16,6 +16,7 @@ import {
   string,
   unsupported,
 } from '../validate.ts'
+import { promptTooLong } from './encode.ts'
 
 /** Choice i samples with seed + i: the sum must stay exact. */
 const SEED_MAX = 2 ** 52
@@ -131,16 +132,18 @@ export function fitMaxTokens(
 ): number {
   const room = model.contextLength - promptTokens
   if (room < 1) {
-    const what = `The prompt has ${promptTokens} tokens; the context holds ${model.contextLength}`
-    throw tooLong(`${what}, the answer included.`, 'Shorten the prompt.', param)
+    throw promptTooLong(String(promptTokens), model.contextLength, param)
   }
   if (asked === undefined) return Math.min(fallback, room)
   if (asked <= room) return asked
   const what = `${promptTokens} prompt tokens and ${asked} more do not fit`
   const todo = `Shorten the prompt, or ask for at most ${room}.`
-  throw tooLong(`${what} the context of ${model.contextLength}.`, todo, 'max_tokens')
-}
-
-function tooLong(what: string, todo: string, param: string): LatticeError {
-  return new LatticeError('context_length_exceeded', what, { todo, details: { param } })
+  throw new LatticeError(
+    'context_length_exceeded',
+    `${what} a context of ${model.contextLength}.`,
+    {
+      todo,
+      details: { param: 'max_tokens' },
+    },
+  )
 }

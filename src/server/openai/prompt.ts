@@ -4,6 +4,7 @@ import type { EngineModel } from '../../engine/api.ts'
 import { LatticeError } from '../../errors.ts'
 import { MAX_CHOICES } from '../../limits.ts'
 import type { Tokenizer } from '../../text/tokenizer.ts'
+import { encodePrompt } from './encode.ts'
 
 export interface Prompt {
   tokens: Int32Array
@@ -18,13 +19,13 @@ export interface Prompt {
  */
 export function parsePrompts(value: unknown, tokenizer: Tokenizer, model: EngineModel): Prompt[] {
   if (value === undefined || value === null) throw wrong('is missing', 'prompt')
-  if (typeof value === 'string') return [textPrompt(value, tokenizer, 'prompt')]
+  if (typeof value === 'string') return [textPrompt(value, tokenizer, model, 'prompt')]
   if (!Array.isArray(value) || value.length === 0) throw wrong(SHAPES, 'prompt')
   if (typeof value[0] === 'number') return [tokenPrompt(value, tokenizer, model, 'prompt')]
   if (value.length > MAX_CHOICES) throw wrong(`must have at most ${MAX_CHOICES} prompts`, 'prompt')
   return value.map((item: unknown, i) => {
     const param = `prompt[${i}]`
-    if (typeof item === 'string') return textPrompt(item, tokenizer, param)
+    if (typeof item === 'string') return textPrompt(item, tokenizer, model, param)
     if (Array.isArray(item)) return tokenPrompt(item, tokenizer, model, param)
     throw wrong(SHAPES, 'prompt')
   })
@@ -45,8 +46,8 @@ export function tokenIds(value: readonly unknown[], model: EngineModel, param: s
 
 const SHAPES = 'must be a string, a list of strings, a list of token ids, or a list of such lists'
 
-function textPrompt(text: string, tokenizer: Tokenizer, param: string): Prompt {
-  const tokens = tokenizer.encode(text, { addSpecial: true, parseSpecial: true })
+function textPrompt(text: string, tokenizer: Tokenizer, model: EngineModel, param: string): Prompt {
+  const tokens = encodePrompt(text, true, tokenizer, model, param)
   if (tokens.length === 0) throw wrong('is empty: there is no token to start from', param)
   return { tokens, text }
 }

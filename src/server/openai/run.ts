@@ -37,6 +37,7 @@ export class Run {
   #promptTokens = 0
   #outputTokens = 0
   #aborted = false
+  #ended = false
 
   /**
    * Submits every prompt; the client's going away aborts them.
@@ -79,9 +80,9 @@ export class Run {
     }
   }
 
-  /** Ends every choice; false if the run had been aborted already. */
+  /** Ends every choice; false if the run had ended or been aborted already. */
   abort(cause: AbortCause): boolean {
-    if (this.#aborted) return false
+    if (this.#aborted || this.#ended) return false
     this.#context.metrics.requestAborts.add(1, [cause])
     this.#stop()
     return true
@@ -101,6 +102,7 @@ export class Run {
       this.abort('error')
       throw error
     }
+    this.#ended = true
   }
 
   #submit(prompt: RunPrompt, tenant: string): void {

@@ -1,5 +1,5 @@
-// Owns tool calls in an answer's text, in Hermes style: <tool_call>{"name", "arguments"}</tool_call>.
-// What looks like one but does not parse stays text: nothing the model said is lost.
+// Owns tool calls in an answer's text, in Hermes style: <tool_call>{"name", "arguments"} and the
+// closing tag. What looks like one but does not parse stays text: nothing the model said is lost.
 
 const OPEN = '<tool_call>'
 const CLOSE = '</tool_call>'
