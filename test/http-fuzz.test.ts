@@ -10,6 +10,8 @@ const SEED = Number(process.env['LATTICE_FUZZ_SEED'] ?? 1)
 const IN_PROCESS = 97_000
 const ON_SOCKETS = 3_000
 const IN_FLIGHT = 64
+/** Ten times what it takes: then a request hangs. */
+const HANG_MS = 180_000
 /** Small, so that a valid mutation that asks for much is answered soon or refused. */
 const ENGINE = { contextLength: 96, maxRunning: 1024, maxQueue: 1024 }
 
@@ -197,38 +199,42 @@ async function isIdle(engine: FakeEngine): Promise<boolean> {
   return running + waiting + kv.usedPages === 0
 }
 
-test(`${IN_PROCESS} mutated requests are answered, none by a failure of ours`, async (t) => {
-  t.diagnostic(`seed ${SEED}`)
-  const random = new Random(SEED)
-  const { app, engine } = fakeApp(ENGINE)
-  const statuses = new Map<number, number>()
-  let left = IN_PROCESS
-  const worker = async (): Promise<void> => {
-    while (left-- > 0) {
-      const probe = mutatedProbe(random)
-      const { method, path, headers, body } = probe
-      const response = await app.request(path, {
-        method,
-        headers,
-        ...(body ? { body: new Uint8Array(body) } : {}),
-      })
-      const { status } = response
-      const text = await response.text()
-      statuses.set(status, (statuses.get(status) ?? 0) + 1)
-      const what = `${method} ${path} ${body?.toString() ?? ''} → ${status} ${text.slice(0, 300)}`
-      assert.ok((status >= 200 && status < 300) || (status >= 400 && status < 500), what)
-      if (status < 400 || method === 'HEAD') continue
-      const { error } = JSON.parse(text)
-      assert.ok(error.message.length > 0 && error.code.length > 0, what)
+test(
+  `${IN_PROCESS} mutated requests are answered, none by a failure of ours`,
+  { timeout: HANG_MS },
+  async (t) => {
+    t.diagnostic(`seed ${SEED}`)
+    const random = new Random(SEED)
+    const { app, engine } = fakeApp(ENGINE)
+    const statuses = new Map<number, number>()
+    let left = IN_PROCESS
+    const worker = async (): Promise<void> => {
+      while (left-- > 0) {
+        const probe = mutatedProbe(random)
+        const { method, path, headers, body } = probe
+        const response = await app.request(path, {
+          method,
+          headers,
+          ...(body ? { body: new Uint8Array(body) } : {}),
+        })
+        const { status } = response
+        const text = await response.text()
+        statuses.set(status, (statuses.get(status) ?? 0) + 1)
+        const what = `${method} ${path} ${body?.toString() ?? ''} → ${status} ${text.slice(0, 300)}`
+        assert.ok((status >= 200 && status < 300) || (status >= 400 && status < 500), what)
+        if (status < 400 || method === 'HEAD') continue
+        const { error } = JSON.parse(text)
+        assert.ok(error.message.length > 0 && error.code.length > 0, what)
+      }
     }
-  }
-  await Promise.all(Array.from({ length: IN_FLIGHT }, worker))
-  await until('an idle engine', () => isIdle(engine))
-  t.diagnostic(JSON.stringify(Object.fromEntries([...statuses].toSorted(([a], [b]) => a - b))))
-  // A mutation that only ever fails early would show nothing.
-  assert.ok(statuses.get(200)! > IN_PROCESS / 10)
-  assert.ok(statuses.get(400)! > IN_PROCESS / 10)
-})
+    await Promise.all(Array.from({ length: IN_FLIGHT }, worker))
+    await until('an idle engine', () => isIdle(engine))
+    t.diagnostic(JSON.stringify(Object.fromEntries([...statuses].toSorted(([a], [b]) => a - b))))
+    // A mutation that only ever fails early would show nothing.
+    assert.ok(statuses.get(200)! > IN_PROCESS / 10)
+    assert.ok(statuses.get(400)! > IN_PROCESS / 10)
+  },
+)
 
 /** A request as bytes on the wire, broken in its head, its length or its chunks. */
 function mutatedWire(random: Random): Buffer {
@@ -282,27 +288,31 @@ function exchange(url: string, wire: Buffer): Promise<string> {
   })
 }
 
-test(`${ON_SOCKETS} broken requests on sockets leave the server well`, async (t) => {
-  t.diagnostic(`seed ${SEED}`)
-  const random = new Random(SEED + 1)
-  await using server = await fakeServer(ENGINE)
-  let answered = 0
-  let left = ON_SOCKETS
-  const worker = async (): Promise<void> => {
-    while (left-- > 0) {
-      const wire = mutatedWire(random)
-      const received = await exchange(server.url, wire)
-      const statuses = [...received.matchAll(/^HTTP\/1\.1 (\d)\d\d /gm)].map((match) => match[1]!)
-      if (statuses.length > 0) answered++
-      const what = `${wire.toString('latin1')} → ${received.slice(0, 500)}`
-      assert.ok(
-        statuses.every((status) => status === '2' || status === '4'),
-        what,
-      )
+test(
+  `${ON_SOCKETS} broken requests on sockets leave the server well`,
+  { timeout: HANG_MS },
+  async (t) => {
+    t.diagnostic(`seed ${SEED}`)
+    const random = new Random(SEED + 1)
+    await using server = await fakeServer(ENGINE)
+    let answered = 0
+    let left = ON_SOCKETS
+    const worker = async (): Promise<void> => {
+      while (left-- > 0) {
+        const wire = mutatedWire(random)
+        const received = await exchange(server.url, wire)
+        const statuses = [...received.matchAll(/^HTTP\/1\.1 (\d)\d\d /gm)].map((match) => match[1]!)
+        if (statuses.length > 0) answered++
+        const what = `${wire.toString('latin1')} → ${received.slice(0, 500)}`
+        assert.ok(
+          statuses.every((status) => status === '2' || status === '4'),
+          what,
+        )
+      }
     }
-  }
-  await Promise.all(Array.from({ length: IN_FLIGHT }, worker))
-  assert.ok(answered > ON_SOCKETS / 2, `only ${answered} were answered`)
-  await until('an idle engine', () => isIdle(server.engine))
-  assert.equal((await fetch(`${server.url}/livez`)).status, 200)
-})
+    await Promise.all(Array.from({ length: IN_FLIGHT }, worker))
+    assert.ok(answered > ON_SOCKETS / 2, `only ${answered} were answered`)
+    await until('an idle engine', () => isIdle(server.engine))
+    assert.equal((await fetch(`${server.url}/livez`)).status, 200)
+  },
+)

@@ -46,8 +46,7 @@ async function pump(c: RouteContext, run: Run, frames: Frames, stream: SseStream
       const text = frames.of(event)
       if (text !== '' && !stream.send(text)) dropSlowReader(c, run)
     })
-    if (run.aborted) return
-    stream.send(`${frames.usage(run.usage)}data: [DONE]\n\n`)
+    if (!run.aborted) stream.send(`${frames.usage(run.usage)}data: [DONE]\n\n`)
   } catch (thrown) {
     const error = toLatticeError(thrown)
     logFailure(error, run.requestId)
