@@ -13,6 +13,7 @@ export const ERROR_CODES = {
   model_not_found: { status: 404, exit: 3 },
   not_found: { status: 404, exit: 3 },
   body_too_large: { status: 413, exit: 2 },
+  unsupported_media_type: { status: 415, exit: 2 },
   queue_full: { status: 429, exit: 1 },
   draining: { status: 503, exit: 1 },
   engine_stopped: { status: 503, exit: 1 },

@@ -22,6 +22,12 @@ export const MAX_STOP_BYTES = 1024
 /** A request body; a prompt of a million tokens fits. */
 export const MAX_BODY_BYTES = 16 << 20
 
+/** Nesting of a request's JSON; deeper could exhaust the stack of whoever walks it. */
+export const MAX_JSON_DEPTH = 64
+
+/** Bytes of a stream that its client has not taken; beyond it the client counts as gone. */
+export const MAX_STREAM_BUFFER_BYTES = 1 << 20
+
 /** GGUF: bounds that no real file comes near, so that a hostile count cannot reserve memory. */
 export const GGUF_MAX_TENSORS = 1 << 20
 export const GGUF_MAX_METADATA = 1 << 16

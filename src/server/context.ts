@@ -1,0 +1,46 @@
+// Owns what every route shares: the engine and its text, the metrics, and whether we are draining.
+
+import type { HttpBindings } from '@hono/node-server'
+import type { Context } from 'hono'
+import type { Engine, EngineSnapshot } from '../engine/api.ts'
+import { LatticeError } from '../errors.ts'
+import type { ServerMetrics } from '../observe/server-metrics.ts'
+import type { ChatTemplate } from '../text/chat-template.ts'
+import type { Tokenizer } from '../text/tokenizer.ts'
+
+export interface ServerContext {
+  readonly engine: Engine
+  readonly tokenizer: Tokenizer
+  /** Undefined if the model has none: then there is no chat endpoint to speak of. */
+  readonly template: ChatTemplate | undefined
+  readonly metrics: ServerMetrics
+  /** Unix time in seconds at which the model was loaded. */
+  readonly loadedAt: number
+  draining: boolean
+}
+
+export interface RouteEnv {
+  /** Absent when a test calls the app without a socket. */
+  Bindings: Partial<HttpBindings>
+  Variables: { requestId: string; tenant: string; arrivalMs: number }
+}
+
+export type RouteContext = Context<RouteEnv>
+
+const SNAPSHOT_TIMEOUT_MS = 2000
+
+/**
+ * The engine's snapshot, or an error if it does not answer: health checks must not hang with it.
+ * @throws LatticeError `engine_stopped`
+ */
+export async function askSnapshot(engine: Engine): Promise<EngineSnapshot> {
+  const { promise: late, reject } = Promise.withResolvers<never>()
+  const timer = setTimeout(() => reject(new Error('no answer in time')), SNAPSHOT_TIMEOUT_MS)
+  try {
+    return await Promise.race([engine.snapshot(), late])
+  } catch (cause) {
+    throw new LatticeError('engine_stopped', 'The engine does not answer.', { cause })
+  } finally {
+    clearTimeout(timer)
+  }
+}
