@@ -15,6 +15,7 @@ export const ERROR_CODES = {
   body_too_large: { status: 413, exit: 2 },
   queue_full: { status: 429, exit: 1 },
   draining: { status: 503, exit: 1 },
+  server_unreachable: { status: 502, exit: 1 },
   engine_stopped: { status: 503, exit: 1 },
   kv_memory_exhausted: { status: 400, exit: 1 },
   gguf_invalid: { status: 500, exit: 1 },
