@@ -18,7 +18,9 @@ const [mode, ...args] = process.argv.slice(2)
 
 if (mode === 'start') {
   await install('production')
-  await become(['src/main.ts', 'serve', ...args])
+  // So that "ready in" counts from here.
+  const started = String(Math.round(performance.timeOrigin))
+  await become(['src/main.ts', 'serve', ...args], { LATTICE_STARTED_MS: started })
 } else if (mode === 'test') {
   await install('development')
   await become(['tools/test.ts', ...args])
@@ -131,9 +133,8 @@ function fits({ os, cpu, libc }) {
 }
 
 /** The nearest thing to exec: this process lives only to pass on signals and the exit code. */
-async function become(command) {
-  const env = { ...process.env, LATTICE_STARTED_MS: String(Math.round(performance.timeOrigin)) }
-  process.exit(await run(NODE, command, { cwd: ROOT, env }))
+async function become(command, env = {}) {
+  process.exit(await run(NODE, command, { env: { ...process.env, ...env } }))
 }
 
 /** Runs a command on our own terminal; resolves with the exit code a shell would report. */

@@ -55,11 +55,12 @@ async function converse(session: Session, options: ChatOptions): Promise<void> {
     const typed = await readMessage(lines)
     if (typed.kind === 'end') return
     if (typed.kind === 'interrupt') {
-      if (++interrupts === 2) {
+      interrupts = typed.discarded ? 0 : interrupts + 1
+      if (interrupts === 2) {
         process.exitCode = EXIT_INTERRUPTED
         return
       }
-      say('Ctrl-C again, Ctrl-D or /exit leaves.')
+      if (interrupts === 1) say('Ctrl-C again, Ctrl-D or /exit leaves.')
       continue
     }
     interrupts = 0
@@ -86,7 +87,8 @@ async function readMessage(lines: LineReader): ReturnType<LineReader['read']> {
   let text = typed.text.slice(3)
   while (!text.trimEnd().endsWith('"""')) {
     const next = await lines.read('... ')
-    if (next.kind !== 'line') return next
+    if (next.kind === 'interrupt') return { kind: 'interrupt', discarded: true }
+    if (next.kind === 'end') return next
     text += `\n${next.text}`
   }
   return { kind: 'line', text: ` ${text.trimEnd().slice(0, -3).trim()}` }

@@ -4,8 +4,11 @@
 import { createInterface, type Interface } from 'node:readline'
 import { borrowTerminal } from './terminal.ts'
 
-/** A line; Ctrl-C on an empty line; or the end of the input. */
-export type Typed = { kind: 'line'; text: string } | { kind: 'interrupt' } | { kind: 'end' }
+/** A line; Ctrl-C, which discards what was typed, if anything was; or the end of the input. */
+export type Typed =
+  | { kind: 'line'; text: string }
+  | { kind: 'interrupt'; discarded: boolean }
+  | { kind: 'end' }
 
 const BRACKETED_PASTE_ON = '\x1b[?2004h'
 const BRACKETED_PASTE_OFF = '\x1b[?2004l'
@@ -62,9 +65,9 @@ function typed(editor: Interface): Promise<Typed> {
       if (!pasting) finish({ kind: 'line', text: lines.join('\n') })
     })
     editor.on('SIGINT', () => {
-      const empty = editor.line === '' && lines.length === 0
-      process.stdout.write(empty ? '\n' : '^C\n')
-      finish(empty ? { kind: 'interrupt' } : { kind: 'line', text: '' })
+      const discarded = editor.line !== '' || lines.length > 0
+      process.stdout.write('^C\n')
+      finish({ kind: 'interrupt', discarded })
     })
     editor.on('close', () => finish({ kind: 'end' }))
     editor.prompt()

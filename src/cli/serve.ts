@@ -78,12 +78,13 @@ async function serve(options: ServeOptions): Promise<void> {
   }).catch((thrown: unknown) => {
     throw listenError(thrown, options.host, options.port)
   })
+  const asked = untilAsked()
   if (apiKeys.length === 0 && !isLoopback(options.host)) {
     warn(`anyone who reaches ${options.host} can use this server: consider --api-key`)
   }
   print(`Serving ${session.modelId} on ${server.url}, ready in ${secondsSinceStart()} s`)
   print(`Try it:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
-  await untilAsked()
+  await asked
   print('Draining: running requests end first; a second signal ends them now.')
   await server.drain()
   await server.close()
