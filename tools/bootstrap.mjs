@@ -64,13 +64,16 @@ async function npmCi(flavour) {
         '  → Install in the folder that it points to, or remove the link.',
     )
   }
-  say(`Installing packages (${flavour}): ${reason}`)
+  say(`Installing (${flavour}): ${reason}`)
   // npm removes node_modules entry by entry: without this line first, an interruption could leave
   // half a tree that still looks whole.
   rmSync(INSTALLED, { force: true })
   const started = Date.now()
   const npm = process.env['npm_execpath']
-  const [command, first] = npm?.endsWith('npm-cli.js') ? [process.execPath, [npm]] : ['npm', []]
+  // Under `npm start` this process may be the project's own Node, which npm is about to replace
+  // and an old npm does not know: npm runs on the Node that it came with.
+  const own = process.env['npm_node_execpath'] ?? process.execPath
+  const [command, first] = npm?.endsWith('npm-cli.js') ? [own, [npm]] : ['npm', []]
   const code = await run(command, [
     ...first,
     'ci',
@@ -100,14 +103,14 @@ async function npmCi(flavour) {
 
 /** Why node_modules is not what package-lock.json asks for; undefined if it is. */
 function missing(flavour) {
-  if (!existsSync(NODE)) return 'they are not there yet'
+  if (!existsSync(NODE)) return 'the packages are not there yet'
   const installed = packages(INSTALLED)
   if (installed === undefined) return 'an earlier install did not finish'
   for (const [path, wanted] of Object.entries(packages(join(ROOT, 'package-lock.json')) ?? {})) {
     if (path === '' || (wanted.dev && flavour === 'production') || !fits(wanted)) continue
     const found = installed[path]
     const name = path.slice('node_modules/'.length)
-    if (found === undefined) return `${name} is missing`
+    if (found === undefined || !existsSync(join(ROOT, path))) return `${name} is missing`
     if (found.version !== wanted.version || found.integrity !== wanted.integrity) {
       return `${name} is ${found.version}, wanted is ${wanted.version}`
     }

@@ -110,10 +110,11 @@ function describe({ sequences, running, waiting, kv }: EngineSnapshot): string {
       formatMs(sequence.ageMs),
     ]),
   )
+  const used = formatBytes(kv.usedPages * kv.pageBytes)
+  const limit = formatBytes(kv.limitPages * kv.pageBytes)
   return (
     `${table}\n\n${running} running, ${waiting} waiting · ` +
     `${kv.usedPages} of ${kv.limitPages} pages of ${formatBytes(kv.pageBytes)} used, ` +
-    `${formatBytes(kv.usedPages * kv.pageBytes)} of ${formatBytes(kv.limitPages * kv.pageBytes)} · ` +
-    `${formatBytes(kv.residentBytes)} resident`
+    `${used} of ${limit} · ${formatBytes(kv.residentBytes)} resident`
   )
 }

@@ -23,7 +23,7 @@ export function borrowTerminal(enter: string, leave: string): () => void {
   return restore
 }
 
-/** Control characters but newline and tab, made visible: ESC becomes ␛, so no model moves the cursor. */
+/** Makes control characters visible but newline and tab: a model that says ESC prints ␛. */
 export function printable(text: string): string {
   // oxlint-disable-next-line no-control-regex
   return text.replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f]/g, (character) => {
