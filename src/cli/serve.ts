@@ -63,7 +63,7 @@ export function serveCommand(): Command {
 
 async function serve(options: ServeOptions): Promise<void> {
   const apiKeys = chooseApiKeys(options.apiKey, process.env['LATTICE_API_KEY'])
-  // Told now, not after the model has been fetched and loaded.
+  // Said now, not after the model has been fetched and loaded.
   await assertPortIsFree(options.host, options.port)
   const session = await openSession(options, options)
   for (const line of session.report) print(line)
@@ -75,8 +75,6 @@ async function serve(options: ServeOptions): Promise<void> {
     host: options.host,
     port: options.port,
     apiKeys,
-  }).catch((thrown: unknown) => {
-    throw listenError(thrown, options.host, options.port)
   })
   const asked = untilAsked()
   if (apiKeys.length === 0 && !isLoopback(options.host)) {
@@ -121,7 +119,7 @@ function listenError(thrown: unknown, host: string, port: number): unknown {
   }
   const found = code === undefined ? undefined : known[code]
   if (found === undefined) return thrown
-  return new LatticeError('os_call_failed', found[0], { todo: found[1], cause: thrown })
+  return new LatticeError('usage', found[0], { todo: found[1], cause: thrown })
 }
 
 function isLoopback(host: string): boolean {

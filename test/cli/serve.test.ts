@@ -48,14 +48,14 @@ test('a port in use is said before the model is loaded', async (t) => {
   t.after(() => other.close())
   const { port } = other.address() as AddressInfo
   const { code, stdout, stderr } = await lattice(['serve', '--port', String(port)])
-  assert.equal(code, 1)
+  assert.equal(code, 2)
   assert.equal(stdout, '')
   assert.match(stderr, new RegExp(`Port ${port} on 127.0.0.1 is in use.\n.*--port`))
 })
 
 test('an address that is not ours is refused with what to do', async () => {
   const { code, stderr } = await lattice([...SERVE, '--host', '192.0.2.1'])
-  assert.equal(code, 1)
+  assert.equal(code, 2)
   assert.match(stderr, /192\.0\.2\.1 is no address of this machine/)
 })
 
