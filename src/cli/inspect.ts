@@ -169,6 +169,8 @@ function title(key: string): string {
 
 /** A value on one line; long lists by their length. */
 function plain(value: unknown): string {
+  // Past six digits a 32-bit float is noise: 0.00001 is stored as 0.000009999999747378752.
+  if (typeof value === 'number') return String(Number(value.toPrecision(6)))
   if (typeof value !== 'object' || value === null) return String(value)
   if (ArrayBuffer.isView(value)) return `${(value as Float32Array).length} values`
   if (Array.isArray(value)) return `${value.length} values`
