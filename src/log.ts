@@ -11,5 +11,8 @@ export function info(message: string): void {
 
 /** Says what a person should know and may want to change. */
 export function warn(message: string): void {
-  if (!quiet) process.stderr.write(`${styleText('yellow', 'warning:')} ${message}\n`)
+  if (!quiet)
+    process.stderr.write(
+      `${styleText('yellow', 'warning:', { stream: process.stderr })} ${message}\n`,
+    )
 }

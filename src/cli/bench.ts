@@ -1,0 +1,12 @@
+// Owns `lattice bench`: the measurements there are.
+
+import { Command } from 'commander'
+import { benchCpuCommand } from './bench-cpu.ts'
+import { benchServeCommand } from './bench-serve.ts'
+
+export function benchCommand(): Command {
+  return new Command('bench')
+    .description('Measures a server or the CPU backend. docs/bench.md lists the keys of the JSON.')
+    .addCommand(benchServeCommand())
+    .addCommand(benchCpuCommand())
+}

@@ -1,0 +1,97 @@
+// Owns the options that several commands share: which model on what, and how tokens are chosen.
+
+import { type Command, Option } from 'commander'
+import { randomInt } from 'node:crypto'
+import type { SamplingParams } from '../engine/api.ts'
+import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
+
+export interface EngineOptions {
+  model?: string
+  device: 'cpu' | 'auto'
+  threads?: number
+  context?: number
+  kvMemory?: number
+}
+
+export interface SamplingOptions {
+  maxTokens?: number
+  temperature: number
+  topK: number
+  topP: number
+  minP: number
+  typicalP: number
+  repetitionPenalty: number
+  presencePenalty: number
+  frequencyPenalty: number
+  seed?: number
+  stop?: string[]
+}
+
+/** Output tokens of one answer, unless `--max-tokens` says otherwise: some pages of text. */
+export const ANSWER_TOKENS_DEFAULT = 1024
+
+export function addEngineOptions(command: Command): Command {
+  return command
+    .optionsGroup('Model and machine:')
+    .option('-m, --model <MODEL>', 'a name from `lattice ls`, a source as for pull, or a path')
+    .addOption(
+      new Option('--device <DEVICE>', 'what computes').choices(['auto', 'cpu']).default('auto'),
+    )
+    .option('--threads <N>', 'threads that compute (default: one a core)', parseCount(1, 1024))
+    .option(
+      '--context <TOKENS>',
+      "longest sequence, prompt and answer: 8192 or 8K (default: the model's)",
+      parseSize,
+    )
+    .option(
+      '--kv-memory <SIZE>',
+      'hard limit on KV cache memory: 512M (default: from free memory)',
+      parseSize,
+    )
+}
+
+export function addSamplingOptions(command: Command): Command {
+  return command
+    .optionsGroup('Answer:')
+    .option(
+      '--max-tokens <N>',
+      `longest answer in tokens (default: ${ANSWER_TOKENS_DEFAULT}, or what the context holds)`,
+      parseCount(1),
+    )
+    .option('--temperature <T>', '0 always takes the likeliest token', parseNumber(0, 2), 0.7)
+    .option('--top-k <K>', 'choose among the K likeliest tokens; 0 is off', parseCount(0), 0)
+    .option('--top-p <P>', 'choose among the likeliest tokens of sum P', parseNumber(0, 1), 0.9)
+    .option('--min-p <P>', 'drop tokens below P times the likeliest', parseNumber(0, 1), 0)
+    .option('--typical-p <P>', 'choose among typical tokens of sum P', parseNumber(0, 1), 1)
+    .option('--repetition-penalty <R>', 'above 1 repeats less', parseNumber(0.01, 10), 1)
+    .option('--presence-penalty <P>', 'above 0 favours new tokens', parseNumber(-2, 2), 0)
+    .option('--frequency-penalty <P>', 'above 0 repeats less often', parseNumber(-2, 2), 0)
+    .option('--seed <N>', 'same seed, same answer (default: drawn)', parseCount(0))
+    .option('--stop <TEXT>', 'end before this text; may be repeated', collect)
+}
+
+export function samplingParams(options: SamplingOptions): SamplingParams {
+  const { temperature, topK, topP, minP, typicalP } = options
+  const { repetitionPenalty, presencePenalty, frequencyPenalty } = options
+  return {
+    temperature,
+    topK,
+    topP,
+    minP,
+    typicalP,
+    repetitionPenalty,
+    presencePenalty,
+    frequencyPenalty,
+    logitBias: [],
+    seed: options.seed ?? randomInt(2 ** 32),
+  }
+}
+
+/** The object without its undefined entries, as exact optional properties want it. */
+export function defined<T extends object>(
+  object: T,
+): { [K in keyof T]?: Exclude<T[K], undefined> } {
+  return Object.fromEntries(
+    Object.entries(object).filter(([, value]) => value !== undefined),
+  ) as ReturnType<typeof defined<T>>
+}

@@ -1,0 +1,68 @@
+// Catches sizes and numbers that are misread instead of refused.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { InvalidArgumentError } from 'commander'
+import { collect, parseCount, parseNumber, parseSize, parseUrl } from './parse.ts'
+
+test('sizes are powers of 1024, however they are spelt', () => {
+  const sizes: [string, number][] = [
+    ['512', 512],
+    ['512B', 512],
+    ['32K', 32_768],
+    ['32k', 32_768],
+    ['512M', 536_870_912],
+    ['512MB', 536_870_912],
+    ['512 MiB', 536_870_912],
+    ['1.5GiB', 1_610_612_736],
+    ['2T', 2_199_023_255_552],
+  ]
+  for (const [text, bytes] of sizes) assert.equal(parseSize(text), bytes, text)
+})
+
+test('what is no size is refused', () => {
+  for (const text of [
+    '',
+    'M',
+    '-1K',
+    '0',
+    '1e3',
+    '3Q',
+    '512iB',
+    '1,5G',
+    'NaN',
+    '9999999T',
+    '0.1',
+  ]) {
+    assert.throws(() => parseSize(text), InvalidArgumentError, text)
+  }
+})
+
+test('counts are whole and within bounds, both included', () => {
+  assert.equal(parseCount(0, 65535)('0'), 0)
+  assert.equal(parseCount(0, 65535)('65535'), 65535)
+  for (const text of ['-1', '65536', '1.5', '1e3', '0x10', '', 'abc']) {
+    assert.throws(() => parseCount(0, 65535)(text), /whole number from 0 to 65535/, text)
+  }
+  assert.throws(() => parseCount(1)('0'), /of at least 1/)
+  assert.throws(() => parseCount(1)('99999999999999999999'), InvalidArgumentError)
+})
+
+test('numbers are finite and within bounds, both included', () => {
+  assert.equal(parseNumber(0, 2)('0.7'), 0.7)
+  assert.equal(parseNumber(-2, 2)('-2'), -2)
+  for (const text of ['2.1', '-0.1', 'NaN', 'Infinity', '', 'hot']) {
+    assert.throws(() => parseNumber(0, 2)(text), /number from 0 to 2/, text)
+  }
+})
+
+test('addresses lose the slash at their end, and only http is one', () => {
+  assert.equal(parseUrl('http://127.0.0.1:8080/'), 'http://127.0.0.1:8080')
+  for (const text of ['127.0.0.1:8080', 'localhost', 'ftp://x', '']) {
+    assert.throws(() => parseUrl(text), InvalidArgumentError, text)
+  }
+})
+
+test('a repeated option keeps every value', () => {
+  assert.deepEqual(collect('b', collect('a', undefined)), ['a', 'b'])
+})

@@ -1,0 +1,57 @@
+// Owns how option values are read: sizes, counts and numbers, each refused with what would do.
+
+import { InvalidArgumentError } from 'commander'
+
+const UNITS = ['', 'K', 'M', 'G', 'T']
+
+/**
+ * A size in bytes or tokens. Units are powers of 1024: 512M, 512MB and 512MiB are the same.
+ *
+ * @example parseSize('1.5GiB') // 1610612736
+ */
+export function parseSize(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?$/i.exec(text.trim())
+  const size = Math.round(
+    Number(match?.[1]) * 1024 ** UNITS.indexOf(match?.[2]?.toUpperCase() ?? ''),
+  )
+  if (!Number.isSafeInteger(size) || size < 1) {
+    throw new InvalidArgumentError('Write a size such as 512M, 32K or 1.5GiB (powers of 1024).')
+  }
+  return size
+}
+
+/** A reader of whole numbers from `min` to `max`, both included. */
+export function parseCount(min: number, max = Number.MAX_SAFE_INTEGER): (text: string) => number {
+  return (text) => {
+    const count = /^-?\d+$/.test(text.trim()) ? Number(text) : NaN
+    if (count >= min && count <= max) return count
+    throw new InvalidArgumentError(`Write a whole number ${range(min, max)}.`)
+  }
+}
+
+/** A reader of numbers from `min` to `max`, both included. */
+export function parseNumber(min: number, max: number): (text: string) => number {
+  return (text) => {
+    const value = text.trim() === '' ? NaN : Number(text)
+    if (value >= min && value <= max) return value
+    throw new InvalidArgumentError(`Write a number ${range(min, max)}.`)
+  }
+}
+
+/** An address such as http://127.0.0.1:8080, without the slash at its end. */
+export function parseUrl(text: string): string {
+  if (!URL.canParse(text) || !/^https?:$/.test(new URL(text).protocol)) {
+    throw new InvalidArgumentError('Write an address such as http://127.0.0.1:8080.')
+  }
+  return text.replace(/\/+$/, '')
+}
+
+/** Collects the values of an option that may be repeated. */
+export function collect(text: string, before: readonly string[] | undefined): string[] {
+  return [...(before ?? []), text]
+}
+
+function range(min: number, max: number): string {
+  if (max >= Number.MAX_SAFE_INTEGER) return `of at least ${min}`
+  return `from ${min} to ${max}`
+}

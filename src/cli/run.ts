@@ -1,0 +1,139 @@
+// Owns `lattice run`: one prompt in, one answer out on stdout, nothing else on it.
+
+import { Command } from 'commander'
+import { fstatSync } from 'node:fs'
+import { text } from 'node:stream/consumers'
+import { LatticeError } from '../errors.ts'
+import {
+  addEngineOptions,
+  addSamplingOptions,
+  type EngineOptions,
+  type SamplingOptions,
+} from './options.ts'
+import { EXIT_INTERRUPTED } from './report.ts'
+import {
+  type Answer,
+  answer,
+  type ChatMessage,
+  chatPrompt,
+  openSession,
+  type Session,
+} from './session.ts'
+import { formatMs } from './table.ts'
+import { interruptible, stdoutWriter } from './terminal.ts'
+
+interface RunOptions extends EngineOptions, SamplingOptions {
+  system?: string
+  raw?: boolean
+  ignoreEos?: boolean
+  json?: boolean
+  verbose?: boolean
+}
+
+export function runCommand(): Command {
+  const command = new Command('run')
+    .description(
+      'Answers one prompt on stdout, without a server. Without PROMPT, stdin is the prompt; ' +
+        'with PROMPT, a pipe or file on stdin follows it after an empty line.',
+    )
+    .argument('[PROMPT...]', 'what to ask; several words are joined by spaces')
+    .option('--system <TEXT>', 'the system message')
+    .option('--raw', 'continue the prompt as plain text, without the chat template')
+    .option('--json', 'print one JSON object at the end: text, finish_reason, usage, timings')
+    .option('-v, --verbose', 'say on stderr what was chosen and how fast it went')
+  addSamplingOptions(command).option('--ignore-eos', 'go on after the end of the answer')
+  return addEngineOptions(command).action(run)
+}
+
+async function run(words: string[], options: RunOptions): Promise<void> {
+  if (options.raw && options.system !== undefined) {
+    throw new LatticeError(
+      'usage',
+      '--raw uses no chat template, so --system has no place in it.',
+      {
+        todo: 'Write the system text into the prompt, or leave one of the two out.',
+      },
+    )
+  }
+  const prompt = await readPrompt(words.join(' '))
+  const session = await openSession(options)
+  try {
+    if (options.verbose) for (const line of session.report) process.stderr.write(`${line}\n`)
+    const write = options.json ? () => {} : stdoutWriter()
+    const result = await interruptible((interrupt) =>
+      answer(session, encode(session, prompt, options), options, write, interrupt),
+    )
+    if (options.json) process.stdout.write(`${JSON.stringify(jsonResult(session, result))}\n`)
+    else process.stdout.write('\n')
+    if (options.verbose) process.stderr.write(`${summary(session, result)}\n`)
+    if (result.reason === 'length') {
+      process.stderr.write(`(stopped after ${result.outputTokens} tokens: see --max-tokens)\n`)
+    }
+    if (result.reason === 'abort') process.exitCode = EXIT_INTERRUPTED
+  } finally {
+    await session.engine.close()
+  }
+}
+
+async function readPrompt(argument: string): Promise<string> {
+  const stdin = fstatSync(0)
+  const piped = stdin.isFIFO() || stdin.isFile()
+  if (argument !== '' && !piped) return argument
+  if (process.stdin.isTTY) {
+    throw new LatticeError('usage', 'There is no prompt.', {
+      todo: 'Write one, as in: lattice run "Why is the sky blue?" (or pipe a text in).',
+    })
+  }
+  const input = (await text(process.stdin)).trimEnd()
+  const prompt = [argument, input].filter((part) => part !== '').join('\n\n')
+  if (prompt === '') {
+    throw new LatticeError('usage', 'The prompt on stdin is empty.', {
+      todo: 'Pipe some text in, or write the prompt as an argument.',
+    })
+  }
+  return prompt
+}
+
+function encode(session: Session, prompt: string, { raw, system }: RunOptions): Int32Array {
+  if (raw) return session.tokenizer.encode(prompt, { addSpecial: true, parseSpecial: false })
+  const messages: ChatMessage[] = [{ role: 'user', content: prompt }]
+  if (system !== undefined) messages.unshift({ role: 'system', content: system })
+  return chatPrompt(session, messages)
+}
+
+function jsonResult(session: Session, result: Answer): object {
+  return {
+    model: session.modelId,
+    text: result.text,
+    finish_reason: result.reason,
+    seed: result.seed,
+    usage: {
+      prompt_tokens: result.promptTokens,
+      completion_tokens: result.outputTokens,
+      total_tokens: result.promptTokens + result.outputTokens,
+    },
+    timings: {
+      load_ms: round(session.loadMs),
+      ttft_ms: round(result.ttftMs),
+      total_ms: round(result.totalMs),
+      decode_tokens_per_s: round(decodeRate(result)),
+    },
+  }
+}
+
+function summary(session: Session, result: Answer): string {
+  return (
+    `loaded in ${formatMs(session.loadMs)} · ${result.promptTokens} prompt tokens, first answer ` +
+    `token after ${formatMs(result.ttftMs)} · ${result.outputTokens} answer tokens, ` +
+    `${decodeRate(result).toFixed(1)} a second · seed ${result.seed}`
+  )
+}
+
+/** Tokens a second after the first one; 0 when there was no second. */
+function decodeRate({ outputTokens, ttftMs, totalMs }: Answer): number {
+  return totalMs > ttftMs ? ((outputTokens - 1) * 1000) / (totalMs - ttftMs) : 0
+}
+
+function round(value: number): number {
+  return Math.round(value * 100) / 100
+}

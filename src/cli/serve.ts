@@ -1,0 +1,169 @@
+// Owns `lattice serve`: from flags to a listening server, what it prints, and how it ends.
+
+import { Command } from 'commander'
+import { createServer } from 'node:net'
+import { LatticeError } from '../errors.ts'
+import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
+import { warn } from '../log.ts'
+import { addEngineOptions, type EngineOptions } from './options.ts'
+import { collect, parseCount } from './parse.ts'
+import { EXIT_INTERRUPTED } from './report.ts'
+import { openSession, type Session } from './session.ts'
+
+interface ServeOptions extends EngineOptions {
+  host: string
+  port: number
+  apiKey?: string[]
+  maxSequences: number
+  maxQueue: number
+  stepTokens: number
+}
+
+/**
+ * One Ctrl-C arrives up to three times: from the terminal, from npm and from the bootstrap. Only
+ * a signal that comes later than this is a second wish.
+ */
+const ONE_SIGNAL_MS = 500
+
+export function serveCommand(): Command {
+  const command = new Command('serve')
+    .description(
+      'Answers the OpenAI API over HTTP. SIGTERM or Ctrl-C ends it after the last answer.',
+    )
+    .optionsGroup('Server:')
+    .option('--host <ADDRESS>', 'address to listen on; 0.0.0.0 is every one', '127.0.0.1')
+    .option(
+      '-p, --port <PORT>',
+      'port to listen on; 0 takes a free one',
+      parseCount(0, 65535),
+      8080,
+    )
+    .option('--api-key <KEY>', 'ask for this key; may be repeated (or LATTICE_API_KEY)', collect)
+    .optionsGroup('Load:')
+    .option(
+      '--max-sequences <N>',
+      'sequences that run at once',
+      parseCount(1),
+      MAX_SEQUENCES_DEFAULT,
+    )
+    .option(
+      '--max-queue <N>',
+      'sequences that wait; beyond it, 429',
+      parseCount(0),
+      MAX_QUEUE_DEFAULT,
+    )
+    .option(
+      '--step-tokens <N>',
+      'tokens of one engine step',
+      parseCount(1),
+      STEP_TOKENS_MAX_DEFAULT,
+    )
+  return addEngineOptions(command).action(serve)
+}
+
+async function serve(options: ServeOptions): Promise<void> {
+  const apiKeys = chooseApiKeys(options.apiKey, process.env['LATTICE_API_KEY'])
+  // Said now, not after the model has been fetched and loaded.
+  await assertPortIsFree(options.host, options.port)
+  const session = await openSession(options, options)
+  for (const line of session.report) print(line)
+  const { startServer } = await import('../server/server.ts')
+  const server = await startServer({
+    engine: session.engine,
+    tokenizer: session.tokenizer,
+    template: session.template,
+    host: options.host,
+    port: options.port,
+    apiKeys,
+  })
+  const asked = untilAsked()
+  if (apiKeys.length === 0 && !isLoopback(options.host)) {
+    warn(`anyone who reaches ${options.host} can use this server: consider --api-key`)
+  }
+  print(`Serving ${session.modelId} on ${server.url}, ready in ${secondsSinceStart()} s`)
+  print(`Try it:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
+  await asked
+  print('Draining: running requests end first; a second signal ends them now.')
+  await server.drain()
+  await server.close()
+  await session.engine.close()
+}
+
+/** Every key that is accepted; none lets everyone in. */
+function chooseApiKeys(flags: readonly string[] = [], variable: string | undefined): string[] {
+  const keys = variable === undefined ? [...flags] : [...flags, variable]
+  if (keys.every((key) => key.trim() !== '')) return keys
+  throw new LatticeError('usage', 'An API key is empty, which would let everyone in.', {
+    todo: 'Give --api-key a value; unset LATTICE_API_KEY to serve without keys.',
+  })
+}
+
+function assertPortIsFree(host: string, port: number): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const probe = createServer()
+    probe.once('error', (error) => reject(listenError(error, host, port)))
+    probe.listen(port, host, () => probe.close(() => resolve()))
+  })
+}
+
+function listenError(thrown: unknown, host: string, port: number): unknown {
+  const code = (thrown as NodeJS.ErrnoException | undefined)?.code
+  const known: Record<string, [what: string, todo: string]> = {
+    EADDRINUSE: [
+      `Port ${port} on ${host} is in use.`,
+      `Choose another with --port ${port < 65535 ? port + 1 : 8080}, or stop what listens there.`,
+    ],
+    EACCES: [`Port ${port} needs privileges.`, 'Choose a port above 1023 with --port.'],
+    EADDRNOTAVAIL: [`${host} is no address of this machine.`, 'Use --host 127.0.0.1 or 0.0.0.0.'],
+    ENOTFOUND: [`${host} is no known host name.`, 'Use --host 127.0.0.1 or 0.0.0.0.'],
+  }
+  const found = code === undefined ? undefined : known[code]
+  if (found === undefined) return thrown
+  return new LatticeError('usage', found[0], { todo: found[1], cause: thrown })
+}
+
+function isLoopback(host: string): boolean {
+  return host === 'localhost' || host === '::1' || host.startsWith('127.')
+}
+
+/** Since `npm start` was typed, if that is what started us. */
+function secondsSinceStart(): string {
+  const startedMs = Number(process.env['LATTICE_STARTED_MS']) || performance.timeOrigin
+  return ((performance.timeOrigin + performance.now() - startedMs) / 1000).toFixed(2)
+}
+
+/** A request that works when pasted into a shell on this machine. */
+function curlLine({ modelId, template }: Session, url: string, needsKey: boolean): string {
+  const base = url.replace('//0.0.0.0', '//127.0.0.1').replace('//[::]', '//[::1]')
+  const [path, body] =
+    template === undefined
+      ? ['/v1/completions', { model: modelId, prompt: 'Once upon a time' }]
+      : [
+          '/v1/chat/completions',
+          { model: modelId, messages: [{ role: 'user', content: 'Why is the sky blue?' }] },
+        ]
+  const json = JSON.stringify({ ...body, max_tokens: 100, stream: true }).replaceAll("'", `'\\''`)
+  const key = needsKey ? ' -H "authorization: Bearer $LATTICE_API_KEY"' : ''
+  return `curl -N ${base}${path}${key} -H 'content-type: application/json' -d '${json}'`
+}
+
+/** Resolves at the first SIGTERM or SIGINT; the second ends the process at once. */
+function untilAsked(): Promise<void> {
+  return new Promise((resolve) => {
+    let firstAt: number | undefined
+    const onSignal = (): void => {
+      if (firstAt === undefined) {
+        firstAt = performance.now()
+        resolve()
+      } else if (performance.now() - firstAt > ONE_SIGNAL_MS) {
+        process.exit(EXIT_INTERRUPTED)
+      }
+    }
+    process.on('SIGINT', onSignal)
+    process.on('SIGTERM', onSignal)
+  })
+}
+
+function print(line: string): void {
+  process.stdout.write(`${line}\n`)
+}

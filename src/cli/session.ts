@@ -1,0 +1,159 @@
+// Owns what `run` and `chat` share: a model, its engine and its texts in this very process, and
+// one answer streamed from it.
+
+import type { Engine } from '../engine/api.ts'
+import type { Generation, GenerationRequest } from '../engine/generation.ts'
+import { LatticeError } from '../errors.ts'
+import type { ChatTemplate } from '../text/chat-template.ts'
+import type { Tokenizer } from '../text/tokenizer.ts'
+import {
+  ANSWER_TOKENS_DEFAULT,
+  defined,
+  type EngineOptions,
+  type SamplingOptions,
+  samplingParams,
+} from './options.ts'
+
+/** A type, not an interface: templates take any record. */
+export type ChatMessage = { role: 'system' | 'user' | 'assistant'; content: string }
+
+export interface Session {
+  modelId: string
+  engine: Engine
+  tokenizer: Tokenizer
+  template: ChatTemplate | undefined
+  /** What the engine chose: CPU variant, threads, limits; a line each. */
+  report: string[]
+  loadMs: number
+}
+
+/** How many sequences may run at once, and how many may wait. */
+export interface Capacity {
+  maxSequences?: number
+  maxQueue?: number
+  stepTokens?: number
+}
+
+export interface Answer {
+  text: string
+  reason: 'stop' | 'length' | 'abort'
+  promptTokens: number
+  outputTokens: number
+  seed: number
+  /** From the request to the first token, and to the last. */
+  ttftMs: number
+  totalMs: number
+}
+
+/** Finds the model (fetching the default if there is none), loads it and starts its engine. */
+export async function openSession(
+  options: EngineOptions,
+  capacity: Capacity = { maxSequences: 1 },
+): Promise<Session> {
+  const [{ resolveModel }, { openModel }, { loadTokenizer, loadChatTemplate }, { startEngine }] =
+    await Promise.all([
+      import('../model/registry.ts'),
+      import('../model/load.ts'),
+      import('../text/load.ts'),
+      import('../engine/start.ts'),
+    ])
+  const { id, path } = await resolveModel(options.model)
+  const started = performance.now()
+  const model = openModel(path)
+  const { engine, report } = await startEngine(path, {
+    modelId: id,
+    device: options.device,
+    ...defined({
+      threads: options.threads,
+      contextLength: options.context,
+      kvMemoryBytes: options.kvMemory,
+      ...capacity,
+    }),
+  })
+  return {
+    modelId: id,
+    engine,
+    tokenizer: loadTokenizer(model),
+    template: loadChatTemplate(model),
+    report,
+    loadMs: performance.now() - started,
+  }
+}
+
+/** The conversation as the model was trained to read it, up to where its answer begins. */
+export function chatPrompt(session: Session, messages: readonly ChatMessage[]): Int32Array {
+  if (session.template === undefined) {
+    throw new LatticeError('template_invalid', `${session.modelId} has no chat template.`, {
+      todo: 'It is a model for plain completion: use `lattice run --raw "Once upon a time"`.',
+    })
+  }
+  const text = session.template.render(messages, { addGenerationPrompt: true })
+  return session.tokenizer.encode(text, { addSpecial: false, parseSpecial: true })
+}
+
+/**
+ * Streams one answer to `write`; `interrupt` ends it early, with reason "abort".
+ * @throws LatticeError as `generate` does, and the engine's own if the answer fails midway.
+ */
+export async function answer(
+  session: Session,
+  prompt: Int32Array,
+  options: SamplingOptions & { ignoreEos?: boolean },
+  write: (text: string) => void,
+  interrupt: AbortSignal,
+): Promise<Answer> {
+  const { generate } = await import('../engine/generation.ts')
+  const request = generationRequest(session, prompt, options)
+  const started = performance.now()
+  const generation: Generation = generate(session.engine, session.tokenizer, request)
+  const abort = (): void => generation.abort()
+  interrupt.addEventListener('abort', abort)
+  let text = ''
+  let ttftMs: number | undefined
+  try {
+    for await (const event of generation.events) {
+      if (event.kind === 'delta') {
+        ttftMs ??= performance.now() - started
+        text += event.text
+        if (event.text !== '') write(event.text)
+        continue
+      }
+      if (event.reason === 'error') {
+        throw event.error ?? new LatticeError('internal', 'The answer failed without saying why.')
+      }
+      const totalMs = performance.now() - started
+      return {
+        text,
+        reason: event.reason,
+        promptTokens: prompt.length,
+        outputTokens: event.outputTokens,
+        seed: request.sampling.seed,
+        ttftMs: ttftMs ?? totalMs,
+        totalMs,
+      }
+    }
+  } finally {
+    interrupt.removeEventListener('abort', abort)
+  }
+  throw new LatticeError('internal', 'The answer ended without saying why.')
+}
+
+function generationRequest(
+  session: Session,
+  prompt: Int32Array,
+  options: SamplingOptions & { ignoreEos?: boolean },
+): GenerationRequest {
+  const room = session.engine.model.contextLength - prompt.length
+  return {
+    requestId: crypto.randomUUID(),
+    tenant: 'default',
+    prompt,
+    choices: 1,
+    sampling: samplingParams(options),
+    // A full context is refused by the engine, which names both numbers.
+    maxTokens: options.maxTokens ?? Math.max(1, Math.min(ANSWER_TOKENS_DEFAULT, room)),
+    stop: options.stop ?? [],
+    ignoreEos: options.ignoreEos ?? false,
+    topLogprobs: undefined,
+  }
+}
