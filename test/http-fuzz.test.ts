@@ -97,7 +97,7 @@ const VALUES: readonly unknown[] = [
   { a: { b: { c: [] } } },
   { __proto__: null, constructor: 1, toString: 2 },
   Array(200).fill(7),
-  Array(200).fill({}),
+  Array.from({ length: 200 }, () => ({})),
 ]
 const KEYS = [
   'n',

@@ -57,7 +57,12 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
-  private readonly finished: Record<FinishReason, number> = { stop: 0, length: 0, abort: 0, error: 0 }
+  private readonly finished: Record<FinishReason, number> = {
+    stop: 0,
+    length: 0,
+    abort: 0,
+    error: 0,
+  }
 
   /** @param now milliseconds that never go back. */
   constructor(backend: Backend, options: CoreOptions, sink: CoreSink, now: () => number) {

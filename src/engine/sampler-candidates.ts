@@ -2,7 +2,7 @@
 // narrows them, picks one. Candidates stay in the order of their ids, which the draw relies on.
 
 import { assert } from '../assert.ts'
-import { RowWeights, unusable } from './sampler-rows.ts'
+import { type RowWeights, unusable } from './sampler-rows.ts'
 
 /** Candidates at which the top-k scan first raises its threshold, at least. */
 const FIRST_CUT = 128

@@ -98,8 +98,9 @@ const CPU = {
 type Signatures = Record<string, readonly [result: string, ...args: string[]]>
 // koffi's functions are untyped at heart; numbers go in, a number or a string comes out.
 type Functions<S extends Signatures> = {
-  // eslint-disable-next-line @typescript-eslint/no-explicit-any
-  readonly [K in keyof S]: (...args: any[]) => S[K][0] extends 'str'
+  readonly [K in keyof S]: (
+    ...args: readonly unknown[]
+  ) => S[K][0] extends 'str'
     ? string
     : S[K][0] extends 'void'
       ? void

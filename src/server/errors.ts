@@ -1,7 +1,7 @@
 // Owns how an error looks to an HTTP client: OpenAI's JSON, our stable code, what to do about it.
 
 import type { ContentfulStatusCode } from 'hono/utils/http-status'
-import { LatticeError, toLatticeError } from '../errors.ts'
+import { type LatticeError, toLatticeError } from '../errors.ts'
 import { warn } from '../log.ts'
 import type { RouteContext } from './context.ts'
 

@@ -2,7 +2,7 @@
 // byte fallback, as Hugging Face's tokenizers define it (Sennrich et al. 2016).
 
 import { BYTE_TO_CHAR, writeUtf8 } from './byte-alphabet.ts'
-import { Merger, type PairMerge, type PairSource, PairTable } from './merger.ts'
+import { Merger, type PairMerge, type PairSource, type PairTable } from './merger.ts'
 import { META_SPACE, type PieceModel, WordCache, WordCutter } from './words.ts'
 
 export interface BpeOptions {

@@ -47,7 +47,7 @@ export class AttentionPlan {
     this.count = 0
     this.maskUsed = 0
     let token = 0
-    for (let s = 0; s < batch.segments; ) {
+    for (let s = 0; s < batch.segments;) {
       const together = batch.counts[s] === 1 ? this.decodeRun(batch, s) : 1
       const piece = this.next()
       piece.firstToken = token

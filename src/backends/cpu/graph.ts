@@ -305,12 +305,7 @@ export class StepGraph {
         site.layer * layout.layerStride +
         piece.kvStart * layout.tokenStride
       const sizes = [headDim, kvTokens, kvHeads, sequences]
-      const strides = [
-        F16,
-        layout.tokenStride,
-        headDim * F16,
-        piece.slotStep * layout.slotBytes,
-      ]
+      const strides = [F16, layout.tokenStride, headDim * F16, piece.slotStep * layout.slotBytes]
       arena.setData(k, keys)
       arena.setData(v, keys + kvHeads * headDim * F16)
       arena.setShape(k, sizes, strides)

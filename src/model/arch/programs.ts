@@ -7,10 +7,12 @@ import { llama } from './llama.ts'
 import { qwen2 } from './qwen2.ts'
 import { qwen3 } from './qwen3.ts'
 
-const FAMILIES: Record<
-  Architecture,
-  (model: Pick<Model, 'config' | 'tensors'>) => Program
-> = { llama, qwen2, qwen3, gemma3 }
+const FAMILIES: Record<Architecture, (model: Pick<Model, 'config' | 'tensors'>) => Program> = {
+  llama,
+  qwen2,
+  qwen3,
+  gemma3,
+}
 
 /** The program of a model, by its architecture. */
 export function programFor(model: Pick<Model, 'config' | 'tensors'>): Program {
