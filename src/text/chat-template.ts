@@ -89,6 +89,7 @@ function withEitherArguments(run: (structured: boolean) => string): string {
   try {
     return run(true)
   } catch (error) {
+    if (!(error instanceof LatticeError) || error.code !== 'template_invalid') throw error
     try {
       return run(false)
     } catch {

@@ -44,20 +44,26 @@ export function jsonTokenizer(json: Json, named: NamedTokens): Tokenizer {
   const normalize = readNormalizer(file['normalizer'])
   const decoder = readDecoder(file['decoder'])
   const { ids, model } = readModel(modelNode, preTokenizer.pieces)
-  const added = readAddedTokens(file['added_tokens'])
+  const declared = readAddedTokens(file['added_tokens'])
 
   const tokens: (string | undefined)[] = []
   for (const [spelling, id] of ids) tokens[id] = spelling
-  for (const token of added) tokens[token.id] = token.content
+  for (const token of declared) tokens[token.id] = token.content
   const idOf = (spelling: string | undefined): number | undefined =>
     spelling === undefined
       ? undefined
-      : (added.find(({ content }) => content === spelling)?.id ?? ids.get(spelling))
+      : (declared.find(({ content }) => content === spelling)?.id ?? ids.get(spelling))
 
+  const isSpecial = (id: number): boolean =>
+    declared.some((token) => token.id === id && token.special)
+  const eosTokens = endTokens(tokens, [idOf(named.eos)], isSpecial)
+  // What ends a turn must not be typed by a user, even where the file forgot to say so.
+  const added = declared.map((token) =>
+    eosTokens.includes(token.id) ? { ...token, special: true } : token,
+  )
   const addedIds = new Set(added.map(({ id }) => id))
   const special = new Set(added.filter((token) => token.special).map(({ id }) => id))
   const { prefix, suffix } = readPostProcessor(file['post_processor'])
-  const ends = [idOf(named.eos)]
   return new TextTokenizer({
     tokens,
     special,
@@ -72,7 +78,7 @@ export function jsonTokenizer(json: Json, named: NamedTokens): Tokenizer {
     prefix,
     suffix,
     bosToken: idOf(named.bos) ?? prefix[0],
-    eosTokens: endTokens(tokens, ends, (token) => special.has(token)),
+    eosTokens,
     bytesOf: (token, spelling) => decoder.bytesOf(spelling, addedIds.has(token)),
     stripsSpace: decoder.stripsSpace,
   })

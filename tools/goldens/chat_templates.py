@@ -85,7 +85,9 @@ TEMPLATES = {
 {{ show(m.role | upper, ns.users) }}{{ m.nothing | trim }}{{ m.nothing | default('-') }}
 {%- endfor -%}
 {{ ns.last }} {{ messages | map(attribute='role') | join(',') }} {{ (messages | selectattr('role', 'equalto', 'user') | list) | length }}
-{%- if tools is not none and tools is defined %} {{ tools | length }}{% endif %} {{ range(3) | list | tojson }} {{ '%s' in 'a%sb' }} {{ messages[-1].role[:2] ~ 1 }}""",
+{%- if tools is not none and tools is defined %} {{ tools | length }}{% endif %} {{ range(3) | list | tojson }} {{ '%s' in 'a%sb' }} {{ messages[-1].role[:2] ~ 1 }}
+{{ true }} {{ 1.5 }} {{ [1, 'a', "it's", none, {'k': false}] }} {{ {'a': ['x\n']} | string }} {{ false | string }}
+{{- messages[0].nothing | upper }}{{ none | selectattr('x') | list }}""",
 }
 
 
