@@ -84,8 +84,10 @@ export interface Model {
   metadata: ReadonlyMap<string, MetadataValue>
   /** Parsed tokenizer.json, for safetensors directories. */
   tokenizerJson: unknown
-  /** Parsed tokenizer_config.json, if there is one: it names bos_token and eos_token. */
+  /** Parsed tokenizer_config.json, for safetensors directories that have one. */
   tokenizerConfig?: unknown
+  /** Ids that end a text by generation_config.json or config.json; GGUF metadata has its own. */
+  eosTokens?: readonly number[]
   /** Jinja source, if the model has a chat template. */
   chatTemplate: string | undefined
   /**

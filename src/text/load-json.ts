@@ -27,10 +27,12 @@ import type { PieceModel } from './words.ts'
 
 type Node = Readonly<Record<string, Json>>
 
-/** What tokenizer_config.json says beside tokenizer.json. */
+/** What a model's other files say beside tokenizer.json. */
 export interface NamedTokens {
   bos: string | undefined
   eos: string | undefined
+  /** Ids that end a text. */
+  ends: readonly number[]
 }
 
 /**
@@ -56,7 +58,7 @@ export function jsonTokenizer(json: Json, named: NamedTokens): Tokenizer {
 
   const isSpecial = (id: number): boolean =>
     declared.some((token) => token.id === id && token.special)
-  const eosTokens = endTokens(tokens, [idOf(named.eos)], isSpecial)
+  const eosTokens = endTokens(tokens, [idOf(named.eos), ...named.ends], isSpecial)
   // What ends a turn must not be typed by a user, even where the file forgot to say so.
   const added = declared.map((token) =>
     eosTokens.includes(token.id) ? { ...token, special: true } : token,

@@ -148,6 +148,10 @@ test('the begin token is not what tokenizer_config.json names', () => {
   assert.equal(loadChatTemplate(model)!.render([{ role: 'user', content: '' }]), '<s>|<|end|>')
 })
 
+test('an end token of generation_config.json does not end a text', () => {
+  assert.deepEqual(loadTokenizer(safetensors(golden('words'), { eosTokens: [7] })).eosTokens[0], 7)
+})
+
 test('a model without a template has one', () => {
   assert.equal(loadChatTemplate(safetensors(golden('gpt2'))), undefined)
 })

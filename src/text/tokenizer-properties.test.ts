@@ -15,7 +15,7 @@ const runs = { seed, numRuns: 500 }
 function load(name: string): Tokenizer {
   const text = readFileSync(new URL(`./goldens/${name}.json`, import.meta.url), 'utf8')
   const { tokenizer } = JSON.parse(text) as { tokenizer: unknown }
-  return jsonTokenizer(tokenizer, { bos: '<s>', eos: '<|end|>' })
+  return jsonTokenizer(tokenizer, { bos: '<s>', eos: '<|end|>', ends: [] })
 }
 
 /** Any code units at all, and strings that look like text. */
