@@ -77,6 +77,20 @@ for (const name of ['gpt2', 'llama3', 'spm-bpe', 'gemma-bpe', 'unigram']) {
   })
 }
 
+for (const name of ['deepseek3', 'gemma-bpe', 'metaspace-first', 'unigram']) {
+  const tokenizer = load(name)
+  test(`${name}: a lone surrogate is not U+FFFD`, () => {
+    fc.assert(
+      fc.property(anyText, (text) => {
+        const options = { addSpecial: false, parseSpecial: false }
+        const ids = [...tokenizer.encode(text, options)]
+        assert.deepEqual(ids, [...tokenizer.encode(text.toWellFormed(), options)])
+      }),
+      runs,
+    )
+  })
+}
+
 test('a token is not what its bytes say', () => {
   const tokenizer = load('gpt2')
   const ids = [...tokenizer.encode('héllo wörld 😀', { addSpecial: false, parseSpecial: false })]

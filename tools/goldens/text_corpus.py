@@ -35,7 +35,7 @@ NASTY = [
     "http://x.y/z?q=1&r=2", "user@example.org", "0xDEADBEEF", "camelCase HTTPServer XMLHttpRequest", "McDonald ÀÉ Àé éÀ", "aBCd", "ABc", "ǅa", "Страна СССР ссср",
     "<s>", "</s>", "<unk>", "<0x0A>", "<0xFF>", "▁", "▁▁", "▁a", "a▁b", " ▁", "Ġ", "Ċ", "Ã©",
     "<|end|>", "a<|end|>b", " <|end|> ", "<|end|><|end|>", "<|end|", "<|end|>>", "<|e<|end|>", "x <|end|>\n",
-    "<pad>", " <pad> x", "x\t<pad>\n y", "[W]", "a[W]", "[W]b", "a [W] b", "_[W]_", "é[W]", "![W]!", "NORM", "norm", "xNORMx", " NORM ", "long token", "a long token b", "<|long|>", "<|long|>er",
+    "<pad>", " <pad> x", "x\t<pad>\n y", "<pad> <pad>", "[W]  <pad>", "<|long|>  <pad>", "[W]", "a[W]", "[W]b", "a [W] b", "_[W]_", "é[W]", "![W]!", "NORM", "norm", "xNORMx", " NORM ", "long token", "a long token b", "<|long|>", "<|long|>er",
     "a" * 33, "a" * 70, "ab" * 40, " " * 33 + "x", "\n" * 35, "中" * 40, "=" * 50, "  \n" * 12, "\t" * 20 + "x", "😀" * 20, "1" * 40, "aA" * 20, "\u0301" * 12,
     "def f(x):\n    return x ** 2  # square\n\n\nclass A:\n\tpass\n", "| a | b |\n|---|---|\n", "  trailing  \n  lines  \n", "mixed 中文 and हिन्दी, 42% of 😀!", "The quick brown fox", "the the the",
 ]

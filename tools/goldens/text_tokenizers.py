@@ -137,6 +137,7 @@ TOKENIZERS = {
     "han": lambda: byte_bpe(splits(HAN)),
     "missing-bytes": lambda: byte_bpe(byte_level(), size=200, alphabet=False),
     "missing-bytes-unknown": lambda: byte_bpe(byte_level(), size=200, alphabet=False, unk_token="<unk>"),
+    "missing-bytes-fused": lambda: byte_bpe(byte_level(), size=200, alphabet=False, unk_token="<unk>", fuse_unk=True),
     "spm-bpe": lambda: framed(byte_fallback_bpe(N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]), None, spm_decoder), ["<s>"]),
     "gemma-bpe": lambda: byte_fallback_bpe(N.Replace(" ", "▁"), P.Split(" ", "merged_with_previous"), gemma_decoder),
     "metaspace-first": lambda: byte_fallback_bpe(None, P.Metaspace("▁", "first", False), spm_decoder),
