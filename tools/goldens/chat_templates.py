@@ -11,12 +11,33 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 OUT = pathlib.Path(__file__).parents[2] / "src/text/goldens/templates"
 
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather <now> & \"here\", é", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer", "enum": [1, 2]}}, "required": []}}}
-CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "days": [1, 2.5, True, None]}}}
-USER, SYSTEM = {"role": "user", "content": "Hi <b> & 'q' \"d\"\n"}, {"role": "system", "content": " Be brief. "}
-ANSWER, CALLING = {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}
-RESULT = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "{\"sun\": true}"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": 'Weather <now> & "here", é',
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "enum": [1, 2]}},
+            "required": [],
+        },
+    },
+}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Köln", "days": [1, 2.5, True, None]}},
+}
+USER, SYSTEM = {"role": "user", "content": "Hi <b> & 'q' \"d\"\n"}, {
+    "role": "system",
+    "content": " Be brief. ",
+}
+ANSWER, CALLING = {"role": "assistant", "content": "Hello"}, {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [CALL],
+}
+RESULT = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": '{"sun": true}'}
 
 CONVERSATIONS = [
     {"messages": [USER], "tools": None, "prompt": True},
@@ -37,8 +58,10 @@ TEMPLATES = {
 {% endfor %}
 {% if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}""",
     # Alternating roles enforced; tokens by name; trimmed content.
-    "alternating": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}
-    {%- set system = messages[0]['content'] | trim + '\\n\\n' %}{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}
+    "alternating": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+    {%- set rest = messages[1:] %}
+    {%- set system = messages[0]['content'] | trim + '\\n\\n' %}
+{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}
 {% for message in rest %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('Roles must alternate') }}
@@ -65,7 +88,8 @@ TEMPLATES = {
 {% if m.content is string and m.content %}{{ m.content }}{% endif %}
 {%- if m.tool_calls is defined %}
 {%- for call in m.tool_calls %}
-<call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</call>
+<call>{"name": "{{ call.function.name }}",
+"arguments": {{ call.function.arguments | tojson }}}</call>
 {%- endfor %}
 {%- endif %}<|end|>
 {% endfor %}
@@ -76,7 +100,8 @@ TEMPLATES = {
 
 {% endif %}{% endif %}""",
     # Macros, namespaces, filters on missing values, loop controls.
-    "macros": """{%- macro show(kind, value=none) -%}({{ kind }}{{ value if value is not none else '' }}){%- endmacro -%}
+    "macros": """{%- macro show(kind, value=none) -%}({{ kind }}
+{{- value if value is not none else '' }}){%- endmacro -%}
 {%- set ns = namespace(users=0, last='') -%}
 {%- for m in messages -%}
 {%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}
@@ -84,9 +109,12 @@ TEMPLATES = {
 {%- set ns.last = m.role -%}
 {{ show(m.role | upper, ns.users) }}{{ m.nothing | trim }}{{ m.nothing | default('-') }}
 {%- endfor -%}
-{{ ns.last }} {{ messages | map(attribute='role') | join(',') }} {{ (messages | selectattr('role', 'equalto', 'user') | list) | length }}
-{%- if tools is not none and tools is defined %} {{ tools | length }}{% endif %} {{ range(3) | list | tojson }} {{ '%s' in 'a%sb' }} {{ messages[-1].role[:2] ~ 1 }}
-{{ true }} {{ 1.5 }} {{ [1, 'a', "it's", none, {'k': false}] }} {{ {'a': ['x\n']} | string }} {{ false | string }}
+{{ ns.last }} {{ messages | map(attribute='role') | join(',') }}
+{{ (messages | selectattr('role', 'equalto', 'user') | list) | length }}
+{%- if tools is not none and tools is defined %} {{ tools | length }}{% endif %}
+{{ range(3) | list | tojson }} {{ '%s' in 'a%sb' }} {{ messages[-1].role[:2] ~ 1 }}
+{{ true }} {{ 1.5 }} {{ [1, 'a', "it's", none, {'k': false}] }}
+{{ {'a': ['x\n']} | string }} {{ false | string }}
 {{- messages[0].nothing | upper }}{{ none | selectattr('x') | list }}""",
 }
 
@@ -98,8 +126,14 @@ def main() -> None:
         rendered = []
         for one in CONVERSATIONS:
             try:
-                text = template.render(messages=one["messages"], tools=one["tools"], documents=None,
-                                       add_generation_prompt=one["prompt"], bos_token="<s>", eos_token="</s>")
+                text = template.render(
+                    messages=one["messages"],
+                    tools=one["tools"],
+                    documents=None,
+                    add_generation_prompt=one["prompt"],
+                    bos_token="<s>",
+                    eos_token="</s>",
+                )
                 rendered.append({"text": text})
             except Exception as error:  # a refusal is a result as well
                 rendered.append({"error": str(error)})
