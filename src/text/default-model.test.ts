@@ -1,10 +1,11 @@
 // Holds the default model's own vocabulary and template to Hugging Face's libraries
-// (tools/goldens/text_smollm2.py). Needs its file: LATTICE_TEST_MODEL, or the local store.
+// (tools/goldens/text_smollm2.py).
 
 import assert from 'node:assert/strict'
-import { existsSync, readFileSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { test } from 'node:test'
-import type { Model } from '../model/model.ts'
+import { defaultModelPath, WITHOUT_MODEL } from '../../test/support/default-model.ts'
+import { openModel } from '../model/load.ts'
 import type { ChatMessage } from './chat-template.ts'
 import { loadChatTemplate, loadTokenizer } from './load.ts'
 
@@ -18,45 +19,12 @@ interface Golden {
   chatIds: number[]
 }
 
-/** The model module, where this checkout has one. */
-interface ModelModules {
-  openModel(path: string): Model
-  storedPath(): string | undefined
-}
-
 const read = (name: string): unknown =>
   JSON.parse(readFileSync(new URL(`./goldens/${name}.json`, import.meta.url), 'utf8'))
 
-async function modelModules(): Promise<ModelModules | undefined> {
-  const at = (name: string): string => new URL(`../model/${name}.ts`, import.meta.url).href
-  if (!existsSync(new URL(at('load')))) return undefined
-  const { openModel } = (await import(at('load'))) as Pick<ModelModules, 'openModel'>
-  const { Store } = (await import(at('store'))) as {
-    Store: new () => { find(name: string): object | undefined; paths(found: object): string[] }
-  }
-  const { DEFAULT_MODEL } = (await import(at('registry'))) as { DEFAULT_MODEL: { name: string } }
-  return {
-    openModel,
-    storedPath() {
-      const store = new Store()
-      const found = store.find(DEFAULT_MODEL.name)
-      return found === undefined ? undefined : store.paths(found)[0]
-    },
-  }
-}
-
-const modules = await modelModules()
-const path = process.env['LATTICE_TEST_MODEL'] ?? modules?.storedPath()
-const model = modules === undefined || path === undefined ? undefined : modules.openModel(path)
-const isDefault = model?.metadata.get('tokenizer.ggml.pre') === 'smollm'
-const skip =
-  modules === undefined
-    ? 'SKIPPED: this checkout has no src/model/load.ts'
-    : path === undefined
-      ? 'SKIPPED: no model; set LATTICE_TEST_MODEL to the default model’s .gguf file'
-      : isDefault
-        ? false
-        : 'SKIPPED: LATTICE_TEST_MODEL is not the default model'
+const path = defaultModelPath()
+const model = path === undefined ? undefined : openModel(path)
+const skip = model === undefined ? WITHOUT_MODEL : false
 
 test("the default model: a token differs from Hugging Face's", { skip }, () => {
   const golden = read('models/smollm2-135m-instruct') as Golden
