@@ -90,7 +90,8 @@ export class CpuBackend implements Backend {
     this.kv = new HostKvMemory(layout, options.maxSequences)
 
     const { stepTokens, maxSequences, contextLength } = options
-    const maskElements = (stepTokens + maxSequences) * contextLength
+    // Rows for every token of a step; lengths are rounded up by less than 256.
+    const maskElements = (stepTokens + maxSequences) * (contextLength + 256)
     const sizes = {
       activations: this.activations.bytes,
       tokens: stepTokens * 4,
