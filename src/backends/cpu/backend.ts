@@ -4,7 +4,7 @@ import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type GgmlBase, type GgmlCpu, loadBase, loadVariant } from '../../ffi/ggml.ts'
 import { mapAnonymous, unmap, viewMemory } from '../../ffi/libc.ts'
-import { layerMajor } from '../../kv/layout.ts'
+import { layerMajor, tokenMajor } from '../../kv/layout.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
@@ -25,6 +25,8 @@ export interface CpuBackendOptions {
   /** Cores to compute on, one thread each. */
   cpus: readonly number[]
   pin?: boolean
+  /** Order of KV in a slot; see docs/decisions/0001-kv-layout-on-the-host.md. */
+  kvOrder?: 'layer-major' | 'token-major'
   /** A build's name instead of the best one, for tests. */
   variant?: string
 }
@@ -78,7 +80,8 @@ export class CpuBackend implements Backend {
       options.stepTokens,
       (op) => this.tensors.joined(op) !== undefined,
     )
-    const layout = layerMajor({
+    const order = options.kvOrder === 'token-major' ? tokenMajor : layerMajor
+    const layout = order({
       layers: config.layers,
       rowBytes: 2 * config.kvHeads * config.headDim * Uint16Array.BYTES_PER_ELEMENT,
       maxTokens: options.contextLength,
