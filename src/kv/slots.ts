@@ -37,8 +37,9 @@ export class SlotTable {
     this.pages = new Int32Array(slots)
   }
 
-  get warmSlots(): number {
-    return this.warm.length
+  /** When the longest-warm slot turned warm; undefined if none is. */
+  get warmSinceMs(): number | undefined {
+    return this.warm[0]?.sinceMs
   }
 
   pagesOf(slot: number): number {
