@@ -14,15 +14,18 @@ export type PeerJob =
   | { kind: 'decode'; prompt: number[]; count: number }
   /** The same on several sequences at once. */
   | { kind: 'batch'; prompts: number[][]; count: number }
-  /** Next-token probabilities after every token of a text, most likely first. */
-  | { kind: 'probabilities'; tokens: number[] }
+  /** Next-token probabilities after every token of a text; `fresh` starts a new one. */
+  | { kind: 'probabilities'; tokens: number[]; fresh: boolean }
 
 export interface PeerResult {
   ms: number
   tokens: number[][]
-  /** For each position: [token, probability] pairs. */
+  /** For each position: [token, probability] pairs, without what is below `NEGLIGIBLE`. */
   probabilities: [number, number][][]
 }
+
+/** 50,000 tokens of less than this change a sum of p log p/q by less than 1e-5. */
+const NEGLIGIBLE = 1e-10
 
 interface PeerSequence {
   clearHistory(): Promise<void>
@@ -92,13 +95,14 @@ async function main(): Promise<void> {
       await first.evaluateWithoutGeneratingNewTokens(job.tokens)
       result.ms = performance.now() - start
     } else if (job.kind === 'probabilities') {
-      await first.clearHistory()
+      if (job.fresh) await first.clearHistory()
       const wanted = job.tokens.map((token): [number, object] => [
         token,
         { generateNext: { probabilities: true } },
       ])
       for (const item of await first.controlledEvaluate(wanted)) {
-        result.probabilities.push([...(item?.next?.probabilities ?? [])])
+        const all = [...(item?.next?.probabilities ?? [])]
+        result.probabilities.push(all.filter(([, probability]) => probability > NEGLIGIBLE))
       }
     } else {
       const prompts = job.kind === 'decode' ? [job.prompt] : job.prompts

@@ -1,7 +1,7 @@
 // Owns `lattice bench`: the measurements there are.
 
 import { Command } from 'commander'
-import { benchCpuCommand } from './bench-cpu.ts'
+import { benchCpuCommand, benchParityCommand } from './bench-cpu.ts'
 import { benchServeCommand } from './bench-serve.ts'
 
 export function benchCommand(): Command {
@@ -9,4 +9,5 @@ export function benchCommand(): Command {
     .description('Measures a server or the CPU backend. docs/bench.md lists the keys of the JSON.')
     .addCommand(benchServeCommand())
     .addCommand(benchCpuCommand())
+    .addCommand(benchParityCommand())
 }

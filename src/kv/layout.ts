@@ -28,7 +28,7 @@ export interface KvLayout {
   layerStride: number
   /** Bytes of a range, a multiple of the page and of the token stride. */
   rangeBytes: number
-  /** From a slot to the next; a multiple of the token stride, so rows are countable across slots. */
+  /** From a slot to the next; a multiple of the token stride: rows count on across slots. */
   slotBytes: number
 }
 

@@ -1,7 +1,7 @@
 // Owns reading a file's beginning piece by piece: a source of bytes and a cursor over it that
 // never reads past the end, and never asks for more memory than the file has bytes.
 
-import { openSync, closeSync, fstatSync, readSync } from 'node:fs'
+import { closeSync, fstatSync, openSync, readSync, statSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
 
 /** Bytes that can be read at any offset; a file, or memory in tests. */
@@ -29,8 +29,11 @@ export function memorySource(name: string, data: Uint8Array): ByteSource {
 export function withFile<T>(path: string, use: (source: ByteSource) => T): T {
   let descriptor: number
   try {
+    // Asked before opening: opening a pipe would wait for somebody to write into it.
+    if (!statSync(path).isFile()) throw notAFile(path)
     descriptor = openSync(path, 'r')
   } catch (thrown) {
+    if (thrown instanceof LatticeError) throw thrown
     const { code } = thrown as NodeJS.ErrnoException
     throw new LatticeError('model_not_found', `Cannot open ${path}: ${reason(code)}.`, {
       todo: 'Check the path, or list the models that are here with `lattice ls`.',
@@ -38,20 +41,20 @@ export function withFile<T>(path: string, use: (source: ByteSource) => T): T {
     })
   }
   try {
-    const stat = fstatSync(descriptor)
-    if (!stat.isFile()) {
-      throw new LatticeError('model_not_found', `${path} is not a file.`, {
-        todo: 'Give a .gguf file or a directory with safetensors.',
-      })
-    }
     return use({
       name: path,
-      byteLength: stat.size,
+      byteLength: fstatSync(descriptor).size,
       read: (into, offset) => readFully(descriptor, path, into, offset),
     })
   } finally {
     closeSync(descriptor)
   }
+}
+
+function notAFile(path: string): LatticeError {
+  return new LatticeError('model_not_found', `${path} is not a file.`, {
+    todo: 'Give a .gguf file or a directory with safetensors.',
+  })
 }
 
 function reason(code: string | undefined): string {

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict'
+import { execFileSync } from 'node:child_process'
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
@@ -280,6 +281,9 @@ test('a path that is no model says what to give instead', () => {
     /one file of a model/,
   )
   const empty = temporaryDirectory('empty')
+  const pipe = join(empty, 'pipe.gguf')
+  execFileSync('mkfifo', [pipe])
+  assertRefused(() => openModel(pipe), 'model_not_found', /is not a file/)
   assertRefused(() => openModel(empty), 'model_not_found', /holds no model.safetensors/)
 })
 

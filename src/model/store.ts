@@ -10,6 +10,7 @@ import { homedir } from 'node:os'
 import { join } from 'node:path'
 import { LatticeError } from '../errors.ts'
 import { info } from '../log.ts'
+import type { About } from './about.ts'
 
 /** A model in the store. */
 export interface Manifest {
@@ -33,15 +34,6 @@ export interface ManifestFile {
   sha256: string | null
   /** Together with the size, tells without hashing that the file is the one that was checked. */
   mtimeMs: number
-}
-
-/** What `lattice ls` shows of a model; read once, when it is pulled. */
-export interface About {
-  format: 'gguf' | 'safetensors'
-  architecture: string
-  /** Type of most weight bytes, such as Q4_1. */
-  quantization: string
-  parameters: number
 }
 
 const NAME = /^[a-z0-9][a-z0-9._-]{0,127}$/

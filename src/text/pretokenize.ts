@@ -139,8 +139,8 @@ const NUMBER = /\p{N}/gv
 const NUMBERS = /\p{N}+/gv
 const SPACES = /\p{White_Space}/gv
 /** The `\w` of Rust's regex crate, which these two pre-tokenizers use. */
-const WORDS =
-  /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]+|[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\p{White_Space}]+/gv
+const WORD = String.raw`\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}`
+const WORDS = new RegExp(String.raw`[${WORD}]+|[^${WORD}\p{White_Space}]+`, 'gv')
 const PUNCTUATION = /[\p{P}!-\/:-@\[-`\{-~]/gv
 
 export const digits = (individual: boolean): PreTokenizer => split(individual ? NUMBER : NUMBERS)

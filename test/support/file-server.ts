@@ -9,6 +9,8 @@ export interface ServedFile {
   ranges?: boolean
   /** Bytes after which the connection is cut, for each of the first requests of the body. */
   cutAfter?: number[]
+  /** Bytes after which nothing more comes, for each of the first requests of the body. */
+  holdAfter?: number[]
   /** Statuses answered before anything else. */
   statuses?: number[]
   token?: string
@@ -87,6 +89,8 @@ function answer(file: ServedFile | undefined, request: IncomingMessage, response
 }
 
 function send(file: ServedFile, body: Buffer, response: ServerResponse) {
+  const hold = file.holdAfter?.shift()
+  if (hold !== undefined) return response.write(body.subarray(0, hold))
   const cut = file.cutAfter?.shift()
   if (cut === undefined || cut >= body.byteLength) return response.end(body)
   response.write(body.subarray(0, cut), () => {

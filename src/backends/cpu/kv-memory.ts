@@ -4,7 +4,7 @@
 //   memfd   | slot 0 ................ | slot 1 ................ | …      (sizes are addresses)
 //   pages     ##      #       ##        ###     ##      ###              (only what was written)
 //
-// Everyone can look: `stat -L /proc/PID/fd/N` gives the blocks, smaps the mapping `memfd:lattice-kv`.
+// Everyone can look: `stat -L /proc/PID/fd/N` has the blocks, smaps the mapping memfd:lattice-kv.
 
 import { fstatSync } from 'node:fs'
 import { closeFd, createMemfd, mapShared, punchHole, unmap } from '../../ffi/libc.ts'

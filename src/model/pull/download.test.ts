@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
 import { createHash, randomBytes } from 'node:crypto'
+import { once } from 'node:events'
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 import { after, test } from 'node:test'
 import { temporaryDirectory } from '../../../test/support/temporary.ts'
 import { startFileServer } from '../../../test/support/file-server.ts'
@@ -190,4 +192,20 @@ test('an abort ends it at once and leaves what is there for the next time', asyn
   await assert.rejects(fetchIt({ sha256, signal: stop.signal, retryBaseMs: 50 }), /stopped/)
   assert.equal(existsSync(path), false)
   assert.ok(existsSync(`${path}.partial.json`))
+})
+
+test('a process killed midway leaves nothing that looks whole, the next goes on', async () => {
+  const { path, fetchIt } = serve({ holdAfter: Array<number>(4).fill(1 << 20) })
+  const url = `${server.url}/${basename(path)}`
+  const code = `import { download } from '${new URL('./download.ts', import.meta.url).href}'
+    setTimeout(() => process.stdout.write('now'), 300)
+    await download({ url: '${url}', headers: {}, path: '${path}', label: 'x' })`
+  const child = spawn(process.execPath, ['--input-type=module', '-e', code])
+  await once(child.stdout, 'data')
+  child.kill('SIGKILL')
+  await once(child, 'close')
+  assert.equal(existsSync(path), false)
+  assert.ok(existsSync(`${path}.partial.json`))
+  await fetchIt({ sha256 })
+  assert.ok(readFileSync(path).equals(body))
 })

