@@ -75,7 +75,7 @@ export class EngineCore {
     this.scheduler = new Scheduler(
       this.slots,
       { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences },
-      { release: (slot) => backend.kv.release(slot), nowMs: now },
+      (slot) => backend.kv.release(slot),
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -125,8 +125,8 @@ export class EngineCore {
   }
 
   /**
-   * Gives back one slot's pages if its sequence ended a while ago: called again and again while
-   * there is nothing else to do, it holds up a sequence that arrives by a millisecond, not by all.
+   * Gives back pages of sequences that ended, slot by slot: called again and again while there is
+   * nothing else to do, it holds up a sequence that arrives by a millisecond, not by all of them.
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
@@ -219,14 +219,22 @@ export class EngineCore {
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
-    this.scheduler.remove(sequence)
+    // After an abort nobody is likely to follow in its place: the pages go back within a step.
+    this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)
     this.finished[reason]++
     this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
   }
 
+  /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
   private releaseOverdue(): void {
-    const slot = this.slots.reclaim(this.now() - WARM_MS)
+    while (this.releaseOne(-Infinity));
+    this.releaseOne(this.now() - WARM_MS)
+  }
+
+  private releaseOne(untilMs: number): boolean {
+    const slot = this.slots.reclaim(untilMs)
     if (slot >= 0) this.backend.kv.release(slot)
+    return slot >= 0
   }
 }

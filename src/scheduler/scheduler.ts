@@ -28,13 +28,6 @@ export interface SchedulerOptions {
   maxSequences: number
 }
 
-/** What the scheduler asks of the memory's mechanism. */
-export interface MemoryActions {
-  /** Gives a slot's pages back; called before anybody else may use them. */
-  release(slot: number): void
-  nowMs(): number
-}
-
 export class Scheduler<S extends Schedulable> {
   /** First come, first served; preempted sequences return to the front. */
   readonly waiting: S[] = []
@@ -43,16 +36,17 @@ export class Scheduler<S extends Schedulable> {
   preemptions = 0
   private readonly slots: SlotTable
   private readonly options: SchedulerOptions
-  private readonly memory: MemoryActions
+  private readonly release: (slot: number) => void
   private readonly parts: ScheduledPart<S>[] = []
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
 
-  constructor(slots: SlotTable, options: SchedulerOptions, memory: MemoryActions) {
+  /** @param release gives a slot's pages back to the kernel, before anybody else may use them. */
+  constructor(slots: SlotTable, options: SchedulerOptions, release: (slot: number) => void) {
     assert(options.stepTokens >= options.maxSequences, 'every sequence can decode in every step')
     this.slots = slots
     this.options = options
-    this.memory = memory
+    this.release = release
   }
 
   /**
@@ -68,13 +62,16 @@ export class Scheduler<S extends Schedulable> {
     return this.parts
   }
 
-  /** Takes a sequence out, wherever it is; its pages stay warm for a while. */
-  remove(sequence: S): void {
+  /**
+   * Takes a sequence out, wherever it is; its pages stay warm for a while.
+   * @param sinceMs as `SlotTable.retire` takes it
+   */
+  remove(sequence: S, sinceMs: number): void {
     const waitingAt = this.waiting.indexOf(sequence)
     if (waitingAt >= 0) this.waiting.splice(waitingAt, 1)
     const runningAt = this.running.indexOf(sequence)
     if (runningAt >= 0) this.running.splice(runningAt, 1)
-    if (sequence.slot >= 0) this.slots.retire(sequence.slot, this.memory.nowMs())
+    if (sequence.slot >= 0) this.slots.retire(sequence.slot, sinceMs)
     sequence.slot = -1
   }
 
@@ -153,12 +150,9 @@ export class Scheduler<S extends Schedulable> {
   /** Sends a sequence back to the queue's front; its tokens are computed again later. */
   private preempt(sequence: S): void {
     this.preemptions++
-    const { slot } = sequence
-    this.remove(sequence)
+    this.remove(sequence, -Infinity)
     sequence.computed = 0
     this.waiting.unshift(sequence)
-    assert(slot >= 0, 'a running sequence holds a slot')
-    this.reclaimOne()
   }
 
   private growOrReclaim(sequence: S, tokens: number): boolean {
@@ -176,7 +170,7 @@ export class Scheduler<S extends Schedulable> {
   private reclaimOne(): boolean {
     const slot = this.slots.reclaim(Infinity)
     if (slot < 0) return false
-    this.memory.release(slot)
+    this.release(slot)
     return true
   }
 }
