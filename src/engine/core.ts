@@ -106,7 +106,7 @@ export class EngineCore {
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
    * @returns false if there was nothing to do.
-   * @throws what the backend throws; then no further step is possible, only `failAll`.
+   * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
@@ -133,11 +133,6 @@ export class EngineCore {
     this.releaseOverdue()
     const { warmSinceMs } = this.slots
     return warmSinceMs === undefined ? undefined : Math.max(0, warmSinceMs + WARM_MS - this.now())
-  }
-
-  /** Ends everything that runs or waits, because the backend failed. */
-  failAll(error: LatticeError): void {
-    for (const sequence of this.sequences.values()) this.finish(sequence, 'error', error)
   }
 
   snapshot(): EngineSnapshot {

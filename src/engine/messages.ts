@@ -55,5 +55,5 @@ export type FromEngine =
       finished: FinishMessage[]
     }
   | { kind: 'snapshot'; ticket: number; snapshot: EngineSnapshot }
-  /** The engine cannot go on; nothing follows. */
+  /** The engine cannot go on: nothing follows, and whoever has no finish yet gets none from it. */
   | { kind: 'failed'; error: LatticeErrorJson }

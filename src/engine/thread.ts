@@ -90,20 +90,17 @@ function run(core: EngineCore): void {
 }
 
 let opened: Opened | undefined
-let core: EngineCore | undefined
 try {
   opened = await openBackend()
   const { backend, variant, repackedBytes } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
-  core = makeCore(backend, kvPages)
+  const core = makeCore(backend, kvPages)
   say({ kind: 'ready', facts: { variant, repackedBytes, layout, kvPages } })
   run(core)
 } catch (thrown) {
-  const error = toLatticeError(thrown)
-  core?.failAll(error)
   flush()
-  say({ kind: 'failed', error: error.toJSON() })
+  say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
 }
 opened?.backend.close()
 port.close()
