@@ -4,7 +4,6 @@ import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type GgmlBase, type GgmlCpu, loadBase, loadVariant } from '../../ffi/ggml.ts'
 import { mapAnonymous, unmap, viewMemory } from '../../ffi/libc.ts'
-import { layerMajor, tokenMajor } from '../../kv/layout.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
@@ -12,7 +11,7 @@ import type { Backend, StepBatch } from '../backend.ts'
 import { Activations } from './activations.ts'
 import { AttentionPlan } from './attention.ts'
 import { type StepMemory, StepGraph } from './graph.ts'
-import { HOST_PAGE_BYTES, HostKvMemory } from './kv-memory.ts'
+import { HostKvMemory, hostKvLayout } from './kv-memory.ts'
 import { createThreadPool, type ThreadPool } from './threads.ts'
 import { bestVariant } from './variant.ts'
 import { WeightTensors } from './weight-tensors.ts'
@@ -80,13 +79,7 @@ export class CpuBackend implements Backend {
       options.stepTokens,
       (op) => this.tensors.joined(op) !== undefined,
     )
-    const order = options.kvOrder === 'token-major' ? tokenMajor : layerMajor
-    const layout = order({
-      layers: config.layers,
-      rowBytes: 2 * config.kvHeads * config.headDim * Uint16Array.BYTES_PER_ELEMENT,
-      maxTokens: options.contextLength,
-      pageBytes: HOST_PAGE_BYTES,
-    })
+    const layout = hostKvLayout(config, options.contextLength, options.kvOrder)
     this.kv = new HostKvMemory(layout, options.maxSequences)
 
     const { stepTokens, maxSequences, contextLength } = options
