@@ -33,12 +33,16 @@ export interface CpuBackendOptions {
 /** Graphs are built for up to 1, 4, 16 … attention pieces, each at its first use. */
 const PIECES_GROWTH = 4
 
+/** From this many queries on, ggml's attention is tiled and sums in float32 (GGML_FA_TILE_Q). */
+export const CHUNK_TOKENS_MIN = 64
+
 /** Outputs start on cache lines. */
 const ALIGNMENT = 64
 
 export class CpuBackend implements Backend {
   readonly vocab: number
   readonly stepTokensMax: number
+  readonly chunkTokensMin = CHUNK_TOKENS_MIN
   readonly kv: HostKvMemory
   readonly variant: string
   readonly weights: Weights
