@@ -9,6 +9,15 @@ export const MAX_QUEUE_DEFAULT = 512
 /** Tokens one engine step may process: prefill chunks plus one for each decoding sequence. */
 export const STEP_TOKENS_MAX_DEFAULT = 512
 
+/**
+ * Mappings that slots may have together, to share pages: half of the 65,530 that the kernel allows
+ * a process (vm.max_map_count).
+ */
+export const KV_MAPPINGS_MAX = 1 << 15
+
+/** Regions of memory, beyond those of slots, that cached prefixes may lie in. */
+export const PREFIX_REGIONS = 256
+
 /** Parallel samples of one request (`n`), as OpenAI's API bounds it. */
 export const MAX_CHOICES = 128
 

@@ -3,6 +3,7 @@
 
 import { assert } from '../assert.ts'
 import type { KvLayout } from '../kv/layout.ts'
+import type { KvMover } from '../kv/regions.ts'
 
 /**
  * One step's work, in arrays that are filled again for every step. Segment i is `counts[i]`
@@ -53,11 +54,11 @@ export class StepBatch {
 }
 
 /** The memory that sequences' keys and values live in; physical pages come and go beneath it. */
-export interface KvMemory {
+export interface KvMemory extends KvMover {
   readonly layout: KvLayout
   readonly slots: number
-  /** Gives every page of a slot back; its next tokens start from zeroed memory. */
-  release(slot: number): void
+  /** At first, slot i is mapped to region i. */
+  readonly regions: number
   /** Bytes that are physically present now, by the owner's own account (kernel or driver). */
   residentBytes(): number
 }

@@ -11,6 +11,7 @@ export interface EngineOptions {
   threads?: number
   context?: number
   kvMemory?: number
+  prefixCache?: number
 }
 
 export interface SamplingOptions {
@@ -46,6 +47,11 @@ export function addEngineOptions(command: Command): Command {
     .option(
       '--kv-memory <SIZE>',
       'hard limit on KV cache memory: 512M (default: from free memory)',
+      parseSize,
+    )
+    .option(
+      '--prefix-cache <SIZE>',
+      'how much of it may keep prompts for later ones that begin alike (default: none)',
       parseSize,
     )
 }

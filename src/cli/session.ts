@@ -68,6 +68,7 @@ export async function openSession(
       threads: options.threads,
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
+      prefixCacheBytes: options.prefixCache,
       ...capacity,
     }),
   })

@@ -52,6 +52,8 @@ export interface SequenceRequest {
   maxTokens: number
   /** Token ids that end the sequence (end-of-sequence ids; empty when they are ignored). */
   stopTokens: readonly number[]
+  /** Sequences of a group have the same prompt: it is computed once if they come together. */
+  group?: string
   /** Alternatives to report with each token; undefined reports none, 0 only the chosen one. */
   topLogprobs: number | undefined
 }
@@ -67,8 +69,11 @@ export type FinishReason = 'stop' | 'length' | 'abort' | 'error'
 
 /** Where a sequence's tokens go. Called on the thread that submitted; must not throw. */
 export interface SequenceSink {
-  /** Called once, before the first token, when the sequence leaves the queue: its wait is over. */
-  onStart?(): void
+  /**
+   * Called once, before the first token, when the sequence leaves the queue: its wait is over.
+   * `cachedTokens` of its prompt were in memory already, left by other requests.
+   */
+  onStart?(cachedTokens: number): void
   /** A stop token that ends the sequence is counted but not delivered here. */
   onToken(token: number, logprobs: TokenLogprobs | undefined): void
   /** Called once, last. `outputTokens` includes the stop token. */
@@ -108,7 +113,11 @@ export interface EngineSnapshot {
     /** What the kernel says is resident in the memfd; asked for this snapshot. */
     residentBytes: number
   }
+  /** Prompt tokens looked up in the prefix cache, and found there. */
+  prefixQueries: number
+  prefixHits: number
   steps: number
+  /** Computed, that is: not found in the prefix cache or shared with another choice. */
   promptTokens: number
   outputTokens: number
   finished: Record<FinishReason, number>

@@ -181,8 +181,9 @@ export class EngineClient implements Engine {
 
   private receive(message: FromEngine): void {
     if (message.kind === 'tokens') this.deliver(message)
-    else if (message.kind === 'started') this.live.get(message.id)?.sink.onStart?.()
-    else if (message.kind === 'snapshot') {
+    else if (message.kind === 'started') {
+      this.live.get(message.id)?.sink.onStart?.(message.cachedTokens)
+    } else if (message.kind === 'snapshot') {
       this.snapshots.get(message.ticket)?.resolve(message.snapshot)
       this.snapshots.delete(message.ticket)
     } else if (message.kind === 'failed') this.stop(LatticeError.fromJSON(message.error))

@@ -6,7 +6,10 @@
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
 import { liveBytes } from '../kv/layout.ts'
+import { PrefixCache } from '../kv/prefix.ts'
+import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
+import { KV_MAPPINGS_MAX } from '../limits.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
@@ -18,17 +21,20 @@ import type {
 } from './api.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
+import { PromptSharing } from './sharing.ts'
 
 export interface CoreOptions {
   maxSequences: number
   /** Hard limit on physical KV pages. */
   kvPages: number
+  /** How many of them cached prefixes may keep; 0 is no prefix cache. */
+  prefixPages?: number
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
 export interface CoreSink {
   /** The sequence has left the queue; the step that begins its prompt is about to be computed. */
-  onStart(id: number): void
+  onStart(id: number, cachedTokens: number): void
   onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void
   onFinish(
     id: number,
@@ -50,10 +56,15 @@ export class EngineCore {
   private readonly sink: CoreSink
   private readonly now: () => number
   private readonly slots: SlotTable
+  private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
   private readonly sequences = new Map<number, Sequence>()
+  /** Sequences that share their prompt, as long as one of them lives. */
+  private readonly groups = new Map<string, Sequence[]>()
   private readonly batch: StepBatch
   private readonly sampler: Sampler
+  /** A row of logits, for another sequence to sample from. */
+  private readonly row: Float32Array
   private steps = 0
   private promptTokens = 0
   private outputTokens = 0
@@ -71,18 +82,22 @@ export class EngineCore {
     this.backend = backend
     this.sink = sink
     this.now = now
-    this.slots = new SlotTable(backend.kv.layout, backend.kv.slots, options.kvPages)
+    const { kv, chunkTokensMin } = backend
+    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
+    this.slots = new SlotTable(regions, kv.slots)
+    const cache = options.prefixPages ? new PrefixCache(regions, options.prefixPages) : undefined
+    this.sharing = new PromptSharing(this.slots, cache, {
+      computeMin: Math.max(1, chunkTokensMin),
+      spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
+    })
     this.scheduler = new Scheduler(
       this.slots,
-      {
-        stepTokens: backend.stepTokensMax,
-        maxSequences: options.maxSequences,
-        chunkTokensMin: backend.chunkTokensMin,
-      },
-      (slot) => backend.kv.release(slot),
+      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences, chunkTokensMin },
+      this.sharing,
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
+    this.row = new Float32Array(backend.vocab)
   }
 
   get idle(): boolean {
@@ -92,8 +107,10 @@ export class EngineCore {
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
     try {
-      const sequence = new Sequence(id, request, this.now())
+      const group = this.groupOf(request)
+      const sequence = new Sequence(id, request, group, this.now())
       this.sequences.set(id, sequence)
+      group?.push(sequence)
       this.scheduler.waiting.push(sequence)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
@@ -166,6 +183,8 @@ export class EngineCore {
         limitPages: this.slots.limitPages,
         residentBytes: this.backend.kv.residentBytes(),
       },
+      prefixQueries: this.sharing.queries,
+      prefixHits: this.sharing.hits,
       steps: this.steps,
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
@@ -180,10 +199,7 @@ export class EngineCore {
     this.batch.clear()
     for (const { sequence, count } of parts) {
       const { slot, computed, tokens, length } = sequence
-      if (!sequence.started) {
-        sequence.started = true
-        this.sink.onStart(sequence.id)
-      }
+      this.start(sequence)
       this.batch.add(slot, computed, tokens, computed, count, computed + count === length)
     }
   }
@@ -192,16 +208,38 @@ export class EngineCore {
     let row = 0
     for (const { sequence, count } of parts) {
       sequence.computed += count
-      if (sequence.computed === sequence.length) {
-        this.advance(sequence, present(rows[row++], 'a row of logits'))
-      }
+      if (sequence.computed < sequence.length) continue
+      const logits = present(rows[row++], 'a row of logits')
+      if (sequence.outputTokens === 0) this.share(sequence, logits)
+      this.advance(sequence, logits)
     }
+  }
+
+  /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
+  private share(sequence: Sequence, logits: Float32Array): void {
+    this.promptTokens += sequence.length - sequence.cachedTokens
+    this.sharing.computed(sequence)
+    for (;;) {
+      const next = this.scheduler.waiting[0]
+      if (!next || !this.sharing.continues(next, sequence)) return
+      if (!this.scheduler.fork(sequence)) return
+      this.start(next)
+      // Sampling changes the logits that it samples from.
+      this.row.set(logits)
+      this.advance(next, this.row)
+    }
+  }
+
+  private start(sequence: Sequence): void {
+    if (sequence.started) return
+    this.sharing.started(sequence)
+    sequence.started = true
+    this.sink.onStart(sequence.id, sequence.cachedTokens)
   }
 
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
     const { topLogprobs, stopTokens, maxTokens } = sequence.request
-    if (sequence.outputTokens === 0) this.promptTokens += sequence.request.prompt.length
     try {
       const token = this.sampler.sample(logits, sequence.sampler)
       sequence.push(token)
@@ -221,19 +259,37 @@ export class EngineCore {
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)
+    this.leaveGroup(sequence)
     this.finished[reason]++
     this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
   }
 
   /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
   private releaseOverdue(): void {
-    while (this.releaseOne(-Infinity));
-    this.releaseOne(this.now() - WARM_MS)
+    while (this.slots.reclaim(-Infinity) >= 0);
+    this.slots.reclaim(this.now() - WARM_MS)
   }
 
-  private releaseOne(untilMs: number): boolean {
-    const slot = this.slots.reclaim(untilMs)
-    if (slot >= 0) this.backend.kv.release(slot)
-    return slot >= 0
+  /** @throws LatticeError `invalid_request` if the group has another prompt */
+  private groupOf({ group, prompt }: SequenceRequest): Sequence[] | undefined {
+    if (group === undefined) return undefined
+    let members = this.groups.get(group)
+    if (!members) {
+      members = []
+      this.groups.set(group, members)
+    }
+    const other = members[0]?.request.prompt
+    if (other && (other.length !== prompt.length || prompt.some((t, i) => t !== other[i]))) {
+      throw new LatticeError('invalid_request', 'A group of sequences has different prompts.', {
+        todo: 'Give sequences the same group only if they have the same prompt.',
+      })
+    }
+    return members
+  }
+
+  /** Forgets a group whose last sequence has ended. */
+  private leaveGroup({ request, group }: Sequence): void {
+    if (request.group === undefined || !group) return
+    if (!group.some(({ id }) => this.sequences.has(id))) this.groups.delete(request.group)
   }
 }

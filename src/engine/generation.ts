@@ -29,7 +29,7 @@ export interface GenerationRequest {
   ignoreEos: boolean
   topLogprobs: number | undefined
   /** Called once for each choice that leaves the engine's queue. Must not throw. */
-  onStart?: () => void
+  onStart?: (cachedTokens: number) => void
 }
 
 export interface DeltaToken {
@@ -74,6 +74,7 @@ export function generate(
   checkChoices(request)
   const news = new News(request.choices)
   const choices: Choice[] = []
+  const group = request.choices > 1 ? { group: crypto.randomUUID() } : {}
   try {
     for (let i = 0; i < request.choices; i++) {
       const choice = new Choice(i, tokenizer, request, news)
@@ -86,6 +87,7 @@ export function generate(
         maxTokens: request.maxTokens,
         stopTokens: request.ignoreEos ? [] : tokenizer.eosTokens,
         topLogprobs: request.topLogprobs,
+        ...group,
       })
     }
   } catch (error) {
@@ -131,7 +133,7 @@ class Choice implements SequenceSink {
   readonly #news: News
   readonly #detokenizer: Detokenizer
   readonly #stop: StopMatcher
-  readonly #onStart: (() => void) | undefined
+  readonly #onStart: ((cachedTokens: number) => void) | undefined
   #handle: SequenceHandle | undefined
   /** Nothing the engine still says about this sequence counts. */
   #ended = false
@@ -170,8 +172,8 @@ class Choice implements SequenceSink {
     this.#abortEngine()
   }
 
-  onStart(): void {
-    if (!this.#ended) this.#onStart?.()
+  onStart(cachedTokens: number): void {
+    if (!this.#ended) this.#onStart?.(cachedTokens)
   }
 
   onToken(token: number, logprobs: TokenLogprobs | undefined): void {

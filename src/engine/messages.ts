@@ -13,6 +13,8 @@ export interface EngineThreadOptions {
   stepTokens: number
   /** Hard limit on KV memory in bytes; rounded down to whole pages. */
   kvBytes: number
+  /** Bytes of KV memory that cached prefixes may keep; none unless given. */
+  prefixCacheBytes?: number
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
 }
@@ -45,7 +47,7 @@ export interface EngineFacts {
 export type FromEngine =
   | { kind: 'ready'; facts: EngineFacts }
   /** Sent before the step that begins the sequence is computed, not with its tokens. */
-  | { kind: 'started'; id: number }
+  | { kind: 'started'; id: number; cachedTokens: number }
   | {
       kind: 'tokens'
       /** Pairs: sequence id, token. Before `finished` in time. */

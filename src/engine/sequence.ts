@@ -13,11 +13,16 @@ export class Sequence {
   length: number
   computed = 0
   slot = -1
+  /** Tokens of its prompt that were in memory when it first left the queue. */
+  cachedTokens = 0
+  /** Those it shares its prompt with, itself too; undefined if it is alone. */
+  readonly group: Sequence[] | undefined
   /** It has left the queue once; it may wait again if it is preempted. */
   started = false
 
-  constructor(id: number, request: SequenceRequest, nowMs: number) {
+  constructor(id: number, request: SequenceRequest, group: Sequence[] | undefined, nowMs: number) {
     this.id = id
+    this.group = group
     this.request = request
     this.arrivedMs = nowMs
     this.sampler = new SamplerState(request.sampling, request.prompt)

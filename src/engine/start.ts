@@ -25,6 +25,8 @@ export interface EngineOptions {
   contextLength?: number
   /** Hard limit on KV memory. */
   kvMemoryBytes?: number
+  /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
+  prefixCacheBytes?: number
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -52,6 +54,14 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   const cpus = computeCpus(allowedCpus(), options.threads)
   const budget = memoryBudget()
   const kvBytes = options.kvMemoryBytes ?? Math.floor(budget.availableBytes * KV_SHARE)
+  const prefixCacheBytes = options.prefixCacheBytes ?? 0
+  if (prefixCacheBytes > kvBytes) {
+    throw new LatticeError(
+      'usage',
+      `A prefix cache of ${mib(prefixCacheBytes)} is more than the KV memory's ${mib(kvBytes)}.`,
+      { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
+    )
+  }
   const contextLength = chooseContext(config, kvBytes, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
@@ -71,6 +81,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       maxSequences,
       stepTokens,
       kvBytes,
+      prefixCacheBytes,
     },
     {
       id: options.modelId,
@@ -95,7 +106,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       ` ${variant} kernels on cores ${cpus.join(',')}` +
       (repacked.length > 0 ? `; ${repacked.join(', ')}` : ''),
     `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +
-      ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each`,
+      ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each` +
+      (prefixCacheBytes > 0 ? `, ${mib(prefixCacheBytes)} of it for cached prefixes` : ''),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }

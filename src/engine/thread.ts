@@ -53,12 +53,14 @@ async function openBackend(): Promise<Opened> {
 }
 
 function makeCore(backend: Backend, kvPages: number): EngineCore {
+  const { pageBytes } = backend.kv.layout.shape
+  const prefixPages = Math.floor((options.prefixCacheBytes ?? 0) / pageBytes)
   return new EngineCore(
     backend,
-    { maxSequences: options.maxSequences, kvPages },
+    { maxSequences: options.maxSequences, kvPages, prefixPages },
     {
-      onStart(id) {
-        say({ kind: 'started', id })
+      onStart(id, cachedTokens) {
+        say({ kind: 'started', id, cachedTokens })
       },
       onToken(id, token, chosen) {
         if (chosen) (logprobs ??= new Map()).set(tokens.length / 2, chosen)

@@ -22,6 +22,8 @@ const nativeFtruncate = libc.func('ftruncate', 'int', ['int', 'int64_t'])
 const nativeFallocate = libc.func('fallocate', 'int', ['int', 'int', 'int64_t', 'int64_t'])
 const nativeClose = libc.func('close', 'int', ['int'])
 const nativeMemcpy = libc.func('memcpy', 'uintptr_t', ['uintptr_t', 'uintptr_t', 'size_t'])
+const nativePread = libc.func('pread', 'int64_t', ['int', 'uintptr_t', 'size_t', 'int64_t'])
+const nativePwrite = libc.func('pwrite', 'int64_t', ['int', 'uintptr_t', 'size_t', 'int64_t'])
 const nativeGetAffinity = libc.func('sched_getaffinity', 'int', ['int', 'size_t', 'void *'])
 const nativeSetAffinity = libc.func('sched_setaffinity', 'int', ['int', 'size_t', 'void *'])
 
@@ -29,6 +31,7 @@ const PROT_READ = 1
 const PROT_WRITE = 2
 const MAP_SHARED = 0x01
 const MAP_PRIVATE = 0x02
+const MAP_FIXED = 0x10
 const MAP_ANONYMOUS = 0x20
 const MAP_NORESERVE = 0x4000
 const MAP_FAILED_LOW32 = 0xffffffff
@@ -76,6 +79,25 @@ export function mapShared(fd: number, bytes: number): number {
   const address = nativeMmap(0, bytes, PROT_READ | PROT_WRITE, flags, fd, 0)
   if (isMapFailed(address)) throw failed('mmap', `${bytes} bytes of a memfd`)
   return address
+}
+
+/** Puts part of a memfd, shared, in place of what is mapped at an address. */
+export function mapSharedAt(address: number, bytes: number, fd: number, offset: number): void {
+  const flags = MAP_SHARED | MAP_NORESERVE | MAP_FIXED
+  const mapped = nativeMmap(address, bytes, PROT_READ | PROT_WRITE, flags, fd, offset)
+  if (isMapFailed(mapped)) throw failed('mmap', `${bytes} bytes of a memfd in place`)
+}
+
+/** Copies within a file, through `scratch`: no page faults, unlike between mappings of it. */
+export function copyInFile(
+  fd: number,
+  to: number,
+  from: number,
+  bytes: number,
+  scratch: number,
+): void {
+  if (nativePread(fd, scratch, bytes, from) !== bytes) throw failed('pread', `${bytes} bytes`)
+  if (nativePwrite(fd, scratch, bytes, to) !== bytes) throw failed('pwrite', `${bytes} bytes`)
 }
 
 export function unmap(address: number, bytes: number): void {

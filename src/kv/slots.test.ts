@@ -4,7 +4,10 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { layerMajor, pagesFor } from './layout.ts'
+import { type KvMover, RegionTable } from './regions.ts'
 import { SlotTable } from './slots.ts'
+
+const NOBODY: KvMover = { map: () => {}, discard: () => {} }
 
 const LAYOUT = layerMajor({ layers: 2, rowBytes: 64, maxTokens: 40, pageBytes: 256 })
 const SLOTS = 4
@@ -89,7 +92,7 @@ const operations = fc.array(
 test('slots and pages go astray in some order of acquire, grow, retire and reclaim', () => {
   fc.assert(
     fc.property(fc.integer({ min: 0, max: 30 }), operations, (limit, list) => {
-      const table = new SlotTable(LAYOUT, SLOTS, limit)
+      const table = new SlotTable(new RegionTable(LAYOUT, SLOTS, limit, NOBODY), SLOTS)
       const model = new Model(limit)
       list.forEach((operation, nowMs) => {
         const held = [...model.slots.keys()].filter((i) => model.slots[i]!.state === 'held')
@@ -121,7 +124,7 @@ test('slots and pages go astray in some order of acquire, grow, retire and recla
 })
 
 test('a slot grows or retires in the hands of nobody', () => {
-  const table = new SlotTable(LAYOUT, SLOTS, 10)
+  const table = new SlotTable(new RegionTable(LAYOUT, SLOTS, 10, NOBODY), SLOTS)
   assert.throws(() => table.grow(0, 1), /only a held slot grows/)
   const slot = table.acquire(1)
   table.retire(slot, 0)

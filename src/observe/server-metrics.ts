@@ -41,10 +41,15 @@ export class ServerMetrics {
     'lattice_num_preemptions_total',
     'Sequences set back to the queue to make room.',
   )
-  readonly #promptTokens = this.#r.counter(
-    'lattice_prompt_tokens_total',
-    'Prompt tokens processed.',
+  readonly #prefixQueries = this.#r.counter(
+    'lattice_prefix_cache_queries_total',
+    'Prompt tokens looked up in the prefix cache.',
   )
+  readonly #prefixHits = this.#r.counter(
+    'lattice_prefix_cache_hits_total',
+    'Prompt tokens found in the prefix cache.',
+  )
+  readonly #promptTokens = this.#r.counter('lattice_prompt_tokens_total', 'Prompt tokens computed.')
   readonly #generationTokens = this.#r.counter(
     'lattice_generation_tokens_total',
     'Output tokens generated.',
@@ -163,6 +168,8 @@ export class ServerMetrics {
     this.#kvLimitPages.set(kv.limitPages)
     this.#kvResident.set(kv.residentBytes)
     this.#preemptions.set(snapshot.preemptions)
+    this.#prefixQueries.set(snapshot.prefixQueries)
+    this.#prefixHits.set(snapshot.prefixHits)
     this.#promptTokens.set(snapshot.promptTokens)
     this.#generationTokens.set(snapshot.outputTokens)
     this.#steps.set(snapshot.steps)

@@ -6,10 +6,22 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { layerMajor, pagesFor } from '../kv/layout.ts'
+import { type KvMover, RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
-import { isDecoding, Scheduler, stepTokensNeeded } from './scheduler.ts'
+import { isDecoding, Scheduler, type Sharing, stepTokensNeeded } from './scheduler.ts'
 
 const LAYOUT = layerMajor({ layers: 2, rowBytes: 64, maxTokens: 64, pageBytes: 256 })
+
+const ALONE: Sharing<Item> = { prefixOf: () => [], evict: () => false }
+
+function slotTable(
+  slots: number,
+  pages: number,
+  discard: KvMover['discard'] = () => {},
+): SlotTable {
+  const mover = { map: () => {}, discard }
+  return new SlotTable(new RegionTable(LAYOUT, slots, pages, mover), slots)
+}
 
 interface Item {
   id: number
@@ -62,9 +74,10 @@ class Run {
   constructor({ maxSequences, extraBudget, limitPages, items }: Load) {
     this.maxSequences = maxSequences
     this.stepTokens = maxSequences + extraBudget
-    this.slots = new SlotTable(LAYOUT, maxSequences, limitPages)
+    // Without sharing, a slot's region is its own.
+    this.slots = slotTable(maxSequences, limitPages, (region) => this.released.push(region))
     const options = { stepTokens: this.stepTokens, maxSequences, chunkTokensMin: 1 }
-    this.scheduler = new Scheduler(this.slots, options, (slot) => this.released.push(slot))
+    this.scheduler = new Scheduler(this.slots, options, ALONE)
     let arriveAt = 0
     this.coming = items.map(({ gap, ...item }, id) => {
       arriveAt += gap
@@ -226,20 +239,20 @@ test('memory for one sequence alone stops the others for good', () => {
 })
 
 test('a step too small for every sequence to decode is taken', () => {
-  const slots = new SlotTable(LAYOUT, 4, 100)
+  const slots = slotTable(4, 100)
   assert.throws(
-    () => new Scheduler(slots, { stepTokens: 3, maxSequences: 4, chunkTokensMin: 1 }, () => {}),
+    () => new Scheduler(slots, { stepTokens: 3, maxSequences: 4, chunkTokensMin: 1 }, ALONE),
     /decode/,
   )
 })
 
 test('a prompt is let in whose first output throws it out again', () => {
   // 4 tokens a page and two layers: a prompt of 4 has 2 pages, its first output needs 2 more.
-  const slots = new SlotTable(LAYOUT, 2, 6)
+  const slots = slotTable(2, 6)
   const scheduler = new Scheduler<Item>(
     slots,
     { stepTokens: 16, maxSequences: 2, chunkTokensMin: 1 },
-    () => {},
+    ALONE,
   )
   const item = { prompt: 4, output: 4, arriveAt: 0, abortAfter: undefined, length: 4, computed: 0 }
   const [first, second] = [0, 1].map((id) => ({ ...item, id, slot: -1 })) as [Item, Item]
@@ -256,10 +269,10 @@ test('a prompt is cut into a chunk that another kernel would compute, or waits f
       fc.integer({ min: 0, max: 9 }),
       (prompts, extra) => {
         const maxSequences = 3
-        const slots = new SlotTable(LAYOUT, maxSequences, 1 << 20)
+        const slots = slotTable(maxSequences, 1 << 20)
         const stepTokens = stepTokensNeeded(maxSequences, chunkTokensMin) + extra
         const options = { stepTokens, maxSequences, chunkTokensMin }
-        const scheduler = new Scheduler<Item>(slots, options, () => {})
+        const scheduler = new Scheduler<Item>(slots, options, ALONE)
         const item = { output: 5, arriveAt: 0, abortAfter: undefined, computed: 0, slot: -1 }
         const items = prompts.map((prompt, id): Item => ({ ...item, id, prompt, length: prompt }))
         scheduler.waiting.push(...items)

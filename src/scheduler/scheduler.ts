@@ -4,7 +4,7 @@
 // step and Sarathi-Serve (Agrawal et al. 2024) for sharing a step with chunks of prompts.
 
 import { assert, present } from '../assert.ts'
-import { pagesFor } from '../kv/layout.ts'
+import { type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 
 /** What the scheduler sees, and changes, of a sequence. */
@@ -15,6 +15,14 @@ export interface Schedulable {
   computed: number
   /** -1 while waiting. */
   slot: number
+}
+
+/** What of a sequence may be in memory before it is let in. */
+export interface Sharing<S> {
+  /** Where its first tokens lie; 'wait' while another sequence is about to compute them. */
+  prefixOf(sequence: S): readonly KvSpan[] | 'wait'
+  /** Lets go of a cached prefix, to make room. False if there is none. */
+  evict(): boolean
 }
 
 /** One sequence's part of a step: `count` tokens from `computed` on. */
@@ -43,20 +51,19 @@ export class Scheduler<S extends Schedulable> {
   preemptions = 0
   private readonly slots: SlotTable
   private readonly options: SchedulerOptions
-  private readonly release: (slot: number) => void
+  private readonly sharing: Sharing<S>
   private readonly parts: ScheduledPart<S>[] = []
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
 
-  /** @param release gives a slot's pages back to the kernel, before anybody else may use them. */
-  constructor(slots: SlotTable, options: SchedulerOptions, release: (slot: number) => void) {
+  constructor(slots: SlotTable, options: SchedulerOptions, sharing: Sharing<S>) {
     assert(
       options.stepTokens >= stepTokensNeeded(options.maxSequences, options.chunkTokensMin),
       'every sequence can decode in every step, and a prompt advance beside them',
     )
     this.slots = slots
     this.options = options
-    this.release = release
+    this.sharing = sharing
   }
 
   /**
@@ -123,16 +130,47 @@ export class Scheduler<S extends Schedulable> {
     while (left > 0 && this.running.length < this.options.maxSequences) {
       const sequence = this.waiting[0]
       if (!sequence || this.chunkOf(sequence, left) === 0) return
-      // One token more than it has: else its first output could throw it out again at once.
-      const tokens = sequence.length + 1
-      if (this.slots.availablePages() < pagesFor(this.slots.layout, tokens)) return
-      sequence.slot = this.acquire(tokens)
-      const grown = sequence.slot >= 0 && this.growOrReclaim(sequence, tokens)
-      assert(grown, 'a sequence that fits gets a slot and its pages')
+      const shared = this.sharing.prefixOf(sequence)
+      if (shared === 'wait') return
+      // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
+      if (!this.place(sequence, shared)) {
+        if (this.running.length > 0 || !this.place(sequence, [])) return
+      }
       this.waiting.shift()
       this.running.push(sequence)
       left -= this.planChunk(sequence, left)
     }
+  }
+
+  /**
+   * Lets in the first of the queue with everything that another sequence has in memory.
+   * @returns false, with nothing changed, if there is no room for it
+   */
+  fork(source: S): boolean {
+    const sequence = present(this.waiting[0], 'a waiting sequence')
+    if (this.running.length === this.options.maxSequences) return false
+    if (!this.place(sequence, this.slots.spansOf(source.slot, source.computed))) return false
+    this.waiting.shift()
+    this.running.push(sequence)
+    return true
+  }
+
+  /** Finds a slot and pages for a sequence that begins with `shared`. False: there is no room. */
+  private place(sequence: S, shared: readonly KvSpan[]): boolean {
+    const { slots } = this
+    // One token more than it has: else its first output could throw it out again at once.
+    const tokens = sequence.length + 1
+    if (!slots.fits(tokens, shared)) return false
+    slots.pin(shared)
+    const slot = this.acquire(tokens, shared)
+    if (slot < 0) {
+      slots.unpin(shared)
+      return false
+    }
+    sequence.slot = slot
+    sequence.computed = spannedTokens(shared)
+    assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
+    return true
   }
 
   private planChunk(sequence: S, budget: number): number {
@@ -180,18 +218,15 @@ export class Scheduler<S extends Schedulable> {
     return true
   }
 
-  private acquire(tokens: number): number {
+  private acquire(tokens: number, shared: readonly KvSpan[]): number {
     for (;;) {
-      const slot = this.slots.acquire(tokens)
+      const slot = shared.length > 0 ? this.slots.acquireShared(shared) : this.slots.acquire(tokens)
       if (slot >= 0 || !this.reclaimOne()) return slot
     }
   }
 
   private reclaimOne(): boolean {
-    const slot = this.slots.reclaim(Infinity)
-    if (slot < 0) return false
-    this.release(slot)
-    return true
+    return this.slots.reclaim(Infinity) >= 0 || this.sharing.evict()
   }
 }
 

@@ -115,6 +115,8 @@ export class FakeEngine implements Engine {
       outputTokens: this.#outputTokens,
       finished: { ...this.#finished },
       preemptions: 0,
+      prefixQueries: 0,
+      prefixHits: 0,
       computeMs: this.#steps,
       stepMs: this.#steps * 2,
     }
@@ -145,7 +147,7 @@ export class FakeEngine implements Engine {
     }
     while (this.#waiting.length > 0 && this.#running.length < this.#options.maxRunning) {
       const sequence = this.#waiting.shift()!
-      sequence.sink.onStart?.()
+      sequence.sink.onStart?.(0)
       this.#running.push(sequence)
     }
     for (const sequence of this.#running.slice()) this.#advance(sequence)

@@ -4,6 +4,7 @@ import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type GgmlBase, type GgmlCpu, loadBase, loadVariant } from '../../ffi/ggml.ts'
 import { mapAnonymous, unmap, viewMemory } from '../../ffi/libc.ts'
+import { regionsFor } from '../../kv/regions.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
@@ -84,7 +85,7 @@ export class CpuBackend implements Backend {
       (op) => this.tensors.joined(op) !== undefined,
     )
     const layout = hostKvLayout(config, options.contextLength, options.kvOrder)
-    this.kv = new HostKvMemory(layout, options.maxSequences)
+    this.kv = new HostKvMemory(layout, options.maxSequences, regionsFor(options.maxSequences))
 
     const { stepTokens, maxSequences, contextLength } = options
     // Rows for every token of a step; lengths are rounded up by less than 256.

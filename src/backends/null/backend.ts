@@ -5,6 +5,7 @@
 import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { layerMajor } from '../../kv/layout.ts'
+import { regionsFor } from '../../kv/regions.ts'
 import type { Backend, StepBatch } from '../backend.ts'
 import { NullKvMemory } from './kv-memory.ts'
 
@@ -47,7 +48,8 @@ export class NullBackend implements Backend {
     this.options = options
     this.vocab = vocab
     this.stepTokensMax = stepTokens
-    this.kv = new NullKvMemory(layerMajor({ ...kv, maxTokens: contextLength }), maxSequences)
+    const layout = layerMajor({ ...kv, maxTokens: contextLength })
+    this.kv = new NullKvMemory(layout, maxSequences, regionsFor(maxSequences))
     this.rows = Array.from({ length: maxSequences }, () => new Float32Array(vocab))
   }
 

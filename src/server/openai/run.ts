@@ -38,6 +38,7 @@ export class Run {
   readonly #arrivalMs: number
   readonly #request: RunRequest
   #promptTokens = 0
+  #cachedTokens = 0
   #outputTokens = 0
   #aborted = false
   #ended = false
@@ -73,13 +74,12 @@ export class Run {
     return this.#aborted
   }
 
-  /** Nothing is cached across requests yet, so no prompt token ever came from a cache. */
   get usage(): Usage {
     return {
       prompt_tokens: this.#promptTokens,
       completion_tokens: this.#outputTokens,
       total_tokens: this.#promptTokens + this.#outputTokens,
-      prompt_tokens_details: { cached_tokens: 0 },
+      prompt_tokens_details: { cached_tokens: this.#cachedTokens },
     }
   }
 
@@ -111,13 +111,17 @@ export class Run {
   #submit(prompt: RunPrompt, tenant: string): void {
     const { metrics, engine, tokenizer } = this.#context
     const submittedMs = performance.now()
+    let started = false
     const generation = generate(engine, tokenizer, {
       ...this.#request,
       requestId: this.requestId,
       tenant,
       prompt: prompt.tokens,
       maxTokens: prompt.maxTokens,
-      onStart: () => {
+      onStart: (cachedTokens) => {
+        // Choices share their prompt; it counts once.
+        if (!started) this.#cachedTokens += cachedTokens
+        started = true
         metrics.requestQueueTime.observe((performance.now() - submittedMs) / 1000)
       },
     })

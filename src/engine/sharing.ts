@@ -1,0 +1,95 @@
+// Owns what sequences share of their prompts: choices of one request among each other, and any
+// request with the cached prefixes of its tenant.
+
+import type { KvSpan } from '../kv/regions.ts'
+import type { PrefixCache } from '../kv/prefix.ts'
+import type { SlotTable } from '../kv/slots.ts'
+import type { Sharing } from '../scheduler/scheduler.ts'
+import type { Sequence } from './sequence.ts'
+
+export interface SharingOptions {
+  /** Tokens that are computed at least: a prompt's last chunk is as long as it would be. */
+  computeMin: number
+  /** Other regions that a slot's tokens may lie in, at most. */
+  spansMax: number
+}
+
+export class PromptSharing implements Sharing<Sequence> {
+  /** In tokens, of prompts when they were first let in. */
+  queries = 0
+  hits = 0
+  private readonly slots: SlotTable
+  private readonly cache: PrefixCache | undefined
+  private readonly options: SharingOptions
+
+  constructor(slots: SlotTable, cache: PrefixCache | undefined, options: SharingOptions) {
+    this.slots = slots
+    this.cache = cache
+    this.options = options
+  }
+
+  /**
+   * Never so much that fewer than `computeMin` tokens are left: their chunk would be too short, and
+   * another kernel's bits could change an answer. So it never depends on what was cached.
+   */
+  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
+    const { tokens, request } = sequence
+    const length = Math.min(sequence.length - this.options.computeMin, request.prompt.length)
+    let spans: KvSpan[] = []
+    const sibling = inMemory(sequence)
+    if (sibling) {
+      if (sibling.computed < request.prompt.length) return 'wait'
+      spans = length > 0 ? this.slots.spansOf(sibling.slot, length) : []
+    } else if (this.cache && length > 0) {
+      spans = this.cache.lookup(request.tenant, tokens, length)
+    }
+    return spans.slice(0, this.options.spansMax)
+  }
+
+  evict(): boolean {
+    return this.cache?.evict() ?? false
+  }
+
+  /** A sequence leaves the queue for the first time, its slot beginning with what it shares. */
+  started(sequence: Sequence): void {
+    const { group, request, computed } = sequence
+    const first = group?.find(({ started }) => started)
+    if (first) {
+      sequence.cachedTokens = first.cachedTokens
+      return
+    }
+    sequence.cachedTokens = computed
+    if (!this.cache) return
+    this.queries += request.prompt.length
+    this.hits += computed
+  }
+
+  /** A sequence's prompt is in memory. */
+  computed(sequence: Sequence): void {
+    const { prompt, tenant } = sequence.request
+    // Shorter ones are computed by another kernel: no other prompt may find its bits here.
+    if (!this.cache || prompt.length < this.options.computeMin) return
+    this.cache.insert(tenant, prompt, this.slots.spansOf(sequence.slot, prompt.length))
+  }
+
+  /** A sequence in the queue can start where this one, whose prompt was just computed, is. */
+  continues(waiting: Sequence | undefined, source: Sequence): boolean {
+    if (!source.group || waiting?.group !== source.group) return false
+    const spans = this.slots.spansOf(source.slot, source.computed)
+    return !waiting.started && spans.length <= this.options.spansMax
+  }
+
+  check(): void {
+    this.slots.check()
+    this.cache?.check()
+  }
+}
+
+/** Another one of a sequence's group that has a slot, the furthest one. */
+function inMemory({ group }: Sequence): Sequence | undefined {
+  let found: Sequence | undefined
+  for (const member of group ?? []) {
+    if (member.slot >= 0 && member.computed > (found?.computed ?? -1)) found = member
+  }
+  return found
+}

@@ -1,0 +1,253 @@
+// Owns how often each physical page of KV is referred to. Memory is a row of regions, each as
+// large as a slot; the KV of position p lies at p's own place in whichever region holds it, so any
+// region's pages can be mapped into any slot. A column is one page in each of a region's ranges.
+//
+//   region 3  | 0 1 2 3 4 5 . . |    a parent's: columns 0–3 are its forks' too
+//   region 7  | . . . . 4 5 6 . |    a fork's own, from its boundary column on
+//
+// A column that nobody refers to is given back at once; one that is referred to counts once,
+// however many share it: that is the account that `--kv-memory` limits.
+
+import { assert, present } from '../assert.ts'
+import { PREFIX_REGIONS } from '../limits.ts'
+import { type KvLayout, pagesFor } from './layout.ts'
+
+/** Tokens [from, to) of a sequence have their keys and values in `region`. */
+export interface KvSpan {
+  region: number
+  from: number
+  to: number
+}
+
+/** Columns [first, end) of a region. */
+export interface KvColumns {
+  region: number
+  first: number
+  end: number
+}
+
+/** Whoever moves the memory that is accounted for here. */
+export interface KvMover {
+  /**
+   * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
+   * there on lie in `region`. Whole columns are shared; what the shared tokens have of the column
+   * after them is copied. Whatever was mapped there before is no longer.
+   */
+  map(slot: number, region: number, shared: readonly KvSpan[]): void
+  /** Gives pages back to the kernel; they read as zeros. */
+  discard(region: number, first: number, end: number): void
+}
+
+/**
+ * Regions for this many slots: each slot's own, as many whose writer ended before its forks did,
+ * and those of cached prefixes.
+ */
+export function regionsFor(slots: number): number {
+  return 2 * slots + PREFIX_REGIONS
+}
+
+/** live: a sequence that runs, or a slot that keeps its pages warm; cache: a cached prefix. */
+export type Holder = 'live' | 'cache'
+
+/** Columns whose every byte lies before token `tokens`. */
+export function fullColumns(layout: KvLayout, tokens: number): number {
+  return Math.floor((tokens * layout.tokenStride) / layout.shape.pageBytes)
+}
+
+/** Columns that hold a byte of the first `tokens` tokens. */
+export function columnsFor(layout: KvLayout, tokens: number): number {
+  return pagesFor(layout, tokens) / layout.ranges
+}
+
+/** The columns of spans that can be shared: all but the last one if it is not full. */
+export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
+  // Where one span ends and the next begins within a column, the next one's region has all of it.
+  return spans
+    .map(({ region, from, to }) => ({
+      region,
+      first: fullColumns(layout, from),
+      end: fullColumns(layout, to),
+    }))
+    .filter(({ first, end }) => end > first)
+}
+
+/** The columns of spans, the last one too if it is not full. */
+export function spannedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
+  const columns = spans.map(({ region, from, to }) => ({
+    region,
+    first: fullColumns(layout, from),
+    end: fullColumns(layout, to),
+  }))
+  const last = columns.at(-1)
+  if (last) last.end = columnsFor(layout, spannedTokens(spans))
+  return columns.filter(({ first, end }) => end > first)
+}
+
+/** The first `tokens` tokens of spans. */
+export function clipSpans(spans: readonly KvSpan[], tokens: number): KvSpan[] {
+  return spans
+    .filter(({ from }) => from < tokens)
+    .map(({ region, from, to }) => ({ region, from, to: Math.min(to, tokens) }))
+}
+
+export function spannedTokens(spans: readonly KvSpan[]): number {
+  return spans.at(-1)?.to ?? 0
+}
+
+interface Region {
+  /** A slot writes to it. */
+  owned: boolean
+  /** Holds by columns, summed; 0 and not owned is free. */
+  holds: number
+  /** Columns that anybody holds. */
+  used: number
+  live: Uint16Array
+  cache: Uint16Array
+}
+
+export class RegionTable {
+  readonly layout: KvLayout
+  readonly limitPages: number
+  readonly mover: KvMover
+  private readonly regions: (Region | undefined)[]
+  private readonly columns: number
+  private used = 0
+  private cached = 0
+  private evictable = 0
+
+  constructor(layout: KvLayout, regions: number, limitPages: number, mover: KvMover) {
+    this.layout = layout
+    this.limitPages = limitPages
+    this.mover = mover
+    this.columns = layout.rangeBytes / layout.shape.pageBytes
+    this.regions = Array.from({ length: regions }, () => undefined)
+  }
+
+  get usedPages(): number {
+    return this.used * this.layout.ranges
+  }
+
+  /** Pages that cached prefixes refer to, whoever else does. */
+  get cachedPages(): number {
+    return this.cached * this.layout.ranges
+  }
+
+  /** Pages that only cached prefixes refer to. */
+  get evictablePages(): number {
+    return this.evictable * this.layout.ranges
+  }
+
+  /** Makes a free region a slot's own, `preferred` if it is free. -1 if none is. */
+  take(preferred: number): number {
+    const region = this.isFree(preferred)
+      ? preferred
+      : this.regions.findIndex((_, i) => this.isFree(i))
+    if (region >= 0) this.region(region).owned = true
+    return region
+  }
+
+  /** The slot that wrote to it writes no more. */
+  leave(region: number): void {
+    this.region(region).owned = false
+  }
+
+  isFree(region: number): boolean {
+    const found = this.regions[region]
+    return !found || (!found.owned && found.holds === 0)
+  }
+
+  /** How many columns of a region are held, counting each hold. */
+  holds(region: number): number {
+    return this.regions[region]?.holds ?? 0
+  }
+
+  /** Of these columns, the pages that only cached prefixes refer to. */
+  evictableIn(list: readonly KvColumns[]): number {
+    let count = 0
+    for (const { region, first, end } of list) {
+      const { live, cache } = this.region(region)
+      for (let c = first; c < end; c++) if (live[c] === 0 && (cache[c] ?? 0) > 0) count++
+    }
+    return count * this.layout.ranges
+  }
+
+  hold({ region, first, end }: KvColumns, holder: Holder): void {
+    const found = this.region(region)
+    const counts = found[holder]
+    for (let c = first; c < end; c++) {
+      this.tally(found, c, -1)
+      const count = (counts[c] ?? 0) + 1
+      assert(count < 2 ** 16, 'a column has fewer holders than its counter counts')
+      counts[c] = count
+      this.tally(found, c, 1)
+    }
+    found.holds += end - first
+    assert(this.usedPages <= this.limitPages, 'used pages keep to the limit')
+  }
+
+  /** Ends a hold; columns that nobody else holds are given back. */
+  drop({ region, first, end }: KvColumns, holder: Holder): void {
+    const found = this.region(region)
+    const counts = found[holder]
+    let gone = first
+    for (let c = first; c < end; c++) {
+      assert((counts[c] ?? 0) > 0, `column ${c} of region ${region} is held`)
+      this.tally(found, c, -1)
+      counts[c] = (counts[c] ?? 0) - 1
+      this.tally(found, c, 1)
+      if (found.live[c] === 0 && found.cache[c] === 0) continue
+      if (c > gone) this.mover.discard(region, gone, c)
+      gone = c + 1
+    }
+    found.holds -= end - first
+    // A region without any holder goes back in one call instead of one a range.
+    if (found.used === 0) {
+      if (end > first) this.mover.discard(region, 0, this.columns)
+    } else if (end > gone) this.mover.discard(region, gone, end)
+  }
+
+  /** Throws if the counts contradict each other. */
+  check(): void {
+    let [used, cached, evictable] = [0, 0, 0]
+    for (const region of this.regions) {
+      if (!region) continue
+      let [holds, inUse] = [0, 0]
+      region.live.forEach((live, c) => {
+        const cache = region.cache[c] ?? 0
+        holds += live + cache
+        if (live + cache > 0) inUse++
+        if (cache > 0) cached++
+        if (cache > 0 && live === 0) evictable++
+      })
+      assert(holds === region.holds, 'a region knows its holds')
+      assert(inUse === region.used, 'a region knows its used columns')
+      used += inUse
+    }
+    assert(used === this.used, 'used columns are the sum over regions')
+    assert(cached === this.cached, 'cached columns are the sum over regions')
+    assert(evictable === this.evictable, 'evictable columns are the sum over regions')
+    assert(this.usedPages <= this.limitPages, 'used pages keep to the limit')
+  }
+
+  private tally(region: Region, column: number, by: number): void {
+    const live = present(region.live[column], 'a column')
+    const cache = present(region.cache[column], 'a column')
+    if (live + cache > 0) {
+      this.used += by
+      region.used += by
+    }
+    if (cache > 0) this.cached += by
+    if (cache > 0 && live === 0) this.evictable += by
+  }
+
+  private region(index: number): Region {
+    assert(index >= 0 && index < this.regions.length, `region ${index} exists`)
+    return (this.regions[index] ??= {
+      owned: false,
+      holds: 0,
+      used: 0,
+      live: new Uint16Array(this.columns),
+      cache: new Uint16Array(this.columns),
+    })
+  }
+}
