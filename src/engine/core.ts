@@ -156,6 +156,11 @@ export class EngineCore {
     return warmSinceMs === undefined ? undefined : Math.max(0, warmSinceMs + WARM_MS - this.now())
   }
 
+  /** Throws if the account of memory contradicts itself. */
+  check(): void {
+    this.sharing.check()
+  }
+
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
     const now = this.now()

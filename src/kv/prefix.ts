@@ -6,13 +6,7 @@
 //                region 0           └─ "Summarise: …" ─ …  region 5
 
 import { assert, present } from '../assert.ts'
-import {
-  columnsFor,
-  fullColumns,
-  type KvColumns,
-  type KvSpan,
-  type RegionTable,
-} from './regions.ts'
+import { type KvColumns, type KvSpan, type RegionTable, spannedColumns } from './regions.ts'
 
 interface Node {
   parent: Node | undefined
@@ -146,14 +140,9 @@ export class PrefixCache {
     return upper
   }
 
-  /** Every column that holds a byte of a node's tokens: its region has all of them. */
   private columns({ region, from, tokens }: Node): KvColumns {
-    const { layout } = this.regions
-    return {
-      region,
-      first: fullColumns(layout, from),
-      end: columnsFor(layout, from + tokens.length),
-    }
+    const span = { region, from, to: from + tokens.length }
+    return present(spannedColumns(this.regions.layout, [span])[0], 'columns')
   }
 }
 

@@ -59,7 +59,7 @@ export function columnsFor(layout: KvLayout, tokens: number): number {
   return pagesFor(layout, tokens) / layout.ranges
 }
 
-/** The columns of spans that can be shared: all but the last one if it is not full. */
+/** The columns of spans that can be mapped: all but the last one if it is not full. */
 export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
   // Where one span ends and the next begins within a column, the next one's region has all of it.
   return spans
@@ -71,16 +71,13 @@ export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvCol
     .filter(({ first, end }) => end > first)
 }
 
-/** The columns of spans, the last one too if it is not full. */
+/** Every column that holds a byte of a span: what its holder keeps, so that it can be shared on. */
 export function spannedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
-  const columns = spans.map(({ region, from, to }) => ({
+  return spans.map(({ region, from, to }) => ({
     region,
     first: fullColumns(layout, from),
-    end: fullColumns(layout, to),
+    end: columnsFor(layout, to),
   }))
-  const last = columns.at(-1)
-  if (last) last.end = columnsFor(layout, spannedTokens(spans))
-  return columns.filter(({ first, end }) => end > first)
 }
 
 /** The first `tokens` tokens of spans. */
@@ -139,9 +136,10 @@ export class RegionTable {
 
   /** Makes a free region a slot's own, `preferred` if it is free. -1 if none is. */
   take(preferred: number): number {
-    const region = this.isFree(preferred)
-      ? preferred
-      : this.regions.findIndex((_, i) => this.isFree(i))
+    const region =
+      preferred >= 0 && this.isFree(preferred)
+        ? preferred
+        : this.regions.findIndex((_, i) => this.isFree(i))
     if (region >= 0) this.region(region).owned = true
     return region
   }

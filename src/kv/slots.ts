@@ -18,7 +18,6 @@ import {
   type KvColumns,
   type KvSpan,
   type RegionTable,
-  sharedColumns,
   spannedColumns,
   spannedTokens,
 } from './regions.ts'
@@ -139,8 +138,6 @@ export class SlotTable {
     taken.end = first
     this.extend(taken, first + boundary)
     this.regions.mover.map(slot, taken.region, shared)
-    const copied = { region: present(shared.at(-1), 'a span').region, first, end: first + boundary }
-    this.regions.drop(copied, 'live')
     return slot
   }
 
@@ -237,7 +234,7 @@ export class SlotTable {
     const own: KvColumns = { region, first, end }
     this.regions.leave(region)
     this.regions.drop(own, 'live')
-    for (const columns of sharedColumns(this.layout, shared)) this.regions.drop(columns, 'live')
+    this.unpin(shared)
     slot.state = 'free'
     slot.first = 0
     slot.end = 0

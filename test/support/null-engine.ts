@@ -28,6 +28,7 @@ export function sequenceRequest(change: Partial<SequenceRequest> = {}): Sequence
 /** What came out of a sequence. */
 export interface Outcome {
   started: number
+  cachedTokens: number
   tokens: number[]
   logprobs: (TokenLogprobs | undefined)[]
   reason: FinishReason | undefined
@@ -42,7 +43,10 @@ export class Bench {
   readonly outcomes = new Map<number, Outcome>()
   nowMs = 0
 
-  constructor(backend: Backend, options: { maxSequences: number; kvPages: number }) {
+  constructor(
+    backend: Backend,
+    options: { maxSequences: number; kvPages: number; prefixPages?: number },
+  ) {
     this.backend = backend
     const of = (id: number): Outcome => {
       const outcome = this.outcomes.get(id)
@@ -50,7 +54,10 @@ export class Bench {
       return outcome
     }
     const sink = {
-      onStart: (id: number) => void of(id).started++,
+      onStart: (id: number, cachedTokens: number) => {
+        of(id).started++
+        of(id).cachedTokens = cachedTokens
+      },
       onToken: (id: number, token: number, logprobs: TokenLogprobs | undefined) => {
         of(id).tokens.push(token)
         of(id).logprobs.push(logprobs)
@@ -65,6 +72,7 @@ export class Bench {
   submit(id: number, request: SequenceRequest): void {
     this.outcomes.set(id, {
       started: 0,
+      cachedTokens: 0,
       tokens: [],
       logprobs: [],
       reason: undefined,

@@ -1,0 +1,178 @@
+// Catches sharing that changes an answer, keeps or loses memory, computes twice what it need not,
+// or shows one tenant what another has asked.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import fc from 'fast-check'
+import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
+import { NullBackend } from '../backends/null/backend.ts'
+import { GREEDY, type SequenceRequest } from './api.ts'
+
+/** 3.2 tokens a page, so that rows lie across pages; two layers. */
+const KV = { layers: 2, rowBytes: 80, pageBytes: 256 }
+const CONTEXT = 80
+
+interface Options {
+  maxSequences: number
+  stepTokens: number
+  kvPages: number
+  prefixPages: number
+}
+
+function bench(options: Partial<Options> = {}): Bench {
+  const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, prefixPages = 0 } = options
+  const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv: KV }
+  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages })
+}
+
+/** Prompts of a few words, so that they begin alike. */
+const prompts = fc
+  .array(fc.constantFrom([1, 2, 3, 4, 5], [1, 2, 9], [6], [7, 8, 7, 8, 7, 8, 7]), {
+    minLength: 1,
+    maxLength: 6,
+  })
+  .map((words) => Int32Array.from(words.flat()))
+
+const loads = fc.record({
+  maxSequences: fc.integer({ min: 2, max: 6 }),
+  extraBudget: fc.nat(30),
+  // One sequence of 80 tokens needs 50 pages.
+  kvPages: fc.integer({ min: 50, max: 110 }),
+  prefixPages: fc.constantFrom(0, 12, 50, 50),
+  arrivals: fc.array(
+    fc.record({
+      prompt: prompts,
+      choices: fc.constantFrom(1, 1, 2, 5),
+      tenant: fc.constantFrom('a', 'a', 'b'),
+      maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
+      temperature: fc.constantFrom(0, 1),
+      seed: fc.nat(1000),
+      gap: fc.nat(4),
+      // A fifth of the choices is aborted.
+      abortAfter: fc.nat(40).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
+    }),
+    { minLength: 3, maxLength: 9 },
+  ),
+})
+
+test('sharing changes a token, exceeds the limit, or leaves a page behind', () => {
+  let [hits, preemptions, saved] = [0, 0, 0]
+  fc.assert(
+    fc.property(loads, ({ extraBudget, arrivals, ...options }) => {
+      const stepTokens = options.maxSequences + extraBudget
+      const engine = bench({ ...options, stepTokens })
+      const requests: SequenceRequest[] = []
+      const events: { at: number; act: () => void }[] = []
+      let at = 0
+      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }, index) => {
+        at += gap
+        for (let choice = 0; choice < choices; choice++) {
+          const sampling = { ...GREEDY, temperature, seed: seed + choice }
+          const group = choices > 1 ? { group: `${index}` } : {}
+          const request = sequenceRequest({ ...arrival, sampling, ...group })
+          const id = requests.push(request) - 1
+          events.push({ at, act: () => engine.submit(id, request) })
+          if (abortAfter === undefined || choice === 1) continue
+          events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
+        }
+      })
+      for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
+        for (const event of events.filter((event) => event.at === step)) {
+          events.splice(events.indexOf(event), 1)
+          event.act()
+        }
+        engine.step()
+        engine.core.check()
+        const { usedPages, pageBytes, residentBytes } = engine.core.snapshot().kv
+        assert.ok(usedPages <= options.kvPages, 'the limit is exceeded')
+        assert.ok(residentBytes <= usedPages * pageBytes, 'memory is used that nobody counted')
+        assert.ok(step < 5000, 'it does not end')
+      }
+      engine.settle()
+      const { kv, prefixHits, preemptions: preempted, promptTokens } = engine.core.snapshot()
+      hits += prefixHits
+      preemptions += preempted
+      const all = requests.reduce((sum, { prompt }) => sum + prompt.length, 0)
+      if (promptTokens < all) saved++
+      assert.ok(kv.usedPages <= options.prefixPages, 'pages are left behind')
+      assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+      requests.forEach((request, id) => {
+        const { tokens, reason, outputTokens } = engine.outcome(id)
+        const expected = expectedOutcome(request)
+        if (reason === 'abort') {
+          assert.deepEqual(tokens, expected.tokens.slice(0, tokens.length))
+        } else assert.deepEqual({ tokens, reason, outputTokens }, expected)
+      })
+    }),
+    { seed: 17, numRuns: 600 },
+  )
+  assert.ok(hits > 2000 && preemptions > 200 && saved > 300, `${hits} ${preemptions} ${saved}`)
+})
+
+test('choices of one request compute their prompt more than once', () => {
+  for (const prefixPages of [0, 100]) {
+    const engine = bench({ prefixPages, stepTokens: 16 })
+    const prompt = Int32Array.from({ length: 37 }, (_, i) => i)
+    for (let id = 0; id < 6; id++) {
+      const sampling = { ...GREEDY, temperature: 1, seed: id }
+      engine.submit(id, sequenceRequest({ prompt, group: 'g', sampling, maxTokens: 1 + id }))
+    }
+    // Who comes later waits for nobody.
+    engine.submit(6, sequenceRequest())
+    engine.runAll()
+    assert.equal(engine.core.snapshot().promptTokens, 37 + 3)
+    for (let id = 0; id < 6; id++) {
+      const sampling = { ...GREEDY, temperature: 1, seed: id }
+      const { tokens } = expectedOutcome(sequenceRequest({ prompt, sampling, maxTokens: 1 + id }))
+      assert.deepEqual(engine.outcome(id).tokens, tokens)
+      assert.equal(engine.outcome(id).cachedTokens, 0, 'a choice counts as a hit of another')
+    }
+  }
+})
+
+test('choices that share a prompt take its pages each', () => {
+  const engine = bench()
+  const prompt = new Int32Array(40).fill(3)
+  for (let id = 0; id < 8; id++) {
+    engine.submit(id, sequenceRequest({ prompt, group: 'g', maxTokens: 10 }))
+  }
+  engine.step()
+  const { kv, running } = engine.core.snapshot()
+  assert.equal(running, 8)
+  // 40 tokens fill 12.5 pages a layer; each choice has the 13th of its own.
+  assert.equal(kv.usedPages, 2 * (12 + 8))
+  assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+})
+
+test('a prefix within a page is missed, or one of another tenant is hit', () => {
+  const engine = bench({ prefixPages: 1000 })
+  const prompt = Int32Array.from({ length: 50 }, (_, i) => (i * 7) % VOCAB)
+  let id = 0
+  const cached = (change: Partial<SequenceRequest>) => {
+    engine.submit(id, sequenceRequest({ maxTokens: 2, ...change }))
+    engine.runAll()
+    return engine.outcome(id++).cachedTokens
+  }
+  assert.equal(cached({ prompt, tenant: 'a' }), 0)
+  assert.equal(cached({ prompt, tenant: 'b' }), 0)
+  assert.equal(cached({ prompt, tenant: 'a' }), 49, 'the last token is computed, no other')
+  for (const common of [1, 3, 4, 17, 18, 19, 48]) {
+    const other = prompt.slice()
+    other[common] = (other[common]! + 1) % VOCAB
+    assert.equal(cached({ prompt: other, tenant: 'a' }), common)
+  }
+  assert.equal(cached({ prompt: prompt.slice(0, 20), tenant: 'b' }), 19)
+  assert.equal(cached({ prompt, tenant: '' }), 0)
+  const { prefixHits, prefixQueries } = engine.core.snapshot()
+  assert.equal(prefixQueries, 11 * 50 + 20)
+  assert.equal(prefixHits, 49 + 110 + 19)
+})
+
+test('a group of different prompts is taken for one', () => {
+  const engine = bench()
+  engine.submit(0, sequenceRequest({ group: 'g' }))
+  engine.submit(1, sequenceRequest({ group: 'g', prompt: Int32Array.of(1, 2, 4) }))
+  engine.runAll()
+  assert.equal(engine.outcome(1).error?.code, 'invalid_request')
+  assert.deepEqual(engine.outcome(0).tokens, expectedOutcome(sequenceRequest()).tokens)
+})
