@@ -1,0 +1,118 @@
+// Holds the engine to one promise on the real model: choices and later requests that share a
+// prompt's keys and values are answered, to the token, as if they had computed them, and sooner.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { type Engine, GREEDY, type SequenceRequest } from '../../src/engine/api.ts'
+import { startEngine } from '../../src/engine/start.ts'
+import { defaultModelPath, WITHOUT_MODEL } from '../support/default-model.ts'
+
+const path = defaultModelPath()
+const skip = path === undefined ? WITHOUT_MODEL : false
+const SAMPLED = { ...GREEDY, temperature: 0.8, topP: 0.95 }
+
+/** Ordinary token ids that differ by stream. */
+function prompt(length: number, stream: number): Int32Array {
+  return Int32Array.from({ length }, (_, i) => 300 + ((i * 7919 + stream * 104_729) % 29_000))
+}
+
+interface Answer {
+  tokens: number[]
+  logprobs: number[]
+  cached: number
+  ttftMs: number
+}
+
+function generate(engine: Engine, change: Partial<SequenceRequest>): Promise<Answer> {
+  return new Promise((resolve, reject) => {
+    const answer: Answer = { tokens: [], logprobs: [], cached: 0, ttftMs: 0 }
+    const start = performance.now()
+    const request = {
+      requestId: 'test',
+      tenant: 'test',
+      prompt: prompt(9, 0),
+      sampling: GREEDY,
+      maxTokens: 12,
+      stopTokens: [],
+      topLogprobs: 0,
+      ...change,
+    }
+    engine.submit(request, {
+      onStart: (cachedTokens) => void (answer.cached = cachedTokens),
+      onToken: (token, logprobs) => {
+        answer.ttftMs ||= performance.now() - start
+        answer.tokens.push(token)
+        answer.logprobs.push(logprobs!.logprob)
+      },
+      onFinish: (_reason, _count, error) => (error ? reject(error) : resolve(answer)),
+    })
+  })
+}
+
+function open(prefixCacheBytes: number): Promise<Engine> {
+  const options = { modelId: 'm', device: 'cpu', maxSequences: 8, prefixCacheBytes } as const
+  return startEngine(path!, options).then(({ engine }) => engine)
+}
+
+test(
+  'a choice differs from the same request alone, or its prompt is computed again',
+  { skip },
+  async () => {
+    const engine = await open(0)
+    const computed = async () => (await engine.snapshot()).promptTokens
+    for (const length of [30, 203]) {
+      const ids = prompt(length, 1)
+      const alone: Answer[] = []
+      for (let seed = 0; seed < 3; seed++) {
+        alone.push(await generate(engine, { prompt: ids, sampling: { ...SAMPLED, seed } }))
+      }
+      alone.push(await generate(engine, { prompt: ids }))
+      const before = await computed()
+      const together = await Promise.all(
+        [0, 1, 2, 3].map((seed) => {
+          const sampling = seed === 3 ? GREEDY : { ...SAMPLED, seed }
+          return generate(engine, { prompt: ids, sampling, group: `of ${length}` })
+        }),
+      )
+      assert.equal(await computed(), before + length)
+      together.forEach(({ tokens, logprobs }, i) => {
+        assert.deepEqual(tokens, alone[i]!.tokens)
+        assert.deepEqual(logprobs, alone[i]!.logprobs)
+      })
+    }
+    await engine.close()
+  },
+)
+
+test('a cached prefix changes an answer by a bit, or saves no time', { skip }, async (t) => {
+  const base = prompt(1090, 3)
+  const other = base.slice()
+  other.set(prompt(90, 4), 1000)
+  const short = base.slice(0, 50)
+  const without = await open(0)
+  const expected: Answer[] = []
+  for (const ids of [base, other, base, short]) {
+    expected.push(await generate(without, { prompt: ids }))
+  }
+  await without.close()
+  const engine = await open(256 << 20)
+  const answers: Answer[] = []
+  for (const ids of [base, other, base, short]) {
+    answers.push(await generate(engine, { prompt: ids }))
+  }
+  const elsewhere = await generate(engine, { prompt: base, tenant: 'other', maxTokens: 1 })
+  await engine.close()
+  answers.forEach(({ tokens, logprobs }, i) => {
+    assert.deepEqual(tokens, expected[i]!.tokens)
+    assert.deepEqual(logprobs, expected[i]!.logprobs)
+  })
+  // The second differs from its 1,001st token on; 64 tokens at least are computed, never fewer.
+  assert.deepEqual(
+    answers.map(({ cached }) => cached),
+    [0, 1000, 1090 - 64, 0],
+  )
+  assert.equal(elsewhere.cached, 0)
+  const ttft = answers.map(({ ttftMs }) => Math.round(ttftMs))
+  t.diagnostic(`first tokens after ${ttft.join(', ')} ms`)
+  assert.ok(ttft[2]! < ttft[0]! / 3, `${ttft.join(', ')} ms`)
+})
