@@ -2,6 +2,7 @@
 // With file patterns or node:test flags it runs the matching tests only.
 
 import { spawn } from 'node:child_process'
+import { resolveModel } from '../src/model/registry.ts'
 import { globSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 
@@ -19,6 +20,15 @@ if (patterns.length + flags.length === 0) {
     check('format', 'node_modules/.bin/oxfmt', ['--check', '.']),
   ])
   if (checks.includes(false)) process.exit(1)
+}
+
+// Tests on the real model skip, and say so, where it cannot be had.
+if (process.env['LATTICE_TEST_MODEL'] === undefined) {
+  try {
+    process.env['LATTICE_TEST_MODEL'] = (await resolveModel(undefined)).path
+  } catch (thrown) {
+    console.log(`tests without the default model: ${String(thrown)}`)
+  }
 }
 
 const files = globSync(TESTS).filter(

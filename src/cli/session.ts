@@ -60,7 +60,8 @@ export async function openSession(
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
-  const { engine, report } = await startEngine(path, {
+  // The engine's thread loads weights while this one builds the tokenizer.
+  const starting = startEngine(path, {
     modelId: id,
     device: options.device,
     ...defined({
@@ -70,11 +71,15 @@ export async function openSession(
       ...capacity,
     }),
   })
+  starting.catch(() => {})
+  const tokenizer = loadTokenizer(model)
+  const template = loadChatTemplate(model, tokenizer)
+  const { engine, report } = await starting
   return {
     modelId: id,
     engine,
-    tokenizer: loadTokenizer(model),
-    template: loadChatTemplate(model),
+    tokenizer,
+    template,
     report,
     loadMs: performance.now() - started,
   }

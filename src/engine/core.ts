@@ -74,7 +74,11 @@ export class EngineCore {
     this.slots = new SlotTable(backend.kv.layout, backend.kv.slots, options.kvPages)
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences },
+      {
+        stepTokens: backend.stepTokensMax,
+        maxSequences: options.maxSequences,
+        chunkTokensMin: backend.chunkTokensMin,
+      },
       (slot) => backend.kv.release(slot),
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)

@@ -6,6 +6,8 @@ import { LatticeError } from '../errors.ts'
 import { allowedCpus } from '../ffi/libc.ts'
 import { liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
+import { CHUNK_TOKENS_MIN } from '../backends/cpu/backend.ts'
+import { stepTokensNeeded } from '../scheduler/scheduler.ts'
 import { openModel } from '../model/load.ts'
 import type { ModelConfig } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
@@ -53,12 +55,13 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   const contextLength = chooseContext(config, kvBytes, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
-  const stepTokens = options.stepTokens ?? Math.max(STEP_TOKENS_MAX_DEFAULT, maxSequences)
-  if (stepTokens < maxSequences) {
+  const stepTokensMin = stepTokensNeeded(maxSequences, CHUNK_TOKENS_MIN)
+  const stepTokens = options.stepTokens ?? Math.max(STEP_TOKENS_MAX_DEFAULT, stepTokensMin)
+  if (stepTokens < stepTokensMin) {
     throw new LatticeError(
       'usage',
-      `A step of ${stepTokens} tokens cannot give one to each of ${maxSequences} sequences.`,
-      { todo: `Give --step-tokens ${maxSequences} or more, or fewer --max-sequences.` },
+      `A step of ${stepTokens} tokens is too small for ${maxSequences} sequences and a prompt.`,
+      { todo: `Give --step-tokens ${stepTokensMin} or more, or fewer --max-sequences.` },
     )
   }
   const engine = await EngineClient.start(
@@ -120,12 +123,11 @@ function chooseContext(config: ModelConfig, kvBytes: number, asked: number | und
     )
   }
   if (fitting < CONTEXT_MIN) {
+    const leastBytes = pagesFor(layout, CONTEXT_MIN) * layout.shape.pageBytes
     throw new LatticeError(
       'usage',
       `${mib(kvBytes)} of KV memory hold ${fitting} tokens, too few for any sequence.`,
-      {
-        todo: `Give --kv-memory at least ${pagesFor(layout, CONTEXT_MIN) * layout.shape.pageBytes}.`,
-      },
+      { todo: `Give --kv-memory at least ${leastBytes}.` },
     )
   }
   return asked ?? Math.min(config.contextLength, fitting)

@@ -7,7 +7,7 @@ import { test } from 'node:test'
 import fc from 'fast-check'
 import { layerMajor, pagesFor } from '../kv/layout.ts'
 import { SlotTable } from '../kv/slots.ts'
-import { isDecoding, Scheduler } from './scheduler.ts'
+import { isDecoding, Scheduler, stepTokensNeeded } from './scheduler.ts'
 
 const LAYOUT = layerMajor({ layers: 2, rowBytes: 64, maxTokens: 64, pageBytes: 256 })
 
@@ -63,7 +63,7 @@ class Run {
     this.maxSequences = maxSequences
     this.stepTokens = maxSequences + extraBudget
     this.slots = new SlotTable(LAYOUT, maxSequences, limitPages)
-    const options = { stepTokens: this.stepTokens, maxSequences }
+    const options = { stepTokens: this.stepTokens, maxSequences, chunkTokensMin: 1 }
     this.scheduler = new Scheduler(this.slots, options, (slot) => this.released.push(slot))
     let arriveAt = 0
     this.coming = items.map(({ gap, ...item }, id) => {
@@ -227,16 +227,56 @@ test('memory for one sequence alone stops the others for good', () => {
 
 test('a step too small for every sequence to decode is taken', () => {
   const slots = new SlotTable(LAYOUT, 4, 100)
-  assert.throws(() => new Scheduler(slots, { stepTokens: 3, maxSequences: 4 }, () => {}), /decode/)
+  assert.throws(
+    () => new Scheduler(slots, { stepTokens: 3, maxSequences: 4, chunkTokensMin: 1 }, () => {}),
+    /decode/,
+  )
 })
 
 test('a prompt is let in whose first output throws it out again', () => {
   // 4 tokens a page and two layers: a prompt of 4 has 2 pages, its first output needs 2 more.
   const slots = new SlotTable(LAYOUT, 2, 6)
-  const scheduler = new Scheduler<Item>(slots, { stepTokens: 16, maxSequences: 2 }, () => {})
+  const scheduler = new Scheduler<Item>(
+    slots,
+    { stepTokens: 16, maxSequences: 2, chunkTokensMin: 1 },
+    () => {},
+  )
   const item = { prompt: 4, output: 4, arriveAt: 0, abortAfter: undefined, length: 4, computed: 0 }
   const [first, second] = [0, 1].map((id) => ({ ...item, id, slot: -1 })) as [Item, Item]
   scheduler.waiting.push(first, second)
   assert.deepEqual(scheduler.plan(), [{ sequence: first, count: 4 }])
   assert.deepEqual(scheduler.waiting, [second])
+})
+
+test('a prompt is cut into a chunk that another kernel would compute, or waits for ever', () => {
+  const chunkTokensMin = 4
+  fc.assert(
+    fc.property(
+      fc.array(fc.integer({ min: 1, max: 40 }), { minLength: 1, maxLength: 6 }),
+      fc.integer({ min: 0, max: 9 }),
+      (prompts, extra) => {
+        const maxSequences = 3
+        const slots = new SlotTable(LAYOUT, maxSequences, 1 << 20)
+        const stepTokens = stepTokensNeeded(maxSequences, chunkTokensMin) + extra
+        const options = { stepTokens, maxSequences, chunkTokensMin }
+        const scheduler = new Scheduler<Item>(slots, options, () => {})
+        const item = { output: 5, arriveAt: 0, abortAfter: undefined, computed: 0, slot: -1 }
+        const items = prompts.map((prompt, id): Item => ({ ...item, id, prompt, length: prompt }))
+        scheduler.waiting.push(...items)
+        for (let step = 0; scheduler.waiting.length + scheduler.running.length > 0; step++) {
+          assert.ok(step < 500, 'a prompt never advances')
+          for (const { sequence, count } of scheduler.plan().map((part) => ({ ...part }))) {
+            const whole = sequence.computed === 0 && count === sequence.prompt
+            const decode = sequence.computed >= sequence.prompt
+            assert.ok(decode || whole || count >= chunkTokensMin, `a chunk of ${count}`)
+            sequence.computed += count
+            if (sequence.computed < sequence.length) continue
+            sequence.length++
+            if (sequence.length === sequence.prompt + sequence.output) scheduler.remove(sequence, 0)
+          }
+        }
+      },
+    ),
+    { seed: 5, numRuns: 300 },
+  )
 })

@@ -26,6 +26,13 @@ export interface ScheduledPart<S> {
 export interface SchedulerOptions {
   stepTokens: number
   maxSequences: number
+  /** No prompt is cut into chunks shorter than this; see `Backend.chunkTokensMin`. */
+  chunkTokensMin: number
+}
+
+/** The least a step must hold: a token for each sequence, and room to cut a prompt beside them. */
+export function stepTokensNeeded(maxSequences: number, chunkTokensMin: number): number {
+  return maxSequences - 1 + Math.max(1, 2 * chunkTokensMin - 1)
 }
 
 export class Scheduler<S extends Schedulable> {
@@ -43,7 +50,10 @@ export class Scheduler<S extends Schedulable> {
 
   /** @param release gives a slot's pages back to the kernel, before anybody else may use them. */
   constructor(slots: SlotTable, options: SchedulerOptions, release: (slot: number) => void) {
-    assert(options.stepTokens >= options.maxSequences, 'every sequence can decode in every step')
+    assert(
+      options.stepTokens >= stepTokensNeeded(options.maxSequences, options.chunkTokensMin),
+      'every sequence can decode in every step, and a prompt advance beside them',
+    )
     this.slots = slots
     this.options = options
     this.release = release
@@ -102,7 +112,7 @@ export class Scheduler<S extends Schedulable> {
   private planPrompts(budget: number): number {
     let used = 0
     for (const sequence of this.running) {
-      if (!isDecoding(sequence) && used < budget) used += this.planChunk(sequence, budget - used)
+      if (!isDecoding(sequence)) used += this.planChunk(sequence, budget - used)
     }
     return used
   }
@@ -112,9 +122,10 @@ export class Scheduler<S extends Schedulable> {
     let left = budget
     while (left > 0 && this.running.length < this.options.maxSequences) {
       const sequence = this.waiting[0]
+      if (!sequence || this.chunkOf(sequence, left) === 0) return
       // One token more than it has: else its first output could throw it out again at once.
-      const tokens = sequence ? sequence.length + 1 : 0
-      if (!sequence || this.slots.availablePages() < pagesFor(this.slots.layout, tokens)) return
+      const tokens = sequence.length + 1
+      if (this.slots.availablePages() < pagesFor(this.slots.layout, tokens)) return
       sequence.slot = this.acquire(tokens)
       const grown = sequence.slot >= 0 && this.growOrReclaim(sequence, tokens)
       assert(grown, 'a sequence that fits gets a slot and its pages')
@@ -125,9 +136,18 @@ export class Scheduler<S extends Schedulable> {
   }
 
   private planChunk(sequence: S, budget: number): number {
-    const count = Math.min(budget, sequence.length - sequence.computed)
-    this.addPart(sequence, count)
+    const count = this.chunkOf(sequence, budget)
+    if (count > 0) this.addPart(sequence, count)
     return count
+  }
+
+  /** Tokens of the prompt that go into a step with this budget, so that no chunk is too short. */
+  private chunkOf(sequence: S, budget: number): number {
+    const remaining = sequence.length - sequence.computed
+    if (remaining <= budget) return remaining
+    const { chunkTokensMin } = this.options
+    const count = Math.min(budget, remaining - chunkTokensMin)
+    return count >= chunkTokensMin ? count : 0
   }
 
   private addPart(sequence: S, count: number): void {

@@ -2,7 +2,7 @@
 // byte fallback, as Hugging Face's tokenizers define it (Sennrich et al. 2016).
 
 import { BYTE_TO_CHAR, writeUtf8 } from './byte-alphabet.ts'
-import { Merger, type PairMerge, type PairSource, type PairTable } from './merger.ts'
+import { Merger, type PairMerge, type PairSource, type PairTable, SCRATCH_KEPT } from './merger.ts'
 import { META_SPACE, type PieceModel, WordCache, WordCutter } from './words.ts'
 
 export interface BpeOptions {
@@ -56,6 +56,7 @@ export class Bpe implements PieceModel, PairSource {
 
   readonly #encodeWord = (word: string, out: number[]): void => {
     const { alphabet, wholePieces } = this.#options
+    if (this.#symbols.length < word.length * 3 + 1) this.#reserve(word.length * 3 + 1)
     if (wholePieces) {
       const whole = this.#entry(word)
       if (whole !== undefined) {
@@ -63,19 +64,21 @@ export class Bpe implements PieceModel, PairSource {
         return
       }
     }
-    if (this.#symbols.length < word.length * 3 + 1) {
-      this.#bytes = new Uint8Array(word.length * 3 + 1)
-      this.#symbols = new Int32Array(word.length * 3 + 1)
-    }
     const count = alphabet === 'bytes' ? this.#byteSymbols(word) : this.#characterSymbols(word)
     const left = this.#merger.merge(this.#symbols, count)
     for (let i = 0; i < left; i++) out.push(this.#symbols[i]!)
+    if (this.#symbols.length > SCRATCH_KEPT) this.#reserve(SCRATCH_KEPT)
+  }
+
+  #reserve(size: number): void {
+    this.#bytes = new Uint8Array(size)
+    this.#symbols = new Int32Array(size)
   }
 
   #entry(word: string): number | undefined {
     if (this.#options.alphabet === 'characters') return this.#options.ids.get(word)
     let spelled = ''
-    const count = writeUtf8(word, (this.#bytes = roomFor(this.#bytes, word.length * 3)))
+    const count = writeUtf8(word, this.#bytes)
     for (let i = 0; i < count; i++) spelled += BYTE_TO_CHAR[this.#bytes[i]!]!
     return this.#options.ids.get(spelled)
   }
@@ -133,10 +136,6 @@ export class Bpe implements PieceModel, PairSource {
     }
     return tokens
   }
-}
-
-function roomFor(buffer: Uint8Array<ArrayBuffer>, bytes: number): Uint8Array<ArrayBuffer> {
-  return buffer.length >= bytes ? buffer : new Uint8Array(bytes)
 }
 
 /** How SentencePiece vocabularies write a byte: `<0x0A>`. */

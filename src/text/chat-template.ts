@@ -1,8 +1,9 @@
 // Owns rendering a conversation to the text a model was trained on, by the model's own Jinja
 // template, as Hugging Face's apply_chat_template does.
 
-import { Environment, Interpreter, parse, tokenize } from '@huggingface/jinja'
+import { Environment, parse, tokenize } from '@huggingface/jinja'
 import { LatticeError } from '../errors.ts'
+import { JinjaInterpreter } from './jinja-interpreter.ts'
 import { strftime } from './strftime.ts'
 
 /** One part of a message's content; models here read text only. */
@@ -50,7 +51,7 @@ export interface TemplateContext {
   tokens: Readonly<Record<string, string>>
 }
 
-type Program = ReturnType<typeof parse>
+type Program = object
 
 /** How a value looks that a template wrote without turning it to text: a mistake in it. */
 const UNWRITABLE = /\[object (?:Map|Object)\]/
@@ -88,6 +89,7 @@ function withEitherArguments(run: (structured: boolean) => string): string {
   try {
     return run(true)
   } catch (error) {
+    if (!(error instanceof LatticeError) || error.code !== 'template_invalid') throw error
     try {
       return run(false)
     } catch {
@@ -111,7 +113,7 @@ function runTemplate(program: Program, variables: Record<string, unknown>): stri
     for (const [name, value] of Object.entries({ ...GLOBALS, ...variables })) {
       environment.set(name, value)
     }
-    rendered = String(new Interpreter(environment).run(program).value)
+    rendered = String(new JinjaInterpreter(environment).run(program).value)
   } catch (cause) {
     throw invalid(`The chat template failed: ${messageOf(cause)}`, cause)
   }

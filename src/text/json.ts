@@ -27,8 +27,12 @@ export function number(json: Json, at: string): number {
 }
 
 /** A token id: a whole number, and small enough that a table of ids can be built. */
+export function isTokenId(json: Json): json is number {
+  return typeof json === 'number' && Number.isInteger(json) && json >= 0 && json < 2 ** 24
+}
+
 export function tokenId(json: Json, at: string): number {
-  if (typeof json === 'number' && Number.isInteger(json) && json >= 0 && json < 2 ** 24) return json
+  if (isTokenId(json)) return json
   throw wrong(at, 'a token id', json)
 }
 

@@ -67,7 +67,11 @@ function bytePairTokenizer(metadata: Metadata): Tokenizer {
       fuseUnknown: false,
       wholePieces: family.wholePieces ?? false,
     }),
-    ...frame(metadata, vocabulary, { addBos: family.addBos ?? false, bos: undefined }),
+    ...frame(metadata, vocabulary, {
+      addBos: family.addBos ?? false,
+      bos: undefined,
+      eos: undefined,
+    }),
     bytesOf: (token, spelling) =>
       (kinds[token] === Kind.normal ? spelledBytes(spelling) : undefined) ??
       Buffer.from(spelling, 'utf8'),
@@ -114,7 +118,7 @@ function sentencePieceTokenizer(metadata: Metadata): Tokenizer {
       byteTokens: byteTokensOf(bytes),
       unknown,
     }),
-    ...frame(metadata, vocabulary, { addBos: true, bos: 1 }),
+    ...frame(metadata, vocabulary, { addBos: true, bos: 1, eos: 2 }),
     bytesOf: (token, spelling) => {
       const byte = kinds[token] === Kind.byte ? entryByte(spelling) : undefined
       if (byte !== undefined) return Uint8Array.of(byte)
@@ -142,15 +146,7 @@ function readVocabulary(metadata: Metadata): Vocabulary {
 }
 
 function readKinds(metadata: Metadata, tokens: readonly string[]): Int32Array {
-  const given = metadata.get('tokenizer.ggml.token_type')
-  if (given === undefined) return new Int32Array(tokens.length).fill(Kind.normal)
-  if (!(given instanceof Int32Array || given instanceof Uint32Array)) {
-    throw invalid('token_type', 'should be an array of 32-bit integers')
-  }
-  if (given.length !== tokens.length) {
-    throw invalid('token_type', `has ${given.length} entries for ${tokens.length} tokens`)
-  }
-  const kinds = Int32Array.from(given)
+  const kinds = givenKinds(metadata, tokens)
   for (let token = 0; token < kinds.length; token++) {
     // Converters fill holes with this text; it is nobody's token.
     if (kinds[token] === Kind.user && tokens[token] === `[PAD${token}]`) kinds[token] = Kind.unused
@@ -159,6 +155,18 @@ function readKinds(metadata: Metadata, tokens: readonly string[]): Int32Array {
   const isControl = (token: number): boolean => kinds[token] === Kind.control
   for (const token of endTokens(tokens, [], isControl)) kinds[token] = Kind.control
   return kinds
+}
+
+function givenKinds(metadata: Metadata, tokens: readonly string[]): Int32Array {
+  const given = metadata.get('tokenizer.ggml.token_type')
+  if (given === undefined) return new Int32Array(tokens.length).fill(Kind.normal)
+  if (!(given instanceof Int32Array || given instanceof Uint32Array)) {
+    throw invalid('token_type', 'should be an array of 32-bit integers')
+  }
+  if (given.length !== tokens.length) {
+    throw invalid('token_type', `has ${given.length} entries for ${tokens.length} tokens`)
+  }
+  return Int32Array.from(given)
 }
 
 const metaSpaced = (text: string): string => text.replaceAll(' ', META_SPACE)
@@ -208,22 +216,20 @@ function readMerges(merges: readonly string[], entries: ReadonlyMap<string, numb
 function frame(
   metadata: Metadata,
   { tokens, special }: Vocabulary,
-  defaults: { addBos: boolean; bos: number | undefined },
+  defaults: { addBos: boolean; bos: number | undefined; eos: number | undefined },
 ): { prefix: number[]; suffix: number[]; bosToken: number | undefined; eosTokens: number[] } {
   const bosToken = optionalToken(metadata, 'bos_token_id', tokens) ?? defaults.bos
-  const eosToken = optionalToken(metadata, 'eos_token_id', tokens)
+  const eosToken = optionalToken(metadata, 'eos_token_id', tokens) ?? defaults.eos
   const addBos = boolean(metadata, 'add_bos_token') ?? defaults.addBos
   const addEos = boolean(metadata, 'add_eos_token') ?? false
   if (addBos && bosToken === undefined) throw invalid('bos_token_id', 'is missing, to be added')
   if (addEos && eosToken === undefined) throw invalid('eos_token_id', 'is missing, to be added')
-  const named = ['eos_token_id', 'eot_token_id', 'eom_token_id'].map((key) =>
-    optionalToken(metadata, key, tokens),
-  )
+  const named = ['eot_token_id', 'eom_token_id'].map((key) => optionalToken(metadata, key, tokens))
   return {
     prefix: addBos ? [bosToken!] : [],
     suffix: addEos ? [eosToken!] : [],
     bosToken,
-    eosTokens: endTokens(tokens, named, (token) => special.has(token)),
+    eosTokens: endTokens(tokens, [eosToken, ...named], (token) => special.has(token)),
   }
 }
 

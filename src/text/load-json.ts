@@ -7,6 +7,7 @@ import { endTokens } from './end-tokens.ts'
 import { readDecoder } from './json-decoder.ts'
 import { type JsonPreTokenizer, readPreTokenizer } from './json-pretokenizers.ts'
 import {
+  isTokenId,
   type Json,
   kindOf,
   list,
@@ -27,10 +28,12 @@ import type { PieceModel } from './words.ts'
 
 type Node = Readonly<Record<string, Json>>
 
-/** What tokenizer_config.json says beside tokenizer.json. */
+/** What a model's other files say beside tokenizer.json. */
 export interface NamedTokens {
   bos: string | undefined
   eos: string | undefined
+  /** Ids that end a text. */
+  ends: readonly number[]
 }
 
 /**
@@ -44,20 +47,26 @@ export function jsonTokenizer(json: Json, named: NamedTokens): Tokenizer {
   const normalize = readNormalizer(file['normalizer'])
   const decoder = readDecoder(file['decoder'])
   const { ids, model } = readModel(modelNode, preTokenizer.pieces)
-  const added = readAddedTokens(file['added_tokens'])
+  const declared = readAddedTokens(file['added_tokens'])
 
   const tokens: (string | undefined)[] = []
   for (const [spelling, id] of ids) tokens[id] = spelling
-  for (const token of added) tokens[token.id] = token.content
+  for (const token of declared) tokens[token.id] = token.content
   const idOf = (spelling: string | undefined): number | undefined =>
     spelling === undefined
       ? undefined
-      : (added.find(({ content }) => content === spelling)?.id ?? ids.get(spelling))
+      : (declared.find(({ content }) => content === spelling)?.id ?? ids.get(spelling))
 
+  const isSpecial = (id: number): boolean =>
+    declared.some((token) => token.id === id && token.special)
+  const eosTokens = endTokens(tokens, [idOf(named.eos), ...named.ends], isSpecial)
+  // What ends a turn must not be typed by a user, even where the file forgot to say so.
+  const added = declared.map((token) =>
+    eosTokens.includes(token.id) ? { ...token, special: true } : token,
+  )
   const addedIds = new Set(added.map(({ id }) => id))
   const special = new Set(added.filter((token) => token.special).map(({ id }) => id))
   const { prefix, suffix } = readPostProcessor(file['post_processor'])
-  const ends = [idOf(named.eos)]
   return new TextTokenizer({
     tokens,
     special,
@@ -72,7 +81,7 @@ export function jsonTokenizer(json: Json, named: NamedTokens): Tokenizer {
     prefix,
     suffix,
     bosToken: idOf(named.bos) ?? prefix[0],
-    eosTokens: endTokens(tokens, ends, (token) => special.has(token)),
+    eosTokens,
     bytesOf: (token, spelling) => decoder.bytesOf(spelling, addedIds.has(token)),
     stripsSpace: decoder.stripsSpace,
   })
@@ -101,10 +110,7 @@ function readBpe(
       })
     }
   }
-  const ids = new Map<string, number>()
-  for (const [spelling, id] of Object.entries(object(node['vocab'], 'model.vocab'))) {
-    ids.set(spelling, tokenId(id, `model.vocab[${JSON.stringify(spelling)}]`))
-  }
+  const ids = readVocabulary(object(node['vocab'], 'model.vocab'))
   const unknownSpelling = optionalText(node['unk_token'], 'model.unk_token')
   const unknown = unknownSpelling === undefined ? undefined : ids.get(unknownSpelling)
   if (unknownSpelling !== undefined && unknown === undefined) {
@@ -122,27 +128,42 @@ function readBpe(
   return { ids, model }
 }
 
+/** A vocabulary may have 262,144 entries: the loop makes nothing but the map. */
+function readVocabulary(vocab: Node): Map<string, number> {
+  const ids = new Map<string, number>()
+  for (const spelling in vocab) {
+    const id = vocab[spelling]
+    if (!isTokenId(id)) throw wrong(`model.vocab[${JSON.stringify(spelling)}]`, 'a token id', id)
+    ids.set(spelling, id)
+  }
+  return ids
+}
+
 /** Each merge is `"a b"`, or `["a", "b"]` since spaces were allowed in entries. */
 function readMerges(merges: readonly Json[], ids: ReadonlyMap<string, number>): PairTable {
   const table = new PairTable(merges.length)
-  merges.forEach((merge, rank) => {
-    const [left, right, ...more] = typeof merge === 'string' ? merge.split(' ') : list(merge, at())
-    if (typeof left !== 'string' || typeof right !== 'string' || more.length > 0) {
-      throw wrong(at(), 'a pair of strings', merge)
+  for (let rank = 0; rank < merges.length; rank++) {
+    const merge = merges[rank]
+    const pair: unknown = typeof merge === 'string' ? merge.split(' ') : merge
+    if (!isPair(pair)) throw wrong(`model.merges[${rank}]`, 'a pair of strings', merge)
+    const left = ids.get(pair[0])
+    const right = ids.get(pair[1])
+    const merged = ids.get(pair[0] + pair[1])
+    if (left === undefined || right === undefined || merged === undefined) {
+      throw wrong(`model.merges[${rank}]`, 'made of entries of model.vocab', merge)
     }
-    const leftToken = ids.get(left)
-    const rightToken = ids.get(right)
-    const merged = ids.get(left + right)
-    if (leftToken === undefined || rightToken === undefined || merged === undefined) {
-      throw wrong(at(), 'made of entries of model.vocab', merge)
-    }
-    table.set(leftToken, rightToken, rank, merged)
-
-    function at(): string {
-      return `model.merges[${rank}]`
-    }
-  })
+    table.set(left, right, rank, merged)
+  }
   return table
+}
+
+function isPair(value: unknown): value is [string, string] {
+  return (
+    Array.isArray(value) &&
+    value.length === 2 &&
+    typeof value[0] === 'string' &&
+    typeof value[1] === 'string'
+  )
 }
 
 function readUnigram(node: Node): { ids: Map<string, number>; model: PieceModel } {

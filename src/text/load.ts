@@ -61,7 +61,11 @@ function tokenTexts(model: Model, tokenizer: Tokenizer): Record<string, string> 
 }
 
 function namedTokens(model: Model): NamedTokens {
-  return { bos: configuredToken(model, 'bos_token'), eos: configuredToken(model, 'eos_token') }
+  return {
+    bos: configuredToken(model, 'bos_token'),
+    eos: configuredToken(model, 'eos_token'),
+    ends: model.eosTokens ?? [],
+  }
 }
 
 /** tokenizer_config.json writes a token as its text or as an object that holds it. */

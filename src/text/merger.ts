@@ -85,6 +85,9 @@ export interface PairMerge {
 /** Below this many symbols a scan for the minimum is faster than a heap. */
 const SCAN_MAX = 32
 
+/** Scratch memory kept between texts, in symbols: one huge text must not hold memory for good. */
+export const SCRATCH_KEPT = 1 << 16
+
 /** A queue entry is rank × this + position: one double, ordered as the merges are. */
 const POSITIONS = 2 ** 27
 
@@ -110,8 +113,11 @@ export class Merger {
    */
   merge(symbols: Int32Array, count: number): number {
     if (count < 2) return count
-    if (this.#rank.length < count) this.#reserve(count)
-    return count <= SCAN_MAX ? this.#mergeShort(symbols, count) : this.#mergeLong(symbols, count)
+    if (this.#rank.length < count) this.#reserve(Math.max(count, this.#rank.length * 2))
+    if (count <= SCAN_MAX) return this.#mergeShort(symbols, count)
+    const left = this.#mergeLong(symbols, count)
+    if (this.#rank.length > SCRATCH_KEPT) this.#reserve(SCRATCH_KEPT)
+    return left
   }
 
   #mergeShort(symbols: Int32Array, count: number): number {
@@ -216,11 +222,11 @@ export class Merger {
     return top
   }
 
-  #reserve(count: number): void {
-    const size = Math.max(count, this.#rank.length * 2)
+  #reserve(size: number): void {
     this.#rank = new Int32Array(size)
     this.#merged = new Int32Array(size)
     this.#next = new Int32Array(size)
     this.#previous = new Int32Array(size)
+    this.#heap = new Float64Array(size)
   }
 }

@@ -2,7 +2,7 @@
 // text together is a piece may merge, the best score first (Kudo & Richardson 2018).
 
 import { byteEntry } from './bpe.ts'
-import { Merger, type PairMerge, type PairSource, PairTable } from './merger.ts'
+import { Merger, type PairMerge, type PairSource, PairTable, SCRATCH_KEPT } from './merger.ts'
 import { type PieceModel, WordCache, WordCutter } from './words.ts'
 
 export interface SpmOptions {
@@ -90,6 +90,7 @@ export class Spm implements PieceModel, PairSource {
         unknownBefore = this.#fallback(symbol, unknownBefore, out)
       }
     }
+    if (this.#symbols.length > SCRATCH_KEPT) this.#symbols = new Int32Array(SCRATCH_KEPT)
   }
 
   #resegment(symbol: number, out: number[]): void {

@@ -15,7 +15,7 @@ const runs = { seed, numRuns: 500 }
 function load(name: string): Tokenizer {
   const text = readFileSync(new URL(`./goldens/${name}.json`, import.meta.url), 'utf8')
   const { tokenizer } = JSON.parse(text) as { tokenizer: unknown }
-  return jsonTokenizer(tokenizer, { bos: '<s>', eos: '<|end|>' })
+  return jsonTokenizer(tokenizer, { bos: '<s>', eos: '<|end|>', ends: [] })
 }
 
 /** Any code units at all, and strings that look like text. */
@@ -71,6 +71,20 @@ for (const name of ['gpt2', 'llama3', 'spm-bpe', 'gemma-bpe', 'unigram']) {
           // U+FFFD only where the text itself has it.
           assert.ok(!piece.includes('\ufffd') || text.toWellFormed().includes('\ufffd'))
         }
+      }),
+      runs,
+    )
+  })
+}
+
+for (const name of ['deepseek3', 'gemma-bpe', 'metaspace-first', 'unigram']) {
+  const tokenizer = load(name)
+  test(`${name}: a lone surrogate is not U+FFFD`, () => {
+    fc.assert(
+      fc.property(anyText, (text) => {
+        const options = { addSpecial: false, parseSpecial: false }
+        const ids = [...tokenizer.encode(text, options)]
+        assert.deepEqual(ids, [...tokenizer.encode(text.toWellFormed(), options)])
       }),
       runs,
     )

@@ -46,7 +46,7 @@ test('no file is dead', { skip: UNTIL_BUILT }, () => {
     'src/main.ts',
     ...[...exported].map((match) => match[1]!),
     ...sources.map(({ path }) => path).filter((path) => path.endsWith('.test.ts')),
-    ...sources.map(({ path }) => path).filter((path) => /^(tools|bench)\//.test(path)),
+    ...sources.map(({ path }) => path).filter((path) => /^(tools|bench|test\/soak)\//.test(path)),
   ]
   // x.test.ts does not vouch for the x.ts beside it: code that only its test runs is dead.
   const alive = reachable(roots, (importer, { target }) => {

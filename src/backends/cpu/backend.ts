@@ -24,6 +24,8 @@ export interface CpuBackendOptions {
   /** Cores to compute on, one thread each. */
   cpus: readonly number[]
   pin?: boolean
+  /** Order of KV in a slot; see docs/decisions/0001-kv-layout-on-the-host.md. */
+  kvOrder?: 'layer-major' | 'token-major'
   /** A build's name instead of the best one, for tests. */
   variant?: string
 }
@@ -31,12 +33,16 @@ export interface CpuBackendOptions {
 /** Graphs are built for up to 1, 4, 16 … attention pieces, each at its first use. */
 const PIECES_GROWTH = 4
 
+/** From this many queries on, ggml's attention is tiled and sums in float32 (GGML_FA_TILE_Q). */
+export const CHUNK_TOKENS_MIN = 64
+
 /** Outputs start on cache lines. */
 const ALIGNMENT = 64
 
 export class CpuBackend implements Backend {
   readonly vocab: number
   readonly stepTokensMax: number
+  readonly chunkTokensMin = CHUNK_TOKENS_MIN
   readonly kv: HostKvMemory
   readonly variant: string
   readonly weights: Weights
@@ -77,11 +83,12 @@ export class CpuBackend implements Backend {
       options.stepTokens,
       (op) => this.tensors.joined(op) !== undefined,
     )
-    const layout = hostKvLayout(config, options.contextLength)
+    const layout = hostKvLayout(config, options.contextLength, options.kvOrder)
     this.kv = new HostKvMemory(layout, options.maxSequences)
 
     const { stepTokens, maxSequences, contextLength } = options
-    const maskElements = (stepTokens + maxSequences) * contextLength
+    // Rows for every token of a step; lengths are rounded up by less than 256.
+    const maskElements = (stepTokens + maxSequences) * (contextLength + 256)
     const sizes = {
       activations: this.activations.bytes,
       tokens: stepTokens * 4,

@@ -35,6 +35,7 @@ const KV_DEFAULT = { layers: 2, rowBytes: 256, pageBytes: 4096 }
 export class NullBackend implements Backend {
   readonly vocab: number
   readonly stepTokensMax: number
+  readonly chunkTokensMin = 1
   readonly kv: NullKvMemory
   private readonly options: NullBackendOptions
   private readonly rows: Float32Array[]
