@@ -3,9 +3,10 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { CpuBackend } from '../../src/backends/cpu/backend.ts'
+import { CHUNK_TOKENS_MIN, CpuBackend } from '../../src/backends/cpu/backend.ts'
 import { allowedCpus } from '../../src/ffi/libc.ts'
 import { openModel } from '../../src/model/load.ts'
+import { stepTokensNeeded } from '../../src/scheduler/scheduler.ts'
 import { Bench, sequenceRequest } from '../support/null-engine.ts'
 import { Random } from '../support/random.ts'
 import { TINY_LLAMA, tinyLlama, writeTinyGguf } from '../support/tiny-gguf.ts'
@@ -17,7 +18,7 @@ function cpuBackend(): CpuBackend {
   return new CpuBackend(openModel(writeTinyGguf(tinyLlama())), {
     contextLength: TINY_LLAMA.contextLength,
     maxSequences: SEQUENCES,
-    stepTokens: 64,
+    stepTokens: stepTokensNeeded(SEQUENCES, CHUNK_TOKENS_MIN),
     cpus: allowedCpus().slice(0, 1),
     pin: false,
   })

@@ -17,6 +17,7 @@ export interface WritingOptions {
 export class WritingBackend implements Backend {
   readonly vocab = 8
   readonly stepTokensMax: number
+  readonly chunkTokensMin = 1
   readonly kv: HostKvMemory
   private readonly memory: Uint8Array
   private readonly rows: Float32Array[]
