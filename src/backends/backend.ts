@@ -66,6 +66,12 @@ export interface Backend {
   readonly vocab: number
   /** Tokens of one step, at most. */
   readonly stepTokensMax: number
+  /**
+   * Prompts are computed whole or in chunks no shorter than this. A backend that computes long and
+   * short chunks with different kernels names the border here: a token's bits then do not depend
+   * on how a prompt was cut, which depends on what else was running.
+   */
+  readonly chunkTokensMin: number
   readonly kv: KvMemory
   /** Starts a step. Pages that its tokens need must be within the limit already. */
   launch(batch: StepBatch): void

@@ -67,6 +67,8 @@ export type FinishReason = 'stop' | 'length' | 'abort' | 'error'
 
 /** Where a sequence's tokens go. Called on the thread that submitted; must not throw. */
 export interface SequenceSink {
+  /** Called once, before the first token, when the sequence leaves the queue: its wait is over. */
+  onStart?(): void
   /** A stop token that ends the sequence is counted but not delivered here. */
   onToken(token: number, logprobs: TokenLogprobs | undefined): void
   /** Called once, last. `outputTokens` includes the stop token. */
@@ -81,12 +83,15 @@ export interface SequenceHandle {
 export interface SequenceSnapshot {
   requestId: string
   tenant: string
+  /** A preempted sequence waits again, then is in prefill until its output is recomputed too. */
   state: 'waiting' | 'prefill' | 'decode'
   promptTokens: number
   /** Tokens whose KV is in memory. */
   kvTokens: number
   outputTokens: number
+  /** Pages set aside for it; a prompt gets all of its own when it is let in. */
   pages: number
+  /** Bytes of the keys and values in memory, without page rounding. */
   bytes: number
   ageMs: number
 }

@@ -2,7 +2,7 @@
 // to their sinks. Whatever happens to that thread, every sequence gets its finish.
 
 import { Worker } from 'node:worker_threads'
-import { LatticeError } from '../errors.ts'
+import { LatticeError, toLatticeError } from '../errors.ts'
 import { pagesFor } from '../kv/layout.ts'
 import type {
   Engine,
@@ -20,7 +20,11 @@ export interface ClientLimits {
   contextLength: number
 }
 
-const STOPPED = 'The engine has stopped.'
+interface LiveSequence {
+  sink: SequenceSink
+  /** Told to the sink; what it gets as its count if the thread dies without a word. */
+  outputTokens: number
+}
 
 export class EngineClient implements Engine {
   readonly model: EngineModel
@@ -28,7 +32,7 @@ export class EngineClient implements Engine {
   private readonly worker: Worker
   private readonly signal: Int32Array
   private readonly limits: ClientLimits
-  private readonly sinks = new Map<number, SequenceSink>()
+  private readonly live = new Map<number, LiveSequence>()
   private readonly snapshots = new Map<number, PromiseWithResolvers<EngineSnapshot>>()
   private readonly drained: (() => void)[] = []
   private nextId = 1
@@ -48,13 +52,14 @@ export class EngineClient implements Engine {
     this.facts = facts
     this.limits = limits
     worker.on('message', (message: FromEngine) => this.receive(message))
-    worker.on('error', (thrown) => {
-      this.stop(new LatticeError('engine_stopped', STOPPED, { cause: thrown }))
-    })
-    worker.on('exit', () => this.stop(new LatticeError('engine_stopped', STOPPED)))
+    worker.on('error', (thrown) => this.stop(toLatticeError(thrown)))
+    worker.on('exit', () => this.stop(stopped()))
   }
 
-  /** Starts the engine thread and waits until its model is loaded. */
+  /**
+   * Starts the engine thread and waits until its model is loaded.
+   * @throws LatticeError what kept the thread from it
+   */
   static async start(
     options: Omit<EngineThreadOptions, 'signal'>,
     model: EngineModel,
@@ -68,8 +73,8 @@ export class EngineClient implements Engine {
         if (message.kind === 'ready') resolve(message.facts)
         else if (message.kind === 'failed') reject(LatticeError.fromJSON(message.error))
       })
-      worker.once('error', reject)
-      worker.once('exit', () => reject(new LatticeError('engine_stopped', STOPPED)))
+      worker.once('error', (thrown) => reject(toLatticeError(thrown)))
+      worker.once('exit', () => reject(stopped()))
     })
     // Each by name: the worker keeps internal listeners that deliver its messages.
     for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
@@ -79,21 +84,21 @@ export class EngineClient implements Engine {
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
     this.check(request)
     const id = this.nextId++
-    this.sinks.set(id, sink)
     this.send({ kind: 'submit', id, request })
+    this.live.set(id, { sink, outputTokens: 0 })
     return {
       abort: () => {
-        if (this.sinks.has(id)) this.send({ kind: 'abort', id })
+        if (this.live.has(id)) this.send({ kind: 'abort', id })
       },
     }
   }
 
   queueRoom(): number {
-    return Math.max(0, this.limits.sequences - this.sinks.size)
+    return Math.max(0, this.limits.sequences - this.live.size)
   }
 
   snapshot(): Promise<EngineSnapshot> {
-    if (this.stopped) return Promise.reject(this.stopped)
+    if (this.stopped) return Promise.reject(stopped(this.stopped))
     const ticket = this.nextId++
     const answer = Promise.withResolvers<EngineSnapshot>()
     this.snapshots.set(ticket, answer)
@@ -103,7 +108,7 @@ export class EngineClient implements Engine {
 
   async drain(): Promise<void> {
     this.draining = true
-    if (this.sinks.size === 0) return
+    if (this.live.size === 0) return
     await new Promise<void>((resolve) => this.drained.push(resolve))
   }
 
@@ -116,14 +121,16 @@ export class EngineClient implements Engine {
   }
 
   private check({ prompt, maxTokens }: SequenceRequest): void {
-    if (this.stopped) throw this.stopped
+    if (this.stopped) throw stopped(this.stopped)
     if (this.draining) {
       throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
     }
     const { contextLength } = this.limits
-    if (prompt.length === 0) {
-      throw new LatticeError('invalid_request', 'The prompt has no tokens.', {
-        todo: 'Send at least one token.',
+    this.checkTokens(prompt)
+    if (!Number.isInteger(maxTokens) || maxTokens < 1) {
+      throw new LatticeError('invalid_request', `max_tokens is ${maxTokens}.`, {
+        todo: 'Ask for at least one token.',
+        details: { param: 'max_tokens' },
       })
     }
     if (prompt.length + maxTokens > contextLength) {
@@ -146,10 +153,24 @@ export class EngineClient implements Engine {
       )
     }
     if (this.queueRoom() === 0) {
-      throw new LatticeError('queue_full', `${this.sinks.size} sequences run or wait already.`, {
+      throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
         todo: 'Retry later, or start with a larger --max-queue.',
       })
     }
+  }
+
+  /** A token that is not in the vocabulary would be read from beyond the embedding. */
+  private checkTokens(prompt: Int32Array): void {
+    const { vocabSize } = this.model
+    const wrong = prompt.findIndex((token) => token < 0 || token >= vocabSize)
+    if (prompt.length > 0 && wrong < 0) return
+    throw new LatticeError(
+      'invalid_request',
+      wrong < 0
+        ? 'The prompt has no tokens.'
+        : `Token ${wrong} of the prompt is ${prompt[wrong]}; the vocabulary has ${vocabSize}.`,
+      { todo: `Send at least one token id, each from 0 to ${vocabSize - 1}.` },
+    )
   }
 
   private send(message: ToEngine): void {
@@ -160,6 +181,7 @@ export class EngineClient implements Engine {
 
   private receive(message: FromEngine): void {
     if (message.kind === 'tokens') this.deliver(message)
+    else if (message.kind === 'started') this.live.get(message.id)?.sink.onStart?.()
     else if (message.kind === 'snapshot') {
       this.snapshots.get(message.ticket)?.resolve(message.snapshot)
       this.snapshots.delete(message.ticket)
@@ -168,23 +190,35 @@ export class EngineClient implements Engine {
 
   private deliver({ tokens, logprobs, finished }: Extract<FromEngine, { kind: 'tokens' }>): void {
     for (let i = 0; i < tokens.length; i += 2) {
-      this.sinks.get(tokens[i] ?? 0)?.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
+      const sequence = this.live.get(tokens[i] ?? 0)
+      if (!sequence) continue
+      sequence.outputTokens++
+      sequence.sink.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
     }
     for (const { id, reason, outputTokens, error } of finished) {
-      const sink = this.sinks.get(id)
-      this.sinks.delete(id)
-      sink?.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error))
+      const sequence = this.live.get(id)
+      this.live.delete(id)
+      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error))
     }
-    if (this.sinks.size === 0) for (const resolve of this.drained.splice(0)) resolve()
+    if (this.live.size === 0) for (const resolve of this.drained.splice(0)) resolve()
   }
 
-  private stop(error: LatticeError): void {
+  /** Nothing more comes from the thread: everyone who waits for it is told why. */
+  private stop(why: LatticeError): void {
     if (this.stopped) return
-    this.stopped = error
-    for (const answer of this.snapshots.values()) answer.reject(error)
+    this.stopped = why
+    for (const answer of this.snapshots.values()) answer.reject(stopped(why))
     this.snapshots.clear()
-    for (const sink of this.sinks.values()) sink.onFinish('error', 0, error)
-    this.sinks.clear()
+    for (const { sink, outputTokens } of this.live.values()) {
+      sink.onFinish('error', outputTokens, why)
+    }
+    this.live.clear()
     for (const resolve of this.drained.splice(0)) resolve()
   }
+}
+
+function stopped(why?: LatticeError): LatticeError {
+  if (why?.code === 'engine_stopped') return why
+  const what = why ? `The engine has stopped: ${why.message}` : 'The engine has stopped.'
+  return new LatticeError('engine_stopped', what, { todo: 'Start it again.', cause: why })
 }

@@ -5,9 +5,9 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
-import { liveBytes, pagesFor } from '../kv/layout.ts'
+import { liveBytes } from '../kv/layout.ts'
 import { SlotTable } from '../kv/slots.ts'
-import { type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
+import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
   EngineSnapshot,
@@ -25,8 +25,10 @@ export interface CoreOptions {
   kvPages: number
 }
 
-/** Where the core's tokens go, during `step` and `abort`. It must not call back into the core. */
+/** Where the core's news go, while one of its methods runs. It must not call back into the core. */
 export interface CoreSink {
+  /** The sequence has left the queue; the step that begins its prompt is about to be computed. */
+  onStart(id: number): void
   onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void
   onFinish(
     id: number,
@@ -38,10 +40,13 @@ export interface CoreSink {
 
 /**
  * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
- * between a client's requests in a closed loop, well under the 100 ms in which idle memory must be
- * back with the kernel.
+ * between a client's requests in a closed loop; short, because idle memory must be back with the
+ * kernel within 100 ms and the kernel takes 50 ms a GiB.
  */
-const WARM_MS = 40
+const WARM_MS = 20
+
+/** An idle engine keeps no more than this warm; the rest goes back at once. */
+const WARM_IDLE_BYTES = 64 << 20
 
 export class EngineCore {
   private readonly backend: Backend
@@ -72,8 +77,12 @@ export class EngineCore {
     this.slots = new SlotTable(backend.kv.layout, backend.kv.slots, options.kvPages)
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences },
-      { release: (slot) => backend.kv.release(slot), nowMs: now },
+      {
+        stepTokens: backend.stepTokensMax,
+        maxSequences: options.maxSequences,
+        chunkTokensMin: backend.chunkTokensMin,
+      },
+      (slot) => backend.kv.release(slot),
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -85,9 +94,15 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    const sequence = new Sequence(id, request, this.now())
-    this.sequences.set(id, sequence)
-    this.scheduler.waiting.push(sequence)
+    try {
+      const sequence = new Sequence(id, request, this.now())
+      this.sequences.set(id, sequence)
+      this.scheduler.waiting.push(sequence)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.finished.error++
+      this.sink.onFinish(id, 'error', 0, thrown)
+    }
   }
 
   abort(id: number): void {
@@ -98,6 +113,7 @@ export class EngineCore {
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
    * @returns false if there was nothing to do.
+   * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
@@ -109,24 +125,26 @@ export class EngineCore {
     const rows = this.backend.collect()
     this.computeMs += this.now() - computeStart
     this.commit(parts, rows)
-    this.releaseWarm(start - WARM_MS, 1)
+    this.releaseOverdue()
     this.steps++
     this.stepMs += this.now() - start
     return true
   }
 
   /**
-   * Gives back the pages of sequences that ended a while ago.
+   * Gives back pages of sequences that ended, slot by slot: called again and again while there is
+   * nothing else to do, it holds up a sequence that arrives by a millisecond, not by all of them.
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
-    this.releaseWarm(this.now() - WARM_MS, Infinity)
-    return this.slots.warmSlots > 0 ? WARM_MS : undefined
-  }
-
-  /** Ends everything that runs or waits, for example because the backend failed. */
-  failAll(error: LatticeError): void {
-    for (const sequence of this.sequences.values()) this.finish(sequence, 'error', error)
+    const bytes = this.slots.usedPages * this.backend.kv.layout.shape.pageBytes
+    if (this.idle && bytes > WARM_IDLE_BYTES) {
+      this.releaseOne(Infinity)
+      return 0
+    }
+    this.releaseOverdue()
+    const { warmSinceMs } = this.slots
+    return warmSinceMs === undefined ? undefined : Math.max(0, warmSinceMs + WARM_MS - this.now())
   }
 
   snapshot(): EngineSnapshot {
@@ -137,11 +155,11 @@ export class EngineCore {
       return {
         requestId: request.requestId,
         tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : computed < request.prompt.length ? 'prefill' : 'decode',
+        state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
         promptTokens: request.prompt.length,
         kvTokens: computed,
         outputTokens: sequence.outputTokens,
-        pages: slot < 0 ? 0 : pagesFor(layout, computed),
+        pages: slot < 0 ? 0 : this.slots.pagesOf(slot),
         bytes: liveBytes(layout, computed),
         ageMs: now - sequence.arrivedMs,
       }
@@ -170,6 +188,10 @@ export class EngineCore {
     this.batch.clear()
     for (const { sequence, count } of parts) {
       const { slot, computed, tokens, length } = sequence
+      if (!sequence.started) {
+        sequence.started = true
+        this.sink.onStart(sequence.id)
+      }
       this.batch.add(slot, computed, tokens, computed, count, computed + count === length)
     }
   }
@@ -204,17 +226,22 @@ export class EngineCore {
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
-    this.scheduler.remove(sequence)
+    // After an abort nobody is likely to follow in its place: the pages go back within a step.
+    this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)
     this.finished[reason]++
     this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
   }
 
-  private releaseWarm(untilMs: number, most: number): void {
-    for (let i = 0; i < most; i++) {
-      const slot = this.slots.reclaim(untilMs)
-      if (slot < 0) return
-      this.backend.kv.release(slot)
-    }
+  /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
+  private releaseOverdue(): void {
+    while (this.releaseOne(-Infinity));
+    this.releaseOne(this.now() - WARM_MS)
+  }
+
+  private releaseOne(untilMs: number): boolean {
+    const slot = this.slots.reclaim(untilMs)
+    if (slot >= 0) this.backend.kv.release(slot)
+    return slot >= 0
   }
 }

@@ -28,6 +28,8 @@ export interface GenerationRequest {
   /** Keep generating after end-of-sequence tokens. */
   ignoreEos: boolean
   topLogprobs: number | undefined
+  /** Called once for each choice that leaves the engine's queue. Must not throw. */
+  onStart?: () => void
 }
 
 export interface DeltaToken {
@@ -74,7 +76,7 @@ export function generate(
   const choices: Choice[] = []
   try {
     for (let i = 0; i < request.choices; i++) {
-      const choice = new Choice(i, tokenizer, request.stop, news)
+      const choice = new Choice(i, tokenizer, request, news)
       choices.push(choice)
       choice.start(engine, {
         requestId: request.requestId,
@@ -129,6 +131,7 @@ class Choice implements SequenceSink {
   readonly #news: News
   readonly #detokenizer: Detokenizer
   readonly #stop: StopMatcher
+  readonly #onStart: (() => void) | undefined
   #handle: SequenceHandle | undefined
   /** Nothing the engine still says about this sequence counts. */
   #ended = false
@@ -140,11 +143,12 @@ class Choice implements SequenceSink {
   /** In the news' queue; theirs to set. */
   queued = false
 
-  constructor(index: number, tokenizer: Tokenizer, stop: readonly string[], news: News) {
+  constructor(index: number, tokenizer: Tokenizer, request: GenerationRequest, news: News) {
     this.#index = index
     this.#news = news
     this.#detokenizer = tokenizer.detokenizer({ skipSpecial: true })
-    this.#stop = new StopMatcher(stop)
+    this.#stop = new StopMatcher(request.stop)
+    this.#onStart = request.onStart
   }
 
   start(engine: Engine, request: Parameters<Engine['submit']>[0]): void {
@@ -164,6 +168,10 @@ class Choice implements SequenceSink {
     if (this.#ended) return
     this.#ended = true
     this.#abortEngine()
+  }
+
+  onStart(): void {
+    if (!this.#ended) this.#onStart?.()
   }
 
   onToken(token: number, logprobs: TokenLogprobs | undefined): void {

@@ -1,22 +1,26 @@
 // Owns what the main thread and the engine thread say to each other. One message a step carries
 // all of its tokens; a shared counter wakes the engine when it sleeps.
 
+import type { NullBackendOptions } from '../backends/null/backend.ts'
 import type { LatticeErrorJson } from '../errors.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type { EngineSnapshot, FinishReason, SequenceRequest, TokenLogprobs } from './api.ts'
 
 export interface EngineThreadOptions {
-  modelPath: string
+  backend: BackendChoice
   contextLength: number
   maxSequences: number
   stepTokens: number
   /** Hard limit on KV memory in bytes; rounded down to whole pages. */
   kvBytes: number
-  /** Cores for compute threads. */
-  cpus: readonly number[]
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
 }
+
+export type BackendChoice =
+  /** `cpus`: cores for compute threads. */
+  | { kind: 'cpu'; modelPath: string; cpus: readonly number[] }
+  | ({ kind: 'null' } & Pick<NullBackendOptions, 'vocab' | 'kv' | 'stepMs' | 'fault'>)
 
 export type ToEngine =
   | { kind: 'submit'; id: number; request: SequenceRequest }
@@ -40,6 +44,8 @@ export interface EngineFacts {
 
 export type FromEngine =
   | { kind: 'ready'; facts: EngineFacts }
+  /** Sent before the step that begins the sequence is computed, not with its tokens. */
+  | { kind: 'started'; id: number }
   | {
       kind: 'tokens'
       /** Pairs: sequence id, token. Before `finished` in time. */
@@ -49,5 +55,5 @@ export type FromEngine =
       finished: FinishMessage[]
     }
   | { kind: 'snapshot'; ticket: number; snapshot: EngineSnapshot }
-  /** The engine cannot go on; nothing follows. */
+  /** The engine cannot go on: nothing follows, and whoever has no finish yet gets none from it. */
   | { kind: 'failed'; error: LatticeErrorJson }

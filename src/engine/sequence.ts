@@ -13,6 +13,8 @@ export class Sequence {
   length: number
   computed = 0
   slot = -1
+  /** It has left the queue once; it may wait again if it is preempted. */
+  started = false
 
   constructor(id: number, request: SequenceRequest, nowMs: number) {
     this.id = id

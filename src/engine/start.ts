@@ -1,10 +1,15 @@
 // Owns starting an engine from a model file: what the flags leave open is decided here from the
 // machine, and every decision is a line that the user sees.
 
+import { hostKvLayout } from '../backends/cpu/kv-memory.ts'
 import { LatticeError } from '../errors.ts'
 import { allowedCpus } from '../ffi/libc.ts'
+import { liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
+import { CHUNK_TOKENS_MIN } from '../backends/cpu/backend.ts'
+import { stepTokensNeeded } from '../scheduler/scheduler.ts'
 import { openModel } from '../model/load.ts'
+import type { ModelConfig } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
@@ -35,34 +40,37 @@ export interface StartedEngine {
 /** Share of the available memory that KV may take: the rest is for weights, heap and page cache. */
 const KV_SHARE = 0.6
 
+/** A sequence has a prompt and an output token at least. */
+const CONTEXT_MIN = 2
+
 /**
  * @throws LatticeError from opening the model, `backend_unavailable`, or `usage` for options that
  *   contradict the model or the machine.
  */
 export async function startEngine(path: string, options: EngineOptions): Promise<StartedEngine> {
   const { config } = openModel(path)
-  const contextLength = options.contextLength ?? config.contextLength
-  if (contextLength > config.contextLength) {
-    throw new LatticeError(
-      'usage',
-      `A context of ${contextLength} was asked for; the model was trained for` +
-        ` ${config.contextLength}.`,
-      { todo: `Give --context ${config.contextLength} or less.` },
-    )
-  }
   const cpus = computeCpus(allowedCpus(), options.threads)
   const budget = memoryBudget()
   const kvBytes = options.kvMemoryBytes ?? Math.floor(budget.availableBytes * KV_SHARE)
+  const contextLength = chooseContext(config, kvBytes, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
+  const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
+  const stepTokensMin = stepTokensNeeded(maxSequences, CHUNK_TOKENS_MIN)
+  const stepTokens = options.stepTokens ?? Math.max(STEP_TOKENS_MAX_DEFAULT, stepTokensMin)
+  if (stepTokens < stepTokensMin) {
+    throw new LatticeError(
+      'usage',
+      `A step of ${stepTokens} tokens is too small for ${maxSequences} sequences and a prompt.`,
+      { todo: `Give --step-tokens ${stepTokensMin} or more, or fewer --max-sequences.` },
+    )
+  }
   const engine = await EngineClient.start(
     {
-      modelPath: path,
+      backend: { kind: 'cpu', modelPath: path, cpus },
       contextLength,
       maxSequences,
-      // Every running sequence must be able to decode in one step.
-      stepTokens: Math.max(options.stepTokens ?? STEP_TOKENS_MAX_DEFAULT, maxSequences),
+      stepTokens,
       kvBytes,
-      cpus,
     },
     {
       id: options.modelId,
@@ -70,23 +78,59 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       contextLength,
       vocabSize: config.vocab,
     },
-    { sequences: maxSequences + (options.maxQueue ?? MAX_QUEUE_DEFAULT), contextLength },
+    { sequences: maxSequences + maxQueue, contextLength },
   )
   const { variant, repackedBytes, layout } = engine.facts
   const repacked = Object.entries(repackedBytes).map(
     ([name, bytes]) => `${mib(bytes)} of weights repacked for ${name}`,
   )
-  const tokenBytes = layout.shape.layers * layout.shape.rowBytes
+  const tokenBytes = liveBytes(layout, 1)
+  const shortened =
+    contextLength < config.contextLength && options.contextLength === undefined
+      ? `, what the KV memory holds of the model's ${config.contextLength}`
+      : ''
   const report = [
-    `model    ${config.name} (${config.architecture}), context ${contextLength} tokens`,
+    `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
     `device   ${options.device === 'auto' ? 'cpu, the only one in this build' : 'cpu'}:` +
       ` ${variant} kernels on cores ${cpus.join(',')}` +
       (repacked.length > 0 ? `; ${repacked.join(', ')}` : ''),
     `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +
       ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each`,
-    `limits   ${maxSequences} sequences at once, ${options.maxQueue ?? MAX_QUEUE_DEFAULT} waiting`,
+    `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }
+}
+
+/**
+ * The longest sequence: as asked, else the model's own, or what the KV memory holds of it.
+ * @throws LatticeError `usage` if what was asked for does not fit the model or the memory
+ */
+function chooseContext(config: ModelConfig, kvBytes: number, asked: number | undefined): number {
+  if (asked !== undefined && asked > config.contextLength) {
+    throw new LatticeError(
+      'usage',
+      `A context of ${asked} was asked for; the model was trained for ${config.contextLength}.`,
+      { todo: `Give --context ${config.contextLength} or less.` },
+    )
+  }
+  const layout = hostKvLayout(config, config.contextLength)
+  const fitting = tokensIn(layout, Math.floor(kvBytes / layout.shape.pageBytes))
+  if (asked !== undefined && asked > fitting) {
+    throw new LatticeError(
+      'usage',
+      `A context of ${asked} was asked for; ${mib(kvBytes)} of KV memory hold ${fitting} tokens.`,
+      { todo: `Give --context ${fitting} or less, or more --kv-memory.` },
+    )
+  }
+  if (fitting < CONTEXT_MIN) {
+    const leastBytes = pagesFor(layout, CONTEXT_MIN) * layout.shape.pageBytes
+    throw new LatticeError(
+      'usage',
+      `${mib(kvBytes)} of KV memory hold ${fitting} tokens, too few for any sequence.`,
+      { todo: `Give --kv-memory at least ${leastBytes}.` },
+    )
+  }
+  return asked ?? Math.min(config.contextLength, fitting)
 }
 
 function whence(options: EngineOptions, budget: MemoryBudget): string {

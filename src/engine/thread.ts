@@ -3,9 +3,8 @@
 
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
 import { present } from '../assert.ts'
-import { CpuBackend } from '../backends/cpu/backend.ts'
+import type { Backend } from '../backends/backend.ts'
 import { toLatticeError } from '../errors.ts'
-import { openModel } from '../model/load.ts'
 import type { TokenLogprobs } from './api.ts'
 import { EngineCore } from './core.ts'
 import type { EngineThreadOptions, FinishMessage, FromEngine, ToEngine } from './messages.ts'
@@ -30,6 +29,50 @@ function flush(): void {
   finished = []
 }
 
+interface Opened {
+  backend: Backend
+  variant: string
+  repackedBytes: Record<string, number>
+}
+
+/** Only the chosen backend's code is loaded. */
+async function openBackend(): Promise<Opened> {
+  const choice = options.backend
+  if (choice.kind === 'null') {
+    const { NullBackend } = await import('../backends/null/backend.ts')
+    const backend = new NullBackend({ ...options, ...choice })
+    return { backend, variant: 'null', repackedBytes: {} }
+  }
+  const [{ CpuBackend }, { openModel }] = await Promise.all([
+    import('../backends/cpu/backend.ts'),
+    import('../model/load.ts'),
+  ])
+  const backend = new CpuBackend(openModel(choice.modelPath), { ...options, cpus: choice.cpus })
+  const repackedBytes = Object.fromEntries(backend.weights.repackedBytes)
+  return { backend, variant: backend.variant, repackedBytes }
+}
+
+function makeCore(backend: Backend, kvPages: number): EngineCore {
+  return new EngineCore(
+    backend,
+    { maxSequences: options.maxSequences, kvPages },
+    {
+      onStart(id) {
+        say({ kind: 'started', id })
+      },
+      onToken(id, token, chosen) {
+        if (chosen) (logprobs ??= new Map()).set(tokens.length / 2, chosen)
+        tokens.push(id, token)
+      },
+      onFinish(id, reason, outputTokens, error) {
+        finished.push({ id, reason, outputTokens, error: error?.toJSON() })
+      },
+    },
+    () => performance.now(),
+  )
+}
+
+/** Returns when the engine is closed. */
 function run(core: EngineCore): void {
   for (;;) {
     const seen = Atomics.load(signal, 0)
@@ -46,39 +89,18 @@ function run(core: EngineCore): void {
   }
 }
 
-let backend: CpuBackend | undefined
+let opened: Opened | undefined
 try {
-  const model = openModel(options.modelPath)
-  backend = new CpuBackend(model, options)
+  opened = await openBackend()
+  const { backend, variant, repackedBytes } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
-  const core = new EngineCore(
-    backend,
-    { maxSequences: options.maxSequences, kvPages },
-    {
-      onToken(id, token, chosen) {
-        if (chosen) (logprobs ??= new Map()).set(tokens.length / 2, chosen)
-        tokens.push(id, token)
-      },
-      onFinish(id, reason, outputTokens, error) {
-        finished.push({ id, reason, outputTokens, error: error?.toJSON() })
-      },
-    },
-    () => performance.now(),
-  )
-  say({
-    kind: 'ready',
-    facts: {
-      variant: backend.variant,
-      repackedBytes: Object.fromEntries(backend.weights.repackedBytes),
-      layout,
-      kvPages,
-    },
-  })
+  const core = makeCore(backend, kvPages)
+  say({ kind: 'ready', facts: { variant, repackedBytes, layout, kvPages } })
   run(core)
-  backend.close()
 } catch (thrown) {
   flush()
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
 }
+opened?.backend.close()
 port.close()

@@ -56,6 +56,12 @@ export function pagesFor(layout: KvLayout, tokens: number): number {
   return layout.ranges * Math.ceil((tokens * layout.tokenStride) / layout.shape.pageBytes)
 }
 
+/** The longest sequence that `pages` pages hold: the inverse of `pagesFor`. */
+export function tokensIn(layout: KvLayout, pages: number): number {
+  const rangePages = Math.floor(pages / layout.ranges)
+  return Math.floor((rangePages * layout.shape.pageBytes) / layout.tokenStride)
+}
+
 /** Bytes of keys and values that `tokens` tokens really are, without page rounding. */
 export function liveBytes(layout: KvLayout, tokens: number): number {
   return tokens * layout.shape.rowBytes * layout.shape.layers

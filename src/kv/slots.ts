@@ -27,7 +27,7 @@ export class SlotTable {
   usedPages = 0
   private readonly state: Uint8Array
   private readonly pages: Int32Array
-  /** Oldest first. */
+  /** Longest warm first. */
   private readonly warm: WarmSlot[] = []
 
   constructor(layout: KvLayout, slots: number, limitPages: number) {
@@ -37,8 +37,9 @@ export class SlotTable {
     this.pages = new Int32Array(slots)
   }
 
-  get warmSlots(): number {
-    return this.warm.length
+  /** When the longest-warm slot turned warm; undefined if none is. */
+  get warmSinceMs(): number | undefined {
+    return this.warm[0]?.sinceMs
   }
 
   pagesOf(slot: number): number {
@@ -81,11 +82,16 @@ export class SlotTable {
     return true
   }
 
-  /** The sequence has ended: its slot turns warm. */
-  retire(slot: number, nowMs: number): void {
+  /**
+   * The sequence has ended: its slot turns warm.
+   * @param sinceMs now, or -Infinity if no successor is in sight: then it is reclaimed first
+   */
+  retire(slot: number, sinceMs: number): void {
     assert(this.state[slot] === HELD, 'only a held slot retires')
     this.state[slot] = WARM
-    this.warm.push({ slot, sinceMs: nowMs })
+    let at = this.warm.length
+    while (at > 0 && present(this.warm[at - 1], 'a warm slot').sinceMs > sinceMs) at--
+    this.warm.splice(at, 0, { slot, sinceMs })
   }
 
   /**
@@ -93,13 +99,13 @@ export class SlotTable {
    * caller gives its pages back to the kernel before anything else happens. -1 if there is none.
    */
   reclaim(untilMs: number): number {
-    const oldest = this.warm[0]
-    if (!oldest || oldest.sinceMs > untilMs) return -1
+    const longest = this.warm[0]
+    if (!longest || longest.sinceMs > untilMs) return -1
     this.warm.shift()
-    this.usedPages -= this.pagesOf(oldest.slot)
-    this.pages[oldest.slot] = 0
-    this.state[oldest.slot] = FREE
-    return oldest.slot
+    this.usedPages -= this.pagesOf(longest.slot)
+    this.pages[longest.slot] = 0
+    this.state[longest.slot] = FREE
+    return longest.slot
   }
 
   /** Throws if the counts contradict each other. */

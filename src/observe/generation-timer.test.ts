@@ -18,6 +18,7 @@ test('a choice counts once in latency and length, its later tokens in intervals'
   await post(app.request, '/v1/chat/completions', { ...body, n: 1, max_tokens: 3 })
   const text = await (await app.request('/metrics')).text()
   const count = (name: string): number => sample(text, `lattice_${name}_count`)
+  assert.equal(count('request_queue_time_seconds'), 3)
   assert.equal(count('time_to_first_token_seconds'), 3)
   assert.equal(count('e2e_request_latency_seconds'), 3)
   assert.equal(count('request_time_per_output_token_seconds'), 3)

@@ -59,6 +59,11 @@ export class ServerMetrics {
     "Wall time spent in the backend's compute, a part of the steps' time.",
   )
 
+  readonly requestQueueTime = this.#r.histogram(
+    'lattice_request_queue_time_seconds',
+    'From submission to the engine to leaving its queue, per choice.',
+    FIRST_TOKEN_SECONDS,
+  )
   readonly timeToFirstToken = this.#r.histogram(
     'lattice_time_to_first_token_seconds',
     "From a request's arrival to its first output token, per choice.",

@@ -26,13 +26,13 @@ export interface ScheduledPart<S> {
 export interface SchedulerOptions {
   stepTokens: number
   maxSequences: number
+  /** No prompt is cut into chunks shorter than this; see `Backend.chunkTokensMin`. */
+  chunkTokensMin: number
 }
 
-/** What the scheduler asks of the memory's mechanism. */
-export interface MemoryActions {
-  /** Gives a slot's pages back; called before anybody else may use them. */
-  release(slot: number): void
-  nowMs(): number
+/** The least a step must hold: a token for each sequence, and room to cut a prompt beside them. */
+export function stepTokensNeeded(maxSequences: number, chunkTokensMin: number): number {
+  return maxSequences - 1 + Math.max(1, 2 * chunkTokensMin - 1)
 }
 
 export class Scheduler<S extends Schedulable> {
@@ -43,13 +43,20 @@ export class Scheduler<S extends Schedulable> {
   preemptions = 0
   private readonly slots: SlotTable
   private readonly options: SchedulerOptions
-  private readonly memory: MemoryActions
+  private readonly release: (slot: number) => void
   private readonly parts: ScheduledPart<S>[] = []
+  /** Part objects of earlier steps, to be filled again. */
+  private readonly pool: ScheduledPart<S>[] = []
 
-  constructor(slots: SlotTable, options: SchedulerOptions, memory: MemoryActions) {
+  /** @param release gives a slot's pages back to the kernel, before anybody else may use them. */
+  constructor(slots: SlotTable, options: SchedulerOptions, release: (slot: number) => void) {
+    assert(
+      options.stepTokens >= stepTokensNeeded(options.maxSequences, options.chunkTokensMin),
+      'every sequence can decode in every step, and a prompt advance beside them',
+    )
     this.slots = slots
     this.options = options
-    this.memory = memory
+    this.release = release
   }
 
   /**
@@ -59,40 +66,53 @@ export class Scheduler<S extends Schedulable> {
    */
   plan(): readonly ScheduledPart<S>[] {
     this.parts.length = 0
-    let budget = this.options.stepTokens
-    budget -= this.planDecodes(budget)
-    budget -= this.planPrompts(budget)
-    this.admit(budget)
+    this.planDecodes()
+    const budget = this.options.stepTokens - this.parts.length
+    this.admit(budget - this.planPrompts(budget))
     return this.parts
   }
 
-  /** Takes a sequence out, wherever it is; its pages stay warm for a while. */
-  remove(sequence: S): void {
+  /**
+   * Takes a sequence out, wherever it is; its pages stay warm for a while.
+   * @param sinceMs as `SlotTable.retire` takes it
+   */
+  remove(sequence: S, sinceMs: number): void {
     const waitingAt = this.waiting.indexOf(sequence)
     if (waitingAt >= 0) this.waiting.splice(waitingAt, 1)
     const runningAt = this.running.indexOf(sequence)
     if (runningAt >= 0) this.running.splice(runningAt, 1)
-    if (sequence.slot >= 0) this.slots.retire(sequence.slot, this.memory.nowMs())
+    if (sequence.slot >= 0) this.slots.retire(sequence.slot, sinceMs)
     sequence.slot = -1
   }
 
-  private planDecodes(budget: number): number {
-    const decoding = this.running.filter((sequence) => isDecoding(sequence))
-    for (const sequence of decoding) {
-      // A preemption on behalf of an earlier sequence may have taken this one out.
-      if (sequence.slot < 0 || this.parts.length >= budget) continue
-      if (this.makeRoom(sequence, sequence.length)) this.parts.push({ sequence, count: 1 })
+  private planDecodes(): void {
+    // Making room takes out the last of the running, never one that this loop has passed.
+    for (let i = 0; i < this.running.length; i++) {
+      const sequence = present(this.running[i], 'a running sequence')
+      if (isDecoding(sequence) && this.makeRoom(sequence, sequence.length)) {
+        this.addPart(sequence, 1)
+        this.sortLastPart()
+      }
     }
-    const kept = this.parts.filter((part) => part.sequence.slot >= 0)
-    kept.sort((a, b) => a.sequence.slot - b.sequence.slot)
-    this.parts.splice(0, this.parts.length, ...kept)
-    return kept.length
+  }
+
+  /** Moves the last part to its place by slot; nearly always it is there already. */
+  private sortLastPart(): void {
+    const { parts } = this
+    const last = present(parts.at(-1), 'a part')
+    let at = parts.length - 1
+    for (; at > 0; at--) {
+      const before = present(parts[at - 1], 'a part')
+      if (before.sequence.slot < last.sequence.slot) break
+      parts[at] = before
+    }
+    parts[at] = last
   }
 
   private planPrompts(budget: number): number {
     let used = 0
     for (const sequence of this.running) {
-      if (!isDecoding(sequence) && used < budget) used += this.planChunk(sequence, budget - used)
+      if (!isDecoding(sequence)) used += this.planChunk(sequence, budget - used)
     }
     return used
   }
@@ -102,9 +122,10 @@ export class Scheduler<S extends Schedulable> {
     let left = budget
     while (left > 0 && this.running.length < this.options.maxSequences) {
       const sequence = this.waiting[0]
+      if (!sequence || this.chunkOf(sequence, left) === 0) return
       // One token more than it has: else its first output could throw it out again at once.
-      const tokens = sequence ? sequence.length + 1 : 0
-      if (!sequence || this.slots.availablePages() < pagesFor(this.slots.layout, tokens)) return
+      const tokens = sequence.length + 1
+      if (this.slots.availablePages() < pagesFor(this.slots.layout, tokens)) return
       sequence.slot = this.acquire(tokens)
       const grown = sequence.slot >= 0 && this.growOrReclaim(sequence, tokens)
       assert(grown, 'a sequence that fits gets a slot and its pages')
@@ -115,9 +136,25 @@ export class Scheduler<S extends Schedulable> {
   }
 
   private planChunk(sequence: S, budget: number): number {
-    const count = Math.min(budget, sequence.length - sequence.computed)
-    this.parts.push({ sequence, count })
+    const count = this.chunkOf(sequence, budget)
+    if (count > 0) this.addPart(sequence, count)
     return count
+  }
+
+  /** Tokens of the prompt that go into a step with this budget, so that no chunk is too short. */
+  private chunkOf(sequence: S, budget: number): number {
+    const remaining = sequence.length - sequence.computed
+    if (remaining <= budget) return remaining
+    const { chunkTokensMin } = this.options
+    const count = Math.min(budget, remaining - chunkTokensMin)
+    return count >= chunkTokensMin ? count : 0
+  }
+
+  private addPart(sequence: S, count: number): void {
+    const part = (this.pool[this.parts.length] ??= { sequence, count })
+    part.sequence = sequence
+    part.count = count
+    this.parts.push(part)
   }
 
   /** Finds pages for a decoding sequence, preempting later ones if need be. False: it gave way. */
@@ -133,12 +170,9 @@ export class Scheduler<S extends Schedulable> {
   /** Sends a sequence back to the queue's front; its tokens are computed again later. */
   private preempt(sequence: S): void {
     this.preemptions++
-    const { slot } = sequence
-    this.remove(sequence)
+    this.remove(sequence, -Infinity)
     sequence.computed = 0
     this.waiting.unshift(sequence)
-    assert(slot >= 0, 'a running sequence holds a slot')
-    this.reclaimOne()
   }
 
   private growOrReclaim(sequence: S, tokens: number): boolean {
@@ -156,12 +190,12 @@ export class Scheduler<S extends Schedulable> {
   private reclaimOne(): boolean {
     const slot = this.slots.reclaim(Infinity)
     if (slot < 0) return false
-    this.memory.release(slot)
+    this.release(slot)
     return true
   }
 }
 
 /** One token is pending and everything before it is in memory. */
-function isDecoding(sequence: Schedulable): boolean {
+export function isDecoding(sequence: Schedulable): boolean {
   return sequence.computed > 0 && sequence.length - sequence.computed === 1
 }

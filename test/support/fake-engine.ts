@@ -144,7 +144,9 @@ export class FakeEngine implements Engine {
       this.#end(this.#waiting, sequence, 'abort')
     }
     while (this.#waiting.length > 0 && this.#running.length < this.#options.maxRunning) {
-      this.#running.push(this.#waiting.shift()!)
+      const sequence = this.#waiting.shift()!
+      sequence.sink.onStart?.()
+      this.#running.push(sequence)
     }
     for (const sequence of this.#running.slice()) this.#advance(sequence)
     if (this.#running.length + this.#waiting.length > 0) this.#schedule()

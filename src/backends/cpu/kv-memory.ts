@@ -8,13 +8,29 @@
 
 import { fstatSync } from 'node:fs'
 import { closeFd, createMemfd, mapShared, punchHole, unmap } from '../../ffi/libc.ts'
-import type { KvLayout } from '../../kv/layout.ts'
+import { type KvLayout, layerMajor, tokenMajor } from '../../kv/layout.ts'
+import type { ModelConfig } from '../../model/model.ts'
 import type { KvMemory } from '../backend.ts'
 
 /** What the kernel allocates at a time in a memfd unless huge pages were asked for. */
 export const HOST_PAGE_BYTES = 4096
 
 const STAT_BLOCK_BYTES = 512
+
+/** Where a model's keys and values (half precision) lie in slots of up to `maxTokens` tokens. */
+export function hostKvLayout(
+  config: ModelConfig,
+  maxTokens: number,
+  order: 'layer-major' | 'token-major' = 'layer-major',
+): KvLayout {
+  const layout = order === 'layer-major' ? layerMajor : tokenMajor
+  return layout({
+    layers: config.layers,
+    rowBytes: 2 * config.kvHeads * config.headDim * Uint16Array.BYTES_PER_ELEMENT,
+    maxTokens,
+    pageBytes: HOST_PAGE_BYTES,
+  })
+}
 
 export class HostKvMemory implements KvMemory {
   readonly layout: KvLayout

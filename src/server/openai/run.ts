@@ -19,7 +19,10 @@ export interface Usage {
 }
 
 /** What is the same for each prompt of a request; the prompt itself and its room differ. */
-export type RunRequest = Omit<GenerationRequest, 'requestId' | 'tenant' | 'prompt' | 'maxTokens'>
+export type RunRequest = Omit<
+  GenerationRequest,
+  'requestId' | 'tenant' | 'prompt' | 'maxTokens' | 'onStart'
+>
 
 export interface RunPrompt {
   tokens: Int32Array
@@ -107,12 +110,16 @@ export class Run {
 
   #submit(prompt: RunPrompt, tenant: string): void {
     const { metrics, engine, tokenizer } = this.#context
+    const submittedMs = performance.now()
     const generation = generate(engine, tokenizer, {
       ...this.#request,
       requestId: this.requestId,
       tenant,
       prompt: prompt.tokens,
       maxTokens: prompt.maxTokens,
+      onStart: () => {
+        metrics.requestQueueTime.observe((performance.now() - submittedMs) / 1000)
+      },
     })
     this.#generations.push(generation)
     this.#promptTokens += prompt.tokens.length

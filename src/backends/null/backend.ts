@@ -1,0 +1,94 @@
+// Owns a backend that computes nothing: its logits are a hash of the tokens that the sequence's
+// slot holds, so that a wrong slot, position or page shows as a wrong token or as an error at once.
+// It runs in tests, and can fail on purpose.
+
+import { present } from '../../assert.ts'
+import { LatticeError } from '../../errors.ts'
+import { layerMajor } from '../../kv/layout.ts'
+import type { Backend, StepBatch } from '../backend.ts'
+import { NullKvMemory } from './kv-memory.ts'
+
+export interface NullBackendOptions {
+  vocab: number
+  contextLength: number
+  maxSequences: number
+  stepTokens: number
+  /** Two layers and 16 tokens a page unless told. */
+  kv?: { layers: number; rowBytes: number; pageBytes: number }
+  /** How long a step seems to compute. */
+  stepMs?: number
+  fault?: NullFault
+}
+
+/** What goes wrong in step `atStep` (the first is 0). */
+export interface NullFault {
+  atStep: number
+  /**
+   * throw: the backend says that it failed; crash: it throws what nobody foresaw; exit: the
+   * thread ends on the spot; nan: the first row of logits is not a number.
+   */
+  kind: 'throw' | 'crash' | 'exit' | 'nan'
+}
+
+const KV_DEFAULT = { layers: 2, rowBytes: 256, pageBytes: 4096 }
+
+export class NullBackend implements Backend {
+  readonly vocab: number
+  readonly stepTokensMax: number
+  readonly chunkTokensMin = 1
+  readonly kv: NullKvMemory
+  private readonly options: NullBackendOptions
+  private readonly rows: Float32Array[]
+  private readonly sleeper = new Int32Array(new SharedArrayBuffer(4))
+  private steps = 0
+
+  constructor(options: NullBackendOptions) {
+    const { vocab, contextLength, maxSequences, stepTokens, kv = KV_DEFAULT } = options
+    this.options = options
+    this.vocab = vocab
+    this.stepTokensMax = stepTokens
+    this.kv = new NullKvMemory(layerMajor({ ...kv, maxTokens: contextLength }), maxSequences)
+    this.rows = Array.from({ length: maxSequences }, () => new Float32Array(vocab))
+  }
+
+  launch(batch: StepBatch): void {
+    let token = 0
+    let row = 0
+    for (let s = 0; s < batch.segments; s++) {
+      const slot = batch.slots[s] ?? 0
+      let position = batch.starts[s] ?? 0
+      for (const end = position + (batch.counts[s] ?? 0); position < end; position++) {
+        this.kv.append(slot, position, batch.tokens[token++] ?? 0)
+      }
+      if (!batch.wantsLogits[s]) continue
+      nullLogits(this.kv.hashAt(slot, position - 1), present(this.rows[row++], 'a row of logits'))
+    }
+    if (this.options.stepMs) Atomics.wait(this.sleeper, 0, 0, this.options.stepMs)
+    const { fault } = this.options
+    if (this.steps++ === fault?.atStep) this.fail(fault.kind)
+  }
+
+  collect(): readonly Float32Array[] {
+    return this.rows
+  }
+
+  close(): void {}
+
+  private fail(kind: NullFault['kind']): void {
+    if (kind === 'throw') throw new LatticeError('backend_failed', 'The null backend failed.')
+    if (kind === 'crash') throw new TypeError('the null backend crashed')
+    if (kind === 'exit') process.exit(1)
+    this.rows[0]?.fill(Number.NaN)
+  }
+}
+
+/** Fills a row with the logits, from -4 to 4, that follow a sequence of this hash. */
+export function nullLogits(hash: number, row: Float32Array): void {
+  let state = hash
+  for (let i = 0; i < row.length; i++) {
+    state = (state + 0x9e3779b9) >>> 0
+    let mixed = Math.imul(state ^ (state >>> 16), 0x21f0aaad)
+    mixed = Math.imul(mixed ^ (mixed >>> 15), 0x735a2d97)
+    row[i] = ((mixed ^ (mixed >>> 15)) >>> 0) / 2 ** 29 - 4
+  }
+}

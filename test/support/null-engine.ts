@@ -1,0 +1,122 @@
+// Owns what engine tests share: an engine core over a backend, driven step by step with a clock of
+// its own, and what a sequence's tokens must be, found without any engine.
+
+import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
+import { GREEDY } from '../../src/engine/api.ts'
+import { EngineCore } from '../../src/engine/core.ts'
+import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
+import type { Backend } from '../../src/backends/backend.ts'
+import { nullLogits } from '../../src/backends/null/backend.ts'
+import { extendHash } from '../../src/backends/null/kv-memory.ts'
+import type { LatticeError } from '../../src/errors.ts'
+
+export const VOCAB = 50
+
+export function sequenceRequest(change: Partial<SequenceRequest> = {}): SequenceRequest {
+  return {
+    requestId: 'r',
+    tenant: 'default',
+    prompt: Int32Array.of(1, 2, 3),
+    sampling: GREEDY,
+    maxTokens: 8,
+    stopTokens: [],
+    topLogprobs: undefined,
+    ...change,
+  }
+}
+
+/** What came out of a sequence. */
+export interface Outcome {
+  started: number
+  tokens: number[]
+  logprobs: (TokenLogprobs | undefined)[]
+  reason: FinishReason | undefined
+  outputTokens: number
+  error: LatticeError | undefined
+}
+
+/** An engine core whose clock moves a millisecond a step. */
+export class Bench {
+  readonly core: EngineCore
+  readonly backend: Backend
+  readonly outcomes = new Map<number, Outcome>()
+  nowMs = 0
+
+  constructor(backend: Backend, options: { maxSequences: number; kvPages: number }) {
+    this.backend = backend
+    const of = (id: number): Outcome => {
+      const outcome = this.outcomes.get(id)
+      if (!outcome || outcome.reason !== undefined) throw new Error(`news of ${id} when it is over`)
+      return outcome
+    }
+    const sink = {
+      onStart: (id: number) => void of(id).started++,
+      onToken: (id: number, token: number, logprobs: TokenLogprobs | undefined) => {
+        of(id).tokens.push(token)
+        of(id).logprobs.push(logprobs)
+      },
+      onFinish: (id: number, reason: FinishReason, count: number, error?: LatticeError) => {
+        Object.assign(of(id), { reason, outputTokens: count, error })
+      },
+    }
+    this.core = new EngineCore(backend, options, sink, () => this.nowMs)
+  }
+
+  submit(id: number, request: SequenceRequest): void {
+    this.outcomes.set(id, {
+      started: 0,
+      tokens: [],
+      logprobs: [],
+      reason: undefined,
+      outputTokens: 0,
+      error: undefined,
+    })
+    this.core.submit(id, request)
+  }
+
+  step(): boolean {
+    this.nowMs++
+    return this.core.step()
+  }
+
+  /** Steps until nothing is left to do. */
+  runAll(stepsMax = 100_000): void {
+    for (let i = 0; this.step(); i++) if (i > stepsMax) throw new Error('the engine never ends')
+  }
+
+  /** Lets time pass until all memory is back. */
+  settle(): void {
+    for (let wait = this.core.settle(); wait !== undefined; wait = this.core.settle()) {
+      this.nowMs += wait
+    }
+  }
+
+  outcome(id: number): Outcome {
+    return this.outcomes.get(id)!
+  }
+}
+
+/** What a sequence on the null backend must come to: its tokens alone decide, nothing around it. */
+export function expectedOutcome(
+  request: SequenceRequest,
+  vocab = VOCAB,
+): Pick<Outcome, 'tokens' | 'reason' | 'outputTokens'> {
+  const sampler = new Sampler(vocab)
+  const state = new SamplerState(request.sampling, request.prompt)
+  const logits = new Float32Array(vocab)
+  let hash = request.prompt.reduce(extendHash, 0)
+  const tokens: number[] = []
+  for (;;) {
+    nullLogits(hash, logits)
+    const token = sampler.sample(logits, state)
+    state.accept(token)
+    hash = extendHash(hash, token)
+    if (request.stopTokens.includes(token)) {
+      return { tokens, reason: 'stop', outputTokens: tokens.length + 1 }
+    }
+    tokens.push(token)
+    if (tokens.length === request.maxTokens) {
+      return { tokens, reason: 'length', outputTokens: tokens.length }
+    }
+  }
+}
