@@ -6,7 +6,14 @@ import { loadBase } from '../../ffi/ggml.ts'
 import { mapAnonymous, unmap, viewMemory } from '../../ffi/libc.ts'
 
 /** `struct ggml_threadpool_params` in ggml.h. */
-export const PARAMS = { bytes: 528, cpumask: 0, threads: 512, priority: 516, poll: 520, strict: 524 }
+export const PARAMS = {
+  bytes: 528,
+  cpumask: 0,
+  threads: 512,
+  priority: 516,
+  poll: 520,
+  strict: 524,
+}
 
 /**
  * How long an idle thread spins before it sleeps, in ggml's units of 131,072 pauses (about 5 ms).
