@@ -4,7 +4,7 @@
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { Golden } from './golden.ts'
-import { quantized } from './quantized.ts'
+import { quantized } from './quantized-model.ts'
 import { Stepper } from './stepper.ts'
 import type { Model } from '../../src/model/model.ts'
 
