@@ -70,6 +70,11 @@ async function fetchSnapshot({ url, apiKey }: PsOptions): Promise<EngineSnapshot
       todo: 'Give it with --api-key or in LATTICE_API_KEY.',
     })
   }
+  if (response.status === 503) {
+    throw new LatticeError('engine_stopped', `The server at ${url} has an engine that is silent.`, {
+      todo: 'It computes a very long step or has stopped: try again, then look at its log.',
+    })
+  }
   const body: unknown = response.ok ? await response.json().catch(() => undefined) : undefined
   if (typeof body !== 'object' || body === null || !('sequences' in body)) {
     throw new LatticeError(

@@ -145,6 +145,7 @@ export interface Engine {
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
   /** Free places in the queue now: how many submits would not throw `queue_full`. */
   queueRoom(): number
+  /** What is now or, while a long step is computed, what was shortly before that step began. */
   snapshot(): Promise<EngineSnapshot>
   /** Refuses new sequences, resolves when the last one has ended. */
   drain(): Promise<void>

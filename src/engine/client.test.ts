@@ -260,12 +260,12 @@ test('one sequence that fails while running stops the engine', async () => {
 })
 
 test('a snapshot during a long step hangs, or an abort waits for more than that step', async () => {
-  const engine = await start({ backend: { stepMs: 100 } })
+  const engine = await start({ backend: { stepMs: 800 } })
   const { answer, abort, tokens } = ask(engine, { maxTokens: 50 })
   await until(() => tokens.length > 0)
   const startMs = performance.now()
   const snapshot = await engine.snapshot()
-  assert.ok(performance.now() - startMs < 200)
+  assert.ok(performance.now() - startMs < 600)
   assert.equal(snapshot.sequences.length, 1)
   assert.equal(snapshot.sequences[0]!.state, 'decode')
   const known = tokens.length

@@ -20,6 +20,12 @@ export interface ClientLimits {
   contextLength: number
 }
 
+/** An engine in the middle of a step that has not answered after this long is not waited for. */
+const SNAPSHOT_WAIT_MS = 250
+
+/** A step that takes longer counts as hung: what was before it is no answer any more. */
+const STEP_MS_MAX = 60_000
+
 interface LiveSequence {
   sink: SequenceSink
   /** Told to the sink; what it gets as its count if the thread dies without a word. */
@@ -34,6 +40,7 @@ export class EngineClient implements Engine {
   private readonly limits: ClientLimits
   private readonly live = new Map<number, LiveSequence>()
   private readonly snapshots = new Map<number, PromiseWithResolvers<EngineSnapshot>>()
+  private latest: { snapshot: EngineSnapshot; atMs: number } | undefined
   private readonly drained: (() => void)[] = []
   private nextId = 1
   private draining = false
@@ -103,7 +110,11 @@ export class EngineClient implements Engine {
     const answer = Promise.withResolvers<EngineSnapshot>()
     this.snapshots.set(ticket, answer)
     this.send({ kind: 'snapshot', ticket })
-    return answer.promise
+    const timer = setTimeout(() => {
+      const { latest } = this
+      if (latest && performance.now() - latest.atMs < STEP_MS_MAX) answer.resolve(latest.snapshot)
+    }, SNAPSHOT_WAIT_MS)
+    return answer.promise.finally(() => clearTimeout(timer))
   }
 
   async drain(): Promise<void> {
@@ -184,6 +195,7 @@ export class EngineClient implements Engine {
     else if (message.kind === 'started') {
       this.live.get(message.id)?.sink.onStart?.(message.cachedTokens)
     } else if (message.kind === 'snapshot') {
+      this.latest = { snapshot: message.snapshot, atMs: performance.now() }
       this.snapshots.get(message.ticket)?.resolve(message.snapshot)
       this.snapshots.delete(message.ticket)
     } else if (message.kind === 'failed') this.stop(LatticeError.fromJSON(message.error))

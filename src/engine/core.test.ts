@@ -265,3 +265,16 @@ test('a snapshot shows a preempted sequence as it is not', () => {
   assert.deepEqual([...seen].toSorted(), ['decode', 'prefill', 'waiting'])
   assert.deepEqual(engine.outcome(1).tokens, expectedOutcome(request(2)).tokens)
 })
+
+test('an idle engine keeps gigabytes warm until their time is over', () => {
+  const kv = { layers: 1, rowBytes: 1 << 20, pageBytes: 1 << 20 }
+  const engine = bench({ kv }, 1e6)
+  for (let id = 0; id < 4; id++) engine.submit(id, sequenceRequest({ maxTokens: 30 }))
+  engine.runAll()
+  const resident = () => engine.core.snapshot().kv.residentBytes
+  assert.equal(resident(), 4 * 32 * kv.rowBytes)
+  while (engine.core.settle() === 0);
+  assert.ok(resident() > 0 && resident() <= 64 << 20, `${resident()} bytes`)
+  engine.settle()
+  assert.equal(resident(), 0)
+})

@@ -51,6 +51,9 @@ export interface CoreSink {
  */
 const WARM_MS = 20
 
+/** An idle engine keeps no more than this warm; the rest goes back at once. */
+const WARM_IDLE_BYTES = 64 << 20
+
 export class EngineCore {
   private readonly backend: Backend
   private readonly sink: CoreSink
@@ -151,6 +154,11 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
+    const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
+    if (this.idle && bytes > WARM_IDLE_BYTES) {
+      this.slots.reclaim(Infinity)
+      return 0
+    }
     this.releaseOverdue()
     const { warmSinceMs } = this.slots
     return warmSinceMs === undefined ? undefined : Math.max(0, warmSinceMs + WARM_MS - this.now())

@@ -56,6 +56,7 @@ export type FromEngine =
       logprobs: Map<number, TokenLogprobs> | undefined
       finished: FinishMessage[]
     }
+  /** Ticket 0: nobody asked, but a step begins during which nobody can be answered. */
   | { kind: 'snapshot'; ticket: number; snapshot: EngineSnapshot }
   /** The engine cannot go on: nothing follows, and whoever has no finish yet gets none from it. */
   | { kind: 'failed'; error: LatticeErrorJson }

@@ -74,8 +74,12 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
   )
 }
 
+/** How old the client's last snapshot may be when a step begins. */
+const SNAPSHOT_AGE_MS = 500
+
 /** Returns when the engine is closed. */
 function run(core: EngineCore): void {
+  let publishedMs = -Infinity
   for (;;) {
     const seen = Atomics.load(signal, 0)
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
@@ -84,6 +88,10 @@ function run(core: EngineCore): void {
       else if (message.kind === 'abort') core.abort(message.id)
       else if (message.kind === 'close') return
       else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
+    }
+    if (!core.idle && performance.now() - publishedMs > SNAPSHOT_AGE_MS) {
+      say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
+      publishedMs = performance.now()
     }
     const worked = core.step()
     flush()

@@ -68,10 +68,18 @@ test('no server, and a server of another kind, are told apart', async (t) => {
   assert.match(other.stderr, /is no Lattice server/)
 })
 
+test('a server whose engine is silent is taken for another program', async (t) => {
+  const { code, stderr } = await lattice(['ps', '--url', await serve(t, undefined)])
+  assert.equal(code, 1)
+  assert.match(stderr, /engine that is silent/)
+  assert.doesNotMatch(stderr, /no Lattice server/)
+})
+
 async function serve(t: TestContext, body: unknown, key?: string): Promise<string> {
   const server = createServer((request, response) => {
     const allowed = key === undefined || request.headers.authorization === `Bearer ${key}`
-    response.writeHead(allowed ? 200 : 401).end(JSON.stringify(body))
+    const status = body === undefined ? 503 : 200
+    response.writeHead(allowed ? status : 401).end(JSON.stringify(body))
   })
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
   t.after(() => server.close())

@@ -161,3 +161,41 @@ export class AttentionPlan {
     })
   }
 }
+
+/** Layers that see everything, layers with a sliding window, and the last one's outputs alone. */
+export type AttentionKind = 'global' | 'window' | 'outputs'
+
+/** A step's plans for every kind of layer that the program has. */
+export class AttentionPlans implements Record<AttentionKind, AttentionPlan> {
+  readonly global: AttentionPlan
+  readonly window: AttentionPlan
+  readonly outputs: AttentionPlan
+  private readonly sliding: boolean
+
+  /**
+   * @param window of the sliding layers, if there are any
+   * @param lastWindow of the last layer; Infinity if it is global
+   */
+  constructor(
+    window: number | undefined,
+    lastWindow: number,
+    masks: Record<AttentionKind, Uint16Array>,
+  ) {
+    this.sliding = window !== undefined
+    this.global = new AttentionPlan(Infinity, masks.global)
+    this.window = new AttentionPlan(window ?? Infinity, masks.window)
+    this.outputs = new AttentionPlan(lastWindow, masks.outputs)
+  }
+
+  /** @param outputs the last token of each segment whose logits are wanted, as a batch. */
+  plan(batch: StepBatch, outputs: StepBatch): void {
+    this.global.plan(batch)
+    if (this.sliding) this.window.plan(batch)
+    this.outputs.plan(outputs)
+  }
+
+  /** The most pieces that any layer has. */
+  pieces(): number {
+    return Math.max(this.global.count, this.window.count, this.outputs.count)
+  }
+}

@@ -3,16 +3,16 @@
 import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type GgmlBase, type GgmlCpu, loadBase, loadVariant } from '../../ffi/ggml.ts'
-import { mapAnonymous, unmap, viewMemory } from '../../ffi/libc.ts'
 import { regionsFor } from '../../kv/regions.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
 import type { Backend, StepBatch } from '../backend.ts'
 import { Activations } from './activations.ts'
-import { AttentionPlan } from './attention.ts'
-import { type StepMemory, StepGraph } from './graph.ts'
+import { AttentionPlans } from './attention.ts'
+import { StepGraph } from './graph.ts'
 import { HostKvMemory, hostKvLayout } from './kv-memory.ts'
+import { StepMemory } from './step-memory.ts'
 import { createThreadPool, type ThreadPool } from './threads.ts'
 import { bestVariant } from './variant.ts'
 import { WeightTensors } from './weight-tensors.ts'
@@ -37,9 +37,6 @@ const PIECES_GROWTH = 4
 /** From this many queries on, ggml's attention is tiled and sums in float32 (GGML_FA_TILE_Q). */
 export const CHUNK_TOKENS_MIN = 64
 
-/** Outputs start on cache lines. */
-const ALIGNMENT = 64
-
 export class CpuBackend implements Backend {
   readonly vocab: number
   readonly stepTokensMax: number
@@ -57,16 +54,7 @@ export class CpuBackend implements Backend {
   private readonly options: CpuBackendOptions
   private readonly graphs: StepGraph[] = []
   private readonly memory: StepMemory
-  private readonly block: { address: number; bytes: number }
-  private readonly tokens: Int32Array
-  private readonly positions: Int32Array
-  /** Low and high words of 64-bit rows. */
-  private readonly kvRows: Int32Array
-  private readonly outputs: Int32Array
-  private readonly logits: Float32Array[]
-  private readonly global: AttentionPlan
-  private readonly window: AttentionPlan
-  private outputCount = 0
+  private readonly plans: AttentionPlans
 
   constructor(model: Model, options: CpuBackendOptions) {
     const { config } = model
@@ -88,49 +76,20 @@ export class CpuBackend implements Backend {
     this.kv = new HostKvMemory(layout, options.maxSequences, regionsFor(options.maxSequences))
 
     const { stepTokens, maxSequences, contextLength } = options
-    // Rows for every token of a step; lengths are rounded up by less than 256.
-    const maskElements = (stepTokens + maxSequences) * (contextLength + 256)
-    const sizes = {
-      activations: this.activations.bytes,
-      tokens: stepTokens * 4,
-      positions: stepTokens * 4,
-      kvRows: stepTokens * 8,
-      outputs: maxSequences * 4,
-      logits: maxSequences * config.vocab * 4,
-      maskGlobal: maskElements * 2,
-      maskWindow: maskElements * 2,
-    }
-    const offsets = new Map<string, number>()
-    let bytes = 0
-    for (const [name, size] of Object.entries(sizes)) {
-      offsets.set(name, bytes)
-      bytes += Math.ceil(size / ALIGNMENT) * ALIGNMENT
-    }
-    this.block = { address: mapAnonymous(bytes), bytes }
-    const at = (name: keyof typeof sizes): number =>
-      this.block.address + present(offsets.get(name), name)
-    const view = (name: keyof typeof sizes): ArrayBuffer => viewMemory(at(name), sizes[name])
-    this.memory = {
-      activations: at('activations'),
-      tokens: at('tokens'),
-      positions: at('positions'),
-      kvRows: at('kvRows'),
-      outputs: at('outputs'),
-      logits: at('logits'),
-      masks: { global: at('maskGlobal'), window: at('maskWindow') },
-    }
-    this.tokens = new Int32Array(view('tokens'))
-    this.positions = new Int32Array(view('positions'))
-    this.kvRows = new Int32Array(view('kvRows'))
-    this.outputs = new Int32Array(view('outputs'))
-    const logits = view('logits')
-    this.logits = Array.from(
-      { length: maxSequences },
-      (_, i) => new Float32Array(logits, i * config.vocab * 4, config.vocab),
+    this.memory = new StepMemory({
+      activationBytes: this.activations.bytes,
+      stepTokens,
+      maxSequences,
+      contextLength,
+      vocab: config.vocab,
+    })
+    const window = config.slidingWindow?.tokens
+    const lastIsLocal = config.slidingWindow?.layers.at(-1) ?? false
+    this.plans = new AttentionPlans(
+      window,
+      lastIsLocal ? present(window, 'a window') : Infinity,
+      this.memory.maskViews,
     )
-    this.global = new AttentionPlan(Infinity, new Uint16Array(view('maskGlobal')))
-    const span = config.slidingWindow?.tokens ?? Infinity
-    this.window = new AttentionPlan(span, new Uint16Array(view('maskWindow')))
 
     this.pool = createThreadPool(this.cpu, options.cpus, options.pin ?? true)
     this.handle = this.cpu.ggml_backend_cpu_init()
@@ -139,11 +98,11 @@ export class CpuBackend implements Backend {
   }
 
   launch(batch: StepBatch): void {
-    this.fillInputs(batch)
-    this.global.plan(batch)
-    if (this.program.config.slidingWindow) this.window.plan(batch)
-    const graph = this.graphFor(Math.max(this.global.count, this.window.count))
-    graph.bind(batch.tokenCount, this.outputCount, this.global, this.window)
+    this.memory.fill(batch, this.kv.layout)
+    const { outputBatch } = this.memory
+    this.plans.plan(batch, outputBatch)
+    const graph = this.graphFor(this.plans.pieces())
+    graph.bind(batch.tokenCount, outputBatch.segments, this.plans)
     const status = this.g.ggml_backend_graph_compute(this.handle, graph.graph)
     if (status !== 0) {
       throw new LatticeError('backend_failed', `The CPU library failed with status ${status}.`)
@@ -151,7 +110,7 @@ export class CpuBackend implements Backend {
   }
 
   collect(): readonly Float32Array[] {
-    return this.logits
+    return this.memory.logitsRows
   }
 
   close(): void {
@@ -160,26 +119,7 @@ export class CpuBackend implements Backend {
     this.pool.free()
     this.kv.close()
     this.weights.free()
-    unmap(this.block.address, this.block.bytes)
-  }
-
-  private fillInputs(batch: StepBatch): void {
-    const { layout } = this.kv
-    const slotRows = layout.slotBytes / layout.tokenStride
-    this.tokens.set(batch.tokens.subarray(0, batch.tokenCount))
-    this.outputCount = 0
-    let token = 0
-    for (let s = 0; s < batch.segments; s++) {
-      const start = batch.starts[s] ?? 0
-      const row = (batch.slots[s] ?? 0) * slotRows + start
-      const count = batch.counts[s] ?? 0
-      for (let i = 0; i < count; i++, token++) {
-        this.positions[token] = start + i
-        this.kvRows[token * 2] = (row + i) % 2 ** 32
-        this.kvRows[token * 2 + 1] = Math.floor((row + i) / 2 ** 32)
-      }
-      if (batch.wantsLogits[s]) this.outputs[this.outputCount++] = token - 1
-    }
+    this.memory.free()
   }
 
   private graphFor(pieces: number): StepGraph {

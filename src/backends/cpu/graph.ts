@@ -4,26 +4,13 @@
 import { assert, present } from '../../assert.ts'
 import { ROPE_HALVES, ROPE_INTERLEAVED } from '../../ffi/ggml.ts'
 import type { RopeConfig } from '../../model/model.ts'
-import type { Op, Program, Value } from '../../model/program.ts'
+import type { Op, Program, Rows, Value } from '../../model/program.ts'
 import type { Activations } from './activations.ts'
-import type { AttentionPlan } from './attention.ts'
+import type { AttentionKind, AttentionPlan, AttentionPlans } from './attention.ts'
 import type { HostKvMemory } from './kv-memory.ts'
+import type { StepMemory } from './step-memory.ts'
 import { type Tensor, TensorArena, TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64 } from './tensors.ts'
 import type { WeightTensors } from './weight-tensors.ts'
-
-/** Addresses of a step's inputs and outputs, shared by all graphs of a backend. */
-export interface StepMemory {
-  activations: number
-  tokens: number
-  positions: number
-  /** Row of each token in the KV memory: slot · rows of a slot + position. */
-  kvRows: number
-  /** Indices of the tokens whose logits are wanted. */
-  outputs: number
-  logits: number
-  /** Masks of global and of sliding-window layers. */
-  masks: { global: number; window: number }
-}
 
 export interface GraphLimits {
   tokens: number
@@ -42,7 +29,7 @@ interface AttentionNode {
 
 interface AttentionSite {
   layer: number
-  windowed: boolean
+  kind: AttentionKind
   q: { address: number; rowBytes: number }
   out: { address: number; rowBytes: number }
   nodes: AttentionNode[]
@@ -66,7 +53,8 @@ export class StepGraph {
   /** Nodes that only matter when a step wants logits. */
   private readonly tail: Tensor[] = []
   private readonly sites: AttentionSite[] = []
-  private selected = false
+  /** Whether the op that is being lowered has a row for each token or for each output. */
+  private rows: Rows = 'tokens'
   private tokens: number
   private outputs: number
   private pieces: number
@@ -98,7 +86,7 @@ export class StepGraph {
   }
 
   /** Sets the graph up for one step. */
-  bind(tokens: number, outputs: number, global: AttentionPlan, window: AttentionPlan): void {
+  bind(tokens: number, outputs: number, plans: AttentionPlans): void {
     if (tokens !== this.tokens) {
       for (const { tensor, d } of this.perToken) this.arena.setSize(tensor, d, tokens)
       this.tokens = tokens
@@ -109,9 +97,9 @@ export class StepGraph {
       for (const node of this.tail) this.arena.setEnabled(node, outputs > 0)
       this.outputs = outputs
     }
-    const pieces = Math.max(global.count, window.count)
+    const pieces = plans.pieces()
     assert(pieces <= this.limits.pieces, 'the graph has a node for each attention piece')
-    for (const site of this.sites) this.bindAttention(site, site.windowed ? window : global)
+    for (const site of this.sites) this.bindAttention(site, plans[site.kind])
     this.pieces = pieces
   }
 
@@ -121,6 +109,7 @@ export class StepGraph {
 
   private lower(op: Op): void {
     const { g, context } = this.arena
+    this.rows = this.rowsOf(op)
     switch (op.kind) {
       case 'embed': {
         const ids = this.input(TYPE_I32, this.memory.tokens)
@@ -162,10 +151,9 @@ export class StepGraph {
         return
       }
       case 'select': {
-        // What it picks from still has a row for each token, whatever was selected before.
-        this.selected = false
+        this.rows = 'tokens'
         const x = this.row(op.in)
-        this.selected = true
+        this.rows = 'outputs'
         const ids = this.input(TYPE_I32, this.memory.outputs)
         this.node(g.ggml_get_rows(context, x, ids), op.out, 1)
         return
@@ -206,6 +194,7 @@ export class StepGraph {
     for (const run of runs) {
       const first = present(run[0], 'a value')
       const width = run.reduce((sum, value) => sum + this.width(value), 0)
+      this.rows = this.rowsOfValue(first)
       const x = this.grouped(first, headDim, width)
       this.append(this.ropeNode(x, rope), this.address(first), 2)
     }
@@ -214,7 +203,7 @@ export class StepGraph {
   private ropeNode(x: Tensor, rope: RopeConfig): Tensor {
     const { g, context } = this.arena
     const { scaling } = rope
-    const positions = this.input(TYPE_I32, this.memory.positions)
+    const positions = this.input(TYPE_I32, this.memory.positions[this.rows])
     const factors = scaling.kind === 'factors' ? this.weights.divisors(scaling.divisors) : 0
     const mode = rope.pairing === 'halves' ? ROPE_HALVES : ROPE_INTERLEAVED
     const yarn = scaling.kind === 'yarn' ? scaling : undefined
@@ -274,7 +263,7 @@ export class StepGraph {
     }
     this.sites.push({
       layer: op.layer,
-      windowed: op.window !== undefined,
+      kind: attentionKind(op, this.program),
       q: { address: this.address(op.q), rowBytes: this.activations.place(op.q).rowBytes },
       out: { address: this.address(op.out), rowBytes: this.activations.place(op.out).rowBytes },
       nodes,
@@ -286,7 +275,7 @@ export class StepGraph {
     const { headDim, heads, kvHeads } = this.program.config
     const { layout } = kv
     const head = headDim * F32
-    const masks = site.windowed ? this.memory.masks.window : this.memory.masks.global
+    const masks = this.memory.masks[site.kind]
     for (let i = 0; i < Math.max(plan.count, this.pieces); i++) {
       const { q, k, v, mask, out } = present(site.nodes[i], 'a node for each piece')
       arena.setEnabled(out, i < plan.count)
@@ -346,12 +335,12 @@ export class StepGraph {
     const first = present(values[0], 'a value')
     if (!this.areBeside(values)) return undefined
     if (this.activations.place(first).rowBytes !== width * F32) return undefined
-    return this.track(this.leaf(TYPE_F32, [width, this.rows()], this.address(first)), 1)
+    return this.track(this.leaf(TYPE_F32, [width, this.rowCount()], this.address(first)), 1)
   }
 
   /** A value as a matrix [width, tokens]. */
   private row(value: Value): Tensor {
-    const tensor = this.leaf(TYPE_F32, [this.width(value), this.rows()], this.address(value))
+    const tensor = this.leaf(TYPE_F32, [this.width(value), this.rowCount()], this.address(value))
     for (let d = 1; d < 4; d++) {
       this.arena.setStride(tensor, d, this.activations.place(value).rowBytes)
     }
@@ -361,7 +350,7 @@ export class StepGraph {
   /** A value (or `width` elements from it on) as [group, width / group, tokens]. */
   private grouped(value: Value, group: number, width = this.width(value)): Tensor {
     const address = this.address(value)
-    const tensor = this.leaf(TYPE_F32, [group, width / group, this.rows()], address)
+    const tensor = this.leaf(TYPE_F32, [group, width / group, this.rowCount()], address)
     const { rowBytes } = this.activations.place(value)
     this.arena.setStride(tensor, 2, rowBytes)
     this.arena.setStride(tensor, 3, rowBytes)
@@ -369,7 +358,7 @@ export class StepGraph {
   }
 
   private input(type: number, address: number): Tensor {
-    return this.track(this.leaf(type, [this.rows()], address), 0)
+    return this.track(this.leaf(type, [this.rowCount()], address), 0)
   }
 
   private leaf(type: number, ne: readonly number[], address: number): Tensor {
@@ -378,12 +367,31 @@ export class StepGraph {
     return tensor
   }
 
-  private rows(): number {
-    return this.selected ? this.limits.outputs : this.limits.tokens
+  /** The rows of what an op makes. Ropes have several values and look at each. */
+  private rowsOf(op: Op): Rows {
+    switch (op.kind) {
+      case 'linear':
+        return this.rowsOfValue(op.in)
+      case 'logits':
+        return 'outputs'
+      case 'rope':
+      case 'kvAppend':
+        return 'tokens'
+      default:
+        return this.rowsOfValue(op.out)
+    }
+  }
+
+  private rowsOfValue(value: Value): Rows {
+    return present(this.program.rows[value], 'the rows of a value')
+  }
+
+  private rowCount(): number {
+    return this.limits[this.rows]
   }
 
   private track(tensor: Tensor, d: number): Tensor {
-    ;(this.selected ? this.perOutput : this.perToken).push({ tensor, d })
+    ;(this.rows === 'outputs' ? this.perOutput : this.perToken).push({ tensor, d })
     return tensor
   }
 
@@ -394,7 +402,13 @@ export class StepGraph {
   private append(tensor: Tensor, address: number, d: number): void {
     this.arena.setData(tensor, address)
     this.track(tensor, d)
-    if (this.selected) this.tail.push(tensor)
+    if (this.rows === 'outputs') this.tail.push(tensor)
     this.arena.g.ggml_build_forward_expand(this.graph, tensor)
   }
+}
+
+/** Which plan an attention op follows. */
+function attentionKind(op: Extract<Op, { kind: 'attention' }>, program: Program): AttentionKind {
+  if (program.rows[op.q] === 'outputs') return 'outputs'
+  return op.window === undefined ? 'global' : 'window'
 }

@@ -11,11 +11,11 @@ export function llama(model: Pick<Model, 'config' | 'tensors'>): Program {
   for (let layer = 0; layer < layers; layer++) {
     const blk = `blk.${layer}`
     const h = p.norm(x, `${blk}.attn_norm.weight`)
-    const [q, k, v] = p.linear(h, `${blk}.attn_q`, `${blk}.attn_k`, `${blk}.attn_v`)
+    const isLast = layer === layers - 1
+    const [q, k, v] = p.queryKeyValue(h, blk, isLast)
     p.rope([q, k], rope)
-    let attended = p.attention(layer, q, k, v)
-    // Only rows whose logits are wanted matter past the last attention.
-    if (layer === layers - 1) [attended, x] = [p.select(attended), p.select(x)]
+    const attended = p.attention(layer, q, k, v)
+    if (isLast) x = p.select(x)
     const [o] = p.linear(attended, `${blk}.attn_output`)
     x = p.add(x, o)
     const f = p.norm(x, `${blk}.ffn_norm.weight`)

@@ -11,12 +11,13 @@ export function qwen3(model: Pick<Model, 'config' | 'tensors'>): Program {
   for (let layer = 0; layer < layers; layer++) {
     const blk = `blk.${layer}`
     const h = p.norm(x, `${blk}.attn_norm.weight`)
-    const [q0, k0, v] = p.linear(h, `${blk}.attn_q`, `${blk}.attn_k`, `${blk}.attn_v`)
+    const isLast = layer === layers - 1
+    const [q0, k0, v] = p.queryKeyValue(h, blk, isLast)
     const q = p.norm(q0, `${blk}.attn_q_norm.weight`, headDim)
     const k = p.norm(k0, `${blk}.attn_k_norm.weight`, headDim)
     p.rope([q, k], rope)
-    let attended = p.attention(layer, q, k, v)
-    if (layer === layers - 1) [attended, x] = [p.select(attended), p.select(x)]
+    const attended = p.attention(layer, q, k, v)
+    if (isLast) x = p.select(x)
     const [o] = p.linear(attended, `${blk}.attn_output`)
     x = p.add(x, o)
     const f = p.norm(x, `${blk}.ffn_norm.weight`)
