@@ -1,5 +1,5 @@
-// Measures a fork beneath the slots, with SmolLM2-135M's layout: time, bytes copied, memory added.
-// And, for comparison, a fork whose boundary page is left to the kernel's own copy-on-write.
+// Owns the measurement of a fork beneath the slots, with SmolLM2-135M's layout: time, bytes copied,
+// memory added; and, for comparison, of one whose boundary page the kernel copies on write.
 //
 //   node bench/kv-fork.ts [TOKENS]
 

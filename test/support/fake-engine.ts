@@ -20,6 +20,8 @@ export interface FakeEngineOptions {
   stepMs?: number
   /** The answer to a request, before its end-of-sequence token. Default: 'Hello!'. */
   reply?: (request: SequenceRequest) => string
+  /** Tokens of each prompt that were in memory already. Default: 0. */
+  cachedTokens?: number
   /** Ends each sequence with this error after so many tokens. */
   failure?: { afterTokens: number; error: LatticeError }
 }
@@ -58,6 +60,7 @@ export class FakeEngine implements Engine {
       maxQueue: 512,
       stepMs: 0,
       reply: () => 'Hello!',
+      cachedTokens: 0,
       ...options,
     }
     this.model = {
@@ -147,7 +150,7 @@ export class FakeEngine implements Engine {
     }
     while (this.#waiting.length > 0 && this.#running.length < this.#options.maxRunning) {
       const sequence = this.#waiting.shift()!
-      sequence.sink.onStart?.(0)
+      sequence.sink.onStart?.(this.#options.cachedTokens)
       this.#running.push(sequence)
     }
     for (const sequence of this.#running.slice()) this.#advance(sequence)

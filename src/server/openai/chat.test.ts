@@ -42,6 +42,16 @@ test('a whole answer has OpenAI’s shape, its prompt came from the template', a
   assert.equal(engine.requests[0]!.requestId, id)
 })
 
+test('cached tokens of the prompt are not told, or once for each choice', async () => {
+  const { app, engine } = fakeApp({ cachedTokens: 9 })
+  const { json } = await post(app.request, PATH, { messages: USER, n: 3 })
+  assert.deepEqual(json.usage.prompt_tokens_details, { cached_tokens: 9 })
+  const groups = new Set(engine.requests.map(({ group }) => group))
+  assert.ok(groups.size === 1 && !groups.has(undefined), 'choices do not share their prompt')
+  await post(app.request, PATH, { messages: USER })
+  assert.equal(engine.requests.at(-1)!.group, undefined)
+})
+
 test('a stream’s frames are byte for byte what clients parse, usage last', async () => {
   const { app } = fakeApp({ reply: () => 'é"' })
   const response = await app.request(PATH, {
