@@ -113,7 +113,10 @@ export class EngineCore {
       const group = this.groupOf(request)
       const sequence = new Sequence(id, request, group, this.now())
       this.sequences.set(id, sequence)
-      group?.push(sequence)
+      if (group && request.group !== undefined) {
+        group.push(sequence)
+        this.groups.set(request.group, group)
+      }
       this.scheduler.waiting.push(sequence)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
@@ -221,6 +224,7 @@ export class EngineCore {
     let row = 0
     for (const { sequence, count } of parts) {
       sequence.computed += count
+      if (sequence.outputTokens === 0) this.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
       if (sequence.outputTokens === 0) this.share(sequence, logits)
@@ -230,7 +234,6 @@ export class EngineCore {
 
   /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
   private share(sequence: Sequence, logits: Float32Array): void {
-    this.promptTokens += sequence.length - sequence.cachedTokens
     this.sharing.computed(sequence)
     for (;;) {
       const next = this.scheduler.waiting[0]
@@ -283,14 +286,13 @@ export class EngineCore {
     this.slots.reclaim(this.now() - WARM_MS)
   }
 
-  /** @throws LatticeError `invalid_request` if the group has another prompt */
+  /**
+   * The sequences that this one shares its prompt with so far.
+   * @throws LatticeError `invalid_request` if their prompt is another
+   */
   private groupOf({ group, prompt }: SequenceRequest): Sequence[] | undefined {
     if (group === undefined) return undefined
-    let members = this.groups.get(group)
-    if (!members) {
-      members = []
-      this.groups.set(group, members)
-    }
+    const members = this.groups.get(group) ?? []
     const other = members[0]?.request.prompt
     if (other && (other.length !== prompt.length || prompt.some((t, i) => t !== other[i]))) {
       throw new LatticeError('invalid_request', 'A group of sequences has different prompts.', {
