@@ -47,7 +47,7 @@ test('memory for the whole context shortens it, or says that it does', async () 
   assert.match(chosen.report[0]!, /context 100 tokens$/)
 })
 
-test('options that contradict the model, the memory or each other are bent into shape', async () => {
+test('options that contradict the model, the memory or each other are bent', async () => {
   const refused: [Partial<EngineOptions>, RegExp][] = [
     [{ contextLength: 257, kvMemoryBytes: HALF }, /context of 257 .* hold 256 tokens/],
     [{ contextLength: 513 }, /context of 513 .* trained for 512/],
