@@ -20,7 +20,7 @@ export interface CpuBenchOptions {
 }
 
 export interface CpuBenchRow {
-  name: 'prefill' | 'decode' | 'batch'
+  name: 'prefill' | 'ttft' | 'decode' | 'batch'
   /** Tokens a second, median over rounds. */
   lattice_tokens_per_s: number
   peer_tokens_per_s: number
@@ -164,6 +164,7 @@ export async function runCpuBench(options: CpuBenchOptions): Promise<CpuBenchRep
   const prompts = Array.from({ length: streams }, (_, i) => benchPrompt(short, i + 1))
   const pairs: Record<CpuBenchRow['name'], { ours: number; theirs: number }[]> = {
     prefill: [],
+    ttft: [],
     decode: [],
     batch: [],
   }
@@ -173,6 +174,10 @@ export async function runCpuBench(options: CpuBenchOptions): Promise<CpuBenchRep
     const prefill = {
       ours: (await generateTokens(engine, [prompt], 1)).firstMs,
       theirs: (await single.run({ kind: 'prefill', tokens: prompt })).ms,
+    }
+    const ttft = {
+      ours: (await generateTokens(engine, [prompt], 1)).firstMs,
+      theirs: (await single.run({ kind: 'decode', prompt, count: 1 })).firstMs,
     }
     const decodePrompt = prompt.slice(0, short)
     const count = outputTokens
@@ -191,11 +196,12 @@ export async function runCpuBench(options: CpuBenchOptions): Promise<CpuBenchRep
       step: overhead.step + after.stepMs - before.stepMs,
     }
     pairs.prefill.push(prefill)
+    pairs.ttft.push(ttft)
     pairs.decode.push(decode)
     pairs.batch.push(batch)
     options.onProgress(
       `round ${round + 1} of ${rounds}: ` +
-        Object.entries({ prefill, decode, batch })
+        Object.entries({ prefill, ttft, decode, batch })
           .map(([name, pair]) => `${name} ${(pair.theirs / pair.ours).toFixed(2)}x`)
           .join(', '),
     )
@@ -205,6 +211,7 @@ export async function runCpuBench(options: CpuBenchOptions): Promise<CpuBenchRep
   await engine.close()
   const tokens = {
     prefill: promptTokens,
+    ttft: promptTokens,
     decode: outputTokens - 1,
     batch: (outputTokens - 1) * streams,
   }
@@ -215,7 +222,7 @@ export async function runCpuBench(options: CpuBenchOptions): Promise<CpuBenchRep
     prompt_tokens: promptTokens,
     output_tokens: outputTokens,
     streams,
-    rows: (['prefill', 'decode', 'batch'] as const).map((name) =>
+    rows: (['prefill', 'ttft', 'decode', 'batch'] as const).map((name) =>
       summarise(name, pairs[name], tokens[name]),
     ),
     overhead_percent: 100 * (1 - overhead.compute / overhead.step),

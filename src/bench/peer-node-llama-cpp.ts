@@ -19,6 +19,8 @@ export type PeerJob =
 
 export interface PeerResult {
   ms: number
+  /** From the job's start until every sequence has its first token. */
+  firstMs: number
   tokens: number[][]
   /** For each position: [token, probability] pairs, without what is below `NEGLIGIBLE`. */
   probabilities: [number, number][][]
@@ -88,7 +90,8 @@ async function main(): Promise<void> {
   }
 
   const run = async (job: PeerJob): Promise<PeerResult> => {
-    const result: PeerResult = { ms: 0, tokens: [], probabilities: [] }
+    const begin = performance.now()
+    const result: PeerResult = { ms: 0, firstMs: 0, tokens: [], probabilities: [] }
     if (job.kind === 'prefill') {
       await first.clearHistory()
       const start = performance.now()
@@ -112,6 +115,7 @@ async function main(): Promise<void> {
       // From when everyone has a first token to when the last one ends: decoding alone.
       const start = Math.max(...done.map((one) => one.first))
       result.ms = Math.max(...done.map((one) => one.last)) - start
+      result.firstMs = start - begin
       result.tokens = done.map((one) => one.tokens)
     }
     return result

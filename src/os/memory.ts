@@ -74,7 +74,7 @@ function* cgroupLimits(root: string): Generator<Limit> {
 
 interface CgroupMount {
   mountPoint: string
-  /** The group that the mount shows as its top: not '/' in a container without a namespace. */
+  /** The group that the mount shows as its top; not '/' in a container that shares namespaces. */
   shows: string
   v2: boolean
 }

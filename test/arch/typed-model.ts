@@ -36,7 +36,7 @@ const METADATA = {
   'llama.attention.layer_norm_rms_epsilon': { type: 'f32', value: 1e-5 },
 } as const
 
-const BANK_ROWS = 32
+const BANK_ROWS = 24
 
 interface TypeGolden {
   /** Of each matrix, by its name without the layer. */

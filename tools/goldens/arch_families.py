@@ -52,7 +52,7 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512)
 CASES = {
     "llama2": (
         "llama",
-        dict(BASE, num_key_value_heads=2, tie_word_embeddings=False, rms_norm_eps=0.1),
+        dict(BASE, intermediate_size=32, num_key_value_heads=2, tie_word_embeddings=False, rms_norm_eps=0.1),
         torch.float16,
         LONG,
         None,
@@ -68,7 +68,7 @@ CASES = {
         "llama",
         dict(
             BASE,
-            intermediate_size=40,
+            intermediate_size=32,
             attention_bias=True,
             mlp_bias=True,
             rope_scaling=dict(rope_type="linear", factor=4.0),
@@ -79,7 +79,7 @@ CASES = {
     ),
     "mistral": (
         "mistral",
-        dict(BASE, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=24),
+        dict(BASE, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=32, sliding_window=24),
         torch.float16,
         WINDOWED,
         None,
@@ -145,7 +145,21 @@ CASES = {
 }
 
 
-def fill(model, generator):
+# Matrices of these are such that Q4_0 holds them exactly: test/arch/quantized.test.ts
+FOUR_BITS = ("llama-biased", "qwen2", "qwen3", "gemma3")
+
+
+def four_bits(weight):
+    """The nearest matrix of blocks of 32 in [-8, 7] times a power of two; each has a -8."""
+    blocks = weight.reshape(-1, 32)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    scale = 2.0 ** torch.ceil(torch.log2(largest / 8.5))
+    quants = (blocks / scale).round().clamp(-8, 7)
+    quants.scatter_(1, blocks.abs().argmax(dim=1, keepdim=True), -8.0)
+    return (quants * scale).reshape(weight.shape)
+
+
+def fill(model, generator, exact):
     """Weights large enough that attention has favourites: a wrong mask or angle must show."""
     gemma = model.config.model_type == "gemma3_text"
     for name, weight in model.named_parameters():
@@ -160,7 +174,7 @@ def fill(model, generator):
             value = random / weight.shape[1] ** 0.5
             if "q_proj" in name:
                 value = value * 1.5
-        weight.data = value
+        weight.data = four_bits(value) if exact and weight.dim() == 2 else value
 
 
 def packed(tensor):
@@ -195,7 +209,7 @@ def main(out):
         shutil.rmtree(folder, ignore_errors=True)
         generator = torch.Generator().manual_seed(seed + 1)
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
-        fill(model, generator)
+        fill(model, generator, name in FOUR_BITS)
         model.to(dtype).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
         reference = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"

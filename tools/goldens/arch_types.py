@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 287, 256, 4, 2, 64
-ROWS = 32
+ROWS = 24
 SPREAD = 1 / 16  # of weights: products keep the size of their input
 POSITIONS = [27, 28, 39]  # ends of a chunk of 28, of a single token, of a chunk of 11
 SEED = 20
