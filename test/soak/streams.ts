@@ -23,7 +23,7 @@ export interface SoakReport {
   tokens: number
   /** What went wrong, the first few of each run; empty is a pass. */
   errors: string[]
-  /** The most resident memory of the server in the first half of the time, and in the second. */
+  /** The most memory of the server, but for KV, in the first half of the time, and the second. */
   residentBytesEarly: number
   residentBytesLate: number
 }
@@ -126,7 +126,9 @@ async function watchMemory(
 
 async function residentBytes(options: SoakOptions): Promise<number> {
   const text = await (await fetch(`${options.url}/metrics`)).text()
-  return Number(/^lattice_process_resident_memory_bytes (\d+)$/m.exec(text)?.[1])
+  const gauge = (name: string): number =>
+    Number(new RegExp(`^lattice_${name} (\\d+)$`, 'm').exec(text)?.[1])
+  return gauge('process_resident_memory_bytes') - gauge('kv_resident_bytes')
 }
 
 async function checkIdle(options: SoakOptions, report: SoakReport): Promise<void> {
