@@ -20,13 +20,11 @@ interface Answer {
   tokens: number[]
   logprobs: number[]
   cached: number
-  ttftMs: number
 }
 
 function generate(engine: Engine, change: Partial<SequenceRequest>): Promise<Answer> {
   return new Promise((resolve, reject) => {
-    const answer: Answer = { tokens: [], logprobs: [], cached: 0, ttftMs: 0 }
-    const start = performance.now()
+    const answer: Answer = { tokens: [], logprobs: [], cached: 0 }
     const request = {
       requestId: 'test',
       tenant: 'test',
@@ -40,7 +38,6 @@ function generate(engine: Engine, change: Partial<SequenceRequest>): Promise<Ans
     engine.submit(request, {
       onStart: (cachedTokens) => void (answer.cached = cachedTokens),
       onToken: (token, logprobs) => {
-        answer.ttftMs ||= performance.now() - start
         answer.tokens.push(token)
         answer.logprobs.push(logprobs!.logprob)
       },
@@ -50,8 +47,9 @@ function generate(engine: Engine, change: Partial<SequenceRequest>): Promise<Ans
 }
 
 function open(prefixCacheBytes: number): Promise<Engine> {
-  const options = { modelId: 'm', device: 'cpu', maxSequences: 8, prefixCacheBytes } as const
-  return startEngine(path!, options).then(({ engine }) => engine)
+  // One thread: two that wait for each other stand still when another test has their core.
+  const options = { modelId: 'm', device: 'cpu', threads: 1, maxSequences: 8 } as const
+  return startEngine(path!, { ...options, prefixCacheBytes }).then(({ engine }) => engine)
 }
 
 test(
@@ -84,7 +82,7 @@ test(
   },
 )
 
-test('a cached prefix changes an answer by a bit, or saves no time', { skip }, async (t) => {
+test('a cached prefix changes an answer by a bit, or is computed again', { skip }, async () => {
   const base = prompt(1090, 3)
   const other = base.slice()
   other.set(prompt(90, 4), 1000)
@@ -100,6 +98,7 @@ test('a cached prefix changes an answer by a bit, or saves no time', { skip }, a
   for (const ids of [base, other, base, short]) {
     answers.push(await generate(engine, { prompt: ids }))
   }
+  const { promptTokens } = await engine.snapshot()
   const elsewhere = await generate(engine, { prompt: base, tenant: 'other', maxTokens: 1 })
   await engine.close()
   answers.forEach(({ tokens, logprobs }, i) => {
@@ -111,8 +110,7 @@ test('a cached prefix changes an answer by a bit, or saves no time', { skip }, a
     answers.map(({ cached }) => cached),
     [0, 1000, 1090 - 64, 0],
   )
+  // What a cached prefix saves is counted, not timed: tests share their machine.
+  assert.equal(promptTokens, 1090 + 90 + 64 + 50)
   assert.equal(elsewhere.cached, 0)
-  const ttft = answers.map(({ ttftMs }) => Math.round(ttftMs))
-  t.diagnostic(`first tokens after ${ttft.join(', ')} ms`)
-  assert.ok(ttft[2]! < ttft[0]! / 3, `${ttft.join(', ')} ms`)
 })
