@@ -2,6 +2,7 @@
 // tokens, taking turns in one run, so that a noisy machine is noisy to both.
 
 import { fork } from 'node:child_process'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { LatticeError } from '../errors.ts'
 import { GREEDY, type Engine } from '../engine/api.ts'
 import { startEngine } from '../engine/start.ts'
@@ -41,6 +42,12 @@ export interface CpuBenchReport {
   /** Share of step time outside the library's compute at `streams` sequences, in percent. */
   overhead_percent: number
 }
+
+/**
+ * llama.cpp's compute threads spin for about half a second after their last graph, on the cores
+ * that the next measurement needs. Ours spin for 10 ms. Nobody is measured beside the other's.
+ */
+const SETTLE_MS = 1000
 
 /** A prompt of ordinary token ids, the same for both sides, different for each stream. */
 export function benchPrompt(length: number, stream: number): number[] {
@@ -86,10 +93,13 @@ export class Peer {
     return peer
   }
 
-  run(job: PeerJob): Promise<PeerResult> {
+  /** @param settleMs how long to wait after the answer, until its threads are asleep. */
+  async run(job: PeerJob, settleMs = 0): Promise<PeerResult> {
     const answer = this.answer()
     this.child.send(job)
-    return answer
+    const result = await answer
+    await sleep(settleMs)
+    return result
   }
 
   stop(): void {
@@ -173,22 +183,25 @@ export async function runCpuBench(options: CpuBenchOptions): Promise<CpuBenchRep
   for (let round = -1; round < rounds; round++) {
     const prefill = {
       ours: (await generateTokens(engine, [prompt], 1)).firstMs,
-      theirs: (await single.run({ kind: 'prefill', tokens: prompt })).ms,
+      theirs: (await single.run({ kind: 'prefill', tokens: prompt }, SETTLE_MS)).ms,
     }
     const ttft = {
       ours: (await generateTokens(engine, [prompt], 1)).firstMs,
-      theirs: (await single.run({ kind: 'decode', prompt, count: 1 })).firstMs,
+      theirs: (await single.run({ kind: 'decode', prompt, count: 1 }, SETTLE_MS)).firstMs,
     }
     const decodePrompt = prompt.slice(0, short)
     const count = outputTokens
     const decode = {
       ours: (await generateTokens(engine, [decodePrompt], count)).ms,
-      theirs: (await single.run({ kind: 'decode', prompt: decodePrompt, count })).ms,
+      theirs: (await single.run({ kind: 'decode', prompt: decodePrompt, count }, SETTLE_MS)).ms,
     }
     const before = await engine.snapshot()
     const ours = (await generateTokens(engine, prompts, count)).ms
     const after = await engine.snapshot()
-    const batch = { ours, theirs: (await many.run({ kind: 'batch', prompts, count })).ms }
+    const batch = {
+      ours,
+      theirs: (await many.run({ kind: 'batch', prompts, count }, SETTLE_MS)).ms,
+    }
     // The first round warms up both sides.
     if (round < 0) continue
     overhead = {
