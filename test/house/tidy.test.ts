@@ -73,8 +73,9 @@ test('no test is run alone', () => {
 })
 
 test('nothing names a machine or a package registry', () => {
-  const names =
-    /(^|[\s'"`(=:])\/(root|work|home)\/|\b(npmjs\.(org|com)|pypi\.org|pythonhosted\.org)\b/i
+  const paths = '(^|[\\s\'"`(=:])/(root|work|home)/'
+  const hosts = ['npmjs', 'pypi', 'pythonhosted'].map((name) => `\\b${name}\\.(org|com)\\b`)
+  const names = new RegExp([paths, ...hosts].join('|'), 'i')
   complain(
     matches(names),
     "Go through the user's own npm or pip; take paths from options or the environment.",
