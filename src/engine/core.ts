@@ -10,7 +10,7 @@ import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
-import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
+import { type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
   EngineSnapshot,
@@ -180,7 +180,7 @@ export class EngineCore {
       return {
         requestId: request.requestId,
         tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
+        state: slot < 0 ? 'waiting' : sequence.upToDate ? 'decode' : 'prefill',
         promptTokens: request.prompt.length,
         kvTokens: computed,
         outputTokens: sequence.outputTokens,

@@ -31,8 +31,17 @@ export class Sequence {
     this.length = request.prompt.length
   }
 
+  get promptLength(): number {
+    return this.request.prompt.length
+  }
+
   get outputTokens(): number {
-    return this.length - this.request.prompt.length
+    return this.length - this.promptLength
+  }
+
+  /** Everything but its last token is in memory: the next step finds a new one. */
+  get upToDate(): boolean {
+    return this.outputTokens > 0 && this.computed === this.length - 1
   }
 
   push(token: number): void {

@@ -1,7 +1,7 @@
 // Owns what sequences share of their prompts: choices of one request among each other, and any
 // request with the cached prefixes of its tenant.
 
-import type { KvSpan } from '../kv/regions.ts'
+import { clipSpans, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
@@ -28,22 +28,25 @@ export class PromptSharing implements Sharing<Sequence> {
     this.options = options
   }
 
-  /**
-   * Never so much that fewer than `computeMin` tokens are left: their chunk would be too short, and
-   * another kernel's bits could change an answer. So it never depends on what was cached.
-   */
   prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
-    const { tokens, request } = sequence
-    const length = Math.min(sequence.length - this.options.computeMin, request.prompt.length)
+    const { tokens, promptLength, request } = sequence
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
     if (sibling) {
-      if (sibling.computed < request.prompt.length) return 'wait'
-      spans = length > 0 ? this.slots.spansOf(sibling.slot, length) : []
-    } else if (this.cache && length > 0) {
-      spans = this.cache.lookup(request.tenant, tokens, length)
-    }
-    return spans.slice(0, this.options.spansMax)
+      if (sibling.computed < promptLength) return 'wait'
+      spans = this.slots.spansOf(sibling.slot, promptLength)
+    } else if (this.cache) spans = this.cache.lookup(request.tenant, tokens, promptLength)
+    return this.usable(sequence, spans.slice(0, this.options.spansMax))
+  }
+
+  /**
+   * All of a prompt, if nothing is sampled from its end any more. Else never so much that fewer
+   * than `computeMin` tokens are left: their chunk would be too short, and another kernel's bits
+   * could change an answer. So it never depends on what was cached.
+   */
+  private usable({ promptLength, outputTokens }: Sequence, spans: KvSpan[]): KvSpan[] {
+    if (outputTokens > 0 && spannedTokens(spans) === promptLength) return spans
+    return clipSpans(spans, promptLength - this.options.computeMin)
   }
 
   evict(): boolean {

@@ -26,6 +26,7 @@ function slotTable(
 interface Item {
   id: number
   prompt: number
+  readonly promptLength: number
   output: number
   /** Steps after its arrival at which it is aborted. */
   abortAfter: number | undefined
@@ -81,7 +82,8 @@ class Run {
     let arriveAt = 0
     this.coming = items.map(({ gap, ...item }, id) => {
       arriveAt += gap
-      return { ...item, id, arriveAt, length: item.prompt, computed: 0, slot: -1 }
+      const { prompt } = item
+      return { ...item, id, arriveAt, length: prompt, promptLength: prompt, computed: 0, slot: -1 }
     })
   }
 
@@ -140,6 +142,8 @@ class Run {
     assert.equal(new Set(parts.map(({ sequence }) => sequence)).size, parts.length)
     for (const { sequence, count } of parts) {
       assert.ok(count >= 1 && sequence.computed + count <= sequence.length)
+      // What was decoded once is decoded again.
+      if (sequence.computed + count > sequence.prompt) assert.equal(count, 1)
       const pages = pagesFor(LAYOUT, sequence.computed + count)
       assert.ok(pages <= this.slots.pagesOf(sequence.slot), 'a token has no page')
     }
@@ -155,10 +159,10 @@ class Run {
       filling.slice(0, chunks.length),
       'prompts are not filled in order of arrival',
     )
-    if (filling.some(({ length, computed }, i) => length - computed !== chunks[i]?.count)) {
+    if (filling.some(({ prompt, computed }, i) => prompt - computed !== chunks[i]?.count)) {
       assert.equal(used, this.stepTokens, 'a prompt waits while budget is left')
       chunks.slice(0, -1).forEach(({ sequence, count }) => {
-        assert.equal(sequence.computed + count, sequence.length, 'a later prompt was preferred')
+        assert.equal(sequence.computed + count, sequence.prompt, 'a later prompt was preferred')
       })
     }
     if (this.alive.size > 0) {
@@ -254,7 +258,8 @@ test('a prompt is let in whose first output throws it out again', () => {
     { stepTokens: 16, maxSequences: 2, chunkTokensMin: 1 },
     ALONE,
   )
-  const item = { prompt: 4, output: 4, arriveAt: 0, abortAfter: undefined, length: 4, computed: 0 }
+  const common = { promptLength: 4, abortAfter: undefined, length: 4, computed: 0 }
+  const item = { prompt: 4, output: 4, arriveAt: 0, ...common }
   const [first, second] = [0, 1].map((id) => ({ ...item, id, slot: -1 })) as [Item, Item]
   scheduler.waiting.push(first, second)
   assert.deepEqual(scheduler.plan(), [{ sequence: first, count: 4 }])
@@ -274,7 +279,9 @@ test('a prompt is cut into a chunk that another kernel would compute, or waits f
         const options = { stepTokens, maxSequences, chunkTokensMin }
         const scheduler = new Scheduler<Item>(slots, options, ALONE)
         const item = { output: 5, arriveAt: 0, abortAfter: undefined, computed: 0, slot: -1 }
-        const items = prompts.map((prompt, id): Item => ({ ...item, id, prompt, length: prompt }))
+        const items = prompts.map((prompt, id): Item => {
+          return { ...item, id, prompt, promptLength: prompt, length: prompt }
+        })
         scheduler.waiting.push(...items)
         for (let step = 0; scheduler.waiting.length + scheduler.running.length > 0; step++) {
           assert.ok(step < 500, 'a prompt never advances')

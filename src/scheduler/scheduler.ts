@@ -11,6 +11,8 @@ import type { SlotTable } from '../kv/slots.ts'
 export interface Schedulable {
   /** Tokens known: prompt and output. */
   readonly length: number
+  /** The first of them, which are computed in chunks; what was decoded is computed so again. */
+  readonly promptLength: number
   /** Tokens whose KV is in memory. */
   computed: number
   /** -1 while waiting. */
@@ -138,7 +140,11 @@ export class Scheduler<S extends Schedulable> {
       }
       this.waiting.shift()
       this.running.push(sequence)
-      left -= this.planChunk(sequence, left)
+      if (!isDecoding(sequence)) left -= this.planChunk(sequence, left)
+      else {
+        this.addPart(sequence, 1)
+        left--
+      }
     }
   }
 
@@ -181,7 +187,7 @@ export class Scheduler<S extends Schedulable> {
 
   /** Tokens of the prompt that go into a step with this budget, so that no chunk is too short. */
   private chunkOf(sequence: S, budget: number): number {
-    const remaining = sequence.length - sequence.computed
+    const remaining = sequence.promptLength - sequence.computed
     if (remaining <= budget) return remaining
     const { chunkTokensMin } = this.options
     const count = Math.min(budget, remaining - chunkTokensMin)
@@ -230,7 +236,10 @@ export class Scheduler<S extends Schedulable> {
   }
 }
 
-/** One token is pending and everything before it is in memory. */
+/**
+ * Its prompt is in memory: it goes on by a token a step. After a preemption these are known at
+ * first, and computed as they were before, so that they have the same bits.
+ */
 export function isDecoding(sequence: Schedulable): boolean {
-  return sequence.computed > 0 && sequence.length - sequence.computed === 1
+  return sequence.computed >= sequence.promptLength
 }
