@@ -9,14 +9,17 @@ import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
+import { Tiers, type TierSink } from '../kv/tiers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
-import { type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
+import { Costs } from '../scheduler/costs.ts'
+import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
   EngineSnapshot,
   FinishReason,
   SequenceRequest,
   SequenceSnapshot,
+  TierSnapshot,
   TokenLogprobs,
 } from './api.ts'
 import { Sampler } from './sampler.ts'
@@ -29,6 +32,8 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Lets in whoever fits, whatever those that run will need; else as much as is expected to fit. */
+  greedy?: boolean
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
@@ -51,16 +56,21 @@ export interface CoreSink {
  */
 const WARM_MS = 20
 
+/** How soon to look again for what is on its way, when there is nothing else to do. */
+const TIER_WAIT_MS = 0.2
+
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
 
-export class EngineCore {
+export class EngineCore implements TierSink {
   private readonly backend: Backend
   private readonly sink: CoreSink
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
+  private readonly tiers: Tiers | undefined
+  private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
   /** Sequences that share their prompt, as long as one of them lives. */
   private readonly groups = new Map<string, Sequence[]>()
@@ -73,6 +83,8 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
+  /** Pages. */
+  private readonly moved = { save: 0, load: 0 }
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -93,10 +105,17 @@ export class EngineCore {
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
+    const { maxSequences, greedy = false } = options
+    this.costs = new Costs(kv.layout.shape.pageBytes)
+    this.tiers = kv.tier && new Tiers(kv.tier, this.slots, this)
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences, chunkTokensMin },
+      { stepTokens: backend.stepTokensMax, maxSequences, chunkTokensMin, greedy },
       this.sharing,
+      this.tiers && {
+        tiers: this.tiers,
+        preferMoving: (...amounts) => this.costs.preferMoving(...amounts),
+      },
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -132,18 +151,21 @@ export class EngineCore {
 
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
-   * @returns false if there was nothing to do.
+   * @returns false if there was nothing to do, or all wait for what comes from outside of memory.
    * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
+    this.scheduler.settle(start)
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
     const computeStart = this.now()
     this.backend.launch(this.batch)
     const rows = this.backend.collect()
-    this.computeMs += this.now() - computeStart
+    const computeMs = this.now() - computeStart
+    this.computeMs += computeMs
+    this.learn(parts, computeMs)
     this.commit(parts, rows)
     this.releaseOverdue()
     this.steps++
@@ -157,6 +179,13 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
+    const wait = this.giveBack()
+    if (!this.tiers?.busy) return wait
+    if (this.idle) this.scheduler.settle(this.now())
+    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  private giveBack(): number | undefined {
     const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
     if (this.idle && bytes > WARM_IDLE_BYTES) {
       this.slots.reclaim(Infinity)
@@ -170,6 +199,14 @@ export class EngineCore {
   /** Throws if the account of memory contradicts itself. */
   check(): void {
     this.sharing.check()
+    this.scheduler.check()
+  }
+
+  /** What was moved teaches what moving costs. */
+  onTransfer(kind: 'save' | 'load', pages: number, ms: number, error: unknown): void {
+    if (error !== undefined) return
+    this.costs.moved(kind, pages, ms)
+    this.moved[kind] += pages
   }
 
   snapshot(): EngineSnapshot {
@@ -180,7 +217,7 @@ export class EngineCore {
       return {
         requestId: request.requestId,
         tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : sequence.upToDate ? 'decode' : 'prefill',
+        state: sequence.state,
         promptTokens: request.prompt.length,
         kvTokens: computed,
         outputTokens: sequence.outputTokens,
@@ -189,6 +226,7 @@ export class EngineCore {
         ageMs: now - sequence.arrivedMs,
       }
     })
+    const { offload, recompute } = this.scheduler.preemptions
     return {
       sequences,
       running: this.scheduler.running.length,
@@ -205,10 +243,34 @@ export class EngineCore {
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
       finished: { ...this.finished },
-      preemptions: this.scheduler.preemptions,
+      preemptions: offload + recompute,
+      ...(this.tiers && { tier: this.describe(this.tiers) }),
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  private describe({ capacity, usedPlaces }: Tiers): TierSnapshot {
+    const { ranges, shape } = this.backend.kv.layout
+    const { preemptions, imagesLost } = this.scheduler
+    return {
+      capacityBytes: capacity * ranges * shape.pageBytes,
+      usedBytes: usedPlaces * ranges * shape.pageBytes,
+      savedBytes: this.moved.save * shape.pageBytes,
+      loadedBytes: this.moved.load * shape.pageBytes,
+      offloads: preemptions.offload,
+      imagesLost,
+    }
+  }
+
+  private learn(parts: readonly ScheduledPart<Sequence>[], ms: number): void {
+    let decodes = 0
+    let promptTokens = 0
+    for (const { sequence, count } of parts) {
+      if (isDecoding(sequence)) decodes++
+      else promptTokens += count
+    }
+    this.costs.stepped(promptTokens, decodes, ms)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

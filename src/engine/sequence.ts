@@ -1,6 +1,7 @@
 // Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
 
-import type { SequenceRequest } from './api.ts'
+import type { Image } from '../kv/tiers.ts'
+import type { SequenceRequest, SequenceState } from './api.ts'
 import { SamplerState } from './sampler.ts'
 
 export class Sequence {
@@ -13,6 +14,8 @@ export class Sequence {
   length: number
   computed = 0
   slot = -1
+  image: Image | undefined
+  preemptions = 0
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
   /** Those it shares its prompt with, itself too; undefined if it is alone. */
@@ -35,13 +38,20 @@ export class Sequence {
     return this.request.prompt.length
   }
 
+  get lengthMax(): number {
+    return this.tokens.length
+  }
+
   get outputTokens(): number {
     return this.length - this.promptLength
   }
 
-  /** Everything but its last token is in memory: the next step finds a new one. */
-  get upToDate(): boolean {
-    return this.outputTokens > 0 && this.computed === this.length - 1
+  get state(): SequenceState {
+    if (this.image?.state === 'leaving') return 'offloading'
+    if (this.image) return this.image.state === 'out' ? 'offloaded' : 'loading'
+    if (this.slot < 0) return 'waiting'
+    const decodes = this.outputTokens > 0 && this.computed === this.length - 1
+    return decodes ? 'decode' : 'prefill'
   }
 
   push(token: number): void {

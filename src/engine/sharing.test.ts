@@ -17,12 +17,19 @@ interface Options {
   stepTokens: number
   kvPages: number
   prefixPages: number
+  greedy: boolean
 }
 
 function bench(options: Partial<Options> = {}): Bench {
-  const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, prefixPages = 0 } = options
+  const {
+    maxSequences = 8,
+    stepTokens = 64,
+    kvPages = 10_000,
+    prefixPages = 0,
+    greedy = true,
+  } = options
   const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv: KV }
-  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages })
+  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages, greedy })
 }
 
 /** Prompts of a few words, so that they begin alike. */
@@ -39,6 +46,7 @@ const loads = fc.record({
   // One sequence of 80 tokens needs 50 pages.
   kvPages: fc.integer({ min: 50, max: 110 }),
   prefixPages: fc.constantFrom(0, 12, 50, 50),
+  greedy: fc.boolean(),
   arrivals: fc.array(
     fc.record({
       prompt: prompts,

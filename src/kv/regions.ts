@@ -159,6 +159,11 @@ export class RegionTable {
     return this.regions[region]?.holds ?? 0
   }
 
+  /** Whether no more than one sequence refers to a column, whatever is cached. */
+  hasOneUser(region: number, column: number): boolean {
+    return (this.regions[region]?.live[column] ?? 0) <= 1
+  }
+
   /** Of these columns, the pages that only cached prefixes refer to. */
   evictableIn(list: readonly KvColumns[]): number {
     let count = 0

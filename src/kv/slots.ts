@@ -83,6 +83,18 @@ export class SlotTable {
     return (end - first) * this.layout.ranges
   }
 
+  /** Pages that a held slot lacks to hold `tokens` tokens. */
+  missingPages(slot: number, tokens: number): number {
+    const more = columnsFor(this.layout, tokens) - this.slot(slot).end
+    return Math.max(0, more) * this.layout.ranges
+  }
+
+  /** What a slot holds of the region where it writes. */
+  ownColumns(slot: number): KvColumns {
+    const { region, first, end } = this.slot(slot)
+    return { region, first, end }
+  }
+
   /** Where the first `tokens` tokens of a held slot lie. */
   spansOf(slot: number, tokens: number): KvSpan[] {
     const { region, shared } = this.slot(slot)
@@ -95,10 +107,19 @@ export class SlotTable {
    * cached prefix but these made room.
    */
   fits(tokens: number, shared: readonly KvSpan[] = []): boolean {
-    const columns = spannedColumns(this.layout, shared)
+    return this.pagesBeside(tokens, shared) <= this.availableBeside(shared)
+  }
+
+  /** Pages that a slot of `tokens` tokens has of its own if it begins with `shared`. */
+  pagesBeside(tokens: number, shared: readonly KvSpan[]): number {
     const shareable = fullColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
-    const available = this.availablePages() - this.regions.evictableIn(columns)
-    return pagesFor(this.layout, tokens) - shareable <= available
+    return pagesFor(this.layout, tokens) - shareable
+  }
+
+  /** Pages that could be had now by whoever keeps `shared`. */
+  availableBeside(shared: readonly KvSpan[]): number {
+    const columns = spannedColumns(this.layout, shared)
+    return this.availablePages() - this.regions.evictableIn(columns)
   }
 
   /** Pages that could be had now, counting those of warm slots and of prefixes only cached. */

@@ -27,6 +27,9 @@ interface Item {
   id: number
   prompt: number
   readonly promptLength: number
+  readonly lengthMax: number
+  image: undefined
+  preemptions: number
   output: number
   /** Steps after its arrival at which it is aborted. */
   abortAfter: number | undefined
@@ -36,10 +39,17 @@ interface Item {
   slot: number
 }
 
+function newItem(id: number, prompt: number, output: number): Item {
+  const lengths = { length: prompt, promptLength: prompt, lengthMax: prompt + output }
+  const state = { computed: 0, slot: -1, image: undefined, preemptions: 0 }
+  return { id, prompt, output, abortAfter: undefined, arriveAt: 0, ...lengths, ...state }
+}
+
 interface Load {
   maxSequences: number
   extraBudget: number
   limitPages: number
+  greedy: boolean
   items: { prompt: number; output: number; gap: number; abortAfter: number | undefined }[]
 }
 
@@ -48,6 +58,7 @@ const loads: fc.Arbitrary<Load> = fc.record({
   extraBudget: fc.nat(20),
   // The longest sequence needs 32 pages: from just that to plenty.
   limitPages: fc.integer({ min: 32, max: 100 }),
+  greedy: fc.boolean(),
   items: fc.array(
     fc.record({
       prompt: fc.integer({ min: 1, max: 40 }),
@@ -72,18 +83,17 @@ class Run {
   private readonly alive = new Set<Item>()
   private step = 0
 
-  constructor({ maxSequences, extraBudget, limitPages, items }: Load) {
+  constructor({ maxSequences, extraBudget, limitPages, greedy, items }: Load) {
     this.maxSequences = maxSequences
     this.stepTokens = maxSequences + extraBudget
     // Without sharing, a slot's region is its own.
     this.slots = slotTable(maxSequences, limitPages, (region) => this.released.push(region))
-    const options = { stepTokens: this.stepTokens, maxSequences, chunkTokensMin: 1 }
+    const options = { stepTokens: this.stepTokens, maxSequences, chunkTokensMin: 1, greedy }
     this.scheduler = new Scheduler(this.slots, options, ALONE)
     let arriveAt = 0
-    this.coming = items.map(({ gap, ...item }, id) => {
+    this.coming = items.map(({ gap, prompt, output, abortAfter }, id) => {
       arriveAt += gap
-      const { prompt } = item
-      return { ...item, id, arriveAt, length: prompt, promptLength: prompt, computed: 0, slot: -1 }
+      return { ...newItem(id, prompt, output), arriveAt, abortAfter }
     })
   }
 
@@ -239,7 +249,7 @@ test('memory for one sequence alone stops the others for good', () => {
     gap: 0,
     abortAfter: undefined,
   }))
-  new Run({ maxSequences: 6, extraBudget: 0, limitPages: 32, items }).toTheEnd()
+  new Run({ maxSequences: 6, extraBudget: 0, limitPages: 32, greedy: true, items }).toTheEnd()
 })
 
 test('a step too small for every sequence to decode is taken', () => {
@@ -258,9 +268,7 @@ test('a prompt is let in whose first output throws it out again', () => {
     { stepTokens: 16, maxSequences: 2, chunkTokensMin: 1 },
     ALONE,
   )
-  const common = { promptLength: 4, abortAfter: undefined, length: 4, computed: 0 }
-  const item = { prompt: 4, output: 4, arriveAt: 0, ...common }
-  const [first, second] = [0, 1].map((id) => ({ ...item, id, slot: -1 })) as [Item, Item]
+  const [first, second] = [0, 1].map((id) => newItem(id, 4, 4)) as [Item, Item]
   scheduler.waiting.push(first, second)
   assert.deepEqual(scheduler.plan(), [{ sequence: first, count: 4 }])
   assert.deepEqual(scheduler.waiting, [second])
@@ -278,10 +286,7 @@ test('a prompt is cut into a chunk that another kernel would compute, or waits f
         const stepTokens = stepTokensNeeded(maxSequences, chunkTokensMin) + extra
         const options = { stepTokens, maxSequences, chunkTokensMin }
         const scheduler = new Scheduler<Item>(slots, options, ALONE)
-        const item = { output: 5, arriveAt: 0, abortAfter: undefined, computed: 0, slot: -1 }
-        const items = prompts.map((prompt, id): Item => {
-          return { ...item, id, prompt, promptLength: prompt, length: prompt }
-        })
+        const items = prompts.map((prompt, id) => newItem(id, prompt, 5))
         scheduler.waiting.push(...items)
         for (let step = 0; scheduler.waiting.length + scheduler.running.length > 0; step++) {
           assert.ok(step < 500, 'a prompt never advances')

@@ -25,7 +25,12 @@ const requests = [30, 66, 20, 100, 40, 64].map((length, i): SequenceRequest => {
 })
 
 function run(backend: CpuBackend, kvPages: number, prefixPages: number) {
-  const engine = new Bench(backend, { maxSequences: SEQUENCES, kvPages, prefixPages })
+  const engine = new Bench(backend, {
+    maxSequences: SEQUENCES,
+    kvPages,
+    prefixPages,
+    greedy: true,
+  })
   requests.forEach((request, id) => engine.submit(id, request))
   while (engine.step()) engine.core.check()
   engine.settle()

@@ -3,7 +3,7 @@
 
 import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
-import { EngineCore } from '../../src/engine/core.ts'
+import { type CoreOptions, EngineCore } from '../../src/engine/core.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
@@ -43,10 +43,7 @@ export class Bench {
   readonly outcomes = new Map<number, Outcome>()
   nowMs = 0
 
-  constructor(
-    backend: Backend,
-    options: { maxSequences: number; kvPages: number; prefixPages?: number },
-  ) {
+  constructor(backend: Backend, options: CoreOptions) {
     this.backend = backend
     const of = (id: number): Outcome => {
       const outcome = this.outcomes.get(id)
@@ -89,7 +86,8 @@ export class Bench {
 
   /** Steps until nothing is left to do. */
   runAll(stepsMax = 100_000): void {
-    for (let i = 0; this.step(); i++) if (i > stepsMax) throw new Error('the engine never ends')
+    for (let i = 0; this.step() || !this.core.idle; i++)
+      if (i > stepsMax) throw new Error('the engine never ends')
   }
 
   /** Lets time pass until all memory is back. */

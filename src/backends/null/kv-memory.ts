@@ -11,18 +11,24 @@ import {
   sharedColumns,
   spannedTokens,
 } from '../../kv/regions.ts'
+import type { KvTier } from '../../kv/tier.ts'
 import type { KvMemory } from '../backend.ts'
 
 interface Region {
   /** By position: the hash of all tokens up to there. */
   hashes: Uint32Array
-  /** By position: 1 if every byte of it is in memory. */
+  /** By position: 1 if the column that it ends in has it. */
   whole: Uint8Array
   /** By column: 1 if it is in memory. */
   touched: Uint8Array
 }
 
+/** What a column holds: the hashes of rows that end in it, by position. */
+export type NullColumn = ReadonlyMap<number, number>
+
 export class NullKvMemory implements KvMemory {
+  /** Set by whoever wants one. */
+  tier?: KvTier
   readonly layout: KvLayout
   readonly slots: number
   readonly regions: number
@@ -51,7 +57,7 @@ export class NullKvMemory implements KvMemory {
       assert(this.shared[slot]?.length === 0, `slot ${slot} writes nothing that others read`)
       this.written[slot] = 0
     }
-    const held = this.written[slot] ?? 0
+    const held = this.heldUpTo(slot, position)
     assert(position === held, `slot ${slot} holds ${held} tokens when ${position} is written`)
     const before = position === 0 ? 0 : this.hashAt(slot, position - 1)
     this.put(this.own[slot] ?? 0, position, extendHash(before, token))
@@ -62,14 +68,11 @@ export class NullKvMemory implements KvMemory {
   hashAt(slot: number, position: number): number {
     const held = this.written[slot] ?? 0
     assert(position < held, `slot ${slot} holds ${held} tokens when ${position} is read`)
-    // A row lies where its last byte lies; its first bytes may be in a column before.
-    const column = columnsFor(this.layout, position + 1) - 1
-    let region = this.own[slot] ?? 0
-    for (const part of this.shared[slot] ?? []) {
-      if (column >= part.first && column < part.end) region = part.region
-    }
-    const { hashes, whole } = this.region(region)
+    const { hashes, whole } = this.regionAt(slot, this.columnOf(position))
     assert(whole[position] === 1, 'what is read is in memory')
+    for (let c = fullColumns(this.layout, position); c < this.columnOf(position); c++) {
+      assert(this.regionAt(slot, c).touched[c] === 1, 'what is read begins in memory')
+    }
     return hashes[position] ?? 0
   }
 
@@ -92,10 +95,35 @@ export class NullKvMemory implements KvMemory {
     const { touched, whole } = this.region(region)
     touched.fill(0, first, end)
     for (let position = 0; position < whole.length; position++) {
-      const inside =
-        columnsFor(this.layout, position + 1) > first && fullColumns(this.layout, position) < end
-      if (inside) whole[position] = 0
+      const column = this.columnOf(position)
+      if (column >= first && column < end) whole[position] = 0
     }
+  }
+
+  /** A column that is in memory, as a tier takes it out. */
+  column(region: number, column: number): NullColumn {
+    const { hashes, whole, touched } = this.region(region)
+    assert(touched[column] === 1, `column ${column} of region ${region} is in memory`)
+    const rows = new Map<number, number>()
+    for (let p = 0; p < whole.length; p++) {
+      if (whole[p] === 1 && this.columnOf(p) === column) rows.set(p, hashes[p] ?? 0)
+    }
+    return rows
+  }
+
+  /** Fills a column that is not in memory, as a tier brings it back. */
+  restore(region: number, column: number, rows: NullColumn): void {
+    const { hashes, whole, touched } = this.region(region)
+    assert(touched[column] === 0, `column ${column} of region ${region} is not in memory`)
+    touched[column] = 1
+    for (const [position, hash] of rows) {
+      hashes[position] = hash
+      whole[position] = 1
+    }
+  }
+
+  isAbsent(region: number, column: number): boolean {
+    return this.region(region).touched[column] === 0
   }
 
   residentBytes(): number {
@@ -112,6 +140,28 @@ export class NullKvMemory implements KvMemory {
     const end = columnsFor(this.layout, position + 1)
     const first = Math.max(firstColumn, fullColumns(this.layout, position))
     for (let c = first; c < end; c++) touched[c] = 1
+  }
+
+  /** Tokens that a slot holds, as far as `position`: those it wrote, then those brought back. */
+  private heldUpTo(slot: number, position: number): number {
+    let held = this.written[slot] ?? 0
+    while (held < position && this.regionAt(slot, this.columnOf(held)).whole[held] === 1) held++
+    this.written[slot] = held
+    return held
+  }
+
+  /** The region whose column a slot reads. */
+  private regionAt(slot: number, column: number): Region {
+    let region = this.own[slot] ?? 0
+    for (const part of this.shared[slot] ?? []) {
+      if (column >= part.first && column < part.end) region = part.region
+    }
+    return this.region(region)
+  }
+
+  /** A row lies where its last byte lies; its first bytes may be in a column before. */
+  private columnOf(position: number): number {
+    return columnsFor(this.layout, position + 1) - 1
   }
 
   private region(index: number): Region {
