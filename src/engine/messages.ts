@@ -10,6 +10,7 @@ import type {
   EngineQuestion,
   EngineSnapshot,
   FinishReason,
+  SamplingParams,
   SequenceRequest,
   TokenLogprobs,
 } from './api.ts'
@@ -37,7 +38,8 @@ export type BackendChoice =
   | ({ kind: 'null' } & Pick<NullBackendOptions, 'vocab' | 'kv' | 'stepMs' | 'fault'>)
 
 export type ToEngine =
-  | { kind: 'submit'; id: number; request: SequenceRequest }
+  /** Choices of one request in one message, so that their prompt is computed once for certain. */
+  | { kind: 'submit'; ids: number[]; request: SequenceRequest; samplings: SamplingParams[] }
   | { kind: 'abort'; id: number }
   | { kind: 'snapshot'; ticket: number }
   | { kind: 'ask'; ticket: number; question: EngineQuestion }

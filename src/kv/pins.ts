@@ -15,6 +15,8 @@ export interface Pin {
   /** Where they lie. */
   spans: readonly KvSpan[]
   pinnedMs: number
+  /** Prompts that it had served when it was pinned. */
+  usesBefore: number
 }
 
 /** What may be pinned so that cached prefixes keep to their budget and any sequence still fits. */

@@ -126,9 +126,11 @@ export class PrefixCache {
     if (this.pins.find(tenant, id)) return
     const spans = this.lookup(tenant, tokens, tokens.length)
     const whole = spannedTokens(spans) === tokens.length
-    this.pins.add({ tenant, id, tokens, spans, pinnedMs: this.now() }, whole)
+    const pin = { tenant, id, tokens, spans, pinnedMs: this.now(), usesBefore: 0 }
+    this.pins.add(pin, whole)
     const node = this.end(tenant, tokens)
     node.pins++
+    pin.usesBefore = node.uses
     if (this.queue.has(node)) this.queue.remove(node)
   }
 
@@ -143,9 +145,9 @@ export class PrefixCache {
     return true
   }
 
-  /** Prompts that a pinned prefix served. */
-  usesOf({ tenant, tokens }: Pin): number {
-    return this.end(tenant, tokens).uses
+  /** Prompts that a pinned prefix served since it was pinned. */
+  usesOf({ tenant, tokens, usesBefore }: Pin): number {
+    return this.end(tenant, tokens).uses - usesBefore
   }
 
   /** All of them, parents before children. */
