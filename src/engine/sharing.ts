@@ -79,9 +79,12 @@ export class PromptSharing implements Sharing<Sequence> {
     return !waiting.started && spans.length <= this.options.spansMax
   }
 
+  /** Throws if the account of memory contradicts itself or those who hold it. */
   check(): void {
     this.slots.check()
     this.cache?.check()
+    this.slots.regions.checkHolders('live', this.slots.holds())
+    this.slots.regions.checkHolders('cache', this.cache?.holds() ?? [])
   }
 }
 

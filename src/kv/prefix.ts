@@ -94,6 +94,15 @@ export class PrefixCache {
     return true
   }
 
+  /** What the nodes hold. */
+  *holds(): Generator<KvColumns> {
+    const nodes = [...this.roots.values()]
+    for (let node = nodes.pop(); node; node = nodes.pop()) {
+      nodes.push(...node.children.values())
+      if (node.parent) yield this.columns(node)
+    }
+  }
+
   /** Throws if the tree contradicts itself. */
   check(): void {
     assert(this.regions.cachedPages <= this.budgetPages, 'cached pages keep to their budget')
