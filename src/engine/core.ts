@@ -256,19 +256,20 @@ export class EngineCore {
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
     const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    let token: number
     try {
-      const token = this.sampler.sample(logits, sequence.sampler)
-      sequence.push(token)
-      this.outputTokens++
-      if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
-      const logprobs =
-        topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-      this.sink.onToken(sequence.id, token, logprobs)
-      if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
+      token = this.sampler.sample(logits, sequence.sampler)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
-      this.finish(sequence, 'error', thrown)
+      return this.finish(sequence, 'error', thrown)
     }
+    sequence.push(token)
+    this.outputTokens++
+    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
+    const logprobs =
+      topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+    this.sink.onToken(sequence.id, token, logprobs)
+    if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
