@@ -1,7 +1,7 @@
 // Owns KV memory that holds a hash in place of keys and values, and throws where real memory would
-// quietly give another sequence's, old ones, or zeros.
+// quietly give another sequence's, old ones, or zeros, or lose what a step is reading.
 
-import { assert } from '../../assert.ts'
+import { assert, present } from '../../assert.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import {
   columnsFor,
@@ -13,11 +13,15 @@ import {
 } from '../../kv/regions.ts'
 import type { KvMemory } from '../backend.ts'
 
+/**
+ * A row that lies across columns has a part in each, and each part the hash of all tokens up to the
+ * row's: of a row whose parts lie in different regions, each may outlive the other.
+ */
 export interface NullRegion {
-  /** By position: the hash of all tokens up to there. */
+  /** By part of a row. */
   hashes: Uint32Array
-  /** By position: 1 if every byte of it is in memory. */
-  whole: Uint8Array
+  /** By part of a row: 1 if it is in memory. */
+  present: Uint8Array
   /** By column: 1 if it is in memory. */
   touched: Uint8Array
   /** By column: 1 if a step that reads it is in flight. */
@@ -28,10 +32,15 @@ export class NullKvMemory implements KvMemory {
   readonly layout: KvLayout
   readonly slots: number
   readonly regions: number
+  protected readonly columns: number
   protected readonly memory: (NullRegion | undefined)[]
-  /** By slot: the region where it writes, and whose columns it has before that. */
+  /** By slot: the region where it writes, and by column the one that is mapped there. */
   protected readonly own: number[]
-  protected readonly shared: (readonly KvColumns[])[]
+  protected readonly mapped: Int32Array[]
+  /** By slot: columns before this one are shared. */
+  protected readonly sharedEnd: Int32Array
+  /** Parts of a row, at most. */
+  private readonly parts: number
   /** By slot: positions that its present owner has, without a gap from 0. */
   private readonly written: Int32Array
   /** By slot: 1 if a step that reads it is in flight. */
@@ -42,23 +51,98 @@ export class NullKvMemory implements KvMemory {
     this.layout = layout
     this.slots = slots
     this.regions = regions
+    this.columns = layout.rangeBytes / layout.shape.pageBytes
+    this.parts = Math.ceil(layout.tokenStride / layout.shape.pageBytes) + 1
     this.memory = Array.from({ length: regions }, () => undefined)
     this.own = Array.from({ length: slots }, (_, slot) => slot)
-    this.shared = Array.from({ length: slots }, () => [])
+    this.mapped = this.own.map((region) => new Int32Array(this.columns).fill(region))
+    this.sharedEnd = new Int32Array(slots)
     this.written = new Int32Array(slots)
     this.reading = new Uint8Array(slots)
+  }
+
+  /** Writes one token's keys and values after the last; position 0 begins a new sequence. */
+  append(slot: number, position: number, token: number): void {
+    assert(slot >= 0 && slot < this.slots, `slot ${slot} is one of ${this.slots}`)
+    assert(position < this.layout.shape.maxTokens, `position ${position} lies in the slot`)
+    if (position === 0) this.written[slot] = 0
+    const held = this.written[slot] ?? 0
+    assert(position === held, `slot ${slot} holds ${held} tokens when ${position} is written`)
+    const before = position === 0 ? this.origin(slot) : this.hashAt(slot, position - 1)
+    const first = fullColumns(this.layout, position)
+    const own = first >= (this.sharedEnd[slot] ?? 0)
+    assert(own, `slot ${slot} writes nothing that others read`)
+    const end = columnsFor(this.layout, position + 1)
+    const hash = extendHash(before, token)
+    for (let c = first; c < end; c++) this.put(this.own[slot] ?? 0, position, c, hash)
+    this.written[slot] = position + 1
+  }
+
+  /** The hash of the tokens from 0 to `position`, as attention would read them. */
+  hashAt(slot: number, position: number): number {
+    const held = this.written[slot] ?? 0
+    assert(position < held, `slot ${slot} holds ${held} tokens when ${position} is read`)
+    const first = fullColumns(this.layout, position)
+    const end = columnsFor(this.layout, position + 1)
+    let hash: number | undefined
+    for (let c = first; c < end; c++) {
+      const { hashes, present } = this.region(this.mapped[slot]?.[c] ?? 0)
+      const part = position * this.parts + c - first
+      assert(present[part] === 1, 'what is read is in memory')
+      assert(hash === undefined || hash === hashes[part], 'the parts of a row belong together')
+      hash = hashes[part]
+    }
+    return hash ?? 0
+  }
+
+  map(slot: number, region: number, shared: readonly KvSpan[]): void {
+    assert(this.reading[slot] === 0, `slot ${slot} is mapped while no step reads it`)
+    const mapped = present(this.mapped[slot], 'a slot')
+    this.own[slot] = region
+    mapped.fill(region)
+    let boundary = 0
+    for (const part of sharedColumns(this.layout, shared)) {
+      assert(part.first === boundary, `slot ${slot} is mapped without gaps`)
+      mapped.fill(part.region, part.first, part.end)
+      boundary = part.end
+    }
+    this.sharedEnd[slot] = boundary
+    const tokens = spannedTokens(shared)
+    this.written[slot] = tokens
+    const from = shared.at(-1)
+    if (from && columnsFor(this.layout, tokens) > boundary) {
+      this.copyColumn(from.region, region, boundary, tokens)
+    }
+  }
+
+  discard(region: number, first: number, end: number): void {
+    const { touched, present, reading } = this.region(region)
+    const read = reading.indexOf(1, first)
+    assert(
+      read < 0 || read >= end,
+      `column ${read} of region ${region} goes while no step reads it`,
+    )
+    touched.fill(0, first, end)
+    for (let c = first; c < end; c++) this.partsOf(c, (part) => (present[part] = 0))
+  }
+
+  residentBytes(): number {
+    let columns = 0
+    for (const region of this.memory) region?.touched.forEach((touched) => (columns += touched))
+    return columns * this.layout.ranges * this.layout.shape.pageBytes
   }
 
   /** A step is launched that reads the first `tokens` tokens of a slot, at any moment from now. */
   beginReading(slot: number, tokens: number): void {
     this.reading[slot] = 1
     const end = columnsFor(this.layout, tokens)
-    let first = 0
-    for (const part of this.shared[slot] ?? []) {
-      this.read(part.region, part.first, Math.min(part.end, end))
-      first = part.end
+    for (let c = 0; c < end; c++) {
+      const region = this.mapped[slot]?.[c] ?? 0
+      this.region(region).reading[c] = 1
+      const last = this.readColumns.at(-1)
+      if (last?.region === region && last.end === c) last.end = c + 1
+      else this.readColumns.push({ region, first: c, end: c + 1 })
     }
-    this.read(this.own[slot] ?? 0, first, end)
   }
 
   /** All launched steps are over: this is their fence. */
@@ -70,106 +154,67 @@ export class NullKvMemory implements KvMemory {
     this.reading.fill(0)
   }
 
-  /** Writes one token's keys and values after the last; position 0 begins a new sequence. */
-  append(slot: number, position: number, token: number): void {
-    assert(slot >= 0 && slot < this.slots, `slot ${slot} is one of ${this.slots}`)
-    assert(position < this.layout.shape.maxTokens, `position ${position} lies in the slot`)
-    if (position === 0) {
-      assert(this.shared[slot]?.length === 0, `slot ${slot} writes nothing that others read`)
-      this.written[slot] = 0
-    }
-    const held = this.written[slot] ?? 0
-    assert(position === held, `slot ${slot} holds ${held} tokens when ${position} is written`)
-    const before = position === 0 ? this.origin(slot) : this.hashAt(slot, position - 1)
-    this.put(this.own[slot] ?? 0, position, extendHash(before, token))
-    this.written[slot] = position + 1
-  }
-
-  /** The hash of the tokens from 0 to `position`, as attention would read them. */
-  hashAt(slot: number, position: number): number {
-    const held = this.written[slot] ?? 0
-    assert(position < held, `slot ${slot} holds ${held} tokens when ${position} is read`)
-    // A row lies where its last byte lies; its first bytes may be in a column before.
-    const column = columnsFor(this.layout, position + 1) - 1
-    let region = this.own[slot] ?? 0
-    for (const part of this.shared[slot] ?? []) {
-      if (column >= part.first && column < part.end) region = part.region
-    }
-    const { hashes, whole } = this.region(region)
-    assert(whole[position] === 1, 'what is read is in memory')
-    return hashes[position] ?? 0
-  }
-
-  map(slot: number, region: number, shared: readonly KvSpan[]): void {
-    assert(this.reading[slot] === 0, `slot ${slot} is mapped while no step reads it`)
-    this.own[slot] = region
-    this.shared[slot] = sharedColumns(this.layout, shared)
-    const tokens = spannedTokens(shared)
-    this.written[slot] = tokens
-    const boundary = fullColumns(this.layout, tokens)
-    const from = shared.at(-1)
-    for (let position = tokens - 1; from && position >= 0; position--) {
-      if (columnsFor(this.layout, position + 1) <= boundary) break
-      const { hashes, whole } = this.region(from.region)
-      assert(whole[position] === 1, `position ${position} of region ${from.region} is in memory`)
-      this.put(region, position, hashes[position] ?? 0, boundary)
-    }
-  }
-
-  discard(region: number, first: number, end: number): void {
-    const { touched, whole, reading } = this.region(region)
-    const read = reading.indexOf(1, first)
-    assert(
-      read < 0 || read >= end,
-      `column ${read} of region ${region} goes while no step reads it`,
-    )
-    touched.fill(0, first, end)
-    for (let position = 0; position < whole.length; position++) {
-      const inside =
-        columnsFor(this.layout, position + 1) > first && fullColumns(this.layout, position) < end
-      if (inside) whole[position] = 0
-    }
-  }
-
-  residentBytes(): number {
-    let columns = 0
-    for (const region of this.memory) region?.touched.forEach((touched) => (columns += touched))
-    return columns * this.layout.ranges * this.layout.shape.pageBytes
-  }
-
   /** The hash of no tokens, from which a slot's sequence goes on. */
   protected origin(_slot: number): number {
     return 0
   }
 
-  private read(index: number, first: number, end: number): void {
-    if (end <= first) return
-    this.readColumns.push({ region: index, first, end })
-    this.region(index).reading.fill(1, first, end)
-  }
-
-  /** Writes a row, as far as it lies in `firstColumn` and after. */
-  private put(region: number, position: number, hash: number, firstColumn = 0): void {
-    const { hashes, whole, touched, reading } = this.region(region)
+  /** Whether a region has every part of a row, all of them with this hash. */
+  protected holds(index: number, position: number, hash: number): boolean {
+    const { hashes, present } = this.region(index)
+    const first = fullColumns(this.layout, position)
     const end = columnsFor(this.layout, position + 1)
-    const first = Math.max(firstColumn, fullColumns(this.layout, position))
     for (let c = first; c < end; c++) {
-      assert(whole[position] === 0 || reading[c] === 0, 'what is overwritten is not being read')
-      touched[c] = 1
+      const part = position * this.parts + c - first
+      if (present[part] !== 1 || hashes[part] !== hash) return false
     }
-    hashes[position] = hash
-    whole[position] = 1
+    return true
   }
 
   protected region(index: number): NullRegion {
     assert(index >= 0 && index < this.regions, `region ${index} exists`)
-    const { shape, rangeBytes } = this.layout
+    const parts = this.layout.shape.maxTokens * this.parts
     return (this.memory[index] ??= {
-      hashes: new Uint32Array(shape.maxTokens),
-      whole: new Uint8Array(shape.maxTokens),
-      touched: new Uint8Array(rangeBytes / shape.pageBytes),
-      reading: new Uint8Array(rangeBytes / shape.pageBytes),
+      hashes: new Uint32Array(parts),
+      present: new Uint8Array(parts),
+      touched: new Uint8Array(this.columns),
+      reading: new Uint8Array(this.columns),
     })
+  }
+
+  /** Copies what the first `tokens` tokens have of a column, as far as it was written. */
+  private copyColumn(from: number, to: number, column: number, tokens: number): void {
+    const source = this.region(from)
+    assert(source.touched[column] === 1, `column ${column} of region ${from} is in memory`)
+    this.partsOf(column, (part, position) => {
+      if (position >= tokens) return
+      assert(source.present[part] === 1, `position ${position} of region ${from} is in memory`)
+      this.put(to, position, column, source.hashes[part] ?? 0)
+    })
+  }
+
+  /** Writes the part of a row that lies in a column. */
+  private put(index: number, position: number, column: number, hash: number): void {
+    const region = this.region(index)
+    const part = position * this.parts + column - fullColumns(this.layout, position)
+    const overwritten = region.present[part] === 1 && region.reading[column] === 1
+    assert(
+      !overwritten,
+      `column ${column} of region ${index} is overwritten while no step reads it`,
+    )
+    region.hashes[part] = hash
+    region.present[part] = 1
+    region.touched[column] = 1
+  }
+
+  /** Calls `act` for each part of a row that lies in a column. */
+  private partsOf(column: number, act: (part: number, position: number) => void): void {
+    const { shape, tokenStride } = this.layout
+    const from = Math.floor((column * shape.pageBytes) / tokenStride)
+    const end = Math.ceil(((column + 1) * shape.pageBytes) / tokenStride)
+    for (let position = from; position < end && position < shape.maxTokens; position++) {
+      act(position * this.parts + column - fullColumns(this.layout, position), position)
+    }
   }
 }
 
