@@ -216,8 +216,8 @@ export class EngineCore implements TierSink {
 
   /** Throws if the account of memory contradicts itself. */
   check(): void {
-    this.sharing.check()
-    this.scheduler.check()
+    this.tiers?.check()
+    this.sharing.check(this.tiers?.holds())
   }
 
   /** What was moved teaches what moving costs. */
@@ -355,19 +355,20 @@ export class EngineCore implements TierSink {
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
     const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    let token: number
     try {
-      const token = this.sampler.sample(logits, sequence.sampler)
-      sequence.push(token)
-      this.outputTokens++
-      if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
-      const logprobs =
-        topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-      this.sink.onToken(sequence.id, token, logprobs)
-      if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
+      token = this.sampler.sample(logits, sequence.sampler)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
-      this.finish(sequence, 'error', thrown)
+      return this.finish(sequence, 'error', thrown)
     }
+    sequence.push(token)
+    this.outputTokens++
+    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
+    const logprobs =
+      topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+    this.sink.onToken(sequence.id, token, logprobs)
+    if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {

@@ -84,14 +84,17 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
       const requests: SequenceRequest[] = []
       const events: { at: number; act: () => void }[] = []
       let at = 0
-      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }, index) => {
+      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }) => {
         at += gap
-        for (let choice = 0; choice < choices; choice++) {
-          const sampling = { ...GREEDY, temperature, seed: seed + choice }
-          const group = choices > 1 ? { group: `${index}` } : {}
-          const request = sequenceRequest({ ...arrival, sampling, ...group })
-          const id = requests.push(request) - 1
-          events.push({ at, act: () => engine.submit(id, request) })
+        const samplings = Array.from({ length: choices }, (_, choice) => {
+          return { ...GREEDY, temperature, seed: seed + choice }
+        })
+        const ids = samplings.map((sampling) => {
+          return requests.push(sequenceRequest({ ...arrival, sampling })) - 1
+        })
+        const request = requests[ids[0]!]!
+        events.push({ at, act: () => engine.submitChoices(ids, request, samplings) })
+        for (const [choice, id] of ids.entries()) {
           if (abortAfter === undefined || choice === 1) continue
           events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
         }

@@ -2,7 +2,7 @@
 // request with the cached prefixes of its tenant.
 
 import { LatticeError } from '../errors.ts'
-import { clipSpans, type KvSpan, spannedTokens } from '../kv/regions.ts'
+import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
@@ -142,9 +142,17 @@ export class PromptSharing implements Sharing<Sequence> {
     return !waiting.started && spans.length <= this.options.spansMax
   }
 
-  check(): void {
-    this.slots.check()
-    this.cache?.check()
+  /**
+   * Throws if the account of memory contradicts itself or those who hold it.
+   * @param kept what is held besides by neither slots nor the cache
+   */
+  check(kept: Iterable<KvColumns> = []): void {
+    const { slots, cache } = this
+    slots.check()
+    cache?.check()
+    const live = [...slots.holds(), ...(cache?.pins.holds() ?? []), ...kept]
+    slots.regions.checkHolders('live', live)
+    slots.regions.checkHolders('cache', cache?.holds() ?? [])
   }
 
   private keep({ request, slot }: Sequence, tokens: Int32Array): void {

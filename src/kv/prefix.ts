@@ -10,7 +10,7 @@ import { EVICTION_DEFAULT, type EvictionName, EVICTION_POLICIES } from './evicti
 import { columnsOf, type Evictable, EvictionQueue } from './eviction-queue.ts'
 import { tokensIn } from './layout.ts'
 import { type Pin, pinLimitPages, PinTable } from './pins.ts'
-import { type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
+import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
 
 export interface PrefixNode extends Evictable {
   parent: PrefixNode | undefined
@@ -157,6 +157,11 @@ export class PrefixCache {
       for (const child of node.children.values()) yield* visit(child)
     }
     for (const root of this.roots.values()) yield* visit(root)
+  }
+
+  /** What the nodes hold. */
+  *holds(): Generator<KvColumns> {
+    for (const node of this.nodes()) yield columnsOf(this.regions, node)
   }
 
   /** Throws if the tree contradicts itself. */

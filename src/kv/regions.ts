@@ -110,6 +110,8 @@ export class RegionTable {
   readonly loosened = new Set<number>()
   private readonly regions: (Region | undefined)[]
   private readonly columns: number
+  /** By region and column; only `checkHolders` uses it. */
+  private readonly recounted: Uint16Array
   private used = 0
   private cached = 0
   private evictable = 0
@@ -120,6 +122,7 @@ export class RegionTable {
     this.mover = mover
     this.columns = layout.rangeBytes / layout.shape.pageBytes
     this.regions = Array.from({ length: regions }, () => undefined)
+    this.recounted = new Uint16Array(regions * this.columns)
   }
 
   get usedPages(): number {
@@ -228,13 +231,14 @@ export class RegionTable {
     for (const region of this.regions) {
       if (!region) continue
       let [holds, inUse] = [0, 0]
-      region.live.forEach((live, c) => {
+      for (let c = 0; c < this.columns; c++) {
+        const live = region.live[c] ?? 0
         const cache = region.cache[c] ?? 0
         holds += live + cache
         if (live + cache > 0) inUse++
         if (cache > 0) cached++
         if (cache > 0 && live === 0) evictable++
-      })
+      }
       assert(holds === region.holds, 'a region knows its holds')
       assert(inUse === region.used, 'a region knows its used columns')
       used += inUse
@@ -243,6 +247,21 @@ export class RegionTable {
     assert(cached === this.cached, 'cached columns are the sum over regions')
     assert(evictable === this.evictable, 'evictable columns are the sum over regions')
     assert(this.usedPages <= this.limitPages, 'used pages keep to the limit')
+  }
+
+  /** Throws unless these, and nobody else, are counted as the holders of this kind. */
+  checkHolders(holder: Holder, holds: Iterable<KvColumns>): void {
+    this.recounted.fill(0)
+    for (const { region, first, end } of holds) {
+      for (let c = first; c < end; c++) this.recounted[region * this.columns + c]!++
+    }
+    this.regions.forEach((region, r) => {
+      for (let c = 0; region && c < this.columns; c++) {
+        const [counted, held] = [region[holder][c] ?? 0, this.recounted[r * this.columns + c] ?? 0]
+        if (counted === held) continue
+        assert(false, `column ${c} of region ${r} counts ${counted} ${holder}, not ${held}`)
+      }
+    })
   }
 
   private tally(region: Region, column: number, by: number): void {

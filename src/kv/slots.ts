@@ -214,6 +214,15 @@ export class SlotTable {
     return longest.slot
   }
 
+  /** What the slots hold: each its own columns, and every column of what it shares. */
+  *holds(): Generator<KvColumns> {
+    for (const { state, region, first, end, shared } of this.slots) {
+      if (state === 'free') continue
+      yield { region, first, end }
+      if (shared.length > 0) yield* spannedColumns(this.layout, shared)
+    }
+  }
+
   /** Throws if the counts contradict each other. */
   check(): void {
     this.regions.check()

@@ -8,7 +8,14 @@
 import { assert, present } from '../assert.ts'
 import { type KvLayout, tokenAlignedColumn } from './layout.ts'
 import { PlaceTable } from './places.ts'
-import { clipSpans, columnsFor, fullColumns, type KvColumns, type KvSpan } from './regions.ts'
+import {
+  clipSpans,
+  columnsFor,
+  fullColumns,
+  type KvColumns,
+  type KvSpan,
+  spannedColumns,
+} from './regions.ts'
 import type { SlotTable } from './slots.ts'
 import type { KvTier } from './tier.ts'
 
@@ -53,7 +60,8 @@ export class Tiers {
   private readonly sink: TierSink
   private readonly places: PlaceTable
   private readonly transfers = new Map<number, Transfer>()
-  private readonly moving = new Set<Image>()
+  /** All that is not back or lost. */
+  private readonly images = new Set<Image>()
 
   constructor(tier: KvTier, slots: SlotTable, sink: TierSink) {
     this.tier = tier
@@ -78,14 +86,14 @@ export class Tiers {
   /** Pages that become free when what is leaving has left, without anybody's doing. */
   get leavingPages(): number {
     let pages = 0
-    for (const image of this.moving) if (image.state === 'leaving') pages += image.pages
+    for (const image of this.images) if (image.state === 'leaving') pages += image.pages
     return pages
   }
 
   /** Slots that are nobody's while their columns leave. */
   get leavingSlots(): number {
     let slots = 0
-    for (const image of this.moving) if (image.state === 'leaving') slots++
+    for (const image of this.images) if (image.state === 'leaving') slots++
     return slots
   }
 
@@ -119,7 +127,7 @@ export class Tiers {
       slot,
       ...counts,
     }
-    this.moving.add(image)
+    this.images.add(image)
     for (const columns of this.columnsOf(slot, tokens)) {
       const from = Math.max(columns.first, first)
       if (from < columns.end) this.transfer(image, 'save', { ...columns, first: from }, nowMs)
@@ -141,7 +149,6 @@ export class Tiers {
     image.slot = slot
     image.failed = false
     image.pages = this.slots.pagesOf(slot)
-    this.moving.add(image)
     const { region, first } = this.slots.ownColumns(slot)
     assert(first === image.first, 'a slot begins where its image does')
     const columns = { region, first, end: first + image.places.length }
@@ -185,12 +192,17 @@ export class Tiers {
     return changed
   }
 
+  /** What images keep in memory. */
+  *holds(): Generator<KvColumns> {
+    for (const { pinned, shared } of this.images) {
+      if (pinned && shared.length > 0) yield* spannedColumns(this.slots.layout, shared)
+    }
+  }
+
   /** Throws if places are held twice or by nobody. */
-  check(images: Iterable<Image>): void {
-    const all = new Set([...this.moving, ...images])
+  check(): void {
     let held = 0
-    for (const { state, places } of all)
-      if (state !== 'lost' && state !== 'back') held += places.length
+    for (const { places } of this.images) held += places.length
     assert(held === this.places.used, 'places that are used are those of images')
   }
 
@@ -207,7 +219,6 @@ export class Tiers {
   /** Nothing of it is under way any more. */
   private settle(image: Image): void {
     const { slots } = this
-    this.moving.delete(image)
     const { slot, failed, dropped, state } = image
     image.slot = -1
     if (state === 'coming' && !failed) return this.forget(image, 'back')
@@ -224,6 +235,7 @@ export class Tiers {
     if (image.pinned) this.slots.unpin(image.shared)
     image.pinned = false
     this.places.give(image.places)
+    this.images.delete(image)
     image.state = state
   }
 

@@ -140,12 +140,6 @@ export class Scheduler<S extends Schedulable> {
     sequence.slot = -1
   }
 
-  /** Throws if what is outside of memory contradicts itself. */
-  check(): void {
-    const images = [...this.waiting, ...this.running].flatMap(({ image }) => image ?? [])
-    this.preemption?.tiers.check(images)
-  }
-
   private planDecodes(): void {
     // Making room takes out the last of the running, never one that this loop has passed.
     for (let i = 0; i < this.running.length; i++) {
