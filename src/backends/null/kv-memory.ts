@@ -5,6 +5,7 @@ import { assert } from '../../assert.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import {
   columnsFor,
+  copiedColumns,
   fullColumns,
   type KvColumns,
   type KvSpan,
@@ -14,10 +15,10 @@ import {
 import type { KvMemory } from '../backend.ts'
 
 interface Region {
-  /** By position: the hash of all tokens up to there. */
+  /** By column and row in it: the hash of all tokens up to there, in place of the row's bytes. */
   hashes: Uint32Array
-  /** By position: 1 if every byte of it is in memory. */
-  whole: Uint8Array
+  /** By column and row in it: 1 if the row's bytes of that column were written. */
+  written: Uint8Array
   /** By column: 1 if it is in memory. */
   touched: Uint8Array
 }
@@ -33,10 +34,14 @@ export class NullKvMemory implements KvMemory {
   /** By slot: positions that its present owner has, without a gap from 0. */
   private readonly written: Int32Array
 
+  /** Rows that may have bytes in one column. */
+  private readonly columnRows: number
+
   constructor(layout: KvLayout, slots: number, regions = slots) {
     this.layout = layout
     this.slots = slots
     this.regions = regions
+    this.columnRows = Math.ceil(layout.shape.pageBytes / layout.tokenStride) + 1
     this.memory = Array.from({ length: regions }, () => undefined)
     this.own = Array.from({ length: slots }, (_, slot) => slot)
     this.shared = Array.from({ length: slots }, () => [])
@@ -53,8 +58,14 @@ export class NullKvMemory implements KvMemory {
     }
     const held = this.written[slot] ?? 0
     assert(position === held, `slot ${slot} holds ${held} tokens when ${position} is written`)
+    const own = this.shared[slot]?.at(-1)?.end ?? 0
+    assert(fullColumns(this.layout, position) >= own, `slot ${slot} writes after what it shares`)
     const before = position === 0 ? 0 : this.hashAt(slot, position - 1)
-    this.put(this.own[slot] ?? 0, position, extendHash(before, token))
+    const hash = extendHash(before, token)
+    const end = columnsFor(this.layout, position + 1)
+    for (let column = fullColumns(this.layout, position); column < end; column++) {
+      this.write(this.own[slot] ?? 0, column, position, hash)
+    }
     this.written[slot] = position + 1
   }
 
@@ -62,40 +73,40 @@ export class NullKvMemory implements KvMemory {
   hashAt(slot: number, position: number): number {
     const held = this.written[slot] ?? 0
     assert(position < held, `slot ${slot} holds ${held} tokens when ${position} is read`)
-    // A row lies where its last byte lies; its first bytes may be in a column before.
-    const column = columnsFor(this.layout, position + 1) - 1
-    let region = this.own[slot] ?? 0
-    for (const part of this.shared[slot] ?? []) {
-      if (column >= part.first && column < part.end) region = part.region
+    const end = columnsFor(this.layout, position + 1)
+    let column = fullColumns(this.layout, position)
+    const hash = this.read(this.regionAt(slot, column), column, position)
+    while (++column < end) {
+      const other = this.read(this.regionAt(slot, column), column, position)
+      assert(other === hash, `row ${position} of slot ${slot} is of one sequence`)
     }
-    const { hashes, whole } = this.region(region)
-    assert(whole[position] === 1, 'what is read is in memory')
-    return hashes[position] ?? 0
+    return hash
   }
 
   map(slot: number, region: number, shared: readonly KvSpan[]): void {
     this.own[slot] = region
     this.shared[slot] = sharedColumns(this.layout, shared)
+    this.written[slot] = spannedTokens(shared)
+  }
+
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+    const own = this.own[slot] ?? 0
     const tokens = spannedTokens(shared)
-    this.written[slot] = tokens
-    const boundary = fullColumns(this.layout, tokens)
-    const from = shared.at(-1)
-    for (let position = tokens - 1; from && position >= 0; position--) {
-      if (columnsFor(this.layout, position + 1) <= boundary) break
-      const { hashes, whole } = this.region(from.region)
-      assert(whole[position] === 1, `position ${position} of region ${from.region} is in memory`)
-      this.put(region, position, hashes[position] ?? 0, boundary)
+    const columns = copiedColumns(this.layout, shared, first)
+    for (const part of columns) {
+      for (let column = part.first; column < part.end; column++) {
+        for (const position of this.rowsIn(column, tokens)) {
+          this.write(own, column, position, this.read(part.region, column, position))
+        }
+      }
     }
+    this.written[slot] = tokens
   }
 
   discard(region: number, first: number, end: number): void {
-    const { touched, whole } = this.region(region)
+    const { touched, written } = this.region(region)
     touched.fill(0, first, end)
-    for (let position = 0; position < whole.length; position++) {
-      const inside =
-        columnsFor(this.layout, position + 1) > first && fullColumns(this.layout, position) < end
-      if (inside) whole[position] = 0
-    }
+    written.fill(0, first * this.columnRows, end * this.columnRows)
   }
 
   residentBytes(): number {
@@ -104,23 +115,53 @@ export class NullKvMemory implements KvMemory {
     return columns * this.layout.ranges * this.layout.shape.pageBytes
   }
 
-  /** Writes a row, as far as it lies in `firstColumn` and after. */
-  private put(region: number, position: number, hash: number, firstColumn = 0): void {
-    const { hashes, whole, touched } = this.region(region)
-    hashes[position] = hash
-    whole[position] = 1
-    const end = columnsFor(this.layout, position + 1)
-    const first = Math.max(firstColumn, fullColumns(this.layout, position))
-    for (let c = first; c < end; c++) touched[c] = 1
+  /** The region where a slot has a column. */
+  private regionAt(slot: number, column: number): number {
+    const parts = this.shared[slot] ?? []
+    const part = parts.find(({ first, end }) => column >= first && column < end)
+    return part?.region ?? this.own[slot] ?? 0
+  }
+
+  /** Positions below `tokens` whose rows have bytes in a column. */
+  private *rowsIn(column: number, tokens: number): Generator<number> {
+    const end = Math.min(tokens, Math.ceil(this.firstRow(column + 1)))
+    for (let position = Math.floor(this.firstRow(column)); position < end; position++) {
+      yield position
+    }
+  }
+
+  /** The row that begins where a column does; a fraction if one lies across that border. */
+  private firstRow(column: number): number {
+    return (column * this.layout.shape.pageBytes) / this.layout.tokenStride
+  }
+
+  private read(region: number, column: number, position: number): number {
+    const { hashes, written } = this.region(region)
+    const at = this.indexOf(column, position)
+    assert(written[at] === 1, `row ${position} of region ${region} is in memory`)
+    return hashes[at] ?? 0
+  }
+
+  private write(region: number, column: number, position: number, hash: number): void {
+    const { hashes, written, touched } = this.region(region)
+    const at = this.indexOf(column, position)
+    hashes[at] = hash
+    written[at] = 1
+    touched[column] = 1
+  }
+
+  private indexOf(column: number, position: number): number {
+    return column * this.columnRows + position - Math.floor(this.firstRow(column))
   }
 
   private region(index: number): Region {
     assert(index >= 0 && index < this.regions, `region ${index} exists`)
     const { shape, rangeBytes } = this.layout
+    const columns = rangeBytes / shape.pageBytes
     return (this.memory[index] ??= {
-      hashes: new Uint32Array(shape.maxTokens),
-      whole: new Uint8Array(shape.maxTokens),
-      touched: new Uint8Array(rangeBytes / shape.pageBytes),
+      hashes: new Uint32Array(columns * this.columnRows),
+      written: new Uint8Array(columns * this.columnRows),
+      touched: new Uint8Array(columns),
     })
   }
 }
