@@ -40,7 +40,7 @@ export const GREEDY: SamplingParams = {
   seed: 0,
 }
 
-/** One sequence to generate. A request with `n` choices is n of these. */
+/** One sequence to generate. */
 export interface SequenceRequest {
   /** Shown in `lattice ps`; sequences of one request share it. */
   requestId: string
@@ -52,8 +52,6 @@ export interface SequenceRequest {
   maxTokens: number
   /** Token ids that end the sequence (end-of-sequence ids; empty when they are ignored). */
   stopTokens: readonly number[]
-  /** Sequences of a group have the same prompt: it is computed once if they come together. */
-  group?: string
   /** Alternatives to report with each token; undefined reports none, 0 only the chosen one. */
   topLogprobs: number | undefined
 }
@@ -78,6 +76,13 @@ export interface SequenceSink {
   onToken(token: number, logprobs: TokenLogprobs | undefined): void
   /** Called once, last. `outputTokens` includes the stop token. */
   onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void
+}
+
+/** One of several answers to the same prompt. */
+export interface SequenceChoice {
+  /** Instead of the request's own. */
+  sampling: SamplingParams
+  sink: SequenceSink
 }
 
 export interface SequenceHandle {
@@ -143,6 +148,12 @@ export interface Engine {
    *   `draining`, `engine_stopped`, `kv_memory_exhausted` (could never fit).
    */
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
+  /**
+   * Queues several sequences that share a prompt, which is computed once: all of them or none.
+   * @returns a handle for each, in order
+   * @throws LatticeError as `submit` does
+   */
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[]
   /** Free places in the queue now: how many submits would not throw `queue_full`. */
   queueRoom(): number
   /** What is now or, while a long step is computed, what was shortly before that step began. */

@@ -2,12 +2,14 @@
 // to their sinks. Whatever happens to that thread, every sequence gets its finish.
 
 import { Worker } from 'node:worker_threads'
+import { present } from '../assert.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { pagesFor } from '../kv/layout.ts'
 import type {
   Engine,
   EngineModel,
   EngineSnapshot,
+  SequenceChoice,
   SequenceHandle,
   SequenceRequest,
   SequenceSink,
@@ -89,15 +91,22 @@ export class EngineClient implements Engine {
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
-    this.check(request)
-    const id = this.nextId++
-    this.send({ kind: 'submit', id, request })
-    this.live.set(id, { sink, outputTokens: 0 })
-    return {
+    return present(this.submitChoices(request, [{ sampling: request.sampling, sink }])[0], 'one')
+  }
+
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
+    this.check(request, choices.length)
+    const ids = choices.map(() => this.nextId++)
+    const samplings = choices.map(({ sampling }) => sampling)
+    this.send({ kind: 'submit', ids, request, samplings })
+    choices.forEach(({ sink }, i) => {
+      this.live.set(present(ids[i], 'an id'), { sink, outputTokens: 0 })
+    })
+    return ids.map((id) => ({
       abort: () => {
         if (this.live.has(id)) this.send({ kind: 'abort', id })
       },
-    }
+    }))
   }
 
   queueRoom(): number {
@@ -131,7 +140,7 @@ export class EngineClient implements Engine {
     await exited
   }
 
-  private check({ prompt, maxTokens }: SequenceRequest): void {
+  private check({ prompt, maxTokens }: SequenceRequest, choices: number): void {
     if (this.stopped) throw stopped(this.stopped)
     if (this.draining) {
       throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
@@ -163,7 +172,7 @@ export class EngineClient implements Engine {
         { todo: 'Ask for fewer tokens or start with a larger --kv-memory.' },
       )
     }
-    if (this.queueRoom() === 0) {
+    if (this.queueRoom() < choices) {
       throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
         todo: 'Retry later, or start with a larger --max-queue.',
       })

@@ -15,6 +15,7 @@ import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
   EngineSnapshot,
   FinishReason,
+  SamplingParams,
   SequenceRequest,
   SequenceSnapshot,
   TokenLogprobs,
@@ -62,8 +63,6 @@ export class EngineCore {
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
   private readonly sequences = new Map<number, Sequence>()
-  /** Sequences that share their prompt, as long as one of them lives. */
-  private readonly groups = new Map<string, Sequence[]>()
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
@@ -109,20 +108,29 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    try {
-      const group = this.groupOf(request)
-      const sequence = new Sequence(id, request, group, this.now())
-      this.sequences.set(id, sequence)
-      if (group && request.group !== undefined) {
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    const group: Sequence[] = []
+    ids.forEach((id, i) => {
+      try {
+        const sampling = present(samplings[i], 'sampling of a choice')
+        const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
-        this.groups.set(request.group, group)
+        this.sequences.set(id, sequence)
+        this.scheduler.waiting.push(sequence)
+      } catch (thrown) {
+        if (!(thrown instanceof LatticeError)) throw thrown
+        this.finished.error++
+        this.sink.onFinish(id, 'error', 0, thrown)
       }
-      this.scheduler.waiting.push(sequence)
-    } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      this.finished.error++
-      this.sink.onFinish(id, 'error', 0, thrown)
-    }
+    })
   }
 
   abort(id: number): void {
@@ -275,7 +283,6 @@ export class EngineCore {
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)
-    this.leaveGroup(sequence)
     this.finished[reason]++
     this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
   }
@@ -284,27 +291,5 @@ export class EngineCore {
   private releaseOverdue(): void {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
-  }
-
-  /**
-   * The sequences that this one shares its prompt with so far.
-   * @throws LatticeError `invalid_request` if their prompt is another
-   */
-  private groupOf({ group, prompt }: SequenceRequest): Sequence[] | undefined {
-    if (group === undefined) return undefined
-    const members = this.groups.get(group) ?? []
-    const other = members[0]?.request.prompt
-    if (other && (other.length !== prompt.length || prompt.some((t, i) => t !== other[i]))) {
-      throw new LatticeError('invalid_request', 'A group of sequences has different prompts.', {
-        todo: 'Give sequences the same group only if they have the same prompt.',
-      })
-    }
-    return members
-  }
-
-  /** Forgets a group whose last sequence has ended. */
-  private leaveGroup({ request, group }: Sequence): void {
-    if (request.group === undefined || !group) return
-    if (!group.some(({ id }) => this.sequences.has(id))) this.groups.delete(request.group)
   }
 }

@@ -4,7 +4,13 @@
 import type { NullBackendOptions } from '../backends/null/backend.ts'
 import type { LatticeErrorJson } from '../errors.ts'
 import type { KvLayout } from '../kv/layout.ts'
-import type { EngineSnapshot, FinishReason, SequenceRequest, TokenLogprobs } from './api.ts'
+import type {
+  EngineSnapshot,
+  FinishReason,
+  SamplingParams,
+  SequenceRequest,
+  TokenLogprobs,
+} from './api.ts'
 
 export interface EngineThreadOptions {
   backend: BackendChoice
@@ -25,7 +31,8 @@ export type BackendChoice =
   | ({ kind: 'null' } & Pick<NullBackendOptions, 'vocab' | 'kv' | 'stepMs' | 'fault'>)
 
 export type ToEngine =
-  | { kind: 'submit'; id: number; request: SequenceRequest }
+  /** Choices of one request in one message, so that their prompt is computed once for certain. */
+  | { kind: 'submit'; ids: number[]; request: SequenceRequest; samplings: SamplingParams[] }
   | { kind: 'abort'; id: number }
   | { kind: 'snapshot'; ticket: number }
   | { kind: 'close' }

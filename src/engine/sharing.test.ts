@@ -64,15 +64,16 @@ test('sharing changes a token, exceeds the limit, or leaves a page behind', () =
       const requests: SequenceRequest[] = []
       const events: { at: number; act: () => void }[] = []
       let at = 0
-      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }, index) => {
+      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }) => {
         at += gap
-        for (let choice = 0; choice < choices; choice++) {
-          const sampling = { ...GREEDY, temperature, seed: seed + choice }
-          const group = choices > 1 ? { group: `${index}` } : {}
-          const request = sequenceRequest({ ...arrival, sampling, ...group })
-          const id = requests.push(request) - 1
-          events.push({ at, act: () => engine.submit(id, request) })
-          if (abortAfter === undefined || choice === 1) continue
+        const request = sequenceRequest(arrival)
+        const first = requests.length
+        const ids = Array.from({ length: choices }, (_, choice) => first + choice)
+        const samplings = ids.map((_, i) => ({ ...GREEDY, temperature, seed: seed + i }))
+        for (const sampling of samplings) requests.push({ ...request, sampling })
+        events.push({ at, act: () => engine.submitChoices(ids, request, samplings) })
+        if (abortAfter === undefined) return
+        for (const id of ids.filter((_, i) => i !== 1)) {
           events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
         }
       })
@@ -113,29 +114,30 @@ test('choices of one request compute their prompt more than once', () => {
   for (const prefixPages of [0, 100]) {
     const engine = bench({ prefixPages, stepTokens: 16 })
     const prompt = Int32Array.from({ length: 37 }, (_, i) => i)
-    for (let id = 0; id < 6; id++) {
-      const sampling = { ...GREEDY, temperature: 1, seed: id }
-      engine.submit(id, sequenceRequest({ prompt, group: 'g', sampling, maxTokens: 1 + id }))
-    }
+    const ids = [0, 1, 2, 3, 4, 5]
+    const samplings = ids.map((seed) => ({ ...GREEDY, temperature: 1, seed }))
+    engine.submitChoices(ids, sequenceRequest({ prompt }), samplings)
     // Who comes later waits for nobody.
     engine.submit(6, sequenceRequest())
     engine.runAll()
     assert.equal(engine.core.snapshot().promptTokens, 37 + 3)
-    for (let id = 0; id < 6; id++) {
-      const sampling = { ...GREEDY, temperature: 1, seed: id }
-      const { tokens } = expectedOutcome(sequenceRequest({ prompt, sampling, maxTokens: 1 + id }))
+    samplings.forEach((sampling, id) => {
+      const { tokens } = expectedOutcome(sequenceRequest({ prompt, sampling }))
       assert.deepEqual(engine.outcome(id).tokens, tokens)
       assert.equal(engine.outcome(id).cachedTokens, 0, 'a choice counts as a hit of another')
-    }
+    })
   }
 })
 
 test('choices that share a prompt take its pages each', () => {
   const engine = bench()
   const prompt = new Int32Array(40).fill(3)
-  for (let id = 0; id < 8; id++) {
-    engine.submit(id, sequenceRequest({ prompt, group: 'g', maxTokens: 10 }))
-  }
+  const ids = [0, 1, 2, 3, 4, 5, 6, 7]
+  engine.submitChoices(
+    ids,
+    sequenceRequest({ prompt, maxTokens: 10 }),
+    ids.map(() => GREEDY),
+  )
   engine.step()
   const { kv, running } = engine.core.snapshot()
   assert.equal(running, 8)
@@ -169,13 +171,4 @@ test('a prefix within a page is missed, or one of another tenant is hit', () => 
   const { prefixHits, prefixQueries } = engine.core.snapshot()
   assert.equal(prefixQueries, 11 * 50 + 20)
   assert.equal(prefixHits, 49 + 110 + 19)
-})
-
-test('a group of different prompts is taken for one', () => {
-  const engine = bench()
-  engine.submit(0, sequenceRequest({ group: 'g' }))
-  engine.submit(1, sequenceRequest({ group: 'g', prompt: Int32Array.of(1, 2, 4) }))
-  engine.runAll()
-  assert.equal(engine.outcome(1).error?.code, 'invalid_request')
-  assert.deepEqual(engine.outcome(0).tokens, expectedOutcome(sequenceRequest()).tokens)
 })

@@ -53,7 +53,7 @@ export class PromptSharing implements Sharing<Sequence> {
   /** A sequence leaves the queue for the first time, its slot beginning with what it shares. */
   started(sequence: Sequence): void {
     const { group, request, computed } = sequence
-    const first = group?.find(({ started }) => started)
+    const first = group.find(({ started }) => started)
     if (first) {
       sequence.cachedTokens = first.cachedTokens
       return
@@ -74,7 +74,7 @@ export class PromptSharing implements Sharing<Sequence> {
 
   /** A sequence in the queue can start where this one, whose prompt was just computed, is. */
   continues(waiting: Sequence | undefined, source: Sequence): boolean {
-    if (!source.group || waiting?.group !== source.group) return false
+    if (waiting?.group !== source.group) return false
     const spans = this.slots.spansOf(source.slot, source.computed)
     return !waiting.started && spans.length <= this.options.spansMax
   }
@@ -88,7 +88,7 @@ export class PromptSharing implements Sharing<Sequence> {
 /** Another one of a sequence's group that has a slot, the furthest one. */
 function inMemory({ group }: Sequence): Sequence | undefined {
   let found: Sequence | undefined
-  for (const member of group ?? []) {
+  for (const member of group) {
     if (member.slot >= 0 && member.computed > (found?.computed ?? -1)) found = member
   }
   return found

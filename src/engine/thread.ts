@@ -84,8 +84,9 @@ function run(core: EngineCore): void {
     const seen = Atomics.load(signal, 0)
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
       const message = item.message as ToEngine
-      if (message.kind === 'submit') core.submit(message.id, message.request)
-      else if (message.kind === 'abort') core.abort(message.id)
+      if (message.kind === 'submit') {
+        core.submitChoices(message.ids, message.request, message.samplings)
+      } else if (message.kind === 'abort') core.abort(message.id)
       else if (message.kind === 'close') return
       else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
     }

@@ -4,6 +4,7 @@ import type {
   Engine,
   EngineSnapshot,
   FinishReason,
+  SequenceChoice,
   SequenceHandle,
   SequenceRequest,
   SequenceSink,
@@ -42,6 +43,8 @@ export class FakeEngine implements Engine {
   /** Every call of a handle's abort, with when it came. */
   readonly aborts: { requestId: string; atMs: number }[] = []
   readonly requests: SequenceRequest[] = []
+  /** How many sequences came together, by call. */
+  readonly groups: number[] = []
   readonly #options: Required<Omit<FakeEngineOptions, 'failure'>> & FakeEngineOptions
   readonly #waiting: Sequence[] = []
   readonly #running: Sequence[] = []
@@ -72,8 +75,19 @@ export class FakeEngine implements Engine {
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
+    return this.submitChoices(request, [{ sampling: request.sampling, sink }])[0]!
+  }
+
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
     if (this.#draining) throw new LatticeError('draining', 'The engine is draining.')
-    if (this.queueRoom() === 0) throw new LatticeError('queue_full', 'The queue is full.')
+    if (this.queueRoom() < choices.length) {
+      throw new LatticeError('queue_full', 'The queue is full.')
+    }
+    this.groups.push(choices.length)
+    return choices.map(({ sampling, sink }) => this.#submit({ ...request, sampling }, sink))
+  }
+
+  #submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
     const reply = fakeTokenizer().encode(this.#options.reply(request), {
       addSpecial: false,
       parseSpecial: false,

@@ -1,7 +1,12 @@
 // Owns what engine tests share: an engine core over a backend, driven step by step with a clock of
 // its own, and what a sequence's tokens must be, found without any engine.
 
-import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
+import type {
+  FinishReason,
+  SamplingParams,
+  SequenceRequest,
+  TokenLogprobs,
+} from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
 import { EngineCore } from '../../src/engine/core.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
@@ -70,16 +75,26 @@ export class Bench {
   }
 
   submit(id: number, request: SequenceRequest): void {
-    this.outcomes.set(id, {
-      started: 0,
-      cachedTokens: 0,
-      tokens: [],
-      logprobs: [],
-      reason: undefined,
-      outputTokens: 0,
-      error: undefined,
-    })
-    this.core.submit(id, request)
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    for (const id of ids) {
+      this.outcomes.set(id, {
+        started: 0,
+        cachedTokens: 0,
+        tokens: [],
+        logprobs: [],
+        reason: undefined,
+        outputTokens: 0,
+        error: undefined,
+      })
+    }
+    this.core.submitChoices(ids, request, samplings)
   }
 
   step(): boolean {
