@@ -149,9 +149,12 @@ test('choices that share a prompt take its pages each', () => {
   engine.step()
   const { kv, running } = engine.core.snapshot()
   assert.equal(running, 8)
-  // 40 tokens fill 12.5 pages a layer; each choice has the 13th of its own.
-  assert.equal(kv.usedPages, 2 * (12 + 8))
-  assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+  // 40 tokens fill 12.5 pages a layer: all have the 13th together until they write to it.
+  assert.equal(kv.usedPages, 2 * 13)
+  engine.step()
+  const { kv: diverged } = engine.core.snapshot()
+  assert.equal(diverged.usedPages, 2 * (12 + 8))
+  assert.equal(diverged.residentBytes, diverged.usedPages * kv.pageBytes)
 })
 
 test('a prefix within a page is missed, or one of another tenant is hit', () => {

@@ -105,11 +105,13 @@ export class Tiers {
   /**
    * Begins to move out the first `tokens` tokens of a held slot, which is the image's from now on:
    * nobody may write to it.
-   * @returns undefined, with nothing changed, if the tier has no room
+   * @returns undefined, with nothing changed, if the tier has no room, or the slot has just been
+   *   forked and not written to
    */
   out(slot: number, tokens: number, nowMs: number): Image | undefined {
     const { slots } = this
     const { layout } = slots
+    if (slots.isPending(slot)) return undefined
     const first = this.firstToMove(slot, tokens)
     const places = this.places.take(columnsFor(layout, tokens) - first)
     if (!places) return undefined

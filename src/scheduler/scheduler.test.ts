@@ -19,7 +19,7 @@ function slotTable(
   pages: number,
   discard: KvMover['discard'] = () => {},
 ): SlotTable {
-  const mover = { map: () => {}, discard }
+  const mover = { map: () => {}, copy: () => {}, discard }
   return new SlotTable(new RegionTable(LAYOUT, slots, pages, mover), slots)
 }
 

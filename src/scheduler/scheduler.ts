@@ -267,6 +267,8 @@ export class Scheduler<S extends Schedulable> {
     }
     sequence.slot = slot
     sequence.computed = spannedTokens(shared)
+    // A fork without anything to compute now grows in the step that writes its next token.
+    if (sequence.computed === sequence.length) return true
     assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
     return true
   }

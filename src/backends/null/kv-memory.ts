@@ -5,6 +5,7 @@ import { assert, present } from '../../assert.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import {
   columnsFor,
+  copiedColumns,
   fullColumns,
   type KvColumns,
   type KvSpan,
@@ -113,12 +114,17 @@ export class NullKvMemory implements KvMemory {
       boundary = part.end
     }
     this.sharedEnd[slot] = boundary
+    this.written[slot] = spannedTokens(shared)
+  }
+
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void {
     const tokens = spannedTokens(shared)
-    this.written[slot] = tokens
-    const from = shared.at(-1)
-    if (from && columnsFor(this.layout, tokens) > boundary) {
-      this.copyColumn(from.region, region, boundary, tokens)
+    for (const part of copiedColumns(this.layout, shared, first)) {
+      for (let column = part.first; column < part.end; column++) {
+        this.copyColumn(part.region, this.own[slot] ?? 0, column, tokens)
+      }
     }
+    this.written[slot] = tokens
   }
 
   discard(region: number, first: number, end: number): void {
@@ -148,6 +154,10 @@ export class NullKvMemory implements KvMemory {
     const { hashes, present, touched } = this.region(index)
     assert(touched[column] === 0, `column ${column} of region ${index} is not in memory`)
     touched[column] = 1
+    // What an earlier owner of the region wrote to its slot has gone.
+    const row = Math.floor((column * this.layout.shape.pageBytes) / this.layout.tokenStride)
+    const slot = this.own.indexOf(index)
+    if (slot >= 0) this.written[slot] = Math.min(this.written[slot] ?? 0, row)
     for (const [part, hash] of parts) {
       hashes[part] = hash
       present[part] = 1
