@@ -22,6 +22,7 @@ import {
 import { type KvLayout, layerMajor, tokenMajor } from '../../kv/layout.ts'
 import { fullColumns, type KvSpan, sharedColumns, spannedTokens } from '../../kv/regions.ts'
 import type { ModelConfig } from '../../model/model.ts'
+import { DiskTier, type OffloadOptions } from '../../tier/tier.ts'
 import type { KvMemory } from '../backend.ts'
 
 /** What the kernel allocates at a time in a memfd unless huge pages were asked for. */
@@ -51,6 +52,7 @@ export class HostKvMemory implements KvMemory {
   /** Address of slot 0. */
   readonly address: number
   readonly fd: number
+  readonly tier?: DiskTier
   /** By slot: the region where it writes. */
   private readonly own: Int32Array
   /** By slot: other regions are mapped into it. */
@@ -58,7 +60,8 @@ export class HostKvMemory implements KvMemory {
   private readonly bytes: number
   private readonly scratch: number
 
-  constructor(layout: KvLayout, slots: number, regions = slots) {
+  /** @throws LatticeError what a tier throws, if `offload` asks for one */
+  constructor(layout: KvLayout, slots: number, regions = slots, offload?: OffloadOptions) {
     this.layout = layout
     this.slots = slots
     this.regions = regions
@@ -68,6 +71,7 @@ export class HostKvMemory implements KvMemory {
     this.own = Int32Array.from({ length: slots }, (_, slot) => slot)
     this.mixed = new Uint8Array(slots)
     this.scratch = mapAnonymous(layout.shape.pageBytes)
+    if (offload) this.tier = new DiskTier(this, offload)
   }
 
   map(slot: number, region: number, shared: readonly KvSpan[]): void {
@@ -75,6 +79,7 @@ export class HostKvMemory implements KvMemory {
     const { pageBytes } = this.layout.shape
     const address = this.address + slot * slotBytes
     if (this.own[slot] !== region || this.mixed[slot] === 1) {
+      this.tier?.forget(slot)
       mapSharedAt(address, slotBytes, this.fd, region * slotBytes)
     }
     this.own[slot] = region
@@ -87,10 +92,12 @@ export class HostKvMemory implements KvMemory {
         mapSharedAt(address + at, bytes, this.fd, part.region * slotBytes + at)
       }
     }
+    this.tier?.show(slot, region, parts)
     this.copyBoundary(region, shared)
   }
 
   discard(region: number, first: number, end: number): void {
+    this.tier?.settle({ region, first, end })
     const { ranges, rangeBytes, slotBytes } = this.layout
     const { pageBytes } = this.layout.shape
     const start = region * slotBytes + first * pageBytes
@@ -111,6 +118,7 @@ export class HostKvMemory implements KvMemory {
   }
 
   close(): void {
+    this.tier?.close()
     unmap(this.address, this.bytes)
     unmap(this.scratch, this.layout.shape.pageBytes)
     closeFd(this.fd)
@@ -123,6 +131,9 @@ export class HostKvMemory implements KvMemory {
     const first = fullColumns(this.layout, tokens) * this.layout.shape.pageBytes
     const bytes = tokens * tokenStride - first
     if (bytes === 0) return
+    const column = fullColumns(this.layout, tokens)
+    // System calls do not wait for a page of the file as a touch of a mapping does.
+    this.tier?.settle({ region: shared.at(-1)?.region ?? 0, first: column, end: column + 1 })
     const from = (shared.at(-1)?.region ?? 0) * slotBytes + first
     const to = region * slotBytes + first
     for (let at = 0; at < ranges * rangeBytes; at += rangeBytes) {
