@@ -3,7 +3,7 @@
 import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
-import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
+import { collect, parseCount, parseNumber, parsePlace, parseSize } from './parse.ts'
 
 export interface EngineOptions {
   model?: string
@@ -12,6 +12,7 @@ export interface EngineOptions {
   context?: number
   kvMemory?: number
   prefixCache?: number
+  kvOffload?: { bytes: number; path?: string }
 }
 
 export interface SamplingOptions {
@@ -53,6 +54,11 @@ export function addEngineOptions(command: Command): Command {
       '--prefix-cache <SIZE>',
       'how much of it may keep prompts for later ones that begin alike (default: none)',
       parseSize,
+    )
+    .option(
+      '--kv-offload <SIZE[:DIR]>',
+      'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
+      parsePlace,
     )
 }
 

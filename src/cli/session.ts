@@ -69,6 +69,7 @@ export async function openSession(
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
       prefixCacheBytes: options.prefixCache,
+      kvOffload: options.kvOffload,
       ...capacity,
     }),
   })

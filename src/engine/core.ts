@@ -143,6 +143,8 @@ export class EngineCore {
     const computeStart = this.now()
     this.backend.launch(this.batch)
     const rows = this.backend.collect()
+    // What a step read after the pager's death is not what was there: nothing of it is told.
+    this.backend.kv.tier?.check()
     this.computeMs += this.now() - computeStart
     this.commit(parts, rows)
     this.releaseOverdue()

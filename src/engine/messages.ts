@@ -4,6 +4,8 @@
 import type { NullBackendOptions } from '../backends/null/backend.ts'
 import type { LatticeErrorJson } from '../errors.ts'
 import type { KvLayout } from '../kv/layout.ts'
+import type { PagerStart } from '../tier/pager.ts'
+import type { TierFacts } from '../tier/tier.ts'
 import type { EngineSnapshot, FinishReason, SequenceRequest, TokenLogprobs } from './api.ts'
 
 export interface EngineThreadOptions {
@@ -15,8 +17,15 @@ export interface EngineThreadOptions {
   kvBytes: number
   /** Bytes of KV memory that cached prefixes may keep; none unless given. */
   prefixCacheBytes?: number
+  kvOffload?: OffloadPlace
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
+}
+
+/** A file that KV goes to: how large, and the directory that it lies in. */
+export interface OffloadPlace {
+  bytes: number
+  path?: string
 }
 
 export type BackendChoice =
@@ -42,9 +51,12 @@ export interface EngineFacts {
   repackedBytes: Record<string, number>
   layout: KvLayout
   kvPages: number
+  tier?: TierFacts
 }
 
 export type FromEngine =
+  /** Sent before `ready`, by an engine that needs a pager. */
+  | { kind: 'pager'; start: PagerStart }
   | { kind: 'ready'; facts: EngineFacts }
   /** Sent before the step that begins the sequence is computed, not with its tokens. */
   | { kind: 'started'; id: number; cachedTokens: number }

@@ -13,7 +13,9 @@ import type { ModelConfig } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
+import type { TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
+import type { OffloadPlace } from './messages.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
@@ -27,6 +29,8 @@ export interface EngineOptions {
   kvMemoryBytes?: number
   /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
   prefixCacheBytes?: number
+  /** A file for KV that memory has no room for. */
+  kvOffload?: OffloadPlace
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -82,6 +86,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       stepTokens,
       kvBytes,
       prefixCacheBytes,
+      ...(options.kvOffload && { kvOffload: options.kvOffload }),
     },
     {
       id: options.modelId,
@@ -91,7 +96,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     },
     { sequences: maxSequences + maxQueue, contextLength },
   )
-  const { variant, repackedBytes, layout } = engine.facts
+  const { variant, repackedBytes, layout, tier } = engine.facts
   const repacked = Object.entries(repackedBytes).map(
     ([name, bytes]) => `${mib(bytes)} of weights repacked for ${name}`,
   )
@@ -108,6 +113,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +
       ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each` +
       (prefixCacheBytes > 0 ? `, ${mib(prefixCacheBytes)} of it for cached prefixes` : ''),
+    ...(tier ? [`tier     ${describeTier(tier)}`] : []),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }
@@ -152,6 +158,19 @@ function whence(options: EngineOptions, budget: MemoryBudget): string {
     `${KV_SHARE * 100} % of ${mib(budget.availableBytes)} available;` +
     ` machine ${mib(budget.machineBytes)}${cgroup}`
   )
+}
+
+function describeTier({ bytes, file, touches }: TierFacts): string {
+  const { path, direct, tmpfs } = file
+  const cache = direct ? 'past the page cache' : 'through the page cache: its disk knows no other'
+  const memory = tmpfs ? ' (which is memory itself: a tmpfs)' : ''
+  const waits = {
+    all: 'a touch of what is absent waits for it',
+    user: 'a touch of what is absent waits for it (user code only: no right to more)',
+    none: 'no right to userfaultfd, so a reload is waited for as a whole',
+  }
+  const where = `${mib(bytes)} encrypted in ${path}${memory}, ${cache}`
+  return `KV beyond that on disk, ${where}; ${waits[touches]}`
 }
 
 function mib(bytes: number): string {

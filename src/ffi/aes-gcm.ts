@@ -1,5 +1,6 @@
 // Owns AES-256-GCM on native memory, in place: the OpenSSL that is part of Node, called without
-// the copies and allocations of node:crypto (15 against 3.5 GB/s on 120 KiB). Source: EVP_EncryptInit(3).
+// the copies and allocations of node:crypto (15 against 3.5 GB/s on 120 KiB). Source:
+// EVP_EncryptInit(3).
 
 import koffi from 'koffi'
 import { assert } from '../assert.ts'

@@ -149,7 +149,7 @@ export function allocateFile(fd: number, bytes: number): void {
   if (nativeFallocate(fd, 0, 0, bytes) !== 0) throw failed('fallocate', `${bytes} bytes of a file`)
 }
 
-/** Gathers from a file into `count` iovecs (address and length, 8 bytes each) that lie at `iovs`. */
+/** Reads from a file into `count` iovecs (address and length, 8 bytes each) that lie at `iovs`. */
 export function readVector(
   fd: number,
   iovs: number,

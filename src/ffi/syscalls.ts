@@ -35,7 +35,7 @@ export function lastErrno(): number {
   return koffi.errno()
 }
 
-/** Where a typed array's bytes lie. It must stay referenced, and be off V8's heap (over 64 bytes). */
+/** Where a typed array lies. It must stay referenced, and be off V8's heap (over 64 bytes). */
 export function addressOf(array: ArrayBufferView): number {
   return Number(koffi.address(array))
 }

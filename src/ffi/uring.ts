@@ -104,7 +104,7 @@ export class Uring {
     this.add(OP_POLL_ADD, fd, 0, 0, 0, POLLIN, tag)
   }
 
-  /** Submits what was added; waits until something completes or the time is over, if any is given. */
+  /** Submits what was added; waits for a completion or until the time is over, if any is given. */
   enter(waitMs: number): void {
     const submit = this.unsubmitted
     this.unsubmitted = 0

@@ -2,18 +2,21 @@
 // thread may be waiting in a page fault when the pager dies.
 
 import { Worker } from 'node:worker_threads'
-import { toLatticeError, type LatticeError } from '../errors.ts'
+import { type LatticeError, toLatticeError } from '../errors.ts'
 import { died, pagerState } from './last-rites.ts'
 import type { PagerStart } from './pager.ts'
 import { CLOSED, DEAD } from './shared.ts'
 import { pagerFailed } from './tier.ts'
 
 export class PagerHost {
+  /** Why it has ended without having been asked to, once it has. */
+  death: LatticeError | undefined
+  /** Told then. */
+  onDeath: (why: LatticeError) => void = () => {}
   private readonly worker: Worker
   private readonly exited: Promise<void>
 
-  /** @param onDeath told once if the pager ends without having been asked to */
-  constructor(start: PagerStart, onDeath: (why: LatticeError) => void) {
+  constructor(start: PagerStart) {
     this.worker = new Worker(new URL('./pager-thread.ts', import.meta.url), { workerData: start })
     let cause: LatticeError | undefined
     this.worker.on('error', (thrown) => (cause = toLatticeError(thrown)))
@@ -21,14 +24,15 @@ export class PagerHost {
       this.worker.once('exit', () => {
         if (pagerState(start) !== CLOSED) {
           if (pagerState(start) !== DEAD) died(start)
-          onDeath(pagerFailed(cause))
+          this.death = pagerFailed(cause)
+          this.onDeath(this.death)
         }
         resolve()
       })
     })
   }
 
-  /** Ends the thread on the spot, as a crash would. */
+  /** Ends the thread on the spot, as a crash would; one that was closed has ended by itself. */
   async terminate(): Promise<void> {
     await this.worker.terminate()
     await this.exited

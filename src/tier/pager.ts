@@ -30,8 +30,13 @@ export interface PagerStart {
   keys: SealKeys
   /** The engine's: it grows with everything that the engine should look at. */
   signal: SharedArrayBuffer
-  /** For tests: the pager throws once it has moved this many columns. */
-  throwsAfter?: number
+  fault?: PagerFault
+}
+
+/** What goes wrong on purpose once this many columns have moved: it throws, or sleeps for ever. */
+export interface PagerFault {
+  kind: 'throw' | 'stall'
+  afterColumns: number
 }
 
 const BUFFERS = 6
@@ -53,6 +58,9 @@ interface Piece {
 }
 
 interface Ticket {
+  /** The column of the first place. */
+  first: number
+  places: Uint32Array
   columnsLeft: number
   told: boolean
   outcome: number
@@ -62,7 +70,9 @@ interface Ticket {
 interface Transfer {
   buffer: TransferBuffer
   kind: number
-  ticket: number
+  id: number
+  /** What `id` stands for. */
+  ticket: Ticket
   region: number
   first: number
   count: number
@@ -108,7 +118,8 @@ export class Pager {
     this.transfers = Array.from({ length: BUFFERS }, () => ({
       buffer: new TransferBuffer(geometry, start.memoryFd),
       kind: 0,
-      ticket: 0,
+      id: 0,
+      ticket: NO_TICKET,
       region: 0,
       first: 0,
       count: 0,
@@ -172,7 +183,8 @@ export class Pager {
   private beginOne(transfer: Transfer, kind: number, queue: Piece[]): void {
     const piece = present(queue[0], 'work to begin')
     transfer.kind = kind
-    transfer.ticket = piece.ticket
+    transfer.id = piece.ticket
+    transfer.ticket = present(this.tickets.get(piece.ticket), 'the ticket of a piece')
     transfer.region = piece.region
     transfer.first = piece.first
     transfer.count = Math.min(piece.end - piece.first, this.columnsMax)
@@ -184,22 +196,21 @@ export class Pager {
     this.busy++
   }
 
-  private sealAll({ buffer, region, first, count }: Transfer): void {
+  private sealAll(transfer: Transfer): void {
+    const { buffer, region, first, count } = transfer
     buffer.gather(region, first, count)
-    for (let i = 0; i < count; i++) {
-      this.seals.seal(buffer.addressOf(i), this.placeOf(region, first + i))
-    }
+    for (let i = 0; i < count; i++) this.seals.seal(buffer.addressOf(i), placeOf(transfer, i))
   }
 
   /** One disk operation for every run of places that follow each other. */
   private operate(transfer: Transfer): void {
-    const { buffer, region, first, count, kind } = transfer
+    const { buffer, count, kind } = transfer
     const { uring, columnBytes: bytes } = this
     const tag = this.transfers.indexOf(transfer)
     for (let i = 0; i < count;) {
-      const place = this.placeOf(region, first + i)
+      const place = placeOf(transfer, i)
       let run = 1
-      while (i + run < count && this.placeOf(region, first + i + run) === place + run) run++
+      while (i + run < count && placeOf(transfer, i + run) === place + run) run++
       if (uring.room === 0) uring.enter(0)
       const operation = kind === words.SAVE ? 'write' : 'read'
       uring[operation](this.start.fileFd, buffer.addressOf(i), run * bytes, place * bytes, tag)
@@ -255,15 +266,15 @@ export class Pager {
 
   private end(transfer: Transfer): void {
     const { shared } = this
-    const { kind, region, first, count } = transfer
-    const ticket = present(this.tickets.get(transfer.ticket), 'the ticket of a transfer')
-    if (kind === words.LOAD) this.openAll(transfer, ticket)
-    else if (transfer.errno !== 0) this.fail(transfer.ticket, words.DONE_IO, transfer.errno)
+    const { kind, region, first, count, id, ticket } = transfer
+    if (kind === words.LOAD) this.openAll(transfer)
+    else if (transfer.errno !== 0) this.fail(transfer, words.DONE_IO)
     this.moved += count
-    if (this.moved > (this.start.throwsAfter ?? Infinity)) throw new Error('the pager was told to')
+    if (this.moved > (this.start.fault?.afterColumns ?? Infinity)) this.misbehave()
     const at = shared.index(region, first)
     for (let i = 0; i < count; i++) {
-      Atomics.store(shared.moving, at + i, words.SETTLED_COLUMN)
+      if (kind === words.LOAD) Atomics.store(shared.moving, at + i, words.AT_REST)
+      else Atomics.sub(shared.moving, at + i, 1)
       this.wake(at + i)
     }
     Atomics.add(shared.header, kind === words.SAVE ? words.SAVED : words.LOADED, count)
@@ -272,26 +283,30 @@ export class Pager {
     this.busy--
     ticket.columnsLeft -= count
     if (ticket.columnsLeft > 0) return
-    if (!ticket.told) this.untold.push(transfer.ticket)
-    else this.tickets.delete(transfer.ticket)
+    if (ticket.outcome === words.DONE_WELL) this.untold.push(id)
+    else if (ticket.told) this.tickets.delete(id)
   }
 
-  private openAll(transfer: Transfer, ticket: Ticket): void {
-    const { buffer, region, first, count, errno } = transfer
+  private misbehave(): void {
+    if (this.start.fault?.kind === 'throw') throw new Error('it failed on purpose')
+    for (;;) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0)
+  }
+
+  private openAll(transfer: Transfer): void {
+    const { buffer, region, first, count, errno, ticket } = transfer
     for (let i = 0; i < count; i++) {
-      const place = this.placeOf(region, first + i)
+      const place = placeOf(transfer, i)
       if (errno === 0 && this.seals.open(buffer.addressOf(i), place)) continue
       // The engine must know before a waiting thread reads what is not the column's.
-      this.fail(transfer.ticket, errno === 0 ? words.DONE_REFUSED : words.DONE_IO, errno)
+      this.fail(transfer, errno === 0 ? words.DONE_REFUSED : words.DONE_IO)
       Atomics.add(this.shared.header, words.LOST, 1)
       buffer.poison(i)
     }
-    if (!ticket.told) this.tell()
+    if (ticket.outcome !== words.DONE_WELL && !ticket.told) this.tell()
     buffer.scatter(region, first, count)
   }
 
-  private fail(id: number, outcome: number, errno: number): void {
-    const ticket = present(this.tickets.get(id), 'a ticket that fails')
+  private fail({ id, ticket, errno }: Transfer, outcome: number): void {
     if (ticket.outcome !== words.DONE_WELL) return
     ticket.outcome = outcome
     ticket.errno = errno
@@ -361,12 +376,22 @@ export class Pager {
     const { pageBytes } = this.start.geometry
     wakeFaults(this.start.faultFd, address - (address % pageBytes), pageBytes)
   }
-
-  private placeOf(region: number, column: number): number {
-    return this.shared.places[this.shared.index(region, column)] ?? 0
-  }
 }
 
-function newTicket({ first, end }: TierRequest): Ticket {
-  return { columnsLeft: end - first, told: false, outcome: words.DONE_WELL, errno: 0 }
+const NO_TICKET: Ticket = {
+  first: 0,
+  places: new Uint32Array(0),
+  columnsLeft: 0,
+  told: false,
+  outcome: words.DONE_WELL,
+  errno: 0,
+}
+
+function newTicket({ first, end, places }: TierRequest): Ticket {
+  return { ...NO_TICKET, first, places, columnsLeft: end - first }
+}
+
+/** Where column `i` of a transfer lies on disk. */
+function placeOf({ ticket, first }: Transfer, i: number): number {
+  return present(ticket.places[first - ticket.first + i], 'the place of a column')
 }

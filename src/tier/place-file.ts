@@ -2,7 +2,6 @@
 // read and written past the page cache.
 
 import { closeSync, constants, fstatSync, openSync, statfsSync, unlinkSync } from 'node:fs'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { LatticeError } from '../errors.ts'
 import { allocateFile } from '../ffi/libc.ts'
@@ -14,18 +13,25 @@ export interface PlaceFile {
   path: string
   /** false: its file system only knows the page cache. */
   direct: boolean
+  /** Its file system is memory itself. */
+  tmpfs: boolean
 }
+
+/** Where temporary files are that may be large: unlike /tmp it is never memory (FHS 5.15). */
+const DIRECTORY_DEFAULT = '/var/tmp'
+
+const TMPFS_MAGIC = 0x01021994
 
 /**
  * A file that nobody else can open, gone with this process.
- * @param path in whose directory it lies; the system's temporary one unless given
+ * @param path in whose directory it lies; /var/tmp unless given
  * @throws LatticeError `usage` if the disk has too little room, `os_call_failed`
  */
-export function temporaryPlaces(bytes: number, path = tmpdir()): PlaceFile {
+export function temporaryPlaces(bytes: number, path = DIRECTORY_DEFAULT): PlaceFile {
   const name = join(path, `.lattice-kv-${process.pid}-${Math.random().toString(36).slice(2)}`)
   const file = openPlaces(name, bytes, constants.O_CREAT | constants.O_EXCL)
   unlinkSync(name)
-  return file
+  return { ...file, path }
 }
 
 /** @param flags added to reading and writing. @throws as above */
@@ -47,7 +53,7 @@ export function openPlaces(path: string, bytes: number, flags: number): PlaceFil
     if (flags & constants.O_EXCL) unlinkSync(path)
     throw thrown
   }
-  return { fd, path, direct }
+  return { fd, path, direct, tmpfs: statfsSync(path).type === TMPFS_MAGIC }
 }
 
 /** Looks before it allocates: a disk that is full to the last block hurts everyone on it. */

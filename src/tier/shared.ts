@@ -1,6 +1,6 @@
-// Owns the memory that the engine and its pager share: a ring of requests, a ring of what is done,
-// and for every column whether it is on its way and where it lies on disk. All is atomic 32-bit
-// words; a sleeper waits for one of the header's to change.
+// Owns the memory that the engine and its pager share: a ring of requests, one of their places, one
+// of what is done, and for every column whether it is on its way. A sleeper waits for one of the
+// header's words to change.
 
 import { assert } from '../assert.ts'
 import { signalEvent } from '../ffi/libc.ts'
@@ -57,6 +57,8 @@ export const LOST = 11
 export const PAGER_WAKE = 12
 /** 1 while it sleeps in its ring instead, where only a descriptor reaches it. */
 export const IN_RING = 13
+export const PLACES_PUT = 14
+export const PLACES_TAKEN = 15
 const HEADER_WORDS = 16
 
 /** Values of STATE. A pager that is not running any more never runs again. */
@@ -64,10 +66,9 @@ export const RUNNING = 0
 export const CLOSED = 1
 export const DEAD = 2
 
-/** Values of `moving`, for each column. */
-export const SETTLED_COLUMN = 0
-export const SAVING = 1
-export const LOADING = 2
+/** Values of `moving`, for each column: at rest, being loaded, or the number of its saves. */
+export const AT_REST = 0
+export const LOADING = 255
 
 export const SAVE = 1
 export const LOAD = 2
@@ -81,6 +82,8 @@ export const DONE_IO = 2
 const RING_ENTRIES = 1 << 12
 const REQUEST_WORDS = 5
 const DONE_WORDS = 3
+/** Places of requests that the pager has not taken; a request may have half as many. */
+const PLACES_MIN = 1 << 14
 /** A place's seal: counter (2 words), key, 1 if anything was sealed, tag (4 words). */
 export const SEAL_WORDS = 8
 
@@ -90,6 +93,7 @@ export interface TierRequest {
   region: number
   first: number
   end: number
+  places: Uint32Array
 }
 
 export class TierShared {
@@ -98,7 +102,6 @@ export class TierShared {
   readonly header: Int32Array
   /** By region and column. */
   readonly moving: Uint8Array
-  readonly places: Uint32Array
   /** By slot and column: the region that a registered piece shows, plus one. */
   readonly regionOf: Uint32Array
   readonly seals: Uint32Array
@@ -106,6 +109,8 @@ export class TierShared {
   readonly wakeFd: number
   private readonly requests: Int32Array
   private readonly done: Int32Array
+  /** Of places. */
+  private readonly ring: Uint32Array
 
   constructor(geometry: TierGeometry, wakeFd: number, buffer?: SharedArrayBuffer) {
     this.wakeFd = wakeFd
@@ -115,7 +120,8 @@ export class TierShared {
       header: HEADER_WORDS,
       requests: RING_ENTRIES * REQUEST_WORDS,
       done: RING_ENTRIES * DONE_WORDS,
-      places: regions * columns,
+      // A power of two, so that its counters may wrap.
+      places: 2 ** Math.ceil(Math.log2(Math.max(PLACES_MIN, 2 * columns))),
       regionOf: slots * columns,
       seals: capacity * SEAL_WORDS,
       moving: Math.ceil((regions * columns) / 4),
@@ -131,21 +137,30 @@ export class TierShared {
     this.header = new Int32Array(this.buffer, take(words.header), words.header)
     this.requests = new Int32Array(this.buffer, take(words.requests), words.requests)
     this.done = new Int32Array(this.buffer, take(words.done), words.done)
-    this.places = new Uint32Array(this.buffer, take(words.places), words.places)
+    this.ring = new Uint32Array(this.buffer, take(words.places), words.places)
     this.regionOf = new Uint32Array(this.buffer, take(words.regionOf), words.regionOf)
     this.seals = new Uint32Array(this.buffer, take(words.seals), words.seals)
     this.moving = new Uint8Array(this.buffer, take(words.moving), regions * columns)
   }
 
-  /** Asks the pager for something; waits while its ring is full. */
-  request({ kind, ticket, region, first, end }: TierRequest): void {
-    const { header, requests } = this
+  /** Asks the pager for something; waits while its rings are full. */
+  request({ kind, ticket, region, first, end, places }: TierRequest): void {
+    const { header, requests, ring } = this
+    assert(places.length <= ring.length / 2, 'the places of a request fit the ring')
     const put = header[REQUESTS_PUT] ?? 0
+    const placesPut = header[PLACES_PUT] ?? 0
     for (;;) {
       const taken = Atomics.load(header, REQUESTS_TAKEN)
-      if (((put - taken) | 0) < RING_ENTRIES || Atomics.load(header, STATE) !== RUNNING) break
+      const placesHeld = (placesPut - Atomics.load(header, PLACES_TAKEN)) >>> 0
+      const fits = placesHeld + places.length <= ring.length
+      if (fits && ((put - taken) | 0) < RING_ENTRIES) break
+      if (Atomics.load(header, STATE) !== RUNNING) return
       Atomics.wait(header, REQUESTS_TAKEN, taken, WAIT_MS)
     }
+    for (let i = 0; i < places.length; i++) {
+      ring[((placesPut + i) >>> 0) % ring.length] = places[i] ?? 0
+    }
+    header[PLACES_PUT] = (placesPut + places.length) | 0
     requests.set([kind, ticket, region, first, end], (put & (RING_ENTRIES - 1)) * REQUEST_WORDS)
     Atomics.store(header, REQUESTS_PUT, (put + 1) | 0)
     this.wakePager()
@@ -159,21 +174,20 @@ export class TierShared {
 
   /** The oldest request that the pager has not taken yet. */
   nextRequest(): TierRequest | undefined {
-    const { header, requests } = this
+    const { header, requests, ring } = this
     const taken = header[REQUESTS_TAKEN] ?? 0
     if (taken === Atomics.load(header, REQUESTS_PUT)) return undefined
     const at = (taken & (RING_ENTRIES - 1)) * REQUEST_WORDS
-    const word = (i: number) => requests[at + i] ?? 0
-    const request = {
-      kind: word(0),
-      ticket: word(1),
-      region: word(2),
-      first: word(3),
-      end: word(4),
+    const [kind = 0, ticket = 0, region = 0, first = 0, end = 0] = requests.subarray(at)
+    const from = header[PLACES_TAKEN] ?? 0
+    const places = new Uint32Array(end - first)
+    for (let i = 0; i < places.length; i++) {
+      places[i] = ring[((from + i) >>> 0) % ring.length] ?? 0
     }
+    Atomics.store(header, PLACES_TAKEN, (from + places.length) | 0)
     Atomics.store(header, REQUESTS_TAKEN, (taken + 1) | 0)
     Atomics.notify(header, REQUESTS_TAKEN)
-    return request
+    return { kind, ticket, region, first, end, places }
   }
 
   /** Tells the engine how a ticket ended; false if its ring is full. */
@@ -206,7 +220,7 @@ export class TierShared {
     Atomics.notify(this.header, SETTLED)
   }
 
-  /** Where a column's words are in `moving` and `places`. */
+  /** Where a column is in `moving`. */
   index(region: number, column: number): number {
     assert(column < this.geometry.columns, `column ${column} exists`)
     return region * this.geometry.columns + column

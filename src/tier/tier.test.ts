@@ -34,7 +34,7 @@ for (const faults of [true, false]) {
     const { faults: count, loaded, saved: out, lost } = b.tier.stats()
     assert.deepEqual({ loaded, out, lost }, { loaded: 300, out: 300, lost: 0 })
     assert.equal(count > 0, faults)
-    assert.equal(b.tier.touches === undefined, !faults)
+    assert.equal(b.tier.facts.touches === 'none', !faults)
   })
 }
 
@@ -110,7 +110,7 @@ test('damage on disk is not noticed, or is read as content or as zeros', (t) => 
   assert.equal(b.tier.stats().lost, 1)
 })
 
-test('a column of another place, or of an earlier save of this one, is taken for the right one', (t) => {
+test('a column of another place or of an earlier save is taken for the right one', (t) => {
   const b = bench(t)
   saved(b, 2)
   const { fd } = b.tier.file

@@ -18,14 +18,14 @@ import type { KvLayout } from '../kv/layout.ts'
 import type { KvColumns } from '../kv/regions.ts'
 import type { KvTier } from '../kv/tier.ts'
 import { Keys } from './keys.ts'
-import type { PagerStart } from './pager.ts'
+import type { PagerFault, PagerStart } from './pager.ts'
 import { type PlaceFile, temporaryPlaces } from './place-file.ts'
 import * as words from './shared.ts'
 import { columnBytes, type TierGeometry, tierGeometry, TierShared } from './shared.ts'
 
 export interface OffloadOptions {
   bytes: number
-  /** The directory of the file; the system's temporary one unless given. */
+  /** The directory of the file; /var/tmp unless given. */
   path?: string
   /** Grows whenever the engine should look; see the engine's thread. */
   signal: SharedArrayBuffer
@@ -33,7 +33,8 @@ export interface OffloadOptions {
   startPager: (start: PagerStart) => void
   /** false: as where userfaultfd is not allowed; for tests. */
   faults?: boolean
-  throwsAfter?: number
+  /** For tests. */
+  pagerFault?: PagerFault
 }
 
 /** The KV memory that is kept beneath. */
@@ -57,6 +58,13 @@ interface Load {
   registered: Registered[]
 }
 
+/** What a person should know of it. */
+export interface TierFacts {
+  bytes: number
+  file: Omit<PlaceFile, 'fd'>
+  touches: FaultDescriptor['answers'] | 'none'
+}
+
 export interface TierStats {
   capacity: number
   /** Touches of absent pages. */
@@ -72,8 +80,7 @@ export class DiskTier implements KvTier {
   readonly capacity: number
   readonly file: PlaceFile
   readonly columnBytes: number
-  /** Who may touch a column that is being loaded; undefined: nobody, so a slot's map waits. */
-  readonly touches: FaultDescriptor['answers'] | undefined
+  readonly facts: TierFacts
   private readonly memory: TieredMemory
   private readonly shared: TierShared
   private readonly keys: Keys
@@ -99,7 +106,11 @@ export class DiskTier implements KvTier {
     this.shared = new TierShared(geometry, createEvent())
     const faults = options.faults === false ? undefined : openFaults()
     this.faultFd = faults?.fd ?? -1
-    this.touches = faults?.answers
+    this.facts = {
+      bytes: this.capacity * this.columnBytes,
+      file: this.file,
+      touches: faults?.answers ?? 'none',
+    }
     const columns = { first: 0, end: geometry.columns }
     this.shown = Array.from({ length: memory.slots }, (_, slot) => [{ region: slot, ...columns }])
     const current = this.keys.random()
@@ -117,7 +128,7 @@ export class DiskTier implements KvTier {
         fileId: new Uint8Array(16),
       },
       signal: options.signal,
-      ...(options.throwsAfter === undefined ? {} : { throwsAfter: options.throwsAfter }),
+      ...(options.pagerFault && { fault: options.pagerFault }),
     })
   }
 
@@ -185,7 +196,7 @@ export class DiskTier implements KvTier {
       const index = this.shared.index(region, column)
       for (;;) {
         const seen = Atomics.load(header, words.SETTLED)
-        if (Atomics.load(moving, index) === words.SETTLED_COLUMN) break
+        if (Atomics.load(moving, index) === words.AT_REST) break
         this.check()
         Atomics.wait(header, words.SETTLED, seen, words.WAIT_MS)
       }
@@ -224,20 +235,25 @@ export class DiskTier implements KvTier {
     const { region, first, end } = columns
     assert(end > first && end - first === places.length, 'each column has a place')
     assert(region >= 0 && region < this.memory.regions, `region ${region} exists`)
-    const at = this.shared.index(region, first)
     this.shared.index(region, end - 1)
+    for (const place of places) assert(place < this.capacity, `place ${place} exists`)
+    const { moving } = this.shared
+    const at = this.shared.index(region, first)
     for (let i = 0; i < places.length; i++) {
-      const place = places[i] ?? 0
-      assert(place < this.capacity, `place ${place} is one of ${this.capacity}`)
-      assert(this.shared.moving[at + i] === words.SETTLED_COLUMN, 'a column moves once at a time')
-      this.shared.places[at + i] = place
-      Atomics.store(this.shared.moving, at + i, kind === words.SAVE ? words.SAVING : words.LOADING)
+      const now = Atomics.load(moving, at + i)
+      if (kind === words.SAVE) {
+        assert(now < words.LOADING - 1, 'a column that is written out is in memory')
+        Atomics.add(moving, at + i, 1)
+      } else {
+        assert(now === words.AT_REST, 'a column that is brought back is at rest')
+        Atomics.store(moving, at + i, words.LOADING)
+      }
     }
     // After the marks: a pager that dies fills what it finds marked, so one of both is seen.
     this.check()
     const ticket = this.nextTicket++
     this.running++
-    this.shared.request({ kind, ticket, region, first, end })
+    this.shared.request({ kind, ticket, region, first, end, places })
     return ticket
   }
 

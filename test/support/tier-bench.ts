@@ -6,7 +6,6 @@ import type { LatticeError } from '../../src/errors.ts'
 import { viewMemory } from '../../src/ffi/libc.ts'
 import { type KvLayout, layerMajor } from '../../src/kv/layout.ts'
 import { PagerHost } from '../../src/tier/pager-host.ts'
-import type { PagerStart } from '../../src/tier/pager.ts'
 import type { DiskTier, OffloadOptions } from '../../src/tier/tier.ts'
 
 export interface TierBenchOptions extends Partial<
@@ -25,10 +24,8 @@ export class TierBench {
   readonly tier: DiskTier
   readonly layout: KvLayout
   readonly signal = new Int32Array(new SharedArrayBuffer(4))
-  readonly deaths: LatticeError[] = []
   private readonly memory: Int32Array
   private host: PagerHost | undefined
-  private start: PagerStart | undefined
 
   constructor(options: TierBenchOptions = {}) {
     const { layers = 3, columns = 16, slots = 3, regions = 6, capacity = 64, ...rest } = options
@@ -39,17 +36,16 @@ export class TierBench {
       bytes: capacity * layers * HOST_PAGE_BYTES,
       signal: this.signal.buffer as SharedArrayBuffer,
       startPager: (start) => {
-        this.start = start
-        this.host = new PagerHost(start, (why) => this.deaths.push(why))
+        this.host = new PagerHost(start)
       },
     })
     this.tier = this.kv.tier!
     this.memory = new Int32Array(viewMemory(this.kv.address, this.layout.slotBytes * slots))
   }
 
-  /** What the pager was started with. */
-  get pager(): PagerStart {
-    return this.start!
+  /** Why the pager died, if it did. */
+  deathCode(): string | undefined {
+    return this.host?.death?.code
   }
 
   /** Writes what belongs to `seed` into a slot's column. */
@@ -60,7 +56,7 @@ export class TierBench {
     }
   }
 
-  /** Whether a slot's column has in every word what `write` wrote. Touches it from the last range. */
+  /** Whether a slot's column has in every word what `write` wrote; begins at the last range. */
   holds(slot: number, column: number, seed: number): boolean {
     for (let range = this.layout.ranges - 1; range >= 0; range--) {
       const at = this.wordOf(slot, column, range)
