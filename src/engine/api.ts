@@ -97,8 +97,8 @@ export interface SequenceHandle {
 }
 
 /**
- * A preempted sequence waits again, then is in prefill until its output is computed again too; or it
- * is offloading until its memory is free, offloaded while it waits, and loading until it is back.
+ * A preempted sequence waits again, then is in prefill until its output is computed again too. Or
+ * it is offloading until its memory is free, offloaded while it waits, loading until it is back.
  */
 export type SequenceState =
   | 'waiting'

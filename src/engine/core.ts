@@ -36,7 +36,7 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
-  /** Lets in whoever fits, whatever those that run will need; else as much as is expected to fit. */
+  /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
   greedy?: boolean
   /** Which of them go first; 'cost' unless told. */
   prefixEviction?: EvictionName | undefined
@@ -65,7 +65,7 @@ export interface CoreSink {
 const WARM_MS = 20
 
 /** How soon to look again for what is on its way, when there is nothing else to do. */
-const TIER_WAIT_MS = 0.2
+const TIER_WAIT_MS = 1
 
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
@@ -181,6 +181,8 @@ export class EngineCore implements TierSink {
     const computeStart = this.now()
     this.backend.launch(this.batch)
     const rows = this.backend.collect()
+    // What a step read after the pager's death is not what was there: nothing of it is told.
+    this.backend.kv.tier?.check()
     const computeMs = this.now() - computeStart
     this.computeMs += computeMs
     this.learn(parts, computeMs)

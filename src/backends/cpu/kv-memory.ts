@@ -28,6 +28,7 @@ import {
   spannedTokens,
 } from '../../kv/regions.ts'
 import type { ModelConfig } from '../../model/model.ts'
+import { DiskTier, type OffloadOptions } from '../../tier/tier.ts'
 import type { KvMemory } from '../backend.ts'
 
 /** What the kernel allocates at a time in a memfd unless huge pages were asked for. */
@@ -57,6 +58,7 @@ export class HostKvMemory implements KvMemory {
   /** Address of slot 0. */
   readonly address: number
   readonly fd: number
+  readonly tier?: DiskTier
   /** By slot: the region where it writes. */
   private readonly own: Int32Array
   /** By slot: which region's columns are mapped into it, all of them in order. */
@@ -65,7 +67,8 @@ export class HostKvMemory implements KvMemory {
   private readonly bytes: number
   private readonly scratch: number
 
-  constructor(layout: KvLayout, slots: number, regions = slots) {
+  /** @throws LatticeError what a tier throws, if `offload` asks for one */
+  constructor(layout: KvLayout, slots: number, regions = slots, offload?: OffloadOptions) {
     this.layout = layout
     this.slots = slots
     this.regions = regions
@@ -78,6 +81,7 @@ export class HostKvMemory implements KvMemory {
       { region, first: 0, end: this.columns },
     ])
     this.scratch = mapAnonymous(layout.shape.pageBytes)
+    if (offload) this.tier = new DiskTier(this, offload)
   }
 
   map(slot: number, region: number, shared: readonly KvSpan[]): void {
@@ -86,12 +90,14 @@ export class HostKvMemory implements KvMemory {
     const changes = differingColumns(parts, this.mapped[slot] ?? [])
     this.mapped[slot] = parts
     this.own[slot] = region
+    this.tier?.forget(slot)
     // One mapping for the whole slot, if that and what is put over it are fewer.
     if (changes.length * this.layout.ranges > 1 + (parts.length - 1) * this.layout.ranges) {
       const { slotBytes } = this.layout
       mapSharedAt(this.address + slot * slotBytes, slotBytes, this.fd, region * slotBytes)
       parts.slice(0, -1).forEach((part) => this.mapColumns(slot, part))
     } else for (const part of changes) this.mapColumns(slot, part)
+    this.tier?.show(slot, region, parts)
   }
 
   copy(slot: number, first: number, shared: readonly KvSpan[]): void {
@@ -100,6 +106,8 @@ export class HostKvMemory implements KvMemory {
     const end = spannedTokens(shared) * tokenStride
     const own = (this.own[slot] ?? slot) * slotBytes
     for (const part of copiedColumns(this.layout, shared, first)) {
+      // System calls do not wait for a page of the file as a touch of a mapping does.
+      this.tier?.settle(part)
       const other = part.region * slotBytes
       for (let column = part.first; column < part.end; column++) {
         const start = column * pageBytes
@@ -121,6 +129,7 @@ export class HostKvMemory implements KvMemory {
   }
 
   discard(region: number, first: number, end: number): void {
+    this.tier?.settle({ region, first, end })
     const { ranges, rangeBytes, slotBytes } = this.layout
     const { pageBytes } = this.layout.shape
     const start = region * slotBytes + first * pageBytes
@@ -141,6 +150,7 @@ export class HostKvMemory implements KvMemory {
   }
 
   close(): void {
+    this.tier?.close()
     unmap(this.address, this.bytes)
     unmap(this.scratch, this.layout.shape.pageBytes)
     closeFd(this.fd)
