@@ -38,6 +38,8 @@ export interface CoreOptions {
   prefixPages?: number
   /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
   greedy?: boolean
+  /** How sequences that made room come back; unless told, in the way that takes less time. */
+  comeBack?: 'moved' | 'computed'
   /** Which of them go first; 'cost' unless told. */
   prefixEviction?: EvictionName | undefined
   /** Whether answers are cached as prompts are. */
@@ -113,7 +115,7 @@ export class EngineCore implements TierSink {
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
-    const { maxSequences, greedy = false } = options
+    const { maxSequences, greedy = false, comeBack } = options
     this.costs = new Costs(kv.layout.shape.pageBytes)
     this.tiers = kv.tier && new Tiers(kv.tier, this.slots, this)
     this.scheduler = new Scheduler(
@@ -122,7 +124,8 @@ export class EngineCore implements TierSink {
       this.sharing,
       this.tiers && {
         tiers: this.tiers,
-        preferMoving: (...amounts) => this.costs.preferMoving(...amounts),
+        preferMoving: (...amounts) =>
+          comeBack ? comeBack === 'moved' : this.costs.preferMoving(...amounts),
       },
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
