@@ -7,6 +7,9 @@ const DECODE_TOKEN_MS = 10
 const SAVE_BYTE_MS = 1 / (1000 * 1000)
 const LOAD_BYTE_MS = 1 / (2000 * 1000)
 
+/** Moving leaves the processors to those that run: its time counts for less. */
+const MOVING_WEIGHT = 0.25
+
 /** What is older counts less by this, each time. */
 const DECAY = 0.9
 
@@ -58,6 +61,6 @@ export class Costs {
   preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean {
     const moving = pages * (this.pageMs.save.get() + this.pageMs.load.get())
     const prefill = promptTokens * this.prefillTokenMs.get()
-    return moving <= prefill + outputTokens * this.decodeTokenMs.get()
+    return MOVING_WEIGHT * moving <= prefill + outputTokens * this.decodeTokenMs.get()
   }
 }
