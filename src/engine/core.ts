@@ -234,6 +234,7 @@ export class EngineCore {
   }
 
   /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
     if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
     return this.sharing.unpin(question.tenant, question.id)
