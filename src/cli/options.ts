@@ -68,8 +68,8 @@ export function addEngineOptions(command: Command): Command {
     .addOption(
       new Option(
         '--prefix-cache-output <WHETHER>',
-        'keep answers too, so that the next turn of a chat computes only what is new; what' +
-          ' follows a kept answer may then differ from a cold start in last bits',
+        'keep answers too, so that the next turn of a chat computes only what is new; that turn' +
+          ' may then be answered otherwise than by a server that has just started',
       )
         .choices(['on', 'off'])
         .default('off'),

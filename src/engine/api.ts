@@ -132,8 +132,8 @@ export interface TierSnapshot {
   loadedBytes: number
   /** Preempted sequences that were moved out; the others were computed again. */
   offloads: number
-  /** Those that had to be computed again in the end: writing or reading failed. */
-  imagesLost: number
+  /** Sequences and prefixes computed again in the end because writing or reading failed. */
+  lost: number
 }
 
 /** A prefix that stays in memory until it is unpinned. */

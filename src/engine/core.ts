@@ -286,7 +286,7 @@ export class EngineCore implements TierSink {
       savedBytes: this.moved.save * shape.pageBytes,
       loadedBytes: this.moved.load * shape.pageBytes,
       offloads: preemptions.offload,
-      imagesLost,
+      lost: imagesLost,
     }
   }
 
@@ -301,6 +301,7 @@ export class EngineCore implements TierSink {
   }
 
   /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
     if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
     return this.sharing.unpin(question.tenant, question.id)

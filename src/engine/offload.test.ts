@@ -75,7 +75,7 @@ const loads = fc.record({
 })
 
 test('a sequence that makes room is answered otherwise, or leaves something behind', () => {
-  const seen = { offloads: 0, recomputes: 0, imagesLost: 0 }
+  const seen = { offloads: 0, recomputes: 0, lost: 0 }
   fc.assert(
     fc.property(loads, ({ core, extraBudget, capacity, pollsMax, faults, seed, arrivals }) => {
       const stepTokens = core.maxSequences + extraBudget
@@ -115,7 +115,7 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
       const { kv, preemptions, tier: after } = engine.core.snapshot()
       seen.offloads += after!.offloads
       seen.recomputes += preemptions - after!.offloads
-      seen.imagesLost += after!.imagesLost
+      seen.lost += after!.lost
       assert.equal(after!.usedBytes, 0, 'places are left behind')
       assert.ok(kv.usedPages <= core.prefixPages, 'pages are left behind')
       assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
@@ -130,6 +130,6 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
     }),
     { seed: 29, numRuns: 1000 },
   )
-  const { offloads, recomputes, imagesLost } = seen
-  assert.ok(offloads > 300 && recomputes > 100 && imagesLost > 20, JSON.stringify(seen))
+  const { offloads, recomputes, lost } = seen
+  assert.ok(offloads > 300 && recomputes > 100 && lost > 20, JSON.stringify(seen))
 })

@@ -14,7 +14,7 @@ export interface SharingOptions {
   computeMin: number
   /** Other regions that a slot's tokens may lie in, at most. */
   spansMax: number
-  /** Answers are cached too: what follows one then has other last bits than computed anew. */
+  /** Answers are cached too; what follows one then has other bits than computed anew. */
   output: boolean
 }
 

@@ -50,7 +50,7 @@ function run(
       engine.core.check()
     }
     const { preemptions, tier } = engine.core.snapshot()
-    assert.equal(tier?.imagesLost ?? 0, 0)
+    assert.equal(tier?.lost ?? 0, 0)
     return { outcomes: [...engine.outcomes.values()], preemptions, offloads: tier?.offloads ?? 0 }
   } finally {
     backend.close()
