@@ -132,6 +132,10 @@ export interface TierSnapshot {
   loadedBytes: number
   /** Preempted sequences that were moved out; the others were computed again. */
   offloads: number
+  /** Cached prefixes that went out of memory. */
+  demotions: number
+  /** Prompts for which some came back. */
+  fetches: number
   /** Sequences and prefixes computed again in the end because writing or reading failed. */
   lost: number
 }
