@@ -28,6 +28,7 @@ import type {
 import { Offload, type OffloadOptions } from './offload.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
+import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
 
 export interface CoreOptions extends OffloadOptions {
@@ -78,6 +79,7 @@ export class EngineCore {
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
   private readonly offload: Offload | undefined
+  private readonly sessions: Sessions | undefined
   private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
   private readonly batch: StepBatch
@@ -112,6 +114,7 @@ export class EngineCore {
       : undefined
     this.costs = new Costs(kv.layout.shape.pageBytes)
     this.offload = transfers && new Offload(transfers, this.slots, cache, this.costs, options)
+    this.sessions = cache && new Sessions(this.slots, cache, this.offload)
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
       computeMin: Math.max(1, chunkTokensMin),
@@ -174,7 +177,7 @@ export class EngineCore {
   step(): boolean {
     const start = this.now()
     this.scheduler.settle(start)
-    this.offload?.keepRoom(start)
+    this.offload?.keepRoom()
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
@@ -200,7 +203,7 @@ export class EngineCore {
    */
   settle(): number | undefined {
     const wait = this.giveBack()
-    this.offload?.keepRoom(this.now())
+    this.offload?.keepRoom()
     if (!this.offload?.busy) return wait
     if (this.idle) this.scheduler.settle(this.now())
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
@@ -225,7 +228,7 @@ export class EngineCore {
 
   /** The machine has too little memory: cached prefixes go out of it. */
   relieve(): void {
-    this.offload?.relieve(this.now())
+    this.offload?.relieve()
   }
 
   snapshot(): EngineSnapshot {
@@ -286,8 +289,12 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
-    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
-    return this.sharing.unpin(question.tenant, question.id)
+    const { kind, tenant } = question
+    if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
+    if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
+    if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
+    if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
+    return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

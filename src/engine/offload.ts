@@ -38,7 +38,6 @@ export class Offload implements Preemption {
   private readonly cache: PrefixCache | undefined
   private readonly costs: Costs
   private readonly options: OffloadOptions
-  private nowMs = 0
   private readonly moved = { save: 0, load: 0 }
 
   constructor(
@@ -77,17 +76,16 @@ export class Offload implements Preemption {
   }
 
   /** Takes cached prefixes out of memory before somebody has to wait for it. */
-  keepRoom(nowMs: number): void {
-    this.nowMs = nowMs
+  keepRoom(): void {
     const { high, low } = this.options.watermarks ?? WATERMARKS_DEFAULT
     const { usedPages, limitPages } = this.slots
-    if (usedPages > high * limitPages) this.cold?.demote(low * limitPages, nowMs)
+    if (usedPages > high * limitPages) this.cold?.demote(low * limitPages)
   }
 
   /** The machine has too little memory: some of what is only cached goes. */
-  relieve(nowMs: number): void {
+  relieve(): void {
     const { usedPages, limitPages } = this.slots
-    this.cold?.demote(usedPages - PRESSED_SHARE * limitPages, nowMs)
+    this.cold?.demote(usedPages - PRESSED_SHARE * limitPages)
   }
 
   /**
@@ -98,7 +96,7 @@ export class Offload implements Preemption {
   fetch(tenant: string, tokens: Int32Array, length: number, always = false): boolean {
     const worth = (pages: number, count: number) => always || this.costs.preferLoading(pages, count)
     const makeRoom = (pages: number) => this.makeRoom(pages)
-    return this.cold?.fetch(tenant, tokens, length, this.nowMs, worth, makeRoom) ?? false
+    return this.cold?.fetch(tenant, tokens, length, worth, makeRoom) ?? false
   }
 
   /** What is held in memory besides by slots and the cache. */

@@ -32,24 +32,28 @@ export class ColdPrefixes {
   }
 
   /** Takes prefixes out of memory, those worth least first, until no more pages than this are used. */
-  demote(usedPages: number, nowMs: number): void {
+  demote(usedPages: number): void {
     while (this.regions.usedPages - this.leavingPages > usedPages) {
       const node = this.cache.coldest
       if (!node) return
       if (node.places) this.cache.demote(node)
-      else if (!this.save(node, nowMs)) return
+      else if (!this.save(node)) return
     }
   }
 
   /**
-   * Takes a prefix's end out of memory, whatever it is worth.
-   * @returns whether it is on its way, or was out already
+   * Takes a prefix's end out of memory, whatever it is worth, and what leads to nothing else.
+   * @returns false, with nothing changed, if a sequence uses it, or there is no room outside
    */
-  demoteEnd(node: PrefixNode, nowMs: number): boolean {
-    if (node.region < 0) return true
-    if (node.warm > 0 || node.coming || node.pins > 0) return false
-    if (!node.places) return this.save(node, nowMs)
-    this.cache.demote(node)
+  demoteFrom(end: PrefixNode): boolean {
+    for (let node = end; node.parent; node = node.parent) {
+      if (node !== end && node.children.size > 1) return true
+      if (node.region < 0) continue
+      if (node.warm > 0 || node.coming || node.pins > 0) return node !== end
+      // The rest follows when it has been written.
+      if (!node.places) return this.save(node, () => this.demoteFrom(end)) || node !== end
+      this.cache.demote(node)
+    }
     return true
   }
 
@@ -63,7 +67,6 @@ export class ColdPrefixes {
     tenant: string,
     tokens: Int32Array,
     length: number,
-    nowMs: number,
     worth: (pages: number, tokens: number) => boolean,
     makeRoom: (pages: number) => boolean,
   ): boolean {
@@ -89,7 +92,7 @@ export class ColdPrefixes {
       for (const columns of path) this.end(columns)
       return false
     }
-    this.load({ region, first, end }, nodes, path, nowMs)
+    this.load({ region, first, end }, nodes, path)
     this.fetches++
     return true
   }
@@ -104,7 +107,7 @@ export class ColdPrefixes {
     for (const { places } of this.cache.nodes()) if (places) yield places
   }
 
-  private save(node: PrefixNode, nowMs: number): boolean {
+  private save(node: PrefixNode, then: () => void = () => {}): boolean {
     const columns = columnsOf(this.regions, node)
     const pages = pagesOf(this.regions.layout, columns)
     // What a sequence has part of may be written to, and would not be free.
@@ -113,7 +116,7 @@ export class ColdPrefixes {
     if (!places || node.gone) return false
     this.begin(columns, places)
     this.leavingColumns += places.length
-    this.transfers.begin('save', columns, places, nowMs, (error) => {
+    this.transfers.begin('save', columns, places, (error) => {
       this.leavingColumns -= places.length
       this.end(columns)
       if (error) this.lost++
@@ -125,17 +128,14 @@ export class ColdPrefixes {
       }
       node.places = places
       const unused = this.regions.evictableIn([columns]) === pages
-      if (unused && node.warm === 0 && node.pins === 0) this.cache.demote(node)
+      if (!unused || node.warm > 0 || node.pins > 0) return
+      this.cache.demote(node)
+      then()
     })
     return true
   }
 
-  private load(
-    columns: KvColumns,
-    nodes: readonly PrefixNode[],
-    path: readonly KvColumns[],
-    nowMs: number,
-  ): void {
+  private load(columns: KvColumns, nodes: readonly PrefixNode[], path: readonly KvColumns[]): void {
     const places = new Uint32Array(columns.end - columns.first)
     for (const node of nodes) {
       // Of a column that two have bytes of, the later one has all.
@@ -144,7 +144,7 @@ export class ColdPrefixes {
     }
     this.begin(columns, undefined)
     this.regions.leave(columns.region)
-    this.transfers.begin('load', columns, places, nowMs, (error) => {
+    this.transfers.begin('load', columns, places, (error) => {
       for (const node of nodes) node.coming = false
       if (error) {
         this.lost++

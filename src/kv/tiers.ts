@@ -79,7 +79,7 @@ export class Tiers {
    * @returns undefined, with nothing changed, if the tier has no room, or the slot has just been
    *   forked and not written to
    */
-  out(slot: number, tokens: number, nowMs: number): Image | undefined {
+  out(slot: number, tokens: number): Image | undefined {
     const { slots } = this
     const { layout } = slots
     if (slots.isPending(slot)) return undefined
@@ -103,7 +103,7 @@ export class Tiers {
     this.images.add(image)
     for (const columns of this.columnsOf(slot, tokens)) {
       const from = Math.max(columns.first, first)
-      if (from < columns.end) this.transfer(image, 'save', { ...columns, first: from }, nowMs)
+      if (from < columns.end) this.transfer(image, 'save', { ...columns, first: from })
     }
     // Nothing to write: all of it stays in memory for others.
     if (image.pending === 0) this.settle(image)
@@ -115,7 +115,7 @@ export class Tiers {
    * memory, the slot keeps now.
    * @returns true if there is nothing to fill: it is back
    */
-  back(image: Image, slot: number, nowMs: number): boolean {
+  back(image: Image, slot: number): boolean {
     assert(image.state === 'out' && image.pinned, 'what comes back was out')
     image.state = 'coming'
     image.pinned = false
@@ -125,7 +125,7 @@ export class Tiers {
     const { region, first } = this.slots.ownColumns(slot)
     assert(first === image.first, 'a slot begins where its image does')
     const columns = { region, first, end: first + image.places.length }
-    if (image.places.length > 0) this.transfer(image, 'load', columns, nowMs)
+    if (image.places.length > 0) this.transfer(image, 'load', columns)
     else this.settle(image)
     return image.places.length === 0
   }
@@ -166,11 +166,11 @@ export class Tiers {
     for (const { places } of this.images) yield places
   }
 
-  private transfer(image: Image, kind: TransferKind, columns: KvColumns, nowMs: number): void {
+  private transfer(image: Image, kind: TransferKind, columns: KvColumns): void {
     const at = columns.first - image.first
     const places = image.places.subarray(at, at + columns.end - columns.first)
     image.pending++
-    this.transfers.begin(kind, columns, places, nowMs, (error) => {
+    this.transfers.begin(kind, columns, places, (error) => {
       image.pending--
       if (error) image.failed = true
       if (image.pending > 0) return

@@ -20,6 +20,8 @@ export class Transfers {
   /** Told of every transfer that did not fail; set by whoever counts them. */
   onMoved: (kind: TransferKind, columns: number, ms: number) => void = () => {}
   private readonly tier: KvTier
+  /** At the last poll. */
+  private nowMs = 0
   private readonly tickets = new Map<number, Transfer>()
 
   constructor(tier: KvTier) {
@@ -37,11 +39,10 @@ export class Transfers {
     kind: TransferKind,
     columns: KvColumns,
     places: Uint32Array,
-    nowMs: number,
     onEnd: Transfer['onEnd'],
   ): void {
     const ticket = this.tier[kind](columns, places)
-    this.tickets.set(ticket, { kind, columns: places.length, sinceMs: nowMs, onEnd })
+    this.tickets.set(ticket, { kind, columns: places.length, sinceMs: this.nowMs, onEnd })
   }
 
   /**
@@ -49,6 +50,7 @@ export class Transfers {
    * @throws LatticeError `pager_failed`
    */
   poll(nowMs: number): void {
+    this.nowMs = nowMs
     this.tier.check()
     for (const { ticket, error } of this.tier.poll()) {
       const { kind, columns, sinceMs, onEnd } = present(this.tickets.get(ticket), 'a transfer')

@@ -85,7 +85,6 @@ export class Scheduler<S extends Schedulable> {
   private readonly lengths = new OutputLengths()
   /** Pages that sequences of this step wait for while others leave. */
   private owedPages = 0
-  private nowMs = 0
   private readonly parts: ScheduledPart<S>[] = []
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
@@ -111,7 +110,6 @@ export class Scheduler<S extends Schedulable> {
    * @throws LatticeError `pager_failed`
    */
   settle(nowMs: number): void {
-    this.nowMs = nowMs
     for (const image of this.preemption?.tiers.poll(nowMs) ?? []) {
       if (image.state === 'back') this.resumed(image)
       else if (image.state === 'lost') this.computeAgain(image)
@@ -295,7 +293,7 @@ export class Scheduler<S extends Schedulable> {
     if (slot < 0) return false
     sequence.slot = slot
     assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
-    if (this.preemption?.tiers.back(image, slot, this.nowMs)) this.resumed(image, sequence)
+    if (this.preemption?.tiers.back(image, slot)) this.resumed(image, sequence)
     return true
   }
 
@@ -362,7 +360,7 @@ export class Scheduler<S extends Schedulable> {
       const pages = tiers.columnsToMove(slot, computed) * this.slots.layout.ranges
       const outputs = Math.max(0, computed - promptLength)
       if (this.preemption?.preferMoving(pages, computed - outputs, outputs)) {
-        sequence.image = tiers.out(slot, computed, this.nowMs)
+        sequence.image = tiers.out(slot, computed)
       }
     }
     if (sequence.image) this.preemptions.offload++
