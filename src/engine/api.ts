@@ -169,8 +169,8 @@ export interface SessionSnapshot {
 }
 
 /**
- * moving: it is on its way; busy: a sequence uses it, or there is no room; unknown: there is no such
- * session; impossible: there is nowhere to move it.
+ * moving: it is on its way; busy: a sequence uses it, or there is no room; unknown: there is no
+ * such session; impossible: there is nowhere to move it.
  */
 export type SessionMove = 'done' | 'moving' | 'busy' | 'unknown' | 'impossible'
 

@@ -31,7 +31,7 @@ export class ColdPrefixes {
     return this.leavingColumns * this.regions.layout.ranges
   }
 
-  /** Takes prefixes out of memory, those worth least first, until no more pages than this are used. */
+  /** Takes prefixes out of memory, those worth least first, until so few pages are used. */
   demote(usedPages: number): void {
     while (this.regions.usedPages - this.leavingPages > usedPages) {
       const node = this.cache.coldest

@@ -176,7 +176,7 @@ export class PrefixCache {
     } else if (mayGo(node) && !this.queue.has(node)) this.queue.add(node)
   }
 
-  /** A node outside of memory has its content in `region`, or will have it when it is no more `coming`. */
+  /** A node that is out has its content in `region`, or will when it is no longer `coming`. */
   warmUp(node: PrefixNode, region: number, coming = false): void {
     const parent = present(node.parent, 'a parent')
     assert(node.region < 0, 'what is brought back was out')

@@ -1,4 +1,4 @@
-// Owns what is on its way to a tier or back: one record for each ticket, and who is told at its end.
+// Owns what is on its way to a tier or back: a record for each ticket, and who is told at its end.
 
 import { present } from '../assert.ts'
 import type { LatticeError } from '../errors.ts'
