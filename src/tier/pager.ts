@@ -6,9 +6,10 @@
 // A save:  memory → buffer → encrypted there → disk
 
 import { present } from '../assert.ts'
-import { takeEvent } from '../ffi/libc.ts'
+import { takeEvent, unmap, viewMemory } from '../ffi/libc.ts'
 import { FaultReader, wakeFaults } from '../ffi/userfaultfd.ts'
 import { Uring } from '../ffi/uring.ts'
+import { type LogEntry, type LogStart, LogWriter } from './store/log-writer.ts'
 import { ColumnSeals, type SealKeys } from './seals.ts'
 import * as words from './shared.ts'
 import { type TierGeometry, type TierRequest, TierShared } from './shared.ts'
@@ -28,6 +29,8 @@ export interface PagerStart {
   /** An eventfd that wakes it. */
   wakeFd: number
   keys: SealKeys
+  /** Of a store that outlives the process. */
+  log?: LogStart
   /** The engine's: it grows with everything that the engine should look at. */
   signal: SharedArrayBuffer
   fault?: PagerFault
@@ -47,6 +50,7 @@ const BUFFERS_FOR_LOADS = BUFFERS - 1
 const RING_ENTRIES = 1024
 const FAULT_TAG = BUFFERS
 const WAKE_TAG = BUFFERS + 1
+const LOG_TAG = BUFFERS + 2
 const EIO = 5
 
 /** Columns [first, end) of a ticket that nobody works on yet. */
@@ -88,6 +92,7 @@ export class Pager {
   private readonly signal: Int32Array
   private readonly uring = new Uring(RING_ENTRIES)
   private readonly faults: FaultReader | undefined
+  private readonly log: LogWriter | undefined
   private readonly columnBytes: number
   private readonly columnsMax: number
   private readonly transfers: Transfer[]
@@ -113,6 +118,9 @@ export class Pager {
     this.seals = new ColumnSeals(this.shared, start.keys)
     this.signal = new Int32Array(start.signal)
     this.faults = start.faultFd < 0 ? undefined : new FaultReader(start.faultFd)
+    const { log, fileFd } = start
+    const logged = (ticket: number, errno: number) => this.logged(ticket, errno)
+    this.log = log && new LogWriter(log, this.uring, fileFd, LOG_TAG, logged)
     this.columnBytes = words.columnBytes(geometry)
     this.columnsMax = columnsOfBuffer(geometry)
     this.transfers = Array.from({ length: BUFFERS }, () => ({
@@ -137,14 +145,16 @@ export class Pager {
       this.takeRequests()
       this.begin()
       this.tell()
-      if (this.busy === 0 && closing) return
+      const working = this.busy > 0 || this.log?.busy === true
+      if (!working && closing) return
       // While anything is registered, a touch may have to be answered.
-      if (this.busy > 0 || Atomics.load(header, words.REGISTERED) > 0) this.wait(seen)
+      if (working || Atomics.load(header, words.REGISTERED) > 0) this.wait(seen)
       else Atomics.wait(header, words.PAGER_WAKE, seen, this.untold.length > 0 ? 1 : undefined)
     }
   }
 
   close(): void {
+    this.log?.close()
     this.uring.close()
     this.seals.close()
     for (const { buffer } of this.transfers) buffer.close()
@@ -155,6 +165,11 @@ export class Pager {
       const request = this.shared.nextRequest()
       if (!request) return
       const { kind, ticket, region, first, end } = request
+      if (kind === words.KEEP || kind === words.FORGET) {
+        present(this.log, 'the log of a store').add(takeLogEntry(request))
+        if (kind === words.KEEP) this.tickets.set(ticket, NO_TICKET)
+        continue
+      }
       const queue = kind === words.SAVE ? this.saves : this.loads
       queue.push({ ticket, region, first, end })
       this.tickets.set(ticket, newTicket(request))
@@ -173,6 +188,7 @@ export class Pager {
         this.beginOne(free, words.SAVE, this.saves)
       } else break
     }
+    this.log?.begin()
     if (this.faults && !this.faultsArmed) {
       this.uring.pollIn(this.start.faultFd, FAULT_TAG)
       this.faultsArmed = true
@@ -252,6 +268,10 @@ export class Pager {
       takeEvent(this.start.wakeFd)
       return
     }
+    if (tag === LOG_TAG) {
+      this.log?.complete(result)
+      return
+    }
     const transfer = present(this.transfers[tag], 'the transfer of a completion')
     // Nothing else makes an operation on a file of fixed size end short.
     if (result < 0) transfer.errno = -result
@@ -285,6 +305,13 @@ export class Pager {
     if (ticket.columnsLeft > 0) return
     if (ticket.outcome === words.DONE_WELL) this.untold.push(id)
     else if (ticket.told) this.tickets.delete(id)
+  }
+
+  private logged(id: number, errno: number): void {
+    if (!this.tickets.has(id)) return
+    const outcome = errno === 0 ? words.DONE_WELL : words.DONE_IO
+    this.tickets.set(id, { ...NO_TICKET, outcome, errno })
+    this.untold.push(id)
   }
 
   private misbehave(): void {
@@ -394,4 +421,14 @@ function newTicket({ first, end, places }: TierRequest): Ticket {
 /** Where column `i` of a transfer lies on disk. */
 function placeOf({ ticket, first }: Transfer, i: number): number {
   return present(ticket.places[first - ticket.first + i], 'the place of a column')
+}
+
+/** Takes over the block of a request: the id of a prefix, then what the log shall say. */
+function takeLogEntry({ kind, ticket, region, first, end }: TierRequest): LogEntry {
+  const address = (region >>> 0) + first * 2 ** 32
+  const block = Buffer.from(viewMemory(address, end))
+  const id = Number(block.readBigUInt64LE(0))
+  const payload = Uint8Array.from(block.subarray(8))
+  unmap(address, end)
+  return { ticket, id, keeps: kind === words.KEEP, payload }
 }
