@@ -13,6 +13,8 @@ export interface EngineOptions {
   kvMemory?: number
   prefixCache?: number
   kvOffload?: { bytes: number; path?: string }
+  kvStore?: string
+  kvStoreKey?: string
 }
 
 export interface SamplingOptions {
@@ -60,6 +62,11 @@ export function addEngineOptions(command: Command): Command {
       'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
       parsePlace,
     )
+    .option(
+      '--kv-store <DIR>',
+      'keep prompts there, encrypted, beyond a restart; with --kv-offload SIZE (default: none)',
+    )
+    .option('--kv-store-key <KEY>', 'its key: a file with 32 bytes, or keyring:NAME')
 }
 
 export function addSamplingOptions(command: Command): Command {

@@ -26,6 +26,13 @@ export interface EngineThreadOptions {
 export interface OffloadPlace {
   bytes: number
   path?: string
+  store?: StorePlace
+}
+
+/** A directory where prefixes outlive the process, and where its key is (src/tier/store/secret.ts). */
+export interface StorePlace {
+  directory: string
+  key: string
 }
 
 export type BackendChoice =
