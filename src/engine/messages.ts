@@ -29,7 +29,7 @@ export interface OffloadPlace {
   store?: StorePlace
 }
 
-/** A directory where prefixes outlive the process, and where its key is (src/tier/store/secret.ts). */
+/** A directory where prefixes outlive the process; its key as src/tier/store/secret.ts has it. */
 export interface StorePlace {
   directory: string
   key: string

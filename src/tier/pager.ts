@@ -74,6 +74,8 @@ interface Ticket {
 interface Transfer {
   buffer: TransferBuffer
   kind: number
+  /** Somebody waits for it. */
+  touched: boolean
   id: number
   /** What `id` stands for. */
   ticket: Ticket
@@ -126,6 +128,7 @@ export class Pager {
     this.transfers = Array.from({ length: BUFFERS }, () => ({
       buffer: new TransferBuffer(geometry, start.memoryFd),
       kind: 0,
+      touched: false,
       id: 0,
       ticket: NO_TICKET,
       region: 0,
@@ -182,6 +185,9 @@ export class Pager {
       const free = this.transfers.find(({ running }) => running === 0)
       if (!free) break
       if (this.touched.length > 0) this.beginOne(free, words.LOAD, this.touched)
+      // A disk's elevator would take what lies before a touched column first, as long as there is
+      // more of it.
+      else if (this.transfers.some(({ touched, running }) => touched && running > 0)) break
       else if (this.loads.length > 0 && this.busy < BUFFERS_FOR_LOADS) {
         this.beginOne(free, words.LOAD, this.loads)
       } else if (this.saves.length > 0 && this.busy < BUFFERS_FOR_SAVES) {
@@ -199,6 +205,7 @@ export class Pager {
   private beginOne(transfer: Transfer, kind: number, queue: Piece[]): void {
     const piece = present(queue[0], 'work to begin')
     transfer.kind = kind
+    transfer.touched = queue === this.touched
     transfer.id = piece.ticket
     transfer.ticket = present(this.tickets.get(piece.ticket), 'the ticket of a piece')
     transfer.region = piece.region
@@ -280,7 +287,8 @@ export class Pager {
     if (transfer.running === 0) {
       // It stays out of `begin`'s reach until its columns are where they belong.
       transfer.running = -1
-      this.completed.push(transfer)
+      if (transfer.touched) this.completed.unshift(transfer)
+      else this.completed.push(transfer)
     }
   }
 

@@ -35,7 +35,7 @@ export interface OffloadOptions {
   startPager: (start: PagerStart) => void
   /** false: as where userfaultfd is not allowed; for tests. */
   faults?: boolean
-  /** Keeps what the policy asks to keep, beyond the process; the file then lies in its directory. */
+  /** Keeps what it is asked to keep beyond the process; the file then lies in its directory. */
   store?: StoreOptions
   /** For tests. */
   pagerFault?: PagerFault

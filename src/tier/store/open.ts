@@ -1,6 +1,6 @@
-// Owns opening a store: a directory for each model and layout, locked for one engine, with a file of
-// columns and a log of the prefixes that they belong to. What was torn or changed is left out and
-// counted, with all that builds on it.
+// Owns opening a store: a directory for each model and layout, locked for one engine, with a file
+// of columns and a log of the prefixes that they belong to. What was torn or changed is left out
+// and counted, with all that builds on it.
 //
 //   DIR/<namespace>/  lock   columns   log: | magic 16 | id 16 | proof of the key 16 | frames … |
 
@@ -135,7 +135,7 @@ function createLog(path: string, secret: Uint8Array, keys: Keys): void {
   syncDirectory(join(path, '..'))
 }
 
-/** The keys of a store, once its head has shown that the secret is the one that it was made with. */
+/** The keys of a store, once its head has shown that it was made with this secret. */
 function proveKey(log: Buffer, path: string, secret: Uint8Array, keys: Keys): StoreKeys {
   if (log.length < HEAD_BYTES || !log.subarray(0, MAGIC.length).equals(MAGIC)) {
     throw invalid(`${path} holds no KV store.`, 'Give --kv-store an empty directory.')
