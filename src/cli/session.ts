@@ -70,6 +70,8 @@ export async function openSession(
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
       prefixCacheBytes: options.prefixCache,
+      prefixEviction: options.prefixEviction,
+      prefixCacheOutput: options.prefixCacheOutput === 'on',
       kvOffload: options.kvOffload,
       kvStore: storePlace(options),
       ...capacity,

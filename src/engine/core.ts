@@ -5,18 +5,25 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
+import { Tiers, type TierSink } from '../kv/tiers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
+import { Costs } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
+  SamplingParams,
   SequenceRequest,
   SequenceSnapshot,
+  TierSnapshot,
   TokenLogprobs,
 } from './api.ts'
 import { Sampler } from './sampler.ts'
@@ -29,6 +36,14 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
+  greedy?: boolean
+  /** How sequences that made room come back; unless told, in the way that takes less time. */
+  comeBack?: 'moved' | 'computed'
+  /** Which of them go first; 'cost' unless told. */
+  prefixEviction?: EvictionName | undefined
+  /** Whether answers are cached as prompts are. */
+  prefixOutput?: boolean | undefined
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
@@ -51,19 +66,22 @@ export interface CoreSink {
  */
 const WARM_MS = 20
 
+/** How soon to look again for what is on its way, when there is nothing else to do. */
+const TIER_WAIT_MS = 1
+
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
 
-export class EngineCore {
+export class EngineCore implements TierSink {
   private readonly backend: Backend
   private readonly sink: CoreSink
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
+  private readonly tiers: Tiers | undefined
+  private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
-  /** Sequences that share their prompt, as long as one of them lives. */
-  private readonly groups = new Map<string, Sequence[]>()
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
@@ -73,6 +91,8 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
+  /** Pages. */
+  private readonly moved = { save: 0, load: 0 }
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -88,15 +108,25 @@ export class EngineCore {
     const { kv, chunkTokensMin } = backend
     const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
     this.slots = new SlotTable(regions, kv.slots)
-    const cache = options.prefixPages ? new PrefixCache(regions, options.prefixPages) : undefined
+    const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
+    const cache = prefixPages ? new PrefixCache(regions, prefixPages, { eviction, now }) : undefined
     this.sharing = new PromptSharing(this.slots, cache, {
+      output: options.prefixOutput ?? false,
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
+    const { maxSequences, greedy = false, comeBack } = options
+    this.costs = new Costs(kv.layout.shape.pageBytes)
+    this.tiers = kv.tier && new Tiers(kv.tier, this.slots, this)
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences, chunkTokensMin },
+      { stepTokens: backend.stepTokensMax, maxSequences, chunkTokensMin, greedy },
       this.sharing,
+      this.tiers && {
+        tiers: this.tiers,
+        preferMoving: (...amounts) =>
+          comeBack ? comeBack === 'moved' : this.costs.preferMoving(...amounts),
+      },
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -109,20 +139,30 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    try {
-      const group = this.groupOf(request)
-      const sequence = new Sequence(id, request, group, this.now())
-      this.sequences.set(id, sequence)
-      if (group && request.group !== undefined) {
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    const group: Sequence[] = []
+    ids.forEach((id, i) => {
+      try {
+        this.sharing.checkPin(request)
+        const sampling = present(samplings[i], 'sampling of a choice')
+        const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
-        this.groups.set(request.group, group)
+        this.sequences.set(id, sequence)
+        this.scheduler.waiting.push(sequence)
+      } catch (thrown) {
+        if (!(thrown instanceof LatticeError)) throw thrown
+        this.finished.error++
+        this.sink.onFinish(id, 'error', 0, thrown)
       }
-      this.scheduler.waiting.push(sequence)
-    } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      this.finished.error++
-      this.sink.onFinish(id, 'error', 0, thrown)
-    }
+    })
   }
 
   abort(id: number): void {
@@ -132,11 +172,12 @@ export class EngineCore {
 
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
-   * @returns false if there was nothing to do.
+   * @returns false if there was nothing to do, or all wait for what comes from outside of memory.
    * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
+    this.scheduler.settle(start)
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
@@ -145,7 +186,9 @@ export class EngineCore {
     const rows = this.backend.collect()
     // What a step read after the pager's death is not what was there: nothing of it is told.
     this.backend.kv.tier?.check()
-    this.computeMs += this.now() - computeStart
+    const computeMs = this.now() - computeStart
+    this.computeMs += computeMs
+    this.learn(parts, computeMs)
     this.commit(parts, rows)
     this.releaseOverdue()
     this.steps++
@@ -159,6 +202,13 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
+    const wait = this.giveBack()
+    if (!this.tiers?.busy) return wait
+    if (this.idle) this.scheduler.settle(this.now())
+    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  private giveBack(): number | undefined {
     const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
     if (this.idle && bytes > WARM_IDLE_BYTES) {
       this.slots.reclaim(Infinity)
@@ -171,18 +221,27 @@ export class EngineCore {
 
   /** Throws if the account of memory contradicts itself. */
   check(): void {
-    this.sharing.check()
+    this.tiers?.check()
+    this.sharing.check(this.tiers?.holds())
+  }
+
+  /** What was moved teaches what moving costs. */
+  onTransfer(kind: 'save' | 'load', pages: number, ms: number, error: unknown): void {
+    if (error !== undefined) return
+    this.costs.moved(kind, pages, ms)
+    this.moved[kind] += pages
   }
 
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
+    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
     const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
       return {
         requestId: request.requestId,
         tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
+        state: sequence.state,
         promptTokens: request.prompt.length,
         kvTokens: computed,
         outputTokens: sequence.outputTokens,
@@ -191,6 +250,7 @@ export class EngineCore {
         ageMs: now - sequence.arrivedMs,
       }
     })
+    const { offload, recompute } = this.scheduler.preemptions
     return {
       sequences,
       running: this.scheduler.running.length,
@@ -200,17 +260,51 @@ export class EngineCore {
         usedPages: this.slots.usedPages,
         limitPages: this.slots.limitPages,
         residentBytes: this.backend.kv.residentBytes(),
+        cachedPages,
+        pinnedPages,
       },
       prefixQueries: this.sharing.queries,
       prefixHits: this.sharing.hits,
+      prefixEvictions: evictions,
       steps: this.steps,
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
       finished: { ...this.finished },
-      preemptions: this.scheduler.preemptions,
+      preemptions: offload + recompute,
+      ...(this.tiers && { tier: this.describe(this.tiers) }),
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  private describe({ capacity, usedPlaces }: Tiers): TierSnapshot {
+    const { ranges, shape } = this.backend.kv.layout
+    const { preemptions, imagesLost } = this.scheduler
+    return {
+      capacityBytes: capacity * ranges * shape.pageBytes,
+      usedBytes: usedPlaces * ranges * shape.pageBytes,
+      savedBytes: this.moved.save * shape.pageBytes,
+      loadedBytes: this.moved.load * shape.pageBytes,
+      offloads: preemptions.offload,
+      lost: imagesLost,
+    }
+  }
+
+  private learn(parts: readonly ScheduledPart<Sequence>[], ms: number): void {
+    let decodes = 0
+    let promptTokens = 0
+    for (const { sequence, count } of parts) {
+      if (isDecoding(sequence)) decodes++
+      else promptTokens += count
+    }
+    this.costs.stepped(promptTokens, decodes, ms)
+  }
+
+  /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
+  answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
+    return this.sharing.unpin(question.tenant, question.id)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {
@@ -229,18 +323,27 @@ export class EngineCore {
       if (sequence.outputTokens === 0) this.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
-      if (sequence.outputTokens === 0) this.share(sequence, logits)
+      if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
       this.advance(sequence, logits)
     }
   }
 
-  /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
-  private share(sequence: Sequence, logits: Float32Array): void {
-    this.sharing.computed(sequence)
+  /**
+   * A prompt is in memory: it is kept for later, and others that wait for it start from here.
+   * False if it was to be pinned and could not be: then the sequence has ended.
+   */
+  private share(sequence: Sequence, logits: Float32Array): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
     for (;;) {
       const next = this.scheduler.waiting[0]
-      if (!next || !this.sharing.continues(next, sequence)) return
-      if (!this.scheduler.fork(sequence)) return
+      if (!next || !this.sharing.continues(next, sequence)) return true
+      if (!this.scheduler.fork(sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -258,26 +361,27 @@ export class EngineCore {
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
     const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    let token: number
     try {
-      const token = this.sampler.sample(logits, sequence.sampler)
-      sequence.push(token)
-      this.outputTokens++
-      if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
-      const logprobs =
-        topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-      this.sink.onToken(sequence.id, token, logprobs)
-      if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
+      token = this.sampler.sample(logits, sequence.sampler)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
-      this.finish(sequence, 'error', thrown)
+      return this.finish(sequence, 'error', thrown)
     }
+    sequence.push(token)
+    this.outputTokens++
+    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
+    const logprobs =
+      topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+    this.sink.onToken(sequence.id, token, logprobs)
+    if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)
-    this.leaveGroup(sequence)
     this.finished[reason]++
     this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
   }
@@ -286,27 +390,5 @@ export class EngineCore {
   private releaseOverdue(): void {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
-  }
-
-  /**
-   * The sequences that this one shares its prompt with so far.
-   * @throws LatticeError `invalid_request` if their prompt is another
-   */
-  private groupOf({ group, prompt }: SequenceRequest): Sequence[] | undefined {
-    if (group === undefined) return undefined
-    const members = this.groups.get(group) ?? []
-    const other = members[0]?.request.prompt
-    if (other && (other.length !== prompt.length || prompt.some((t, i) => t !== other[i]))) {
-      throw new LatticeError('invalid_request', 'A group of sequences has different prompts.', {
-        todo: 'Give sequences the same group only if they have the same prompt.',
-      })
-    }
-    return members
-  }
-
-  /** Forgets a group whose last sequence has ended. */
-  private leaveGroup({ request, group }: Sequence): void {
-    if (request.group === undefined || !group) return
-    if (!group.some(({ id }) => this.sequences.has(id))) this.groups.delete(request.group)
   }
 }

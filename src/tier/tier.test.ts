@@ -75,7 +75,9 @@ test('slots that share columns on their way do not all see them', (t) => {
   const ticket = b.tier.load({ region: 3, first: 0, end: 6 }, places(0, 6))
   const tokens = 6 * 8
   b.kv.map(1, 1, [{ region: 3, from: 0, to: tokens }])
-  b.kv.map(2, 2, [{ region: 3, from: 0, to: tokens - 3 }])
+  const part = [{ region: 3, from: 0, to: tokens - 3 }]
+  b.kv.map(2, 2, part)
+  b.kv.copy(2, 5, part)
   for (let c = 0; c < 6; c++) assert.ok(b.holds(1, c, 100 + c))
   for (let c = 0; c < 5; c++) assert.ok(b.holds(2, c, 100 + c))
   // The last column is the boundary's copy.

@@ -62,6 +62,7 @@ export class NullBackend implements Backend {
       for (const end = position + (batch.counts[s] ?? 0); position < end; position++) {
         this.kv.append(slot, position, batch.tokens[token++] ?? 0)
       }
+      this.kv.beginReading(slot, position)
       if (!batch.wantsLogits[s]) continue
       nullLogits(this.kv.hashAt(slot, position - 1), present(this.rows[row++], 'a row of logits'))
     }
@@ -71,6 +72,7 @@ export class NullBackend implements Backend {
   }
 
   collect(): readonly Float32Array[] {
+    this.kv.endReading()
     return this.rows
   }
 
