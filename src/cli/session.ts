@@ -2,6 +2,7 @@
 // one answer streamed from it.
 
 import type { Engine } from '../engine/api.ts'
+import type { StorePlace } from '../engine/messages.ts'
 import type { Generation, GenerationRequest } from '../engine/generation.ts'
 import { LatticeError } from '../errors.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
@@ -73,6 +74,7 @@ export async function openSession(
       prefixCacheOutput: options.prefixCacheOutput === 'on',
       kvOffload: options.kvOffload,
       kvWatermarks: options.kvWatermark,
+      kvStore: storePlace(options),
       ...capacity,
     }),
   })
@@ -88,6 +90,17 @@ export async function openSession(
     report,
     loadMs: performance.now() - started,
   }
+}
+
+/** @throws LatticeError `usage` for a directory without a key, or a key without one */
+function storePlace({ kvStore, kvStoreKey }: EngineOptions): StorePlace | undefined {
+  if (kvStore !== undefined && kvStoreKey !== undefined) {
+    return { directory: kvStore, key: kvStoreKey }
+  }
+  if (kvStore === undefined && kvStoreKey === undefined) return undefined
+  throw new LatticeError('usage', 'A KV store is a directory and a key.', {
+    todo: 'Give --kv-store DIR and --kv-store-key FILE (or keyring:NAME) together.',
+  })
 }
 
 /** The conversation as the model was trained to read it, up to where its answer begins. */

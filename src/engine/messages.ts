@@ -42,6 +42,13 @@ export interface EngineThreadOptions {
 export interface OffloadPlace {
   bytes: number
   path?: string
+  store?: StorePlace
+}
+
+/** A directory where prefixes outlive the process; its key as src/tier/store/secret.ts has it. */
+export interface StorePlace {
+  directory: string
+  key: string
 }
 
 export type BackendChoice =
