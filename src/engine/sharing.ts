@@ -3,7 +3,7 @@
 
 import type { KvSpan } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
-import type { SlotTable } from '../kv/slots.ts'
+import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
 import type { Sequence } from './sequence.ts'
 
@@ -33,7 +33,8 @@ export class PromptSharing implements Sharing<Sequence> {
    * another kernel's bits could change an answer. So it never depends on what was cached.
    */
   prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
-    const { tokens, request } = sequence
+    const { tokens, request, unit } = sequence
+    if (unit?.restarted) return []
     const length = Math.min(sequence.length - this.options.computeMin, request.prompt.length)
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
@@ -43,7 +44,9 @@ export class PromptSharing implements Sharing<Sequence> {
     } else if (this.cache && length > 0) {
       spans = this.cache.lookup(request.tenant, tokens, length)
     }
-    return spans.slice(0, this.options.spansMax)
+    // Beams lie in more and more regions; of those that they may, a prompt gets less than half.
+    const spansMax = unit ? beamSpansKept(this.options.spansMax) - 1 : this.options.spansMax
+    return spans.slice(0, spansMax)
   }
 
   evict(): boolean {

@@ -4,6 +4,7 @@
 // step and Sarathi-Serve (Agrawal et al. 2024) for sharing a step with chunks of prompts.
 
 import { assert, present } from '../assert.ts'
+import { LatticeError } from '../errors.ts'
 import { type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 
@@ -15,6 +16,24 @@ export interface Schedulable {
   computed: number
   /** -1 while waiting. */
   slot: number
+  /** Those it goes together with, if any. */
+  readonly unit?: SchedulingUnit<Schedulable> | undefined
+}
+
+/**
+ * Sequences that are let in, decode and give way together, such as beams. One of them waits for all;
+ * when its prompt is computed the others fork from it.
+ */
+export interface SchedulingUnit<S> {
+  /** Sequences that it will have, at most. */
+  readonly width: number
+  /** Pages that it may need to run to its end, and those that it is to find when it is let in. */
+  readonly pagesMost: number
+  readonly pagesToEnter: number
+  /** Those that run, or the one that waits. */
+  readonly members: readonly S[]
+  /** All have lost their memory: leaves one that begins again. */
+  restart(): void
 }
 
 /** What of a sequence may be in memory before it is let in. */
@@ -96,7 +115,7 @@ export class Scheduler<S extends Schedulable> {
     // Making room takes out the last of the running, never one that this loop has passed.
     for (let i = 0; i < this.running.length; i++) {
       const sequence = present(this.running[i], 'a running sequence')
-      if (isDecoding(sequence) && this.makeRoom(sequence, sequence.length)) {
+      if (isDecoding(sequence) && this.makeRoom(sequence)) {
         this.addPart(sequence, 1)
         this.sortLastPart()
       }
@@ -127,9 +146,9 @@ export class Scheduler<S extends Schedulable> {
   /** Lets sequences in while there is budget; a prompt gets all of its pages now or waits. */
   private admit(budget: number): void {
     let left = budget
-    while (left > 0 && this.running.length < this.options.maxSequences) {
+    while (left > 0) {
       const sequence = this.waiting[0]
-      if (!sequence || this.chunkOf(sequence, left) === 0) return
+      if (!sequence || this.chunkOf(sequence, left) === 0 || !this.mayEnter(sequence)) return
       const shared = this.sharing.prefixOf(sequence)
       if (shared === 'wait') return
       // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
@@ -148,11 +167,61 @@ export class Scheduler<S extends Schedulable> {
    */
   fork(source: S): boolean {
     const sequence = present(this.waiting[0], 'a waiting sequence')
-    if (this.running.length === this.options.maxSequences) return false
+    if (!this.mayEnter(sequence)) return false
     if (!this.place(sequence, this.slots.spansOf(source.slot, source.computed))) return false
     this.waiting.shift()
     this.running.push(sequence)
     return true
+  }
+
+  /**
+   * Lets a member of a unit go on from all that another one has in memory.
+   * @returns false, with nothing changed, if memory has no region for it
+   */
+  forkBeam(member: S, parent: S, spansMax: number): boolean {
+    const { slots, running } = this
+    for (;;) {
+      const slot = slots.forkBeam(member.slot, parent.slot, parent.computed, spansMax)
+      if (slot < 0) {
+        if (this.reclaimOne()) continue
+        return false
+      }
+      if (member.slot < 0) running.splice(running.indexOf(parent) + 1, 0, member)
+      member.slot = slot
+      member.computed = parent.computed
+      return true
+    }
+  }
+
+  /** @throws LatticeError if a unit could never be let in, or not come to its end alone */
+  checkUnit({ width, pagesMost }: SchedulingUnit<S>): void {
+    const { maxSequences } = this.options
+    const { limitPages, layout } = this.slots
+    if (width > maxSequences) {
+      throw new LatticeError(
+        'invalid_request',
+        `${width} beams were asked for; ${maxSequences} sequences run at once here.`,
+        {
+          todo: 'Ask for fewer, or start with a larger --max-sequences.',
+          details: { param: 'best_of' },
+        },
+      )
+    }
+    if (pagesMost <= limitPages) return
+    const { pageBytes } = layout.shape
+    throw new LatticeError(
+      'kv_memory_exhausted',
+      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory;` +
+        ` the limit is ${limitPages * pageBytes}.`,
+      { todo: 'Ask for fewer beams or tokens, or start with a larger --kv-memory.' },
+    )
+  }
+
+  /** A unit gets all of its places at once. */
+  private mayEnter({ unit }: S): boolean {
+    const places = this.running.reduce((sum, sequence) => sum + placesOf(sequence), 0)
+    if (places + (unit?.width ?? 1) > this.options.maxSequences) return false
+    return !unit || places === 0 || unit.pagesToEnter <= this.slots.availablePages()
   }
 
   /** Finds a slot and pages for a sequence that begins with `shared`. False: there is no room. */
@@ -171,7 +240,7 @@ export class Scheduler<S extends Schedulable> {
     sequence.computed = spannedTokens(shared)
     // A fork without anything to compute now grows in the step that writes its next token.
     if (sequence.computed === sequence.length) return true
-    assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
+    assert(this.growOrReclaim(slot, tokens), 'a sequence that fits gets its pages')
     return true
   }
 
@@ -198,25 +267,35 @@ export class Scheduler<S extends Schedulable> {
   }
 
   /** Finds pages for a decoding sequence, preempting later ones if need be. False: it gave way. */
-  private makeRoom(sequence: S, tokens: number): boolean {
-    while (!this.growOrReclaim(sequence, tokens)) {
+  private makeRoom(sequence: S): boolean {
+    const { unit } = sequence
+    while (!this.growForToken(sequence)) {
       const victim = present(this.running.at(-1), 'a running sequence')
       this.preempt(victim)
-      if (victim === sequence) return false
+      if (victim === sequence || (unit && victim.unit === unit)) return false
     }
     return true
+  }
+
+  /** All of a unit grow, or none of it runs. */
+  private growForToken({ unit, slot, length }: S): boolean {
+    if (!unit) return this.growOrReclaim(slot, length)
+    return unit.members.every((member) => this.growOrReclaim(member.slot, member.length))
   }
 
   /** Sends a sequence back to the queue's front; its tokens are computed again later. */
   private preempt(sequence: S): void {
     this.preemptions++
-    this.remove(sequence, -Infinity)
-    sequence.computed = 0
-    this.waiting.unshift(sequence)
+    const members = (sequence.unit?.members ?? [sequence]) as readonly S[]
+    for (const member of members) this.remove(member, -Infinity)
+    const first = present(members[0], 'a member')
+    first.computed = 0
+    sequence.unit?.restart()
+    this.waiting.unshift(first)
   }
 
-  private growOrReclaim(sequence: S, tokens: number): boolean {
-    while (!this.slots.grow(sequence.slot, tokens)) if (!this.reclaimOne()) return false
+  private growOrReclaim(slot: number, tokens: number): boolean {
+    while (!this.slots.grow(slot, tokens)) if (!this.reclaimOne()) return false
     return true
   }
 
@@ -235,4 +314,11 @@ export class Scheduler<S extends Schedulable> {
 /** One token is pending and everything before it is in memory. */
 export function isDecoding(sequence: Schedulable): boolean {
   return sequence.computed > 0 && sequence.length - sequence.computed === 1
+}
+
+/** Places that a running sequence takes: the first of a unit takes all of the unit's. */
+function placesOf(sequence: Schedulable): number {
+  const { unit } = sequence
+  if (!unit) return 1
+  return unit.members[0] === sequence ? unit.width : 0
 }

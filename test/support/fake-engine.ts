@@ -132,6 +132,7 @@ export class FakeEngine implements Engine {
       outputTokens: this.#outputTokens,
       finished: { ...this.#finished },
       preemptions: 0,
+      beamCopies: 0,
       prefixQueries: 0,
       prefixHits: 0,
       computeMs: this.#steps,
