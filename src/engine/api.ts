@@ -64,7 +64,7 @@ export interface BeamParams {
   width: number
   /** A score is the sum of log-probabilities over the tokens to the power of this. */
   lengthPenalty: number
-  /** true: at `width` finished ones; false: when no better one is likely; 'never': none possible. */
+  /** When to stop. true: at `width` finished ones; false: no better is likely; 'never': possible. */
   earlyStopping: boolean | 'never'
 }
 

@@ -1,8 +1,8 @@
 // Owns the bookkeeping of one beam search: which continuations go on, which are finished, and when
 // no better one can come. Pure: log-probabilities go in, parents and tokens come out.
 //
-// What is kept and when it ends is as HF transformers' `generate` has it (num_beams, length_penalty,
-// early_stopping), so that hypotheses and scores are the same:
+// What is kept and when it ends is as HF transformers' `generate` has it (num_beams,
+// length_penalty, early_stopping), so that hypotheses and scores are the same:
 //
 //   candidates   the (1 + stop tokens) × width best of all continuations, 2 × width at least
 //   finished     those of the best `width` candidates that stop; the best `width` ever are kept

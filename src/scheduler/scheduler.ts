@@ -21,8 +21,8 @@ export interface Schedulable {
 }
 
 /**
- * Sequences that are let in, decode and give way together, such as beams. One of them waits for all;
- * when its prompt is computed the others fork from it.
+ * Sequences that are let in, decode and give way together, such as beams. One of them waits for
+ * all; when its prompt is computed the others fork from it.
  */
 export interface SchedulingUnit<S> {
   /** Sequences that it will have, at most. */
