@@ -72,6 +72,7 @@ export interface FinishMessage {
   reason: FinishReason
   outputTokens: number
   error: LatticeErrorJson | undefined
+  score: number | undefined
 }
 
 export interface EngineFacts {

@@ -96,8 +96,8 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
         if (chosen) (logprobs ??= new Map()).set(tokens.length / 2, chosen)
         tokens.push(id, token)
       },
-      onFinish(id, reason, outputTokens, error) {
-        finished.push({ id, reason, outputTokens, error: error?.toJSON() })
+      onFinish(id, reason, outputTokens, error, score) {
+        finished.push({ id, reason, outputTokens, error: error?.toJSON(), score })
       },
     },
     () => performance.now(),
