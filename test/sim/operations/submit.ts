@@ -25,7 +25,7 @@ export const submit: Operation = {
   },
 }
 
-/** The sequences of a request: each with a seed of its own, all in one group if they are several. */
+/** The sequences of a request, each with a seed of its own; in one group if they are several. */
 export function choicesOf(
   request: SequenceRequest,
   choices: number,
