@@ -40,7 +40,7 @@ export const GREEDY: SamplingParams = {
   seed: 0,
 }
 
-/** One sequence to generate. A request with `n` choices is n of these. */
+/** One sequence to generate. */
 export interface SequenceRequest {
   /** Shown in `lattice ps`; sequences of one request share it. */
   requestId: string
@@ -52,10 +52,14 @@ export interface SequenceRequest {
   maxTokens: number
   /** Token ids that end the sequence (end-of-sequence ids; empty when they are ignored). */
   stopTokens: readonly number[]
-  /** Sequences of a group have the same prompt: it is computed once if they come together. */
-  group?: string
   /** Alternatives to report with each token; undefined reports none, 0 only the chosen one. */
   topLogprobs: number | undefined
+  /**
+   * Keeps the prompt in the prefix cache, under this name of the tenant's, until it is unpinned.
+   * The sequence ends with `prefix_memory_exhausted` if it cannot be kept, `invalid_request` if it
+   * is too short to be cached.
+   */
+  pin?: string
 }
 
 /** Natural logarithms of probabilities under the model's own distribution (before sampling). */
@@ -80,6 +84,13 @@ export interface SequenceSink {
   onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void
 }
 
+/** One of several answers to the same prompt. */
+export interface SequenceChoice {
+  /** Instead of the request's own. */
+  sampling: SamplingParams
+  sink: SequenceSink
+}
+
 export interface SequenceHandle {
   /** Ends the sequence; its pages are freed within one step. Idempotent. */
   abort(): void
@@ -101,6 +112,33 @@ export interface SequenceSnapshot {
   ageMs: number
 }
 
+/** A prefix that stays in memory until it is unpinned. */
+export interface PinnedPrefix {
+  id: string
+  tenant: string
+  tokens: number
+  /** Pages that it refers to, whoever else does. */
+  pages: number
+  bytes: number
+  /** Prompts that began with it since, its own not counted. */
+  uses: number
+  ageMs: number
+}
+
+/** What an engine is asked, or told to do with its memory, between two steps. */
+export type EngineQuestion =
+  | { kind: 'pinned'; tenant: string }
+  /** The prefix stays cached for a while. */
+  | { kind: 'unpin'; tenant: string; id: string }
+
+/** The answer to each kind of question. */
+export interface EngineAnswers {
+  /** Of this tenant's. */
+  pinned: PinnedPrefix[]
+  /** False if the tenant has no such prefix. */
+  unpin: boolean
+}
+
 /** Counters only grow; gauges are of now. */
 export interface EngineSnapshot {
   sequences: SequenceSnapshot[]
@@ -112,10 +150,16 @@ export interface EngineSnapshot {
     limitPages: number
     /** What the kernel says is resident in the memfd; asked for this snapshot. */
     residentBytes: number
+    /** Of the used pages, those that cached prefixes refer to, whoever else does. */
+    cachedPages: number
+    /** Of the used pages, those that pinned prefixes refer to. */
+    pinnedPages: number
   }
   /** Prompt tokens looked up in the prefix cache, and found there. */
   prefixQueries: number
   prefixHits: number
+  /** Ends of cached prefixes that were forgotten to make room. */
+  prefixEvictions: number
   steps: number
   /** Computed, that is: not found in the prefix cache or shared with another choice. */
   promptTokens: number
@@ -143,10 +187,18 @@ export interface Engine {
    *   `draining`, `engine_stopped`, `kv_memory_exhausted` (could never fit).
    */
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
+  /**
+   * Queues several sequences that share a prompt, which is computed once: all of them or none.
+   * @returns a handle for each, in order
+   * @throws LatticeError as `submit` does
+   */
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[]
   /** Free places in the queue now: how many submits would not throw `queue_full`. */
   queueRoom(): number
   /** What is now or, while a long step is computed, what was shortly before that step began. */
   snapshot(): Promise<EngineSnapshot>
+  /** Answered between two steps, so after the one that is computed now. */
+  ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]>
   /** Refuses new sequences, resolves when the last one has ended. */
   drain(): Promise<void>
   /** Ends everything at once. */

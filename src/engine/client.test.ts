@@ -219,6 +219,9 @@ test('the queue grows beyond its bound, or never takes anyone again', async () =
   asked[2]!.abort()
   assert.equal((await asked[2]!.answer).reason, 'abort')
   assert.equal(engine.queueRoom(), 1)
+  const choice = { sampling: GREEDY, sink: { onToken() {}, onFinish() {} } }
+  const tooMany = refusal(() => engine.submitChoices(sequenceRequest(), [choice, choice]))
+  assert.equal(tooMany.code, 'queue_full')
   assert.equal((await ask(engine).answer).reason, 'length')
   await engine.drain()
   assert.equal(engine.queueRoom(), 3)

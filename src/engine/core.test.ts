@@ -283,9 +283,7 @@ test('an idle engine keeps gigabytes warm until their time is over', () => {
 test('memory that cannot be given back passes for the error of a sequence', () => {
   const engine = bench()
   const prompt = new Int32Array(8).fill(1)
-  for (let id = 0; id < 2; id++) {
-    engine.submit(id, sequenceRequest({ prompt, group: 'g', maxTokens: 2 }))
-  }
+  engine.submitChoices([0, 1], sequenceRequest({ prompt, maxTokens: 2 }), [GREEDY, GREEDY])
   engine.step()
   // A fork's page goes back as the fork ends.
   const { kv } = engine.backend

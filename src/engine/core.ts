@@ -5,6 +5,7 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
@@ -13,8 +14,11 @@ import { KV_MAPPINGS_MAX } from '../limits.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
+  SamplingParams,
   SequenceRequest,
   SequenceSnapshot,
   TokenLogprobs,
@@ -29,6 +33,10 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Which of them go first; 'cost' unless told. */
+  prefixEviction?: EvictionName | undefined
+  /** Whether answers are cached as prompts are. */
+  prefixOutput?: boolean | undefined
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
@@ -62,8 +70,6 @@ export class EngineCore {
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
   private readonly sequences = new Map<number, Sequence>()
-  /** Sequences that share their prompt, as long as one of them lives. */
-  private readonly groups = new Map<string, Sequence[]>()
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
@@ -88,8 +94,10 @@ export class EngineCore {
     const { kv, chunkTokensMin } = backend
     const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
     this.slots = new SlotTable(regions, kv.slots)
-    const cache = options.prefixPages ? new PrefixCache(regions, options.prefixPages) : undefined
+    const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
+    const cache = prefixPages ? new PrefixCache(regions, prefixPages, { eviction, now }) : undefined
     this.sharing = new PromptSharing(this.slots, cache, {
+      output: options.prefixOutput ?? false,
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
@@ -109,20 +117,30 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    try {
-      const group = this.groupOf(request)
-      const sequence = new Sequence(id, request, group, this.now())
-      this.sequences.set(id, sequence)
-      if (group && request.group !== undefined) {
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    const group: Sequence[] = []
+    ids.forEach((id, i) => {
+      try {
+        this.sharing.checkPin(request)
+        const sampling = present(samplings[i], 'sampling of a choice')
+        const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
-        this.groups.set(request.group, group)
+        this.sequences.set(id, sequence)
+        this.scheduler.waiting.push(sequence)
+      } catch (thrown) {
+        if (!(thrown instanceof LatticeError)) throw thrown
+        this.finished.error++
+        this.sink.onFinish(id, 'error', 0, thrown)
       }
-      this.scheduler.waiting.push(sequence)
-    } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      this.finished.error++
-      this.sink.onFinish(id, 'error', 0, thrown)
-    }
+    })
   }
 
   abort(id: number): void {
@@ -174,6 +192,7 @@ export class EngineCore {
 
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
+    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
     const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
@@ -198,9 +217,12 @@ export class EngineCore {
         usedPages: this.slots.usedPages,
         limitPages: this.slots.limitPages,
         residentBytes: this.backend.kv.residentBytes(),
+        cachedPages,
+        pinnedPages,
       },
       prefixQueries: this.sharing.queries,
       prefixHits: this.sharing.hits,
+      prefixEvictions: evictions,
       steps: this.steps,
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
@@ -209,6 +231,13 @@ export class EngineCore {
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
+  answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
+    return this.sharing.unpin(question.tenant, question.id)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {
@@ -227,18 +256,28 @@ export class EngineCore {
       if (sequence.outputTokens === 0) this.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
-      if (sequence.outputTokens === 0) this.share(sequence, logits)
+      if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
       this.advance(sequence, logits)
     }
   }
 
-  /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
-  private share(sequence: Sequence, logits: Float32Array): void {
-    this.sharing.computed(sequence)
+  /**
+   * A prompt is in memory: it is kept for later, and others that wait for it start from here.
+   * False if it was to be pinned and could not be: then the sequence has ended.
+   */
+  private share(sequence: Sequence, logits: Float32Array): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
+      if (!full) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
     for (;;) {
       const next = this.scheduler.waiting[0]
-      if (!next || !this.sharing.continues(next, sequence)) return
-      if (!this.scheduler.fork(sequence)) return
+      if (!next || !this.sharing.continues(next, sequence)) return true
+      if (!this.scheduler.fork(sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -273,10 +312,10 @@ export class EngineCore {
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)
-    this.leaveGroup(sequence)
     this.finished[reason]++
     this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
   }
@@ -285,27 +324,5 @@ export class EngineCore {
   private releaseOverdue(): void {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
-  }
-
-  /**
-   * The sequences that this one shares its prompt with so far.
-   * @throws LatticeError `invalid_request` if their prompt is another
-   */
-  private groupOf({ group, prompt }: SequenceRequest): Sequence[] | undefined {
-    if (group === undefined) return undefined
-    const members = this.groups.get(group) ?? []
-    const other = members[0]?.request.prompt
-    if (other && (other.length !== prompt.length || prompt.some((t, i) => t !== other[i]))) {
-      throw new LatticeError('invalid_request', 'A group of sequences has different prompts.', {
-        todo: 'Give sequences the same group only if they have the same prompt.',
-      })
-    }
-    return members
-  }
-
-  /** Forgets a group whose last sequence has ended. */
-  private leaveGroup({ request, group }: Sequence): void {
-    if (request.group === undefined || !group) return
-    if (!group.some(({ id }) => this.sequences.has(id))) this.groups.delete(request.group)
   }
 }

@@ -73,27 +73,17 @@ export function generate(
 ): Generation {
   checkChoices(request)
   const news = new News(request.choices)
-  const choices: Choice[] = []
-  const group = request.choices > 1 ? { group: crypto.randomUUID() } : {}
-  try {
-    for (let i = 0; i < request.choices; i++) {
-      const choice = new Choice(i, tokenizer, request, news)
-      choices.push(choice)
-      choice.start(engine, {
-        requestId: request.requestId,
-        tenant: request.tenant,
-        prompt: request.prompt,
-        sampling: { ...request.sampling, seed: request.sampling.seed + i },
-        maxTokens: request.maxTokens,
-        stopTokens: request.ignoreEos ? [] : tokenizer.eosTokens,
-        topLogprobs: request.topLogprobs,
-        ...group,
-      })
-    }
-  } catch (error) {
-    for (const choice of choices) choice.abandon()
-    throw error
-  }
+  const { requestId, tenant, prompt, sampling, maxTokens, topLogprobs } = request
+  const stopTokens = request.ignoreEos ? [] : tokenizer.eosTokens
+  const choices = Array.from(
+    { length: request.choices },
+    (_, i) => new Choice(i, tokenizer, request, news),
+  )
+  const handles = engine.submitChoices(
+    { requestId, tenant, prompt, sampling, maxTokens, stopTokens, topLogprobs },
+    choices.map((sink, i) => ({ sink, sampling: { ...sampling, seed: sampling.seed + i } })),
+  )
+  handles.forEach((handle, i) => choices[i]?.submitted(handle))
   return {
     events: {
       [Symbol.asyncIterator]: () => ({
@@ -153,10 +143,10 @@ class Choice implements SequenceSink {
     this.#onStart = request.onStart
   }
 
-  start(engine: Engine, request: Parameters<Engine['submit']>[0]): void {
-    this.#handle = engine.submit(request, this)
-    // A sink may be called before `submit` returns.
-    if (this.#abortWanted) this.#handle.abort()
+  submitted(handle: SequenceHandle): void {
+    this.#handle = handle
+    // A sink may be called before the engine returns.
+    if (this.#abortWanted) handle.abort()
   }
 
   /** Asks the engine to end; it answers with `onFinish`. */

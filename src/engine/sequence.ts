@@ -15,12 +15,12 @@ export class Sequence {
   slot = -1
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
-  /** Those it shares its prompt with, itself too; undefined if it is alone. */
-  readonly group: Sequence[] | undefined
+  /** The choices of its request, which share its prompt; itself too. */
+  readonly group: readonly Sequence[]
   /** It has left the queue once; it may wait again if it is preempted. */
   started = false
 
-  constructor(id: number, request: SequenceRequest, group: Sequence[] | undefined, nowMs: number) {
+  constructor(id: number, request: SequenceRequest, group: readonly Sequence[], nowMs: number) {
     this.id = id
     this.group = group
     this.request = request

@@ -57,7 +57,13 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
   const prefixPages = Math.floor((options.prefixCacheBytes ?? 0) / pageBytes)
   return new EngineCore(
     backend,
-    { maxSequences: options.maxSequences, kvPages, prefixPages },
+    {
+      maxSequences: options.maxSequences,
+      kvPages,
+      prefixPages,
+      prefixEviction: options.prefixEviction,
+      prefixOutput: options.prefixCacheOutput,
+    },
     {
       onStart(id, cachedTokens) {
         say({ kind: 'started', id, cachedTokens })
@@ -84,10 +90,14 @@ function run(core: EngineCore): void {
     const seen = Atomics.load(signal, 0)
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
       const message = item.message as ToEngine
-      if (message.kind === 'submit') core.submit(message.id, message.request)
-      else if (message.kind === 'abort') core.abort(message.id)
+      if (message.kind === 'submit') {
+        core.submitChoices(message.ids, message.request, message.samplings)
+      } else if (message.kind === 'abort') core.abort(message.id)
       else if (message.kind === 'close') return
-      else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
+      else if (message.kind === 'ask') {
+        const answer = core.answer(message.question)
+        say({ kind: 'answer', ticket: message.ticket, answer })
+      } else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
     }
     if (!core.idle && performance.now() - publishedMs > SNAPSHOT_AGE_MS) {
       say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })

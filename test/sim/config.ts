@@ -2,7 +2,8 @@
 // are made of, and how often each kind of thing happens. Small numbers, so that borders are met
 // often; some kinds of things are left out of a run altogether, so that others come to their own.
 
-import { columnsFor } from '../../src/kv/regions.ts'
+import { EVICTION_NAMES, type EvictionName } from '../../src/kv/eviction.ts'
+import { columnsFor, regionsFor } from '../../src/kv/regions.ts'
 import { type KvLayout, layerMajor, pagesFor, tokenMajor } from '../../src/kv/layout.ts'
 import { stepTokensNeeded } from '../../src/scheduler/scheduler.ts'
 import type { Random } from '../support/random.ts'
@@ -16,6 +17,9 @@ export interface SimConfig {
   maxSequences: number
   kvPages: number
   prefixPages: number
+  prefixEviction: EvictionName
+  /** Answers are cached, too. */
+  prefixOutput: boolean
   stepTokens: number
   chunkTokensMin: number
   /** Other regions that a slot's tokens may lie in, at most. */
@@ -44,9 +48,11 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
     layout,
     slots,
     maxSequences,
-    regions: random.between(slots, 2 * slots + 8),
+    regions: random.chance(0.5) ? regionsFor(slots) : random.between(slots, 2 * slots + 8),
     kvPages,
     prefixPages: random.chance(0.2) ? 0 : random.between(1, random.chance(0.5) ? alone : kvPages),
+    prefixEviction: random.pick(EVICTION_NAMES),
+    prefixOutput: random.chance(0.3),
     stepTokens: stepTokensNeeded(maxSequences, chunkTokensMin) + random.below(24),
     chunkTokensMin,
     spansMax: random.chance(0.5) ? 1000 : random.between(1, 4),

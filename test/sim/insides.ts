@@ -4,16 +4,9 @@
 import { present } from '../../src/assert.ts'
 import type { EngineCore } from '../../src/engine/core.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
-import type { PrefixCache } from '../../src/kv/prefix.ts'
+import type { PrefixCache, PrefixNode } from '../../src/kv/prefix.ts'
 import type { KvSpan, RegionTable } from '../../src/kv/regions.ts'
 import type { SlotTable } from '../../src/kv/slots.ts'
-
-export interface PrefixNode {
-  tokens: Int32Array
-  from: number
-  region: number
-  children: ReadonlyMap<number, PrefixNode>
-}
 
 export interface Insides {
   running: readonly Sequence[]

@@ -27,7 +27,8 @@ export class Expected {
   /** A hash over the hashes of all tokens so far: what attention over all of them gives. */
   digest: number
   started = false
-  outputTokens = 0
+  /** Prompt, then output. */
+  readonly tokens: number[] = []
   private hash: number
   private readonly oracle: Oracle
   private readonly state: SamplerState
@@ -41,6 +42,10 @@ export class Expected {
     this.hash = saltOf(request.tenant)
     this.digest = this.hash
     for (const token of request.prompt) this.read(token)
+  }
+
+  get outputTokens(): number {
+    return this.tokens.length - this.request.prompt.length
   }
 
   /** The engine says that it begins. */
@@ -92,11 +97,11 @@ export class Expected {
     const token = sampler.sample(logits, this.state)
     this.state.accept(token)
     this.read(token)
-    this.outputTokens++
     return token
   }
 
   private read(token: number): void {
+    this.tokens.push(token)
     this.hash = extendHash(this.hash, token)
     this.digest = extendHash(this.digest, this.hash)
   }

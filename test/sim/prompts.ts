@@ -1,4 +1,4 @@
-// Owns what each tenant has ever asked: how much of a prompt can be cached at most.
+// Owns what each tenant has ever asked, or been told: of a prompt, no more can be cached.
 
 interface Branch {
   children: Map<number, Branch>
@@ -8,7 +8,7 @@ export class AskedPrompts {
   private readonly tenants = new Map<string, Branch>()
 
   /** Adds a prompt. Returns how many of its tokens began one before, of the same tenant. */
-  ask(tenant: string, prompt: Int32Array): number {
+  ask(tenant: string, prompt: Iterable<number>): number {
     let branch = this.tenants.get(tenant) ?? { children: new Map() }
     this.tenants.set(tenant, branch)
     let common = 0

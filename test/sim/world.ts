@@ -9,7 +9,8 @@ import { LatticeError } from '../../src/errors.ts'
 import type { Random } from '../support/random.ts'
 import { SimBackend } from './backend.ts'
 import type { SimConfig } from './config.ts'
-import { type Insides, insidesOf, type PrefixNode } from './insides.ts'
+import type { PrefixNode } from '../../src/kv/prefix.ts'
+import { type Insides, insidesOf } from './insides.ts'
 import { saltOf, SimMemory } from './memory.ts'
 import { Expected, Oracle } from './oracle.ts'
 import { AskedPrompts } from './prompts.ts'
@@ -38,6 +39,9 @@ export interface Coverage {
 /** Steps beyond its share of the work that a sequence may take. */
 const DEADLINE_SLACK = 8
 
+/** What a sequence whose prompt is to be pinned may end with. */
+const PIN_ERRORS = new Set(['prefix_memory_exhausted', 'invalid_request'])
+
 export class World implements CoreSink {
   readonly config: SimConfig
   nowMs = 0
@@ -60,6 +64,8 @@ export class World implements CoreSink {
   private readonly oracle: Oracle
   private insides!: Insides
   private asked!: AskedPrompts
+  /** Tenant and name of each pinned prefix. */
+  readonly pinned = new Set<string>()
   private readonly salts = new Map<string, number>()
   private readonly bySlot: (Sequence | undefined)[] = []
   private ids = 0
@@ -90,15 +96,21 @@ export class World implements CoreSink {
     return random.below(this.ids + 1)
   }
 
-  submit(first: number, requests: readonly SequenceRequest[]): void {
-    requests.forEach((request, i) => {
+  /** `choices` sequences that differ in their seeds, with ids from `first` on. */
+  submit(first: number, drawn: SequenceRequest, choices: number): void {
+    const ids = Array.from({ length: choices }, (_, i) => first + i)
+    const requests = ids.map((id, i) => {
+      const sampling = { ...drawn.sampling, seed: drawn.sampling.seed + i }
+      const request = { ...drawn, requestId: `request ${first}`, sampling }
       this.work += workOf(request)
       const deadline = this.steps + this.work + this.expected.size + DEADLINE_SLACK
-      const id = first + i
       this.expected.set(id, new Expected(id, request, deadline, this.oracle))
-      this.core.submit(id, request)
-      assert(this.expected.has(id), `sequence ${id} is not refused`)
+      return request
     })
+    const samplings = requests.map(({ sampling }) => sampling)
+    this.core.submitChoices(ids, present(requests[0], 'a choice'), samplings)
+    const taken = ids.every((id) => this.expected.has(id))
+    assert(taken || drawn.pin !== undefined, `request ${first} is not refused`)
   }
 
   submitRefused(id: number, request: SequenceRequest): void {
@@ -112,6 +124,13 @@ export class World implements CoreSink {
     this.guard(() => this.core.abort(id))
     this.aborting = -1
     assert(!this.expected.has(id), `sequence ${id} ends when it is aborted`)
+  }
+
+  unpin(tenant: string, pin: string): void {
+    this.guard(() => {
+      const pinned = this.core.answer({ kind: 'unpin', tenant, id: pin })
+      assert(pinned === this.pinned.delete(`${tenant}: ${pin}`), 'what is pinned can be unpinned')
+    })
   }
 
   settle(): void {
@@ -138,7 +157,9 @@ export class World implements CoreSink {
   }
 
   onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void {
-    this.of(id).token(token, logprobs)
+    const expected = this.of(id)
+    expected.token(token, logprobs)
+    this.computed(expected)
   }
 
   onFinish(id: number, reason: FinishReason, outputTokens: number, error?: LatticeError): void {
@@ -155,13 +176,17 @@ export class World implements CoreSink {
       this.coverage.aborted++
     } else if (reason === 'error') {
       const poisoned = this.backend.fault === 'nan' && error?.code === 'backend_failed'
-      if (!poisoned) throw error ?? new Error('an error without one')
+      const unpinnable = expected.request.pin !== undefined && PIN_ERRORS.has(error?.code ?? '')
+      assert(poisoned || unpinnable, `sequence ${id} ends without an error: ${error?.message}`)
       expected.end(outputTokens)
+      if (poisoned) this.computed(expected)
       this.coverage.failed++
     } else {
       expected.finish(reason, outputTokens)
+      this.computed(expected)
       this.coverage.finished++
     }
+    if (this.config.prefixOutput) this.asked.ask(expected.request.tenant, expected.tokens)
     this.expected.delete(id)
     this.work -= workOf(expected.request)
   }
@@ -186,6 +211,9 @@ export class World implements CoreSink {
     this.armed = undefined
     this.backend.fault = undefined
     while (this.expected.size > 0) this.advance()
+    for (const { tenant, id } of [...(this.insides.cache?.pins.list ?? [])]) {
+      this.unpin(tenant, id)
+    }
     for (let wait = this.core.settle(); wait !== undefined; wait = this.core.settle()) {
       this.nowMs += wait
     }
@@ -212,8 +240,16 @@ export class World implements CoreSink {
     assert(kv.residentBytes <= kv.usedPages * kv.pageBytes, 'what is in memory is counted')
   }
 
+  /** Its prompt is in memory, or was: it is pinned if it asked for that. */
+  private computed({ request: { tenant, pin } }: Expected): void {
+    if (pin !== undefined) this.pinned.add(`${tenant}: ${pin}`)
+  }
+
   private check(): void {
     this.core.check()
+    const pinned = this.insides.cache?.pins.list ?? []
+    const known = pinned.every(({ tenant, id }) => this.pinned.has(`${tenant}: ${id}`))
+    assert(known && pinned.length === this.pinned.size, 'what is pinned stays, nothing else')
     const { memory, insides } = this
     memory.checkCounted(insides.regions)
     insides.slots.forEach(({ state, region, shared }, slot) => {
@@ -252,11 +288,13 @@ export class World implements CoreSink {
     const { layout, slots, regions, maxSequences, kvPages, prefixPages, spansMax } = config
     this.memory = new parts.memory(layout, slots, regions)
     this.backend = new parts.backend(config, this.memory)
-    const options = { maxSequences, kvPages, prefixPages }
+    const { prefixEviction, prefixOutput } = config
+    const options = { maxSequences, kvPages, prefixPages, prefixEviction, prefixOutput }
     this.core = new EngineCore(this.backend, options, this, () => this.nowMs)
     this.insides = insidesOf(this.core)
     this.insides.sharing.spansMax = spansMax
     this.asked = new AskedPrompts()
+    this.pinned.clear()
     this.expected.clear()
     this.work = 0
     this.aborting = -1

@@ -2,8 +2,11 @@
 
 import type {
   Engine,
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
+  SequenceChoice,
   SequenceHandle,
   SequenceRequest,
   SequenceSink,
@@ -42,6 +45,8 @@ export class FakeEngine implements Engine {
   /** Every call of a handle's abort, with when it came. */
   readonly aborts: { requestId: string; atMs: number }[] = []
   readonly requests: SequenceRequest[] = []
+  /** How many sequences came together, by call. */
+  readonly groups: number[] = []
   readonly #options: Required<Omit<FakeEngineOptions, 'failure'>> & FakeEngineOptions
   readonly #waiting: Sequence[] = []
   readonly #running: Sequence[] = []
@@ -72,8 +77,19 @@ export class FakeEngine implements Engine {
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
+    return this.submitChoices(request, [{ sampling: request.sampling, sink }])[0]!
+  }
+
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
     if (this.#draining) throw new LatticeError('draining', 'The engine is draining.')
-    if (this.queueRoom() === 0) throw new LatticeError('queue_full', 'The queue is full.')
+    if (this.queueRoom() < choices.length) {
+      throw new LatticeError('queue_full', 'The queue is full.')
+    }
+    this.groups.push(choices.length)
+    return choices.map(({ sampling, sink }) => this.#submit({ ...request, sampling }, sink))
+  }
+
+  #submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
     const reply = fakeTokenizer().encode(this.#options.reply(request), {
       addSpecial: false,
       parseSpecial: false,
@@ -112,7 +128,14 @@ export class FakeEngine implements Engine {
       })),
       running: this.#running.length,
       waiting: this.#waiting.length,
-      kv: { pageBytes: 4096, usedPages, limitPages: 1 << 20, residentBytes: usedPages * 4096 },
+      kv: {
+        pageBytes: 4096,
+        usedPages,
+        limitPages: 1 << 20,
+        residentBytes: usedPages * 4096,
+        cachedPages: 0,
+        pinnedPages: 0,
+      },
       steps: this.#steps,
       promptTokens: this.#promptTokens,
       outputTokens: this.#outputTokens,
@@ -120,9 +143,14 @@ export class FakeEngine implements Engine {
       preemptions: 0,
       prefixQueries: 0,
       prefixHits: 0,
+      prefixEvictions: 0,
       computeMs: this.#steps,
       stepMs: this.#steps * 2,
     }
+  }
+
+  async ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
+    return (question.kind === 'pinned' ? [] : false) as EngineAnswers[Q['kind']]
   }
 
   async drain(): Promise<void> {

@@ -1,9 +1,14 @@
 // Owns what engine tests share: an engine core over a backend, driven step by step with a clock of
 // its own, and what a sequence's tokens must be, found without any engine.
 
-import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
+import type {
+  FinishReason,
+  SamplingParams,
+  SequenceRequest,
+  TokenLogprobs,
+} from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
-import { EngineCore } from '../../src/engine/core.ts'
+import { type CoreOptions, EngineCore } from '../../src/engine/core.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
@@ -43,10 +48,7 @@ export class Bench {
   readonly outcomes = new Map<number, Outcome>()
   nowMs = 0
 
-  constructor(
-    backend: Backend,
-    options: { maxSequences: number; kvPages: number; prefixPages?: number },
-  ) {
+  constructor(backend: Backend, options: CoreOptions) {
     this.backend = backend
     const of = (id: number): Outcome => {
       const outcome = this.outcomes.get(id)
@@ -70,16 +72,26 @@ export class Bench {
   }
 
   submit(id: number, request: SequenceRequest): void {
-    this.outcomes.set(id, {
-      started: 0,
-      cachedTokens: 0,
-      tokens: [],
-      logprobs: [],
-      reason: undefined,
-      outputTokens: 0,
-      error: undefined,
-    })
-    this.core.submit(id, request)
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    for (const id of ids) {
+      this.outcomes.set(id, {
+        started: 0,
+        cachedTokens: 0,
+        tokens: [],
+        logprobs: [],
+        reason: undefined,
+        outputTokens: 0,
+        error: undefined,
+      })
+    }
+    this.core.submitChoices(ids, request, samplings)
   }
 
   step(): boolean {

@@ -8,10 +8,9 @@ export const abort: Operation = {
   draw(world, random): Action {
     const ids = [...world.expected.keys()]
     const id = ids.length === 0 || random.chance(0.1) ? world.someId(random) : random.pick(ids)
-    const group = world.expected.get(id)?.request.group
-    const whole = group !== undefined && random.chance(0.3)
-    const aborted = whole
-      ? ids.filter((other) => world.expected.get(other)?.request.group === group)
+    const request = world.expected.get(id)?.request
+    const aborted = random.chance(0.3)
+      ? ids.filter((other) => world.expected.get(other)?.request.requestId === request?.requestId)
       : [id]
     return {
       describe: () => `abort ${aborted.join(', ')}`,

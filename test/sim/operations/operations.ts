@@ -4,6 +4,7 @@ import { abort } from './abort.ts'
 import { clock } from './clock.ts'
 import { fail } from './fail.ts'
 import type { Operation } from './operation.ts'
+import { pin, unpin } from './pin.ts'
 import { poison } from './poison.ts'
 import { refuse } from './refuse.ts'
 import { settle } from './settle.ts'
@@ -17,6 +18,8 @@ export const OPERATIONS: readonly Operation[] = [
   clock,
   settle,
   snapshot,
+  pin,
+  unpin,
   poison,
   fail,
 ]

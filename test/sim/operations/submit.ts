@@ -20,22 +20,9 @@ export const submit: Operation = {
       describe: () =>
         `submit ${ids} for ${tenant}: ` +
         `[${prompt.join(' ')}] + ${maxTokens}, temperature ${sampling.temperature}`,
-      run: (world) => world.submit(first, choicesOf(request, choices, `group ${first}`)),
+      run: (world) => world.submit(first, request, choices),
     }
   },
-}
-
-/** The sequences of a request, each with a seed of its own; in one group if they are several. */
-export function choicesOf(
-  request: SequenceRequest,
-  choices: number,
-  group: string,
-): SequenceRequest[] {
-  if (choices === 1) return [request]
-  return Array.from({ length: choices }, (_, i) => {
-    const sampling = { ...request.sampling, seed: request.sampling.seed + i }
-    return { ...request, sampling, group }
-  })
 }
 
 export function drawRequest(world: World, random: Random): SequenceRequest {
@@ -44,7 +31,7 @@ export function drawRequest(world: World, random: Random): SequenceRequest {
   const prompt = drawPrompt(world, random).slice(0, maxTokens - 1)
   const room = maxTokens - prompt.length
   return {
-    requestId: 'r',
+    requestId: 'drawn',
     tenant: `tenant ${random.below(tenants)}`,
     prompt: Int32Array.from(prompt),
     sampling: drawSampling(random, vocab),
