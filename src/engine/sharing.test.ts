@@ -188,7 +188,10 @@ test('memory that a cached prefix cannot give back passes for the error of a seq
   engine.submit(0, sequenceRequest({ prompt: prompt(1), maxTokens: 1 }))
   engine.runAll()
   engine.settle()
-  engine.backend.kv.discard = () => {
+  const { kv } = engine.backend
+  const discard = kv.discard.bind(kv)
+  kv.discard = () => {
+    kv.discard = discard
     throw new LatticeError('os_call_failed', 'no')
   }
   engine.submit(1, sequenceRequest({ prompt: prompt(2), maxTokens: 4 }))
