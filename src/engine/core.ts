@@ -340,7 +340,8 @@ export class EngineCore {
     try {
       this.sharing.computed(sequence)
     } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
+      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
+      if (!full) throw thrown
       this.finish(sequence, 'error', thrown)
       return false
     }

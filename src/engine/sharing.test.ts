@@ -6,6 +6,7 @@ import { test } from 'node:test'
 import fc from 'fast-check'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
 import { NullBackend } from '../backends/null/backend.ts'
+import { LatticeError } from '../errors.ts'
 import { EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
 import { GREEDY, type SequenceRequest } from './api.ts'
 
@@ -184,4 +185,21 @@ test('a prefix within a page is missed, or one of another tenant is hit', () => 
   const { prefixHits, prefixQueries } = engine.core.snapshot()
   assert.equal(prefixQueries, 11 * 50 + 20)
   assert.equal(prefixHits, 49 + 110 + 19)
+})
+
+test('memory that a cached prefix cannot give back passes for the error of a sequence', () => {
+  const engine = bench({ prefixPages: 10 })
+  const prompt = (token: number) => new Int32Array(20).fill(token)
+  engine.submit(0, sequenceRequest({ prompt: prompt(1), maxTokens: 1 }))
+  engine.runAll()
+  engine.settle()
+  const { kv } = engine.backend
+  const discard = kv.discard.bind(kv)
+  kv.discard = () => {
+    kv.discard = discard
+    throw new LatticeError('os_call_failed', 'no')
+  }
+  engine.submit(1, sequenceRequest({ prompt: prompt(2), maxTokens: 4 }))
+  assert.throws(() => engine.step(), { code: 'os_call_failed' })
+  assert.equal(engine.outcome(1).reason, undefined)
 })
