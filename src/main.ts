@@ -56,6 +56,12 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/ps.ts')).psCommand(),
   },
   {
+    name: 'top',
+    group: 'Look inside:',
+    summary: "watch a server's KV memory, page by page",
+    load: async () => (await import('./cli/top.ts')).topCommand(),
+  },
+  {
     name: 'prefix',
     group: 'Look inside:',
     summary: "keep the beginnings of prompts in a server's memory",

@@ -57,6 +57,8 @@ export async function openSession(
       import('../text/load.ts'),
       import('../engine/start.ts'),
     ])
+  // By name: whoever gives more than a capacity must not overwrite what is decided here.
+  const { maxSequences, maxQueue, stepTokens } = capacity
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
@@ -71,7 +73,9 @@ export async function openSession(
       prefixCacheBytes: options.prefixCache,
       prefixEviction: options.prefixEviction,
       prefixCacheOutput: options.prefixCacheOutput === 'on',
-      ...capacity,
+      maxSequences,
+      maxQueue,
+      stepTokens,
     }),
   })
   starting.catch(() => {})

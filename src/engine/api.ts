@@ -2,6 +2,7 @@
 // Everything in a request survives structured clone: the engine may live on another thread.
 
 import type { LatticeError } from '../errors.ts'
+import type { KvMap } from '../kv/map.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {
@@ -97,6 +98,8 @@ export interface SequenceHandle {
 }
 
 export interface SequenceSnapshot {
+  /** No other sequence of this engine has had it. */
+  id: number
   requestId: string
   tenant: string
   /** A preempted sequence waits again, then is in prefill until its output is recomputed too. */
@@ -130,6 +133,8 @@ export type EngineQuestion =
   | { kind: 'pinned'; tenant: string }
   /** The prefix stays cached for a while. */
   | { kind: 'unpin'; tenant: string; id: string }
+  /** Every page in use; takes longer than a snapshot. */
+  | { kind: 'map' }
 
 /** The answer to each kind of question. */
 export interface EngineAnswers {
@@ -137,6 +142,7 @@ export interface EngineAnswers {
   pinned: PinnedPrefix[]
   /** False if the tenant has no such prefix. */
   unpin: boolean
+  map: { snapshot: EngineSnapshot; map: KvMap }
 }
 
 /** Counters only grow; gauges are of now. */

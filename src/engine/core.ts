@@ -6,7 +6,9 @@
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
 import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { KvHistory, watched } from '../kv/history.ts'
 import { liveBytes } from '../kv/layout.ts'
+import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
@@ -68,6 +70,7 @@ export class EngineCore {
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
+  private readonly history: KvHistory
   private readonly scheduler: Scheduler<Sequence>
   private readonly sequences = new Map<number, Sequence>()
   private readonly batch: StepBatch
@@ -92,12 +95,19 @@ export class EngineCore {
     this.sink = sink
     this.now = now
     const { kv, chunkTokensMin } = backend
-    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
+    this.history = new KvHistory(now)
+    const mover = watched(kv, kv.layout, this.history)
+    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, mover)
     this.slots = new SlotTable(regions, kv.slots)
     const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
-    const cache = prefixPages ? new PrefixCache(regions, prefixPages, { eviction, now }) : undefined
+    const { pageBytes } = kv.layout.shape
+    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
+    const cache = prefixPages
+      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict })
+      : undefined
     this.sharing = new PromptSharing(this.slots, cache, {
       output: options.prefixOutput ?? false,
+      onPreempt: (pages) => this.history.add('preempt', pages * pageBytes),
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
@@ -197,6 +207,7 @@ export class EngineCore {
     const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
       return {
+        id: sequence.id,
         requestId: request.requestId,
         tenant: request.tenant,
         state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
@@ -237,7 +248,13 @@ export class EngineCore {
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
     if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
+    if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
     return this.sharing.unpin(question.tenant, question.id)
+  }
+
+  private map(): KvMap {
+    const { slots, history, scheduler } = this
+    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

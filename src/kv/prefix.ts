@@ -13,6 +13,8 @@ import { type Pin, pinLimitPages, PinTable } from './pins.ts'
 import { type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
 
 export interface PrefixNode extends Evictable {
+  /** No other node has had it. */
+  id: number
   parent: PrefixNode | undefined
   tenant: string
   /** What leads here from the parent. */
@@ -33,25 +35,29 @@ export interface PrefixCacheOptions {
   eviction?: EvictionName
   /** Milliseconds that never go back; for what is shown only. */
   now?: () => number
+  /** Told of each end that is forgotten, with the pages that came back. */
+  onEvict?: (pages: number) => void
 }
 
 export class PrefixCache {
   evictions = 0
-  evictedPages = 0
   readonly pins: PinTable
   private readonly regions: RegionTable
   private readonly budgetPages: number
   private readonly queue: EvictionQueue<PrefixNode>
   private readonly now: () => number
+  private readonly onEvict: (pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
   private clock = 0
+  private nextId = 1
 
   /** @param budgetPages that cached prefixes may refer to, at most */
   constructor(regions: RegionTable, budgetPages: number, options: PrefixCacheOptions = {}) {
     this.regions = regions
     this.budgetPages = budgetPages
     this.now = options.now ?? (() => 0)
+    this.onEvict = options.onEvict ?? (() => {})
     this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
     this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
   }
@@ -196,7 +202,7 @@ export class PrefixCache {
     parent.children.delete(present(leaf.tokens[0], 'a token'))
     this.regions.drop(columnsOf(this.regions, leaf), 'cache')
     this.evictions++
-    this.evictedPages += before - this.regions.usedPages
+    this.onEvict(before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
     else if (mayGo(parent)) this.queue.add(parent)
   }
@@ -208,14 +214,20 @@ export class PrefixCache {
   private root(tenant: string): PrefixNode {
     let root = this.roots.get(tenant)
     if (!root) {
-      root = makeNode({ parent: undefined, tenant, tokens: new Int32Array(0), from: 0, region: -1 })
+      root = this.node({
+        parent: undefined,
+        tenant,
+        tokens: new Int32Array(0),
+        from: 0,
+        region: -1,
+      })
       this.roots.set(tenant, root)
     }
     return root
   }
 
   private add(parent: PrefixNode, tokens: Int32Array, from: number, region: number): PrefixNode {
-    const node = makeNode({ parent, tenant: parent.tenant, tokens, from, region })
+    const node = this.node({ parent, tenant: parent.tenant, tokens, from, region })
     parent.children.set(present(tokens[0], 'a token'), node)
     if (this.queue.has(parent)) this.queue.remove(parent)
     this.regions.hold(columnsOf(this.regions, node), 'cache')
@@ -229,7 +241,7 @@ export class PrefixCache {
     const before = columnsOf(this.regions, node)
     const { tenant, from, region, uses, usedAt, usedMs, base } = node
     const tokens = node.tokens.slice(0, count)
-    const upper = makeNode({ parent: node.parent, tenant, tokens, from, region })
+    const upper = this.node({ parent: node.parent, tenant, tokens, from, region })
     Object.assign(upper, { uses, usedAt, usedMs, base })
     upper.parent!.children.set(present(node.tokens[0], 'a token'), upper)
     node.parent = upper
@@ -242,6 +254,28 @@ export class PrefixCache {
     this.queue.revalue(upper)
     this.queue.revalue(node)
     return upper
+  }
+
+  private node(
+    place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
+  ): PrefixNode {
+    const { parent, tenant, tokens, from, region } = place
+    return {
+      id: this.nextId++,
+      parent,
+      tenant,
+      tokens,
+      from,
+      region,
+      children: new Map(),
+      usedAt: 0,
+      usedMs: 0,
+      uses: 1,
+      base: 0,
+      value: 0,
+      heapIndex: -1,
+      pins: 0,
+    }
   }
 
   private touch(node: PrefixNode): void {
@@ -260,27 +294,6 @@ export class PrefixCache {
       node = child.tokens.length > count ? this.split(child, count) : child
     }
     return node
-  }
-}
-
-function makeNode(
-  place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
-): PrefixNode {
-  const { parent, tenant, tokens, from, region } = place
-  return {
-    parent,
-    tenant,
-    tokens,
-    from,
-    region,
-    children: new Map(),
-    usedAt: 0,
-    usedMs: 0,
-    uses: 1,
-    base: 0,
-    value: 0,
-    heapIndex: -1,
-    pins: 0,
   }
 }
 
