@@ -76,7 +76,7 @@ const COMMANDS: readonly Entry[] = [
   {
     name: 'bench',
     group: 'Look inside:',
-    summary: 'measure a server or the CPU backend',
+    summary: 'measure a server, KV memory or the CPU backend',
     load: async () => (await import('./cli/bench.ts')).benchCommand(),
   },
 ]
