@@ -116,13 +116,13 @@ test('at 80 × 24 something is missing', () => {
   for (const wanted of [
     'some/model',
     '127.0.0.1:8080 · q quits',
-    '7.81 MiB of 15.6 MiB in use, 50 % · 7 MiB of it tokens · fragmentation 3.1 %',
+    '7.81 MiB of 15.6 MiB, 50 % · 7 MiB of it tokens · fragmentation 3.1 %',
     'prefix hits 25 %',
     'SEQUENCES  2 running, 1 waiting',
     'decode',
     'MAP  █ live 3.1M  ▓ shared 160K  ◆ pinned  ▒ cached 4.4M  ░ warm 160K',
     'A block is 16 KiB',
-    'fork 4 (1 MiB), preempt 1 (160 KiB)',
+    'HISTORY  all: fork 4 (1M)  preempt 1 (160K)',
     '2.0 s ago  preempt     1 ×  160 KiB',
     '1 min 5 s ago  fork        4 ×  1 MiB',
   ]) {

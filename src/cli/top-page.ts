@@ -71,7 +71,7 @@ function memoryLines(kv: KvMap, width: number): Line[] {
     shown += count
   }
   bar.push([FREE.repeat(Math.max(0, cells - shown)), 'gray'])
-  const used = `${bytes(kv, kv.usedPages)} of ${bytes(kv, kv.limitPages)} in use`
+  const used = `${bytes(kv, kv.usedPages)} of ${bytes(kv, kv.limitPages)}`
   const tokens = `${formatBytes(kv.tokenBytes)} of it tokens`
   const fragmentation = `fragmentation ${percentText(kv.fragmentation, 1)}`
   const share = percentText(kv.usedPages / kv.limitPages)
@@ -190,9 +190,9 @@ function joined(blocks: readonly Part[]): Part[] {
 function historyLines(kv: KvMap, rows: number): Line[] {
   if (rows < 2) return []
   const totals = Object.entries(kv.totals).map(
-    ([kind, { count, bytes: size }]) => `${kind} ${count} (${formatBytes(size)})`,
+    ([kind, { count, bytes: size }]) => `${kind} ${count} (${shortBytes(size)})`,
   )
-  const title = heading('HISTORY', totals.length > 0 ? `in all: ${totals.join(', ')}` : '')
+  const title = heading('HISTORY', totals.length > 0 ? `all: ${totals.join('  ')}` : '')
   const events = kv.history.slice(-(rows - 1)).toReversed()
   if (events.length === 0) return [title, [['  Nothing was shared, evicted or preempted.', 'gray']]]
   return [

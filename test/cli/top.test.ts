@@ -41,7 +41,7 @@ test('one page of what a server holds goes into a pipe', async (t) => {
   // 40 tokens are 10 columns of two pages, all of it and the rest are 25.
   assert.match(stdout, /◆ pinned 5K  ▒ cached 7.5K /)
   assert.match(stdout, /^ {2}◆{10}▒{15}$/m)
-  assert.match(stdout, /HISTORY  in all: .*fork 2 /)
+  assert.match(stdout, /HISTORY  all: .*fork 2 /)
   const json = await lattice(['top', '--json', '--url', server.url])
   const { kv: map, engine: snapshot } = JSON.parse(json.stdout)
   assert.equal(map.usedPages, 50)
