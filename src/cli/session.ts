@@ -60,6 +60,8 @@ export async function openSession(
       import('../text/load.ts'),
       import('../engine/start.ts'),
     ])
+  // By name: whoever gives more than a capacity must not overwrite what is decided here.
+  const { maxSequences, maxQueue, stepTokens } = capacity
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
@@ -77,7 +79,9 @@ export async function openSession(
       kvOffload: options.kvOffload,
       kvWatermarks: options.kvWatermark,
       kvStore: storePlace(options),
-      ...capacity,
+      maxSequences,
+      maxQueue,
+      stepTokens,
     }),
   })
   starting.catch(() => {})

@@ -2,6 +2,7 @@
 // Everything in a request survives structured clone: the engine may live on another thread.
 
 import type { LatticeError } from '../errors.ts'
+import type { KvMap } from '../kv/map.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {
@@ -70,7 +71,7 @@ export interface BeamParams {
   width: number
   /** A score is the sum of log-probabilities over the tokens to the power of this. */
   lengthPenalty: number
-  /** When to stop. true: at `width` finished ones; false: no better is likely; 'never': possible. */
+  /** When to stop. true: at `width` finished; false: no better is likely; 'never': possible. */
   earlyStopping: boolean | 'never'
 }
 
@@ -129,6 +130,8 @@ export type SequenceState =
   | 'loading'
 
 export interface SequenceSnapshot {
+  /** No other sequence of this engine has had it. */
+  id: number
   requestId: string
   tenant: string
   state: SequenceState
@@ -202,6 +205,8 @@ export type EngineQuestion =
   | { kind: 'sessions'; tenant: string }
   /** Begins to move a session's KV out of memory, or back. */
   | { kind: 'offload' | 'reload'; tenant: string; id: string }
+  /** Every page in use; takes longer than a snapshot. */
+  | { kind: 'map' }
 
 /** The answer to each kind of question. */
 export interface EngineAnswers {
@@ -213,6 +218,7 @@ export interface EngineAnswers {
   sessions: SessionSnapshot[]
   offload: SessionMove
   reload: SessionMove
+  map: { snapshot: EngineSnapshot; map: KvMap }
 }
 
 /** Counters only grow; gauges are of now. */

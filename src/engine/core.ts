@@ -6,7 +6,9 @@
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
 import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { KvHistory, watched } from '../kv/history.ts'
 import { liveBytes } from '../kv/layout.ts'
+import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
@@ -80,6 +82,7 @@ export class EngineCore {
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
+  private readonly history: KvHistory
   private readonly scheduler: Scheduler<Sequence>
   private readonly offload: Offload | undefined
   private readonly sessions: Sessions | undefined
@@ -109,20 +112,26 @@ export class EngineCore {
     this.sink = sink
     this.now = now
     const { kv, chunkTokensMin } = backend
-    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
+    this.history = new KvHistory(now)
+    const mover = watched(kv, kv.layout, this.history)
+    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, mover)
     this.slots = new SlotTable(regions, kv.slots)
     this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
     const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
+    const { pageBytes } = kv.layout.shape
+    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
     const transfers = kv.tier && new Transfers(kv.tier)
     const places = transfers && { places: transfers.places }
     const cache = prefixPages
-      ? new PrefixCache(regions, prefixPages, { eviction, now, ...places })
+      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
       : undefined
     this.costs = new Costs(kv.layout.shape.pageBytes)
-    this.offload = transfers && new Offload(transfers, this.slots, cache, this.costs, options)
+    this.offload =
+      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
     this.sessions = cache && new Sessions(this.slots, cache, this.offload)
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
+      onPreempt: (pages) => this.history.add('preempt', pages * pageBytes),
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: this.spansMax,
     })
@@ -189,6 +198,7 @@ export class EngineCore {
     const start = this.now()
     this.scheduler.settle(start)
     this.offload?.keepRoom()
+    this.offload?.keep(start)
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
@@ -215,7 +225,8 @@ export class EngineCore {
   settle(): number | undefined {
     const wait = this.giveBack()
     this.offload?.keepRoom()
-    if (!this.offload?.busy) return wait
+    const keep = this.offload?.keep(this.now())
+    if (!this.offload?.busy) return keep === undefined ? wait : Math.min(wait ?? Infinity, keep)
     if (this.idle) this.scheduler.settle(this.now())
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
   }
@@ -250,6 +261,7 @@ export class EngineCore {
     const sequences = all.map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
       return {
+        id: sequence.id,
         requestId: request.requestId,
         tenant: request.tenant,
         state: sequence.state,
@@ -302,12 +314,19 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
-    const { kind, tenant } = question
+    const { kind } = question
+    if (kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    const { tenant } = question
     if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
     if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
     if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
     if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
     return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
+  }
+
+  private map(): KvMap {
+    const { slots, history, scheduler } = this
+    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

@@ -103,6 +103,14 @@ test('sharing changes a token, exceeds the limit, or leaves a page behind', () =
       const { kv, prefixHits, preemptions: preempted, promptTokens } = engine.core.snapshot()
       hits += prefixHits
       preemptions += preempted
+      const { map } = engine.core.answer({ kind: 'map' })
+      assert.equal(
+        map.totals['preempt']?.count ?? 0,
+        preempted,
+        'a preemption is not in the history',
+      )
+      const counted = Object.values(map.pages).reduce((a, b) => a + b, 0)
+      assert.equal(counted, kv.usedPages, 'the map has other pages')
       const all = requests.reduce((sum, { prompt }) => sum + prompt.length, 0)
       if (promptTokens < all) saved++
       assert.ok(kv.usedPages <= options.prefixPages, 'pages are left behind')

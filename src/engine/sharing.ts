@@ -17,6 +17,8 @@ export interface SharingOptions {
   spansMax: number
   /** Answers are cached too; what follows one then has other bits than computed anew. */
   output: boolean
+  /** Told of each sequence that makes room, with the pages of its own that go. */
+  onPreempt?: (pages: number) => void
 }
 
 export class PromptSharing implements Sharing<Sequence> {
@@ -24,7 +26,7 @@ export class PromptSharing implements Sharing<Sequence> {
   queries = 0
   hits = 0
   private readonly slots: SlotTable
-  private readonly cache: PrefixCache | undefined
+  readonly cache: PrefixCache | undefined
   private readonly offload: Offload | undefined
   private readonly options: SharingOptions
 
@@ -85,6 +87,10 @@ export class PromptSharing implements Sharing<Sequence> {
 
   evict(): boolean {
     return this.cache?.evict() ?? false
+  }
+
+  preempted({ slot }: Sequence): void {
+    this.options.onPreempt?.(this.slots.pagesOf(slot))
   }
 
   /** A sequence leaves the queue for the first time, its slot beginning with what it shares. */

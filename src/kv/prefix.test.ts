@@ -8,6 +8,8 @@ import type { LatticeError } from '../errors.ts'
 import { EVICTION_NAMES, type EvictionName } from './eviction.ts'
 import { type KvLayout, layerMajor } from './layout.ts'
 import { PrefixCache } from './prefix.ts'
+import { KvHistory } from './history.ts'
+import { kvMap } from './map.ts'
 import { type KvMover, type KvSpan, RegionTable, spannedTokens } from './regions.ts'
 import { SlotTable } from './slots.ts'
 
@@ -80,7 +82,7 @@ class Memory implements KvMover {
     this.bytes[region]![i] = name
   }
 
-  private regionAt(slot: number, i: number): number {
+  regionAt(slot: number, i: number): number {
     const { tokenStride, shape } = this.layout
     const { region, shared } = this.slots.get(slot) ?? { region: slot, shared: [] }
     const page = Math.floor(i / shape.pageBytes) * shape.pageBytes
@@ -216,6 +218,48 @@ class Run {
       })
     }
     assert.equal(this.memory.pages(), this.table.usedPages, 'pages that nobody counts')
+    this.checkMap()
+  }
+
+  /** What is shown is what is counted: pages, references and the bytes that are tokens. */
+  private checkMap(): void {
+    const sequences = this.live.map(({ slot, tokens }, id) => ({
+      id,
+      slot,
+      computed: tokens.length,
+    }))
+    const map = kvMap(this.table, this.cache, new KvHistory(() => 0), sequences, 0)
+    const states = Object.values(map.pages).reduce((a, b) => a + b, 0)
+    assert.equal(states, map.usedPages, 'the map has every used page once')
+    for (let region = 0; region < REGIONS; region++) {
+      const runs = map.runs.filter((run) => run.region === region)
+      const holds = runs.reduce((sum, run) => sum + run.references * (run.end - run.first), 0)
+      assert.equal(holds, this.regions.holds(region), 'references on the map')
+    }
+    const { tokenStride, ranges, shape } = LAYOUT
+    const bytes = new Uint8Array(REGIONS * LAYOUT.rangeBytes)
+    // A column that is held is full up to the last token: what lies before was copied there.
+    const add = (region: number, from: number, to: number): void => {
+      const start = from * tokenStride
+      const at = region * LAYOUT.rangeBytes
+      bytes.fill(1, at + start - (start % shape.pageBytes), at + to * tokenStride)
+    }
+    for (const { slot, tokens } of this.live) {
+      const end = tokens.length * tokenStride
+      for (let i = 0; i < end; i += shape.pageBytes) {
+        const at = this.memory.regionAt(slot, i) * LAYOUT.rangeBytes
+        bytes.fill(1, at + i, at + Math.min(end, i + shape.pageBytes))
+      }
+      for (const { region, from, to } of this.table.spansOf(slot, tokens.length)) {
+        add(region, from, to)
+      }
+    }
+    for (const { region, from, tokens } of this.cache.nodes()) {
+      add(region, from, from + tokens.length)
+    }
+    let count = 0
+    for (const byte of bytes) count += byte
+    assert.equal(map.tokenBytes, count * ranges, 'bytes that are tokens')
   }
 
   private place(spans: readonly KvSpan[], tokens: number): number {

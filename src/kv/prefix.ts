@@ -14,6 +14,8 @@ import { type Pin, pinLimitPages, PinTable } from './pins.ts'
 import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
 
 export interface PrefixNode extends Evictable {
+  /** No other node has had it. */
+  id: number
   parent: PrefixNode | undefined
   tenant: string
   /** What leads here from the parent. */
@@ -34,6 +36,8 @@ export interface PrefixNode extends Evictable {
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
+  /** Its id where it outlives the process; 0 if it does not. */
+  kept: number
   /** Forgotten. */
   gone: boolean
 }
@@ -45,11 +49,14 @@ export interface PrefixCacheOptions {
   now?: () => number
   /** What is kept outside of memory has places there. */
   places?: PlaceTable
+  /** Told of each end that is forgotten, with the pages that came back. */
+  onEvict?: (pages: number) => void
 }
 
 export class PrefixCache {
   evictions = 0
-  evictedPages = 0
+  /** Told of what need not outlive the process any more, with all that continues it. */
+  onUnkeep: (id: number) => void = () => {}
   /** Those that went out of memory, and are cached still. */
   demotions = 0
   readonly pins: PinTable
@@ -58,9 +65,11 @@ export class PrefixCache {
   private readonly queue: EvictionQueue<PrefixNode>
   private readonly now: () => number
   private readonly places: PlaceTable | undefined
+  private readonly onEvict: (pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
   private clock = 0
+  private nextId = 1
 
   /** @param budgetPages that cached prefixes may refer to, at most */
   constructor(regions: RegionTable, budgetPages: number, options: PrefixCacheOptions = {}) {
@@ -68,6 +77,7 @@ export class PrefixCache {
     this.budgetPages = budgetPages
     this.now = options.now ?? (() => 0)
     this.places = options.places
+    this.onEvict = options.onEvict ?? (() => {})
     this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
     this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
   }
@@ -156,7 +166,7 @@ export class PrefixCache {
     node.region = -1
     parent.warm--
     this.demotions++
-    this.evictedPages += before - this.regions.usedPages
+    this.onEvict(before - this.regions.usedPages)
     if (mayGo(parent)) this.queue.add(parent)
   }
 
@@ -209,6 +219,30 @@ export class PrefixCache {
     return found
   }
 
+  /** What is outside of memory of a node is of no more use. */
+  dropPlaces(node: PrefixNode): void {
+    this.unkeep(node)
+    if (node.places) this.places?.give(node.places)
+    node.places = undefined
+  }
+
+  /** Takes in what is outside of memory: after `parent`, or at the begin of a tenant's prompts. */
+  addCold(
+    tenant: string,
+    parent: PrefixNode | undefined,
+    tokens: Int32Array,
+    places: Uint32Array,
+  ): PrefixNode | undefined {
+    const above = parent ?? this.root(tenant)
+    const first = present(tokens[0], 'a token')
+    if (above.children.has(first)) return undefined
+    const from = above.from + above.tokens.length
+    const node = this.node({ parent: above, tenant, tokens, from, region: -1 })
+    node.places = places
+    above.children.set(first, node)
+    return node
+  }
+
   /** Forgets a node and all that follows it. */
   forgetAll(node: PrefixNode): void {
     for (const child of node.children.values()) this.forgetAll(child)
@@ -246,6 +280,11 @@ export class PrefixCache {
   /** Prompts that a pinned prefix served since it was pinned. */
   usesOf({ tenant, tokens, usesBefore }: Pin): number {
     return this.end(tenant, tokens).uses - usesBefore
+  }
+
+  /** Nodes there ever were. */
+  get made(): number {
+    return this.nextId
   }
 
   /** All of them, parents before children. */
@@ -309,15 +348,14 @@ export class PrefixCache {
       this.queue.went(leaf)
     }
     parent.children.delete(present(leaf.tokens[0], 'a token'))
-    if (leaf.places) this.places?.give(leaf.places)
-    leaf.places = undefined
+    this.dropPlaces(leaf)
     if (leaf.region >= 0) {
       parent.warm--
       this.regions.drop(columnsOf(this.regions, leaf), 'cache')
     }
     leaf.gone = true
     this.evictions++
-    this.evictedPages += before - this.regions.usedPages
+    this.onEvict(before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
     else if (mayGo(parent) && !this.queue.has(parent)) this.queue.add(parent)
   }
@@ -329,14 +367,20 @@ export class PrefixCache {
   private root(tenant: string): PrefixNode {
     let root = this.roots.get(tenant)
     if (!root) {
-      root = makeNode({ parent: undefined, tenant, tokens: new Int32Array(0), from: 0, region: -1 })
+      root = this.node({
+        parent: undefined,
+        tenant,
+        tokens: new Int32Array(0),
+        from: 0,
+        region: -1,
+      })
       this.roots.set(tenant, root)
     }
     return root
   }
 
   private add(parent: PrefixNode, tokens: Int32Array, from: number, region: number): PrefixNode {
-    const node = makeNode({ parent, tenant: parent.tenant, tokens, from, region })
+    const node = this.node({ parent, tenant: parent.tenant, tokens, from, region })
     parent.children.set(present(tokens[0], 'a token'), node)
     if (this.queue.has(parent)) this.queue.remove(parent)
     parent.warm++
@@ -348,10 +392,12 @@ export class PrefixCache {
 
   /** Puts a node of its own above a node for its first `count` tokens. */
   private split(node: PrefixNode, count: number): PrefixNode {
+    // As two it is kept anew.
+    this.unkeep(node)
     const before = columnsOf(this.regions, node)
     const { tenant, from, region, uses, usedAt, usedMs, base } = node
     const tokens = node.tokens.slice(0, count)
-    const upper = makeNode({ parent: node.parent, tenant, tokens, from, region })
+    const upper = this.node({ parent: node.parent, tenant, tokens, from, region })
     Object.assign(upper, { uses, usedAt, usedMs, base })
     upper.parent!.children.set(present(node.tokens[0], 'a token'), upper)
     node.parent = upper
@@ -369,6 +415,16 @@ export class PrefixCache {
     return upper
   }
 
+  private unkeep(node: PrefixNode): void {
+    if (node.kept === 0) return
+    this.onUnkeep(node.kept)
+    const visit = (below: PrefixNode): void => {
+      below.kept = 0
+      for (const child of below.children.values()) visit(child)
+    }
+    visit(node)
+  }
+
   /** A column that both have bytes of has a place that both hold. */
   private splitPlaces(upper: PrefixNode, lower: PrefixNode, places: Uint32Array): void {
     const above = columnsOf(this.regions, upper)
@@ -377,6 +433,33 @@ export class PrefixCache {
     lower.places = places.slice(below.first - above.first)
     const shared = above.end > below.first ? present(lower.places[0], 'a place') : -1
     if (shared >= 0) this.places?.share(shared)
+  }
+
+  private node(
+    place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
+  ): PrefixNode {
+    const { parent, tenant, tokens, from, region } = place
+    return {
+      id: this.nextId++,
+      parent,
+      tenant,
+      tokens,
+      from,
+      region,
+      children: new Map(),
+      usedAt: 0,
+      usedMs: 0,
+      uses: 1,
+      base: 0,
+      value: 0,
+      heapIndex: -1,
+      pins: 0,
+      places: undefined,
+      coming: false,
+      warm: 0,
+      gone: false,
+      kept: 0,
+    }
   }
 
   private touch(node: PrefixNode): void {
@@ -395,31 +478,6 @@ export class PrefixCache {
       node = child.tokens.length > count ? this.split(child, count) : child
     }
     return node
-  }
-}
-
-function makeNode(
-  place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
-): PrefixNode {
-  const { parent, tenant, tokens, from, region } = place
-  return {
-    parent,
-    tenant,
-    tokens,
-    from,
-    region,
-    children: new Map(),
-    usedAt: 0,
-    usedMs: 0,
-    uses: 1,
-    base: 0,
-    value: 0,
-    heapIndex: -1,
-    pins: 0,
-    places: undefined,
-    coming: false,
-    warm: 0,
-    gone: false,
   }
 }
 

@@ -56,6 +56,8 @@ export interface Sharing<S> {
   prefixOf(sequence: S): readonly KvSpan[] | 'wait' | 'coming'
   /** Lets go of a cached prefix, to make room. False if there is none. */
   evict(): boolean
+  /** A sequence is about to lose its slot to make room; it will wait again. */
+  preempted?(sequence: S): void
 }
 
 /** How a sequence that makes room comes back. */
@@ -404,6 +406,7 @@ export class Scheduler<S extends Schedulable> {
     const members = (unit?.members ?? [sequence]) as readonly S[]
     const first = present(members[0], 'a member')
     for (const member of members) {
+      this.sharing.preempted?.(member)
       this.running.splice(this.running.indexOf(member), 1)
       this.residence.vacate(member, unit !== undefined)
     }

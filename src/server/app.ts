@@ -7,7 +7,7 @@ import type { Authenticator } from './auth.ts'
 import type { RouteContext, RouteEnv, ServerContext } from './context.ts'
 import { errorResponse } from './errors.ts'
 import { drainingError, livez, readyz } from './health.ts'
-import { metrics, sequences } from './metrics.ts'
+import { kv, metrics, sequences } from './metrics.ts'
 import { chat } from './openai/chat.ts'
 import { completions } from './openai/completions.ts'
 import { model, models } from './openai/models.ts'
@@ -41,6 +41,7 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['GET', '/health', readyz(context)],
     ['GET', '/metrics', metrics(context)],
     ['GET', '/debug/sequences', sequences(context)],
+    ['GET', '/debug/kv', kv(context)],
   ]
   const app = new Hono<RouteEnv>()
   app.use(around(context, auth, new Set(routes.map(([, path]) => path))))

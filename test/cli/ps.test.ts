@@ -10,6 +10,7 @@ import { lattice } from './lattice.ts'
 const SNAPSHOT: EngineSnapshot = {
   sequences: [
     {
+      id: 1,
       requestId: 'chat-1',
       tenant: 'default',
       state: 'decode',

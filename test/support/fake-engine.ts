@@ -118,7 +118,8 @@ export class FakeEngine implements Engine {
   async snapshot(): Promise<EngineSnapshot> {
     const usedPages = this.#running.reduce((sum, sequence) => sum + pages(sequence), 0)
     return {
-      sequences: [...this.#waiting, ...this.#running].map((sequence) => ({
+      sequences: [...this.#waiting, ...this.#running].map((sequence, id) => ({
+        id,
         requestId: sequence.request.requestId,
         tenant: sequence.request.tenant,
         state: this.#running.includes(sequence) ? 'decode' : 'waiting',
