@@ -162,6 +162,11 @@ test('choices that share a prompt take its pages each', () => {
   assert.equal(running, 8)
   // 40 tokens fill 12.5 pages a layer; each choice has the 13th of its own.
   assert.equal(kv.usedPages, 2 * (12 + 8))
+  // What the first has of its 13th is where the others copied theirs from: it is held by all.
+  const { pages, tokenBytes, fragmentation } = engine.core.answer({ kind: 'map' }).map
+  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0 })
+  assert.equal(tokenBytes, 2 * (12 * 256 + 8 * 128), 'each 13th page is half empty')
+  assert.ok(Math.abs(fragmentation - 0.2) < 1e-9)
   assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
 })
 
