@@ -169,6 +169,11 @@ test('choices that share a prompt take its pages each', () => {
   const { kv: diverged } = engine.core.snapshot()
   assert.equal(diverged.usedPages, 2 * (12 + 8))
   assert.equal(diverged.residentBytes, diverged.usedPages * kv.pageBytes)
+  const { pages, tokenBytes, fragmentation } = engine.core.answer({ kind: 'map' }).map
+  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0 })
+  // 41 tokens of 80 bytes a layer: 208 of each 13th page.
+  assert.equal(tokenBytes, 2 * (12 * 256 + 8 * 208))
+  assert.ok(Math.abs(fragmentation - 0.075) < 1e-9)
 })
 
 test('a prefix within a page is missed, or one of another tenant is hit', () => {

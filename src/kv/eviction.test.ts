@@ -129,6 +129,19 @@ test('the policies choose as they are named', () => {
   assert.equal(f.left(prompt(4000, 2)), 4000, 'recomputing far positions costs no more')
 })
 
+test('what frees little is weighed by all that it holds', () => {
+  const f = new Fixture('cost')
+  const [held, other] = [prompt(40, 1), prompt(8, 2)]
+  f.cached(held)
+  f.cached(other)
+  f.cached(other)
+  // 40 tokens for ten pages are less than twice eight for two, but nine of the ten are in use.
+  f.hold([{ region: 0, from: 0, to: 36 }])
+  assert.ok(f.cache.evict())
+  assert.equal(f.left(held), 40)
+  assert.equal(f.left(other), 0)
+})
+
 test('what was used often long ago is never forgotten', () => {
   for (const eviction of ['lfu', 'cost'] as const) {
     const f = new Fixture(eviction, 1000, 100)
