@@ -197,9 +197,10 @@ export class EngineCore {
   step(): boolean {
     const start = this.now()
     this.scheduler.settle(start)
+    const parts = this.scheduler.plan()
+    // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
     this.offload?.keep(start)
-    const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
     const computeStart = this.now()
