@@ -126,8 +126,7 @@ export class EngineCore {
       ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
       : undefined
     this.costs = new Costs(kv.layout.shape.pageBytes)
-    this.offload =
-      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
+    this.offload = transfers && new Offload(transfers, this.slots, cache, this.costs, options)
     this.sessions = cache && new Sessions(this.slots, cache, this.offload)
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
@@ -197,9 +196,9 @@ export class EngineCore {
   step(): boolean {
     const start = this.now()
     this.scheduler.settle(start)
-    this.offload?.keepRoom()
-    this.offload?.keep(start)
     const parts = this.scheduler.plan()
+    // After the plan: what has just come back for a sequence must not go before that begins.
+    this.offload?.keepRoom()
     if (parts.length === 0) return false
     this.fill(parts)
     const computeStart = this.now()
@@ -225,8 +224,7 @@ export class EngineCore {
   settle(): number | undefined {
     const wait = this.giveBack()
     this.offload?.keepRoom()
-    const keep = this.offload?.keep(this.now())
-    if (!this.offload?.busy) return keep === undefined ? wait : Math.min(wait ?? Infinity, keep)
+    if (!this.offload?.busy) return wait
     if (this.idle) this.scheduler.settle(this.now())
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
   }

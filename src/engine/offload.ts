@@ -2,11 +2,9 @@
 // that were used least, what moving them costs, and how much was moved.
 
 import { ColdPrefixes } from '../kv/cold.ts'
-import { KeptPrefixes } from '../kv/kept.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { KvColumns } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
-import type { KvStore } from '../kv/tier.ts'
 import { Tiers } from '../kv/tiers.ts'
 import type { Transfers } from '../kv/transfers.ts'
 import type { Costs } from '../scheduler/costs.ts'
@@ -29,9 +27,6 @@ export interface OffloadOptions {
   comeBack?: 'moved' | 'computed' | undefined
 }
 
-/** How long to wait before looking again for prefixes that could be kept now. */
-const KEEP_MS = 50
-
 /** Share of the memory that goes out at a time when the machine has too little. */
 const PRESSED_SHARE = 0.1
 
@@ -43,11 +38,6 @@ export class Offload implements Preemption {
   private readonly cache: PrefixCache | undefined
   private readonly costs: Costs
   private readonly options: OffloadOptions
-  private readonly kept: KeptPrefixes | undefined
-  /** When to look again for what is to be kept. */
-  private keepMs = -Infinity
-  private keepWaits = false
-  private keptMade = 0
   private readonly moved = { save: 0, load: 0 }
 
   constructor(
@@ -56,7 +46,6 @@ export class Offload implements Preemption {
     cache: PrefixCache | undefined,
     costs: Costs,
     options: OffloadOptions,
-    store?: KvStore,
   ) {
     this.transfers = transfers
     this.slots = slots
@@ -65,9 +54,6 @@ export class Offload implements Preemption {
     this.options = options
     this.tiers = new Tiers(transfers, slots)
     this.cold = cache && new ColdPrefixes(cache, slots.regions, transfers)
-    const { regions } = slots
-    this.kept =
-      store && cache && this.cold && new KeptPrefixes(cache, this.cold, regions, transfers, store)
     transfers.onMoved = (kind, columns, ms) => {
       this.moved[kind] += columns
       // What was moved teaches what moving costs.
@@ -94,20 +80,6 @@ export class Offload implements Preemption {
     const { high, low } = this.options.watermarks ?? WATERMARKS_DEFAULT
     const { usedPages, limitPages } = this.slots
     if (usedPages > high * limitPages) this.cold?.demote(low * limitPages)
-  }
-
-  /**
-   * Begins to write what shall outlive the process, every now and then.
-   * @returns milliseconds until there may be more to write; undefined if there is nothing
-   */
-  keep(nowMs: number): number | undefined {
-    const { kept, cache } = this
-    if (!kept || !cache || (!this.keepWaits && cache.made === this.keptMade)) return undefined
-    if (nowMs < this.keepMs) return this.keepMs - nowMs
-    this.keptMade = cache.made
-    this.keepMs = nowMs + KEEP_MS
-    this.keepWaits = kept.keep()
-    return this.keepWaits ? KEEP_MS : undefined
   }
 
   /** The machine has too little memory: some of what is only cached goes. */

@@ -17,8 +17,8 @@ export class ColdPrefixes {
   private readonly transfers: Transfers
   /** In memory until their transfer ends; and the places that no node has yet. */
   private readonly moving = new Map<KvColumns, Uint32Array | undefined>()
-  /** Those of them that become free, or may. */
-  private readonly leaving = new Set<KvColumns>()
+  /** Columns that become free, or may, when they have been written. */
+  private leavingColumns = 0
 
   constructor(cache: PrefixCache, regions: RegionTable, transfers: Transfers) {
     this.cache = cache
@@ -27,11 +27,8 @@ export class ColdPrefixes {
     transfers.places.makeRoom = (count) => this.freePlaces(count)
   }
 
-  /** Pages that become free without anybody's doing. */
   get leavingPages(): number {
-    let pages = 0
-    for (const columns of this.leaving) pages += pagesOf(this.regions.layout, columns)
-    return pages
+    return this.leavingColumns * this.regions.layout.ranges
   }
 
   /** Takes prefixes out of memory, those worth least first, until so few pages are used. */
@@ -110,47 +107,30 @@ export class ColdPrefixes {
     for (const { places } of this.cache.nodes()) if (places) yield places
   }
 
-  /**
-   * Begins to write out what stays in memory.
-   * @param then told at the end, and whether it is there
-   * @returns false, with nothing changed, if there is no room
-   */
-  copy(node: PrefixNode, then: (written: boolean) => void): boolean {
-    return this.write(node, columnsOf(this.regions, node), then)
-  }
-
   private save(node: PrefixNode, then: () => void = () => {}): boolean {
-    const { regions } = this
-    const columns = columnsOf(regions, node)
-    const pages = pagesOf(regions.layout, columns)
+    const columns = columnsOf(this.regions, node)
+    const pages = pagesOf(this.regions.layout, columns)
     // What a sequence has part of may be written to, and would not be free.
-    if (regions.evictableIn([columns]) < pages) return false
-    const began = this.write(node, columns, (written) => {
-      if (!written) return
-      const unused = regions.evictableIn([columns]) === pages
-      if (!unused || node.warm > 0 || node.pins > 0) return
-      this.cache.demote(node)
-      then()
-    })
-    if (began) this.leaving.add(columns)
-    return began
-  }
-
-  private write(node: PrefixNode, columns: KvColumns, then: (written: boolean) => void): boolean {
+    if (this.regions.evictableIn([columns]) < pages) return false
     const places = this.transfers.places.take(columns.end - columns.first)
-    if (places && node.gone) this.transfers.places.give(places)
     if (!places || node.gone) return false
     this.begin(columns, places)
+    this.leavingColumns += places.length
     this.transfers.begin('save', columns, places, (error) => {
-      this.leaving.delete(columns)
+      this.leavingColumns -= places.length
       this.end(columns)
       if (error) this.lost++
       const now = columnsOf(this.regions, node)
       const same = now.region === columns.region && now.first === columns.first
       if (error || node.gone || node.places || !same || now.end !== columns.end) {
         this.transfers.places.give(places)
-      } else node.places = places
-      then(node.places === places)
+        return
+      }
+      node.places = places
+      const unused = this.regions.evictableIn([columns]) === pages
+      if (!unused || node.warm > 0 || node.pins > 0) return
+      this.cache.demote(node)
+      then()
     })
     return true
   }
@@ -200,7 +180,9 @@ export class ColdPrefixes {
     const enough = places.used - count
     for (const node of this.cache.nodes()) {
       if (places.used <= enough) return
-      if (node.region >= 0 && !node.coming && node.places) this.cache.dropPlaces(node)
+      if (node.region < 0 || node.coming || !node.places) continue
+      places.give(node.places)
+      node.places = undefined
     }
     const isEnd = ({ region, children }: PrefixNode) => region < 0 && children.size === 0
     for (let found = true; found && places.used > enough;) {

@@ -33,12 +33,11 @@ export class PlaceTable {
     return places
   }
 
-  /** Another one holds a place, too; or the first, of what was there before. */
+  /** Another one holds a place, too. */
   share(place: number): void {
     const count = present(this.holders[place], 'a place')
-    assert(count < 2 ** 16 - 1, `place ${place} has fewer holders than its counter counts`)
+    assert(count > 0 && count < 2 ** 16 - 1, `place ${place} is taken`)
     this.holders[place] = count + 1
-    if (count === 0) this.used++
   }
 
   give(places: Uint32Array): void {

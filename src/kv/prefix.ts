@@ -36,8 +36,6 @@ export interface PrefixNode extends Evictable {
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
-  /** Its id where it outlives the process; 0 if it does not. */
-  kept: number
   /** Forgotten. */
   gone: boolean
 }
@@ -55,8 +53,6 @@ export interface PrefixCacheOptions {
 
 export class PrefixCache {
   evictions = 0
-  /** Told of what need not outlive the process any more, with all that continues it. */
-  onUnkeep: (id: number) => void = () => {}
   /** Those that went out of memory, and are cached still. */
   demotions = 0
   readonly pins: PinTable
@@ -219,30 +215,6 @@ export class PrefixCache {
     return found
   }
 
-  /** What is outside of memory of a node is of no more use. */
-  dropPlaces(node: PrefixNode): void {
-    this.unkeep(node)
-    if (node.places) this.places?.give(node.places)
-    node.places = undefined
-  }
-
-  /** Takes in what is outside of memory: after `parent`, or at the begin of a tenant's prompts. */
-  addCold(
-    tenant: string,
-    parent: PrefixNode | undefined,
-    tokens: Int32Array,
-    places: Uint32Array,
-  ): PrefixNode | undefined {
-    const above = parent ?? this.root(tenant)
-    const first = present(tokens[0], 'a token')
-    if (above.children.has(first)) return undefined
-    const from = above.from + above.tokens.length
-    const node = this.node({ parent: above, tenant, tokens, from, region: -1 })
-    node.places = places
-    above.children.set(first, node)
-    return node
-  }
-
   /** Forgets a node and all that follows it. */
   forgetAll(node: PrefixNode): void {
     for (const child of node.children.values()) this.forgetAll(child)
@@ -280,11 +252,6 @@ export class PrefixCache {
   /** Prompts that a pinned prefix served since it was pinned. */
   usesOf({ tenant, tokens, usesBefore }: Pin): number {
     return this.end(tenant, tokens).uses - usesBefore
-  }
-
-  /** Nodes there ever were. */
-  get made(): number {
-    return this.nextId
   }
 
   /** All of them, parents before children. */
@@ -348,7 +315,8 @@ export class PrefixCache {
       this.queue.went(leaf)
     }
     parent.children.delete(present(leaf.tokens[0], 'a token'))
-    this.dropPlaces(leaf)
+    if (leaf.places) this.places?.give(leaf.places)
+    leaf.places = undefined
     if (leaf.region >= 0) {
       parent.warm--
       this.regions.drop(columnsOf(this.regions, leaf), 'cache')
@@ -392,8 +360,6 @@ export class PrefixCache {
 
   /** Puts a node of its own above a node for its first `count` tokens. */
   private split(node: PrefixNode, count: number): PrefixNode {
-    // As two it is kept anew.
-    this.unkeep(node)
     const before = columnsOf(this.regions, node)
     const { tenant, from, region, uses, usedAt, usedMs, base } = node
     const tokens = node.tokens.slice(0, count)
@@ -413,16 +379,6 @@ export class PrefixCache {
     this.queue.revalue(upper)
     this.queue.revalue(node)
     return upper
-  }
-
-  private unkeep(node: PrefixNode): void {
-    if (node.kept === 0) return
-    this.onUnkeep(node.kept)
-    const visit = (below: PrefixNode): void => {
-      below.kept = 0
-      for (const child of below.children.values()) visit(child)
-    }
-    visit(node)
   }
 
   /** A column that both have bytes of has a place that both hold. */
@@ -458,7 +414,6 @@ export class PrefixCache {
       coming: false,
       warm: 0,
       gone: false,
-      kept: 0,
     }
   }
 

@@ -196,11 +196,6 @@ export class RegionTable {
     this.region(region).owned = false
   }
 
-  /** A slot writes to it. */
-  isOwned(region: number): boolean {
-    return this.regions[region]?.owned ?? false
-  }
-
   isFree(region: number): boolean {
     const found = this.regions[region]
     return !found || (!found.owned && found.holds === 0)

@@ -9,7 +9,7 @@ import type { KvTier } from './tier.ts'
 export type TransferKind = 'save' | 'load'
 
 interface Transfer {
-  kind: TransferKind | 'keep'
+  kind: TransferKind
   columns: number
   sinceMs: number
   onEnd: (error: LatticeError | undefined) => void
@@ -34,11 +34,6 @@ export class Transfers {
     return this.tickets.size > 0
   }
 
-  /** Waits for a ticket that somebody else began. */
-  await(ticket: number, onEnd: Transfer['onEnd']): void {
-    this.tickets.set(ticket, { kind: 'keep', columns: 0, sinceMs: this.nowMs, onEnd })
-  }
-
   /** @param places one for each column, in order */
   begin(
     kind: TransferKind,
@@ -60,7 +55,7 @@ export class Transfers {
     for (const { ticket, error } of this.tier.poll()) {
       const { kind, columns, sinceMs, onEnd } = present(this.tickets.get(ticket), 'a transfer')
       this.tickets.delete(ticket)
-      if (!error && kind !== 'keep') this.onMoved(kind, columns, nowMs - sinceMs)
+      if (!error) this.onMoved(kind, columns, nowMs - sinceMs)
       onEnd(error)
     }
   }

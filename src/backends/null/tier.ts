@@ -5,7 +5,7 @@
 import { assert, present } from '../../assert.ts'
 import type { LatticeError } from '../../errors.ts'
 import type { KvColumns } from '../../kv/regions.ts'
-import type { KvStore, KvTier } from '../../kv/tier.ts'
+import type { KvTier } from '../../kv/tier.ts'
 import type { NullColumn, NullKvMemory } from './kv-memory.ts'
 
 export type NullTransfer = 'save' | 'load'
@@ -15,8 +15,6 @@ export interface NullTierOptions {
   capacity: number
   /** Calls of `poll` after which a ticket ends, 1 or more; 1 unless told. */
   polls?: (ticket: number, kind: NullTransfer, columns: number) => number
-  /** What the places hold at first: what another tier held. */
-  content?: (NullColumn | undefined)[]
   /** What a ticket fails with, if it does. */
   fault?: (ticket: number, kind: NullTransfer) => LatticeError | undefined
 }
@@ -36,8 +34,6 @@ const GARBAGE = 0xbad
 
 export class NullTier implements KvTier {
   readonly capacity: number
-  /** Set by whoever wants one. */
-  store?: KvStore
   private readonly memory: NullKvMemory
   private readonly options: NullTierOptions
   private readonly places: (NullColumn | undefined)[]
@@ -48,7 +44,7 @@ export class NullTier implements KvTier {
     this.memory = memory
     this.options = options
     this.capacity = options.capacity
-    this.places = options.content ?? Array.from({ length: options.capacity }, () => undefined)
+    this.places = Array.from({ length: options.capacity }, () => undefined)
   }
 
   save(columns: KvColumns, places: Uint32Array): number {
@@ -72,12 +68,6 @@ export class NullTier implements KvTier {
     })
   }
 
-  /** A ticket that moves nothing, told of as the others are. */
-  note(): number {
-    const columns = { region: -1, first: 0, end: 0 }
-    return this.begin('save', columns, new Uint32Array(0), [])
-  }
-
   check(): void {}
 
   close(): void {}
@@ -95,7 +85,6 @@ export class NullTier implements KvTier {
   }
 
   private end({ ticket, kind, columns, places, content }: Transfer): LatticeError | undefined {
-    if (places.length === 0) return undefined
     const error = this.options.fault?.(ticket, kind)
     if (kind === 'save') {
       const same = this.read(columns).every((rows, i) => equal(rows, content[i]))
