@@ -64,7 +64,7 @@ export interface BeamParams {
   width: number
   /** A score is the sum of log-probabilities over the tokens to the power of this. */
   lengthPenalty: number
-  /** When to stop. true: at `width` finished ones; false: no better is likely; 'never': possible. */
+  /** true ends at `width` finished ones, false when no better one is likely, 'never' possible. */
   earlyStopping: boolean | 'never'
 }
 
@@ -108,6 +108,15 @@ export interface SequenceChoice {
 export interface SequenceHandle {
   /** Ends the sequence; its pages are freed within one step. Idempotent. */
   abort(): void
+  /**
+   * Begins another sequence where this one is when the engine hears of it, in the same memory
+   * until they differ. Its sink is told all tokens, those before the fork too (without logprobs).
+   * With the same sampling, seed included, it goes on as this one does.
+   * @throws LatticeError `not_found` if this one has ended, `queue_full`, `draining`,
+   *   `engine_stopped`. The sink is told `not_found` if it has ended when the engine hears of it,
+   *   and `invalid_request` if it is a beam.
+   */
+  fork(choice: SequenceChoice): SequenceHandle
 }
 
 export interface SequenceSnapshot {

@@ -22,6 +22,7 @@ import type {
 } from './api.ts'
 import { BeamGroup } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
+import { sequenceEnded } from './messages.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
 import { PromptSharing } from './sharing.ts'
@@ -137,6 +138,26 @@ export class EngineCore {
         this.report(id, 'error', 0, thrown)
       }
     })
+  }
+
+  /** Takes in a sequence that begins with the tokens that another one has now. */
+  fork(parent: number, id: number, sampling: SamplingParams): void {
+    try {
+      const source = this.sequences.get(parent)
+      if (!source) throw sequenceEnded()
+      if (source.unit) throw beamsFork()
+      const fork = source.fork(id, sampling, this.now())
+      const { group } = source
+      group.splice(0, Infinity, ...group.filter((one) => this.sequences.has(one.id)), fork)
+      this.sequences.set(id, fork)
+      const decodes = source.slot >= 0 && isDecoding(source)
+      if (!decodes || !this.sharing.spreads(source) || !this.scheduler.fork(fork, source)) {
+        this.scheduler.waiting.push(fork)
+      }
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.report(id, 'error', 0, thrown)
+    }
   }
 
   abort(id: number): void {
@@ -260,7 +281,7 @@ export class EngineCore {
     for (;;) {
       const next = this.scheduler.waiting[0]
       if (!next || !this.sharing.continues(next, sequence)) return
-      if (!this.scheduler.fork(sequence)) return
+      if (!this.scheduler.fork(next, sequence)) return
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -274,6 +295,12 @@ export class EngineCore {
     sequence.started = true
     for (const id of sequence.unit?.ids ?? [sequence.id]) {
       if (id !== undefined) this.sink.onStart(id, sequence.cachedTokens)
+    }
+    // Only a fork has output before it has begun.
+    const { tokens, request, length, unit } = sequence
+    if (unit) return
+    for (const token of tokens.subarray(request.prompt.length, length)) {
+      this.sink.onToken(sequence.id, token, undefined)
     }
   }
 
@@ -380,5 +407,11 @@ function tooFew(found: number): LatticeError {
   return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
     todo: 'Ask for fewer answers: there are not as many that are possible.',
     details: { param: 'n' },
+  })
+}
+
+function beamsFork(): LatticeError {
+  return new LatticeError('invalid_request', 'A beam search cannot be forked.', {
+    todo: 'Fork a sequence that samples, or ask for more beams.',
   })
 }

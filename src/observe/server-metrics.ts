@@ -41,6 +41,10 @@ export class ServerMetrics {
     'lattice_num_preemptions_total',
     'Sequences set back to the queue to make room.',
   )
+  readonly #beamCopies = this.#r.counter(
+    'lattice_beam_copies_total',
+    'Forks of beams that were copied in part, because their tokens lay in too many places.',
+  )
   readonly #prefixQueries = this.#r.counter(
     'lattice_prefix_cache_queries_total',
     'Prompt tokens looked up in the prefix cache.',
@@ -168,6 +172,7 @@ export class ServerMetrics {
     this.#kvLimitPages.set(kv.limitPages)
     this.#kvResident.set(kv.residentBytes)
     this.#preemptions.set(snapshot.preemptions)
+    this.#beamCopies.set(snapshot.beamCopies)
     this.#prefixQueries.set(snapshot.prefixQueries)
     this.#prefixHits.set(snapshot.prefixHits)
     this.#promptTokens.set(snapshot.promptTokens)

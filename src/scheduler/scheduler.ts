@@ -157,19 +157,22 @@ export class Scheduler<S extends Schedulable> {
       }
       this.waiting.shift()
       this.running.push(sequence)
+      const { slot, length } = sequence
+      assert(this.growOrReclaim(slot, length + 1), 'a sequence that fits gets its pages')
       left -= this.planChunk(sequence, left)
     }
   }
 
   /**
-   * Lets in the first of the queue with everything that another sequence has in memory.
+   * Lets a sequence in, from the queue or not, with everything that another one has in memory. Its
+   * slot grows in the step that writes its next token.
    * @returns false, with nothing changed, if there is no room for it
    */
-  fork(source: S): boolean {
-    const sequence = present(this.waiting[0], 'a waiting sequence')
+  fork(sequence: S, source: S): boolean {
     if (!this.mayEnter(sequence)) return false
     if (!this.place(sequence, this.slots.spansOf(source.slot, source.computed))) return false
-    this.waiting.shift()
+    const at = this.waiting.indexOf(sequence)
+    if (at >= 0) this.waiting.splice(at, 1)
     this.running.push(sequence)
     return true
   }
@@ -238,9 +241,6 @@ export class Scheduler<S extends Schedulable> {
     }
     sequence.slot = slot
     sequence.computed = spannedTokens(shared)
-    // A fork without anything to compute now grows in the step that writes its next token.
-    if (sequence.computed === sequence.length) return true
-    assert(this.growOrReclaim(slot, tokens), 'a sequence that fits gets its pages')
     return true
   }
 
