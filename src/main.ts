@@ -56,6 +56,12 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/ps.ts')).psCommand(),
   },
   {
+    name: 'prefix',
+    group: 'Look inside:',
+    summary: "keep the beginnings of prompts in a server's memory",
+    load: async () => (await import('./cli/prefix.ts')).prefixCommand(),
+  },
+  {
     name: 'inspect',
     group: 'Look inside:',
     summary: 'describe a model file, this CPU, or the error codes',

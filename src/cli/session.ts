@@ -71,6 +71,8 @@ export async function openSession(
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
       prefixCacheBytes: options.prefixCache,
+      prefixEviction: options.prefixEviction,
+      prefixCacheOutput: options.prefixCacheOutput === 'on',
       ...capacity,
     }),
   })

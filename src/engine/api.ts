@@ -56,6 +56,12 @@ export interface SequenceRequest {
   topLogprobs: number | undefined
   /** Beam search instead of sampling, which must be greedy then: the choices are its best. */
   beams?: BeamParams
+  /**
+   * Keeps the prompt in the prefix cache, under this name of the tenant's, until it is unpinned.
+   * The sequence ends with `prefix_memory_exhausted` if it cannot be kept, `invalid_request` if it
+   * is too short to be cached.
+   */
+  pin?: string
 }
 
 /** A beam search, with the meaning that HF transformers' `generate` gives each. */
@@ -135,6 +141,33 @@ export interface SequenceSnapshot {
   ageMs: number
 }
 
+/** A prefix that stays in memory until it is unpinned. */
+export interface PinnedPrefix {
+  id: string
+  tenant: string
+  tokens: number
+  /** Pages that it refers to, whoever else does. */
+  pages: number
+  bytes: number
+  /** Prompts that began with it since, its own not counted. */
+  uses: number
+  ageMs: number
+}
+
+/** What an engine is asked, or told to do with its memory, between two steps. */
+export type EngineQuestion =
+  | { kind: 'pinned'; tenant: string }
+  /** The prefix stays cached for a while. */
+  | { kind: 'unpin'; tenant: string; id: string }
+
+/** The answer to each kind of question. */
+export interface EngineAnswers {
+  /** Of this tenant's. */
+  pinned: PinnedPrefix[]
+  /** False if the tenant has no such prefix. */
+  unpin: boolean
+}
+
 /** Counters only grow; gauges are of now. */
 export interface EngineSnapshot {
   sequences: SequenceSnapshot[]
@@ -146,10 +179,16 @@ export interface EngineSnapshot {
     limitPages: number
     /** What the kernel says is resident in the memfd; asked for this snapshot. */
     residentBytes: number
+    /** Of the used pages, those that cached prefixes refer to, whoever else does. */
+    cachedPages: number
+    /** Of the used pages, those that pinned prefixes refer to. */
+    pinnedPages: number
   }
   /** Prompt tokens looked up in the prefix cache, and found there. */
   prefixQueries: number
   prefixHits: number
+  /** Ends of cached prefixes that were forgotten to make room. */
+  prefixEvictions: number
   steps: number
   /** Computed, that is: not found in the prefix cache or shared with another choice. */
   promptTokens: number
@@ -190,6 +229,8 @@ export interface Engine {
   queueRoom(): number
   /** What is now or, while a long step is computed, what was shortly before that step began. */
   snapshot(): Promise<EngineSnapshot>
+  /** Answered between two steps, so after the one that is computed now. */
+  ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]>
   /** Refuses new sequences, resolves when the last one has ended. */
   drain(): Promise<void>
   /** Ends everything at once. */

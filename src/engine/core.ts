@@ -5,6 +5,7 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
@@ -13,6 +14,8 @@ import { KV_MAPPINGS_MAX } from '../limits.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
   SamplingParams,
@@ -33,6 +36,10 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Which of them go first; 'cost' unless told. */
+  prefixEviction?: EvictionName | undefined
+  /** Whether answers are cached as prompts are. */
+  prefixOutput?: boolean | undefined
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
@@ -93,9 +100,11 @@ export class EngineCore {
     const { kv, chunkTokensMin } = backend
     const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
     this.slots = new SlotTable(regions, kv.slots)
-    const cache = options.prefixPages ? new PrefixCache(regions, options.prefixPages) : undefined
+    const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
+    const cache = prefixPages ? new PrefixCache(regions, prefixPages, { eviction, now }) : undefined
     this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
     this.sharing = new PromptSharing(this.slots, cache, {
+      output: options.prefixOutput ?? false,
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: this.spansMax,
     })
@@ -128,6 +137,7 @@ export class EngineCore {
     const group: Sequence[] = []
     ids.forEach((id, i) => {
       try {
+        this.sharing.checkPin(request)
         const sampling = present(samplings[i], 'sampling of a choice')
         const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
@@ -178,7 +188,7 @@ export class EngineCore {
   step(): boolean {
     const start = this.now()
     const parts = this.scheduler.plan()
-    if (parts.length === 0) return false
+    if (parts.length === 0) return this.giveUpStuck()
     this.fill(parts)
     const computeStart = this.now()
     this.backend.launch(this.batch)
@@ -214,6 +224,7 @@ export class EngineCore {
 
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
+    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
     const all = [...this.scheduler.running, ...this.scheduler.waiting]
     const sequences = all.map((sequence): SequenceSnapshot => {
@@ -239,9 +250,12 @@ export class EngineCore {
         usedPages: this.slots.usedPages,
         limitPages: this.slots.limitPages,
         residentBytes: this.backend.kv.residentBytes(),
+        cachedPages,
+        pinnedPages,
       },
       prefixQueries: this.sharing.queries,
       prefixHits: this.sharing.hits,
+      prefixEvictions: evictions,
       steps: this.steps,
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
@@ -251,6 +265,13 @@ export class EngineCore {
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
+  answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
+    return this.sharing.unpin(question.tenant, question.id)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {
@@ -269,19 +290,28 @@ export class EngineCore {
       if (sequence.outputTokens === 0) this.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
-      if (sequence.outputTokens === 0) this.share(sequence, logits)
+      if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
       if (sequence.unit) this.advanceBeam(sequence.unit, sequence, logits)
       else this.advance(sequence, logits)
     }
   }
 
-  /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
-  private share(sequence: Sequence, logits: Float32Array): void {
-    this.sharing.computed(sequence)
+  /**
+   * A prompt is in memory: it is kept for later, and others that wait for it start from here.
+   * False if it was to be pinned and could not be: then the sequence has ended.
+   */
+  private share(sequence: Sequence, logits: Float32Array): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
     for (;;) {
       const next = this.scheduler.waiting[0]
-      if (!next || !this.sharing.continues(next, sequence)) return
-      if (!this.scheduler.fork(next, sequence)) return
+      if (!next || !this.sharing.continues(next, sequence)) return true
+      if (!this.scheduler.fork(next, sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -324,6 +354,7 @@ export class EngineCore {
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     const { id, outputTokens, logprobs, request } = sequence
@@ -383,6 +414,14 @@ export class EngineCore {
       this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
     })
     this.endBeams(group, this.now(), tooFew(hypotheses.length))
+  }
+
+  /** Ends a beam search that has no room even alone, because of what is pinned. */
+  private giveUpStuck(): boolean {
+    const unit = this.scheduler.stuck?.unit
+    if (!unit) return false
+    this.endBeams(unit, -Infinity, this.scheduler.tooLarge(unit))
+    return true
   }
 
   /** Takes all beams out; who still waits for a hypothesis gets the error. */

@@ -199,7 +199,7 @@ export class Scheduler<S extends Schedulable> {
   /** @throws LatticeError if a unit could never be let in, or not come to its end alone */
   checkUnit({ width, pagesMost }: SchedulingUnit<S>): void {
     const { maxSequences } = this.options
-    const { limitPages, layout } = this.slots
+    const { limitPages } = this.slots
     if (width > maxSequences) {
       throw new LatticeError(
         'invalid_request',
@@ -211,20 +211,34 @@ export class Scheduler<S extends Schedulable> {
       )
     }
     if (pagesMost <= limitPages) return
+    throw this.tooLarge({ width, pagesMost })
+  }
+
+  /** Why a unit cannot run: what is pinned is not its to have. */
+  tooLarge({ width, pagesMost }: Pick<SchedulingUnit<S>, 'width' | 'pagesMost'>): LatticeError {
+    const { layout, limitPages } = this.slots
     const { pageBytes } = layout.shape
-    throw new LatticeError(
+    const available = this.slots.availablePages() * pageBytes
+    return new LatticeError(
       'kv_memory_exhausted',
-      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory;` +
-        ` the limit is ${limitPages * pageBytes}.`,
+      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory; of` +
+        ` ${limitPages * pageBytes} they can have ${available}.`,
       { todo: 'Ask for fewer beams or tokens, or start with a larger --kv-memory.' },
     )
+  }
+
+  /** The first of the queue if it could not even be let in alone: then it never will be. */
+  get stuck(): S | undefined {
+    const first = this.waiting[0]
+    const alone = this.running.length === 0
+    return alone && first && !this.mayEnter(first) ? first : undefined
   }
 
   /** A unit gets all of its places at once. */
   private mayEnter({ unit }: S): boolean {
     const places = this.running.reduce((sum, sequence) => sum + placesOf(sequence), 0)
     if (places + (unit?.width ?? 1) > this.options.maxSequences) return false
-    return !unit || places === 0 || unit.pagesToEnter <= this.slots.availablePages()
+    return !unit || unit.pagesToEnter <= this.slots.availablePages()
   }
 
   /** Finds a slot and pages for a sequence that begins with `shared`. False: there is no room. */

@@ -2,6 +2,8 @@
 
 import type {
   Engine,
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
   SequenceChoice,
@@ -130,7 +132,14 @@ export class FakeEngine implements Engine {
       })),
       running: this.#running.length,
       waiting: this.#waiting.length,
-      kv: { pageBytes: 4096, usedPages, limitPages: 1 << 20, residentBytes: usedPages * 4096 },
+      kv: {
+        pageBytes: 4096,
+        usedPages,
+        limitPages: 1 << 20,
+        residentBytes: usedPages * 4096,
+        cachedPages: 0,
+        pinnedPages: 0,
+      },
       steps: this.#steps,
       promptTokens: this.#promptTokens,
       outputTokens: this.#outputTokens,
@@ -139,9 +148,14 @@ export class FakeEngine implements Engine {
       beamCopies: 0,
       prefixQueries: 0,
       prefixHits: 0,
+      prefixEvictions: 0,
       computeMs: this.#steps,
       stepMs: this.#steps * 2,
     }
+  }
+
+  async ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
+    return (question.kind === 'pinned' ? [] : false) as EngineAnswers[Q['kind']]
   }
 
   async drain(): Promise<void> {

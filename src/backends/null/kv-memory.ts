@@ -14,6 +14,8 @@ import {
 } from '../../kv/regions.ts'
 import type { KvMemory } from '../backend.ts'
 
+const NOTHING: readonly KvColumns[] = []
+
 interface Region {
   /** By column and row in it: the hash of all tokens up to there, in place of the row's bytes. */
   hashes: Uint32Array
@@ -117,9 +119,10 @@ export class NullKvMemory implements KvMemory {
 
   /** The region where a slot has a column. */
   private regionAt(slot: number, column: number): number {
-    const parts = this.shared[slot] ?? []
-    const part = parts.find(({ first, end }) => column >= first && column < end)
-    return part?.region ?? this.own[slot] ?? 0
+    for (const { region, first, end } of this.shared[slot] ?? NOTHING) {
+      if (column >= first && column < end) return region
+    }
+    return this.own[slot] ?? 0
   }
 
   /** Positions below `tokens` whose rows have bytes in a column. */
