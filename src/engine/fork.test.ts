@@ -44,13 +44,16 @@ test('a fork goes on from other tokens, or its parent does after it', () => {
     const samplings = [0, 1, 2].map((i) => ({ ...GREEDY, temperature: i % 2, seed: i }))
     const request = sequenceRequest({
       prompt: Int32Array.from({ length: 1 + random.below(20) }, () => random.below(VOCAB)),
-      sampling: random.pick(samplings),
       maxTokens: 10 + random.below(40),
     })
     const expected = new Map<number, number[]>()
-    const inherited = new Map([[0, 0]])
-    engine.submit(0, request)
-    expected.set(0, expectedOutcome(request).tokens)
+    const inherited = new Map([0, 1, 2].map((id) => [id, 0]))
+    const choices = samplings.slice(0, 1 + random.below(3))
+    const first = [...choices.keys()]
+    engine.submitChoices(first, request, choices)
+    choices.forEach((sampling, id) => {
+      expected.set(id, expectedOutcome({ ...request, sampling }).tokens)
+    })
     for (let step = 0; !engine.core.idle; step++) {
       assert.ok(step < 5000, `seed ${seed}: it does not end`)
       const parent = random.pick([...expected.keys()])
