@@ -115,6 +115,15 @@ export interface SequenceChoice {
 export interface SequenceHandle {
   /** Ends the sequence; its pages are freed within one step. Idempotent. */
   abort(): void
+  /**
+   * Begins another sequence where this one is when the engine hears of it, in the same memory
+   * until they differ. Its sink is told all tokens, those before the fork too (without logprobs).
+   * With the same sampling, seed included, it goes on as this one does.
+   * @throws LatticeError `not_found` if this one has ended, `queue_full`, `draining`,
+   *   `engine_stopped`. The sink is told `not_found` if it has ended when the engine hears of it,
+   *   and `invalid_request` if it is a beam.
+   */
+  fork(choice: SequenceChoice): SequenceHandle
 }
 
 /**

@@ -205,6 +205,29 @@ test('a beam search that cannot run is queued for ever', () => {
   assert.equal(engine.core.snapshot().finished.error, 8)
 })
 
+test('beams that pinned prefixes leave no room begin again for ever', () => {
+  const sizes = { vocab: VOCAB, contextLength: 40, maxSequences: 8, stepTokens: 64, kv: KV }
+  const memory = { maxSequences: 8, kvPages: 2 * 45, prefixPages: 2 * 45 }
+  const engine = new Bench(new NullBackend(sizes), memory)
+  for (const id of [4, 5]) {
+    const prompt = new Int32Array(39).fill(id)
+    engine.submit(id, sequenceRequest({ prompt, maxTokens: 1, pin: `${id}` }))
+  }
+  engine.runAll()
+  const request = sequenceRequest({
+    maxTokens: 12,
+    beams: { ...BEAMS, width: 8, lengthPenalty: 9 },
+  })
+  engine.submitChoices([1, 2], request, [])
+  engine.submit(3, sequenceRequest())
+  engine.runAll(500)
+  const { kv, preemptions } = engine.core.snapshot()
+  assert.equal(kv.pinnedPages, 2 * 26)
+  assert.equal(preemptions, 8, 'its beams were refused at once, or let in more than once')
+  for (const id of [1, 2]) assert.equal(engine.outcome(id).error?.code, 'kv_memory_exhausted')
+  assert.deepEqual(engine.outcome(3).tokens, expectedOutcome(sequenceRequest()).tokens)
+})
+
 test('an answer that nobody waits for ends the others, or beams run on for nobody', () => {
   const request = sequenceRequest({ maxTokens: 20, beams: BEAMS })
   const engine = bench()

@@ -17,7 +17,13 @@ import type {
   SequenceRequest,
   SequenceSink,
 } from './api.ts'
-import type { EngineFacts, EngineThreadOptions, FromEngine, ToEngine } from './messages.ts'
+import {
+  type EngineFacts,
+  type EngineThreadOptions,
+  type FromEngine,
+  sequenceEnded,
+  type ToEngine,
+} from './messages.ts'
 
 export interface ClientLimits {
   /** Sequences that run and wait together, at most. */
@@ -111,18 +117,33 @@ export class EngineClient implements Engine {
   }
 
   submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
-    this.check(request, choices.length)
+    this.check(request)
+    this.checkRoom(choices.length)
     const ids = choices.map(() => this.nextId++)
     const samplings = choices.map(({ sampling }) => sampling)
     this.send({ kind: 'submit', ids, request, samplings })
     choices.forEach(({ sink }, i) => {
       this.live.set(present(ids[i], 'an id'), { sink, outputTokens: 0 })
     })
-    return ids.map((id) => ({
+    return ids.map((id) => this.handle(id))
+  }
+
+  private handle(id: number): SequenceHandle {
+    return {
       abort: () => {
         if (this.live.has(id)) this.send({ kind: 'abort', id })
       },
-    }))
+      fork: (choice) => this.fork(id, choice),
+    }
+  }
+
+  private fork(parent: number, { sampling, sink }: SequenceChoice): SequenceHandle {
+    this.checkRoom(1)
+    if (!this.live.has(parent)) throw sequenceEnded()
+    const id = this.nextId++
+    this.send({ kind: 'fork', parent, id, sampling })
+    this.live.set(id, { sink, outputTokens: 0 })
+    return this.handle(id)
   }
 
   queueRoom(): number {
@@ -165,11 +186,19 @@ export class EngineClient implements Engine {
     await exited
   }
 
-  private check({ prompt, maxTokens }: SequenceRequest, choices: number): void {
+  /** Whether so many more sequences may be queued now. */
+  private checkRoom(sequences: number): void {
     if (this.stopped) throw stopped(this.stopped)
     if (this.draining) {
       throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
     }
+    if (this.queueRoom() >= sequences) return
+    throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
+      todo: 'Retry later, or start with a larger --max-queue.',
+    })
+  }
+
+  private check({ prompt, maxTokens }: SequenceRequest): void {
     const { contextLength } = this.limits
     this.checkTokens(prompt)
     if (!Number.isInteger(maxTokens) || maxTokens < 1) {
@@ -196,11 +225,6 @@ export class EngineClient implements Engine {
           ` the limit is ${kvPages * pageBytes}.`,
         { todo: 'Ask for fewer tokens or start with a larger --kv-memory.' },
       )
-    }
-    if (this.queueRoom() < choices) {
-      throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
-        todo: 'Retry later, or start with a larger --max-queue.',
-      })
     }
   }
 

@@ -30,6 +30,7 @@ import type {
 import { BeamGroup } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
 import { Offload, type OffloadOptions } from './offload.ts'
+import { sequenceEnded } from './messages.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
 import { Sessions } from './sessions.ts'
@@ -178,6 +179,26 @@ export class EngineCore {
     })
   }
 
+  /** Takes in a sequence that begins with the tokens that another one has now. */
+  fork(parent: number, id: number, sampling: SamplingParams): void {
+    try {
+      const source = this.sequences.get(parent)
+      if (!source) throw sequenceEnded()
+      if (source.unit) throw beamsFork()
+      const fork = source.fork(id, sampling, this.now())
+      const { group } = source
+      group.splice(0, Infinity, ...group.filter((one) => this.sequences.has(one.id)), fork)
+      this.sequences.set(id, fork)
+      const decodes = source.slot >= 0 && isDecoding(source)
+      if (!decodes || !this.sharing.spreads(source) || !this.scheduler.fork(fork, source)) {
+        this.scheduler.waiting.push(fork)
+      }
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.report(id, 'error', 0, thrown)
+    }
+  }
+
   abort(id: number): void {
     const sequence = this.sequences.get(id)
     if (!sequence) return
@@ -199,7 +220,7 @@ export class EngineCore {
     const parts = this.scheduler.plan()
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
-    if (parts.length === 0) return false
+    if (parts.length === 0) return this.giveUpStuck()
     this.fill(parts)
     const computeStart = this.now()
     this.backend.launch(this.batch)
@@ -365,7 +386,7 @@ export class EngineCore {
     for (;;) {
       const next = this.scheduler.waiting[0]
       if (!next || !this.sharing.continues(next, sequence)) return true
-      if (!this.scheduler.fork(sequence)) return true
+      if (!this.scheduler.fork(next, sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -379,6 +400,12 @@ export class EngineCore {
     sequence.started = true
     for (const id of sequence.unit?.ids ?? [sequence.id]) {
       if (id !== undefined) this.sink.onStart(id, sequence.cachedTokens)
+    }
+    // Only a fork has output before it has begun.
+    const { tokens, request, length, unit } = sequence
+    if (unit) return
+    for (const token of tokens.subarray(request.prompt.length, length)) {
+      this.sink.onToken(sequence.id, token, undefined)
     }
   }
 
@@ -465,6 +492,14 @@ export class EngineCore {
     this.endBeams(group, this.now(), tooFew(hypotheses.length))
   }
 
+  /** Ends a beam search that has no room even alone, because of what is pinned. */
+  private giveUpStuck(): boolean {
+    const unit = this.scheduler.stuck?.unit
+    if (!unit) return false
+    this.endBeams(unit, -Infinity, this.scheduler.tooLarge(unit))
+    return true
+  }
+
   /** Takes all beams out; who still waits for a hypothesis gets the error. */
   private endBeams(group: BeamGroup, sinceMs: number, error?: LatticeError): void {
     const running = this.scheduler.running.filter(({ unit }) => unit === group)
@@ -487,5 +522,11 @@ function tooFew(found: number): LatticeError {
   return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
     todo: 'Ask for fewer answers: there are not as many that are possible.',
     details: { param: 'n' },
+  })
+}
+
+function beamsFork(): LatticeError {
+  return new LatticeError('invalid_request', 'A beam search cannot be forked.', {
+    todo: 'Fork a sequence that samples, or ask for more beams.',
   })
 }

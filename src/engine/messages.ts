@@ -2,7 +2,7 @@
 // all of its tokens; a shared counter wakes the engine when it sleeps.
 
 import type { NullBackendOptions } from '../backends/null/backend.ts'
-import type { LatticeErrorJson } from '../errors.ts'
+import { LatticeError, type LatticeErrorJson } from '../errors.ts'
 import type { EvictionName } from '../kv/eviction.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type {
@@ -62,6 +62,7 @@ export type BackendChoice =
 export type ToEngine =
   /** Choices of one request in one message, so that their prompt is computed once for certain. */
   | { kind: 'submit'; ids: number[]; request: SequenceRequest; samplings: SamplingParams[] }
+  | { kind: 'fork'; parent: number; id: number; sampling: SamplingParams }
   | { kind: 'abort'; id: number }
   | { kind: 'snapshot'; ticket: number }
   | { kind: 'ask'; ticket: number; question: EngineQuestion }
@@ -102,3 +103,10 @@ export type FromEngine =
   | { kind: 'answer'; ticket: number; answer: EngineAnswers[keyof EngineAnswers] }
   /** The engine cannot go on: nothing follows, and whoever has no finish yet gets none from it. */
   | { kind: 'failed'; error: LatticeErrorJson }
+
+/** What a fork of a sequence is told that has ended. */
+export function sequenceEnded(): LatticeError {
+  return new LatticeError('not_found', 'The sequence to fork has ended.', {
+    todo: 'Fork it while it runs, or send its tokens as a prompt.',
+  })
+}

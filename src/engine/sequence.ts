@@ -1,7 +1,7 @@
 // Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
 
 import type { Image } from '../kv/tiers.ts'
-import type { SequenceRequest, SequenceState } from './api.ts'
+import type { SamplingParams, SequenceRequest, SequenceState } from './api.ts'
 import type { BeamGroup } from './beam-group.ts'
 import { SamplerState } from './sampler.ts'
 
@@ -22,7 +22,7 @@ export class Sequence {
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
   /** The choices of its request, which share its prompt; itself too. */
-  readonly group: readonly Sequence[]
+  readonly group: Sequence[]
   /** The beam search that it is a part of. */
   readonly unit: BeamGroup | undefined
   /** Sum of its tokens' log-probabilities, the stop token's too, if any were asked for. */
@@ -33,7 +33,7 @@ export class Sequence {
   constructor(
     id: number,
     request: SequenceRequest,
-    group: readonly Sequence[],
+    group: Sequence[],
     nowMs: number,
     unit?: BeamGroup,
   ) {
@@ -54,6 +54,19 @@ export class Sequence {
 
   get lengthMax(): number {
     return this.tokens.length
+  }
+
+  /** Another sequence with the tokens that this one has, to go on by itself. */
+  fork(id: number, sampling: SamplingParams, nowMs: number): Sequence {
+    const { request, group, tokens, length, outputTokens } = this
+    const fork = new Sequence(id, { ...request, sampling }, group, nowMs)
+    for (const token of tokens.subarray(length - outputTokens, length)) {
+      // Draws what this one has drawn, so that the same sampling goes on alike.
+      if (sampling.temperature > 0) fork.sampler.random.uniform()
+      fork.push(token)
+    }
+    fork.logprobs = this.logprobs
+    return fork
   }
 
   get outputTokens(): number {

@@ -173,9 +173,13 @@ export class PromptSharing implements Sharing<Sequence> {
 
   /** A sequence in the queue can start where this one, whose prompt was just computed, is. */
   continues(waiting: Sequence | undefined, source: Sequence): boolean {
-    if (waiting?.group !== source.group) return false
-    const spans = this.slots.spansOf(source.slot, source.computed)
-    return !waiting.started && spans.length <= this.options.spansMax
+    if (waiting?.group !== source.group || waiting.length !== source.length) return false
+    return !waiting.started && this.spreads(source)
+  }
+
+  /** What a sequence has in memory lies in few enough places to be forked. */
+  spreads(source: Sequence): boolean {
+    return this.slots.spansOf(source.slot, source.computed).length <= this.options.spansMax
   }
 
   /**

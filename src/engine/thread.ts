@@ -123,6 +123,8 @@ function run(core: EngineCore): void {
       const message = item.message as ToEngine
       if (message.kind === 'submit') {
         core.submitChoices(message.ids, message.request, message.samplings)
+      } else if (message.kind === 'fork') {
+        core.fork(message.parent, message.id, message.sampling)
       } else if (message.kind === 'abort') core.abort(message.id)
       else if (message.kind === 'close') return
       else if (message.kind === 'ask') {

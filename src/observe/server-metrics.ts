@@ -56,6 +56,10 @@ export class ServerMetrics {
     'lattice_kv_offload_lost_total',
     'Sequences and prefixes whose KV could not be written or read back.',
   )
+  readonly #beamCopies = this.#r.counter(
+    'lattice_beam_copies_total',
+    'Forks of beams that were copied in part, because their tokens lay in too many places.',
+  )
   readonly #prefixQueries = this.#r.counter(
     'lattice_prefix_cache_queries_total',
     'Prompt tokens looked up in the prefix cache.',
@@ -198,6 +202,7 @@ export class ServerMetrics {
     this.#offloadMoved.set(tier?.savedBytes ?? 0, ['out'])
     this.#offloadMoved.set(tier?.loadedBytes ?? 0, ['in'])
     this.#offloadLost.set(tier?.lost ?? 0)
+    this.#beamCopies.set(snapshot.beamCopies)
     this.#prefixQueries.set(snapshot.prefixQueries)
     this.#prefixHits.set(snapshot.prefixHits)
     this.#prefixEvictions.set(snapshot.prefixEvictions)

@@ -21,8 +21,11 @@ export class Residence<S extends Schedulable> {
     this.preemption = preemption
   }
 
-  /** Finds a slot and pages for a sequence that begins with `shared`. False: there is no room. */
-  place(sequence: S, shared: readonly KvSpan[]): boolean {
+  /**
+   * Finds a slot and pages for a sequence that begins with `shared`. False: there is no room.
+   * @param when 'grow later': it gets its pages in the step that writes its next token
+   */
+  place(sequence: S, shared: readonly KvSpan[], when?: 'grow later'): boolean {
     const { slots } = this
     // One token more than it has: else its first output could throw it out again at once.
     const tokens = sequence.length + 1
@@ -35,8 +38,7 @@ export class Residence<S extends Schedulable> {
     }
     sequence.slot = slot
     sequence.computed = spannedTokens(shared)
-    // A fork without anything to compute now grows in the step that writes its next token.
-    if (sequence.computed === sequence.length) return true
+    if (when === 'grow later') return true
     assert(this.grow(slot, tokens), 'a sequence that fits gets its pages')
     return true
   }

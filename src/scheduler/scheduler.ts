@@ -216,7 +216,8 @@ export class Scheduler<S extends Schedulable> {
     // Who runs already waits for memory: nobody else gets any.
     while (left > 0 && this.owedPages === 0) {
       const sequence = this.waiting[at]
-      if (!sequence || !this.mayEnter(sequence)) return
+      if (!sequence) return
+      while (!this.mayEnter(sequence)) if (!this.unblock()) return
       if (!sequence.image && this.chunkOf(sequence, left) === 0) return
       let entry = this.letIn(sequence)
       while (entry === false && this.unblock()) entry = this.letIn(sequence)
@@ -283,15 +284,16 @@ export class Scheduler<S extends Schedulable> {
   }
 
   /**
-   * Lets in the first of the queue with everything that another sequence has in memory.
+   * Lets a sequence in, from the queue or not, with everything that another one has in memory. Its
+   * slot grows in the step that writes its next token.
    * @returns false, with nothing changed, if there is no room for it
    */
-  fork(source: S): boolean {
-    const sequence = present(this.waiting[0], 'a waiting sequence')
+  fork(sequence: S, source: S): boolean {
     if (!this.mayEnter(sequence)) return false
     const shared = this.slots.spansOf(source.slot, source.computed)
-    if (!this.residence.place(sequence, shared)) return false
-    this.waiting.shift()
+    if (!this.residence.place(sequence, shared, 'grow later')) return false
+    const at = this.waiting.indexOf(sequence)
+    if (at >= 0) this.waiting.splice(at, 1)
     this.running.push(sequence)
     return true
   }
@@ -318,7 +320,7 @@ export class Scheduler<S extends Schedulable> {
   /** @throws LatticeError if a unit could never be let in, or not come to its end alone */
   checkUnit({ width, pagesMost }: SchedulingUnit<S>): void {
     const { maxSequences } = this.options
-    const { limitPages, layout } = this.slots
+    const { limitPages } = this.slots
     if (width > maxSequences) {
       throw new LatticeError(
         'invalid_request',
@@ -330,13 +332,27 @@ export class Scheduler<S extends Schedulable> {
       )
     }
     if (pagesMost <= limitPages) return
+    throw this.tooLarge({ width, pagesMost })
+  }
+
+  /** Why a unit cannot run: what is pinned is not its to have. */
+  tooLarge({ width, pagesMost }: Pick<SchedulingUnit<S>, 'width' | 'pagesMost'>): LatticeError {
+    const { layout, limitPages } = this.slots
     const { pageBytes } = layout.shape
-    throw new LatticeError(
+    const available = this.slots.availablePages() * pageBytes
+    return new LatticeError(
       'kv_memory_exhausted',
-      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory;` +
-        ` the limit is ${limitPages * pageBytes}.`,
+      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory; of` +
+        ` ${limitPages * pageBytes} they can have ${available}.`,
       { todo: 'Ask for fewer beams or tokens, or start with a larger --kv-memory.' },
     )
+  }
+
+  /** The first of the queue if it could not even be let in alone: then it never will be. */
+  get stuck(): S | undefined {
+    const first = this.waiting[0]
+    const alone = this.running.length === 0 && !this.preemption?.busy
+    return alone && first && !this.mayEnter(first) ? first : undefined
   }
 
   /** A unit gets all of its places at once. */
@@ -344,7 +360,7 @@ export class Scheduler<S extends Schedulable> {
     const places = this.running.reduce((sum, sequence) => sum + placesOf(sequence), 0)
     const leaving = this.preemption?.tiers.leavingSlots ?? 0
     if (places + leaving + (unit?.width ?? 1) > this.options.maxSequences) return false
-    return !unit || places === 0 || unit.pagesToEnter <= this.slots.availablePages()
+    return !unit || unit.pagesToEnter <= this.slots.availablePages()
   }
 
   private planChunk(sequence: S, budget: number): number {

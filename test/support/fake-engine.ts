@@ -108,6 +108,7 @@ export class FakeEngine implements Engine {
         this.aborts.push({ requestId: request.requestId, atMs: performance.now() })
         sequence.aborted = true
       },
+      fork: (choice) => this.submit({ ...request, sampling: choice.sampling }, choice.sink),
     }
   }
 

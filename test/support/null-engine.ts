@@ -87,19 +87,26 @@ export class Bench {
     request: SequenceRequest,
     samplings: readonly SamplingParams[],
   ): void {
-    for (const id of ids) {
-      this.outcomes.set(id, {
-        started: 0,
-        cachedTokens: 0,
-        tokens: [],
-        logprobs: [],
-        reason: undefined,
-        outputTokens: 0,
-        error: undefined,
-        score: undefined,
-      })
-    }
+    for (const id of ids) this.expect(id)
     this.core.submitChoices(ids, request, samplings)
+  }
+
+  fork(parent: number, id: number, sampling: SamplingParams): void {
+    this.expect(id)
+    this.core.fork(parent, id, sampling)
+  }
+
+  private expect(id: number): void {
+    this.outcomes.set(id, {
+      started: 0,
+      cachedTokens: 0,
+      tokens: [],
+      logprobs: [],
+      reason: undefined,
+      outputTokens: 0,
+      error: undefined,
+      score: undefined,
+    })
   }
 
   step(): boolean {
