@@ -1,6 +1,6 @@
-// Owns the measurement of the disk tier with SmolLM2-135M's layout: how fast columns go out and come
-// back against what the disk gives, io_uring against a pool of threads, and how long a touch of an
-// absent page waits, against a handler in C.
+// Owns the measurement of the disk tier with SmolLM2-135M's layout: how fast columns go out and
+// come back against what the disk gives, io_uring against a pool of threads, and how long a touch
+// of an absent page waits, against a handler in C.
 //
 //   node bench/kv-tier.ts [DIRECTORY] [GIB]
 
