@@ -4,7 +4,14 @@ import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
 import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
-import { collect, parseCount, parseNumber, parsePlace, parseSize } from './parse.ts'
+import {
+  collect,
+  parseCount,
+  parseNumber,
+  parsePlace,
+  parseSize,
+  parseWatermarks,
+} from './parse.ts'
 
 export interface EngineOptions {
   model?: string
@@ -18,6 +25,7 @@ export interface EngineOptions {
   kvOffload?: { bytes: number; path?: string }
   kvStore?: string
   kvStoreKey?: string
+  kvWatermark?: { high: number; low: number }
 }
 
 export interface SamplingOptions {
@@ -80,6 +88,12 @@ export function addEngineOptions(command: Command): Command {
       '--kv-offload <SIZE[:DIR]>',
       'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
       parsePlace,
+    )
+    .option(
+      '--kv-watermark <HIGH:LOW>',
+      'percent of --kv-memory: above HIGH, cached prompts go to that file until LOW is in use' +
+        ' (default: 90:80)',
+      parseWatermarks,
     )
     .option(
       '--kv-store <DIR>',

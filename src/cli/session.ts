@@ -74,6 +74,7 @@ export async function openSession(
       prefixCacheOutput: options.prefixCacheOutput === 'on',
       kvOffload: options.kvOffload,
       kvStore: storePlace(options),
+      kvWatermarks: options.kvWatermark,
       ...capacity,
     }),
   })

@@ -17,6 +17,7 @@ import type { Engine } from './api.ts'
 import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
 import type { OffloadPlace, StorePlace } from './messages.ts'
+import type { Watermarks } from './offload.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
@@ -37,6 +38,8 @@ export interface EngineOptions {
   kvOffload?: OffloadPlace
   /** Where prefixes outlive the process; `kvOffload` says how large. */
   kvStore?: StorePlace
+  /** When cached prefixes go there. */
+  kvWatermarks?: Watermarks
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -72,6 +75,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
     )
   }
+  if (options.kvWatermarks && !options.kvOffload) {
+    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
+      todo: 'Give --kv-offload SIZE too.',
+    })
+  }
   const contextLength = chooseContext(config, kvBytes, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
@@ -95,6 +103,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
       prefixCacheOutput: options.prefixCacheOutput ?? false,
       ...offloadPlace(options),
+      ...(options.kvWatermarks && { kvWatermarks: options.kvWatermarks }),
     },
     {
       id: options.modelId,
