@@ -68,6 +68,9 @@ const WARM_MS = 20
 /** How soon to look again for what is on its way, when there is nothing else to do. */
 const TIER_WAIT_MS = 1
 
+/** How soon to look again whether what shall outlive the process can be written. */
+const KEEP_WAIT_MS = 50
+
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
 
@@ -91,6 +94,7 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
+  private keptMs = 0
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -113,7 +117,8 @@ export class EngineCore {
       ? new PrefixCache(regions, prefixPages, { eviction, now, ...places })
       : undefined
     this.costs = new Costs(kv.layout.shape.pageBytes)
-    this.offload = transfers && new Offload(transfers, this.slots, cache, this.costs, options)
+    this.offload =
+      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
     this.sessions = cache && new Sessions(this.slots, cache, this.offload)
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
@@ -178,6 +183,7 @@ export class EngineCore {
     const start = this.now()
     this.scheduler.settle(start)
     this.offload?.keepRoom()
+    if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
@@ -204,9 +210,25 @@ export class EngineCore {
   settle(): number | undefined {
     const wait = this.giveBack()
     this.offload?.keepRoom()
-    if (!this.offload?.busy) return wait
+    this.keep()
+    if (!this.offload?.busy) {
+      return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+    }
     if (this.idle) this.scheduler.settle(this.now())
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  /**
+   * Before the end: writes what shall outlive the process.
+   * @returns false when there is no more to write
+   */
+  flush(): boolean {
+    return this.offload?.flush(this.now()) ?? false
+  }
+
+  private keep(): void {
+    this.keptMs = this.now()
+    this.offload?.keep()
   }
 
   private giveBack(): number | undefined {

@@ -8,6 +8,8 @@ export class PlaceTable {
   used = 0
   /** Frees places that somebody can do without, so many if it can; set by whoever has such. */
   makeRoom: (count: number) => void = () => {}
+  /** Told of a place that nobody holds any more. */
+  onFree: (place: number) => void = () => {}
   private readonly holders: Uint16Array
   /** Where the last search ended. */
   private next = 0
@@ -33,6 +35,17 @@ export class PlaceTable {
     return places
   }
 
+  /** Takes places that hold something already, or holds them, too. */
+  claim(places: Uint32Array): void {
+    for (const place of places) {
+      if (this.holders[place] !== 0) this.share(place)
+      else {
+        this.holders[place] = 1
+        this.used++
+      }
+    }
+  }
+
   /** Another one holds a place, too. */
   share(place: number): void {
     const count = present(this.holders[place], 'a place')
@@ -45,7 +58,9 @@ export class PlaceTable {
       const count = present(this.holders[place], 'a place')
       assert(count > 0, `place ${place} is taken`)
       this.holders[place] = count - 1
-      if (count === 1) this.used--
+      if (count > 1) continue
+      this.used--
+      this.onFree(place)
     }
   }
 

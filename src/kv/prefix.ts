@@ -129,6 +129,30 @@ export class PrefixCache {
   }
 
   /**
+   * Takes in what is outside of memory, where its columns have these places.
+   * @returns the node at which it ends
+   */
+  restore(tenant: string, tokens: Int32Array, places: Uint32Array): PrefixNode {
+    let node = this.root(tenant)
+    let at = 0
+    while (at < tokens.length) {
+      const child = node.children.get(present(tokens[at], 'a token'))
+      if (!child) break
+      const common = commonLength(child.tokens, tokens.subarray(at))
+      node = common === child.tokens.length ? child : this.split(child, common)
+      at += common
+    }
+    if (at === tokens.length) return node
+    const rest = { tokens: tokens.slice(at), from: at, region: -1 }
+    const end = makeNode({ parent: node, tenant, ...rest })
+    const { first, end: last } = columnsOf(this.regions, end)
+    end.places = places.slice(first, last)
+    this.places?.claim(end.places)
+    node.children.set(present(tokens[at], 'a token'), end)
+    return end
+  }
+
+  /**
    * Takes ends of prefixes out of memory, those worth least, until memory comes back: they are
    * forgotten unless they are outside of memory too. False, with nothing changed, if none would
    * come back: sequences use whatever is cached, or it is pinned.

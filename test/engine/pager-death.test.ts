@@ -1,5 +1,5 @@
 // Catches an engine that goes on without its pager, or leaves a request without an end, whether it
-// computes or sleeps when the pager is killed. Engine, pager and faults are real, the model is tiny.
+// computes or sleeps when the pager is killed. Engine and pager are real, the model is tiny.
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
