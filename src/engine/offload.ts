@@ -139,6 +139,7 @@ export class Offload implements Preemption {
   check(): void {
     const held = [...this.tiers.placesHeld(), ...(this.cold?.placesHeld() ?? [])]
     this.transfers.places.check(held)
+    this.kept?.check()
   }
 
   /** @param imagesLost sequences that could not be moved after all */

@@ -26,7 +26,7 @@ export class ColdPrefixes {
     this.cache = cache
     this.regions = regions
     this.transfers = transfers
-    transfers.places.makeRoom = (count) => this.freePlaces(count)
+    transfers.places.makeRoom = (count, copies) => this.freePlaces(count, copies)
   }
 
   get leavingPages(): number {
@@ -110,15 +110,15 @@ export class ColdPrefixes {
   }
 
   /**
-   * Begins to write out a prefix that stays in memory, unless that is under way.
-   * @returns false, with nothing changed, if a sequence may write to it, or there is no room
+   * Begins to write out a prefix that stays in memory, unless that is under way or there is no
+   * room: one copy does not make way for another, or they would for ever.
+   * @returns false, with nothing changed, if a sequence may write to it
    */
   copy(node: PrefixNode): boolean {
     if (this.copying.has(node)) return true
     if (this.regions.isWritten(node.region)) return false
-    const begun = this.write(node, () => void this.copying.delete(node))
-    if (begun) this.copying.add(node)
-    return begun
+    if (this.write(node, false, () => void this.copying.delete(node))) this.copying.add(node)
+    return true
   }
 
   private save(node: PrefixNode, then: () => void = () => {}): boolean {
@@ -127,7 +127,7 @@ export class ColdPrefixes {
     // What a sequence has part of may be written to, and would not be free.
     if (this.regions.evictableIn([columns]) < pages) return false
     const count = columns.end - columns.first
-    const begun = this.write(node, (written) => {
+    const begun = this.write(node, true, (written) => {
       this.leavingColumns -= count
       const unused = this.regions.evictableIn([columns]) === pages
       if (!written || !unused || node.warm > 0 || node.pins > 0) return
@@ -139,9 +139,9 @@ export class ColdPrefixes {
   }
 
   /** @param then told whether the node now has places */
-  private write(node: PrefixNode, then: (written: boolean) => void): boolean {
+  private write(node: PrefixNode, overCopies: boolean, then: (written: boolean) => void): boolean {
     const columns = columnsOf(this.regions, node)
-    const places = this.transfers.places.take(columns.end - columns.first)
+    const places = this.transfers.places.take(columns.end - columns.first, overCopies)
     if (!places) return false
     if (node.gone || node.places) {
       this.transfers.places.give(places)
@@ -178,6 +178,7 @@ export class ColdPrefixes {
         if (top && !top.gone) this.cache.forgetAll(top)
       } else for (const node of nodes) this.cache.hold(node, false)
       for (const held of [columns, ...path]) this.end(held)
+      this.cache.keepBudget()
     })
   }
 
@@ -201,11 +202,11 @@ export class ColdPrefixes {
   }
 
   /** Gives up copies of what is in memory, then what was used longest ago. */
-  private freePlaces(count: number): void {
+  private freePlaces(count: number, copies: boolean): void {
     const { places } = this.transfers
     const enough = places.used - count
     for (const node of this.cache.nodes()) {
-      if (places.used <= enough) return
+      if (places.used <= enough || !copies) break
       if (node.region < 0 || node.coming || !node.places) continue
       places.give(node.places)
       node.places = undefined

@@ -17,7 +17,7 @@ interface Kept {
 }
 
 export class KeptPrefixes {
-  /** Something is in memory only, and was not written because it is in use or there is no room. */
+  /** Something is in memory only, and cannot be written yet. */
   pending = false
   /** Prefixes that would be there after a crash. */
   durable = 0
@@ -60,6 +60,14 @@ export class KeptPrefixes {
       if (!node.places) {
         if (!this.cold.copy(node)) this.pending = true
       } else if (node.children.size === 0 && !this.byEnd.has(node)) this.put(node)
+    }
+  }
+
+  /** Throws if what is remembered may be written over. */
+  check(): void {
+    for (const { places } of this.byEnd.values()) {
+      const held = places.every((place) => this.transfers.places.isHeld(place))
+      assert(held, 'what is remembered keeps its places')
     }
   }
 
