@@ -152,8 +152,11 @@ function faults(): void {
       for (let c = 0; c < SEQUENCE_COLUMNS; c++) {
         const one = { region: 0, first: c, end: c + 1 }
         const ticket = tier.load(one, places.subarray(c, c + 1))
-        touch.push(touchUs(slot, c))
+        const before = tier.faults
+        const us = touchUs(slot, c)
         waitFor([ticket])
+        // Some are there already when they are touched: asking for one takes that long.
+        if (tier.faults > before) touch.push(us)
       }
     }
     if (!warm) report('touch of a column just asked for, TypeScript pager', touch)

@@ -170,6 +170,10 @@ export interface TierSnapshot {
   fetches: number
   /** Sequences and prefixes computed again in the end because writing or reading failed. */
   lost: number
+  /** Touches of pages that were on their way: each waited for its column. */
+  faults: number
+  /** Prefixes that would outlive the process now (`--kv-store`). */
+  kept: number
 }
 
 /** A prefix that stays in memory until it is unpinned. */

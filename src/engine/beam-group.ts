@@ -150,3 +150,18 @@ function checked({ beams, sampling }: SequenceRequest, answers: number): BeamPar
 function wrong(param: string, what: string, todo: string): LatticeError {
   return new LatticeError('invalid_request', what, { todo, details: { param } })
 }
+
+/** Why a beam search ends without as many answers as were asked for. */
+export function tooFew(found: number): LatticeError {
+  return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
+    todo: 'Ask for fewer answers: there are not as many that are possible.',
+    details: { param: 'n' },
+  })
+}
+
+/** Why a beam search has no forks. */
+export function beamsFork(): LatticeError {
+  return new LatticeError('invalid_request', 'A beam search cannot be forked.', {
+    todo: 'Fork a sequence that samples, or ask for more beams.',
+  })
+}

@@ -47,6 +47,7 @@ export class EngineClient implements Engine {
   readonly model: EngineModel
   readonly facts: EngineFacts
   private readonly worker: Worker
+  private readonly pager: PagerHost | undefined
   private readonly signal: Int32Array
   private readonly limits: ClientLimits
   private readonly live = new Map<number, LiveSequence>()
@@ -67,6 +68,7 @@ export class EngineClient implements Engine {
     limits: ClientLimits,
   ) {
     this.worker = worker
+    this.pager = pager
     this.signal = signal
     this.model = model
     this.facts = facts
@@ -75,7 +77,7 @@ export class EngineClient implements Engine {
     worker.on('error', (thrown) => this.stop(toLatticeError(thrown)))
     worker.on('exit', () => {
       this.stop(stopped())
-      void pager?.terminate()
+      void this.pager?.terminate()
     })
     if (!pager) return
     pager.onDeath = (why) => this.stop(why)

@@ -5,9 +5,8 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
-import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { EVICTION_DEFAULT } from '../kv/eviction.ts'
 import { KvHistory, watched } from '../kv/history.ts'
-import { liveBytes } from '../kv/layout.ts'
 import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
@@ -24,45 +23,16 @@ import type {
   FinishReason,
   SamplingParams,
   SequenceRequest,
-  SequenceSnapshot,
-  TokenLogprobs,
 } from './api.ts'
-import { BeamGroup } from './beam-group.ts'
+import { BeamGroup, beamsFork, tooFew } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
-import { Offload, type OffloadOptions } from './offload.ts'
+import type { CoreOptions, CoreSink } from './core-contract.ts'
+import { Offload } from './offload.ts'
 import { sequenceEnded } from './messages.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
 import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
-
-export interface CoreOptions extends OffloadOptions {
-  maxSequences: number
-  /** Hard limit on physical KV pages. */
-  kvPages: number
-  /** How many of them cached prefixes may keep; 0 is no prefix cache. */
-  prefixPages?: number
-  /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
-  greedy?: boolean
-  /** Which of them go first; 'cost' unless told. */
-  prefixEviction?: EvictionName | undefined
-  /** Whether answers are cached as prompts are. */
-  prefixOutput?: boolean | undefined
-}
-
-/** Where the core's news go, while one of its methods runs. It must not call back into the core. */
-export interface CoreSink {
-  /** The sequence has left the queue; the step that begins its prompt is about to be computed. */
-  onStart(id: number, cachedTokens: number): void
-  onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void
-  onFinish(
-    id: number,
-    reason: FinishReason,
-    outputTokens: number,
-    error: LatticeError | undefined,
-    score: number | undefined,
-  ): void
-}
 
 /**
  * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
@@ -73,6 +43,9 @@ const WARM_MS = 20
 
 /** How soon to look again for what is on its way, when there is nothing else to do. */
 const TIER_WAIT_MS = 1
+
+/** How soon to look again whether what shall outlive the process can be written. */
+const KEEP_WAIT_MS = 50
 
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
@@ -100,6 +73,7 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
+  private keptMs = 0
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -127,7 +101,8 @@ export class EngineCore {
       ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
       : undefined
     this.costs = new Costs(kv.layout.shape.pageBytes)
-    this.offload = transfers && new Offload(transfers, this.slots, cache, this.costs, options)
+    this.offload =
+      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
     this.sessions = cache && new Sessions(this.slots, cache, this.offload)
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
@@ -220,6 +195,7 @@ export class EngineCore {
     const parts = this.scheduler.plan()
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
+    if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
     if (parts.length === 0) return this.giveUpStuck()
     this.fill(parts)
     const computeStart = this.now()
@@ -229,7 +205,7 @@ export class EngineCore {
     this.backend.kv.tier?.check()
     const computeMs = this.now() - computeStart
     this.computeMs += computeMs
-    this.learn(parts, computeMs)
+    this.costs.stepped(parts, computeMs)
     this.commit(parts, rows)
     this.releaseOverdue()
     this.steps++
@@ -245,9 +221,25 @@ export class EngineCore {
   settle(): number | undefined {
     const wait = this.giveBack()
     this.offload?.keepRoom()
-    if (!this.offload?.busy) return wait
+    this.keep()
+    if (!this.offload?.busy) {
+      return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+    }
     if (this.idle) this.scheduler.settle(this.now())
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  /**
+   * Before the end: writes what shall outlive the process.
+   * @returns false when there is no more to write
+   */
+  flush(): boolean {
+    return this.offload?.flush(this.now()) ?? false
+  }
+
+  private keep(): void {
+    this.keptMs = this.now()
+    this.offload?.keep()
   }
 
   private giveBack(): number | undefined {
@@ -276,27 +268,12 @@ export class EngineCore {
     const { layout } = this.backend.kv
     const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
-    const all = [...this.scheduler.running, ...this.scheduler.waiting]
-    const sequences = all.map((sequence): SequenceSnapshot => {
-      const { request, computed, slot } = sequence
-      return {
-        id: sequence.id,
-        requestId: request.requestId,
-        tenant: request.tenant,
-        state: sequence.state,
-        promptTokens: request.prompt.length,
-        kvTokens: computed,
-        outputTokens: sequence.outputTokens,
-        pages: slot < 0 ? 0 : this.slots.pagesOf(slot),
-        bytes: liveBytes(layout, computed),
-        ageMs: now - sequence.arrivedMs,
-      }
-    })
+    const { running, waiting } = this.scheduler
     const { offload, recompute } = this.scheduler.preemptions
     return {
-      sequences,
-      running: this.scheduler.running.length,
-      waiting: this.scheduler.waiting.length,
+      sequences: [...running, ...waiting].map((sequence) => sequence.snapshot(this.slots, now)),
+      running: running.length,
+      waiting: waiting.length,
       kv: {
         pageBytes: layout.shape.pageBytes,
         usedPages: this.slots.usedPages,
@@ -318,16 +295,6 @@ export class EngineCore {
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
-  }
-
-  private learn(parts: readonly ScheduledPart<Sequence>[], ms: number): void {
-    let decodes = 0
-    let promptTokens = 0
-    for (const { sequence, count } of parts) {
-      if (isDecoding(sequence)) decodes++
-      else promptTokens += count
-    }
-    this.costs.stepped(promptTokens, decodes, ms)
   }
 
   /** Answers what was asked, or does what was told, between two steps. */
@@ -516,17 +483,4 @@ export class EngineCore {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
   }
-}
-
-function tooFew(found: number): LatticeError {
-  return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
-    todo: 'Ask for fewer answers: there are not as many that are possible.',
-    details: { param: 'n' },
-  })
-}
-
-function beamsFork(): LatticeError {
-  return new LatticeError('invalid_request', 'A beam search cannot be forked.', {
-    todo: 'Fork a sequence that samples, or ask for more beams.',
-  })
 }

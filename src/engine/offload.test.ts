@@ -10,7 +10,7 @@ import { NullBackend } from '../backends/null/backend.ts'
 import { NullTier, type NullTierOptions } from '../backends/null/tier.ts'
 import { LatticeError } from '../errors.ts'
 import { GREEDY, type SequenceRequest } from './api.ts'
-import type { CoreOptions } from './core.ts'
+import type { CoreOptions } from './core-contract.ts'
 
 /** 3.2 tokens a page, so that rows lie across pages; two layers. */
 const KV = { layers: 2, rowBytes: 80, pageBytes: 256 }

@@ -2,9 +2,11 @@
 // that were used least, what moving them costs, and how much was moved.
 
 import { ColdPrefixes } from '../kv/cold.ts'
+import { KeptPrefixes } from '../kv/kept.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { KvColumns } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
+import type { KvStore } from '../kv/tier.ts'
 import { Tiers } from '../kv/tiers.ts'
 import type { Transfers } from '../kv/transfers.ts'
 import type { Costs } from '../scheduler/costs.ts'
@@ -33,6 +35,7 @@ const PRESSED_SHARE = 0.1
 export class Offload implements Preemption {
   readonly tiers: Tiers
   readonly cold: ColdPrefixes | undefined
+  private readonly kept: KeptPrefixes | undefined
   private readonly transfers: Transfers
   private readonly slots: SlotTable
   private readonly cache: PrefixCache | undefined
@@ -46,6 +49,7 @@ export class Offload implements Preemption {
     cache: PrefixCache | undefined,
     costs: Costs,
     options: OffloadOptions,
+    store?: KvStore,
   ) {
     this.transfers = transfers
     this.slots = slots
@@ -54,6 +58,10 @@ export class Offload implements Preemption {
     this.options = options
     this.tiers = new Tiers(transfers, slots)
     this.cold = cache && new ColdPrefixes(cache, slots.regions, transfers)
+    this.kept =
+      store && cache && this.cold
+        ? new KeptPrefixes(store, cache, this.cold, slots.regions, transfers)
+        : undefined
     transfers.onMoved = (kind, columns, ms) => {
       this.moved[kind] += columns
       // What was moved teaches what moving costs.
@@ -73,6 +81,28 @@ export class Offload implements Preemption {
     const { comeBack } = this.options
     if (comeBack) return comeBack === 'moved'
     return this.costs.preferMoving(pages, promptTokens, outputTokens)
+  }
+
+  /**
+   * Writes what shall outlive the process, if anything, as far as nobody uses it.
+   * @returns false when that is done
+   */
+  flush(nowMs: number): boolean {
+    if (!this.kept) return false
+    while (this.slots.reclaim(Infinity) >= 0);
+    this.transfers.poll(nowMs)
+    this.kept.keep()
+    return this.busy
+  }
+
+  /** Something cached waits to be written to the store. */
+  get keeping(): boolean {
+    return this.kept?.pending ?? false
+  }
+
+  /** Writes to the store what shall outlive the process. */
+  keep(): void {
+    this.kept?.keep()
   }
 
   /** Takes cached prefixes out of memory before somebody has to wait for it. */
@@ -109,6 +139,7 @@ export class Offload implements Preemption {
   check(): void {
     const held = [...this.tiers.placesHeld(), ...(this.cold?.placesHeld() ?? [])]
     this.transfers.places.check(held)
+    this.kept?.check()
   }
 
   /** @param imagesLost sequences that could not be moved after all */
@@ -125,6 +156,8 @@ export class Offload implements Preemption {
       demotions: this.cache?.demotions ?? 0,
       fetches: this.cold?.fetches ?? 0,
       lost: imagesLost + (this.cold?.lost ?? 0),
+      faults: this.transfers.faults,
+      kept: this.kept?.durable ?? 0,
     }
   }
 

@@ -1,7 +1,9 @@
 // Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
 
+import { liveBytes } from '../kv/layout.ts'
+import type { SlotTable } from '../kv/slots.ts'
 import type { Image } from '../kv/tiers.ts'
-import type { SamplingParams, SequenceRequest, SequenceState } from './api.ts'
+import type { SamplingParams, SequenceRequest, SequenceSnapshot, SequenceState } from './api.ts'
 import type { BeamGroup } from './beam-group.ts'
 import { SamplerState } from './sampler.ts'
 
@@ -79,6 +81,22 @@ export class Sequence {
     if (this.slot < 0) return 'waiting'
     const decodes = this.outputTokens > 0 && this.computed === this.length - 1
     return decodes ? 'decode' : 'prefill'
+  }
+
+  snapshot(slots: SlotTable, nowMs: number): SequenceSnapshot {
+    const { id, request, state, slot, computed, outputTokens } = this
+    return {
+      id,
+      requestId: request.requestId,
+      tenant: request.tenant,
+      state,
+      promptTokens: request.prompt.length,
+      kvTokens: computed,
+      outputTokens,
+      pages: slot < 0 ? 0 : slots.pagesOf(slot),
+      bytes: liveBytes(slots.layout, computed),
+      ageMs: nowMs - this.arrivedMs,
+    }
   }
 
   push(token: number): void {

@@ -113,6 +113,18 @@ const PRESSURE_CHECK_MS = 1000
 /** Percent of the time that some task waits for memory, from which on cached prefixes go. */
 const PRESSURE_MAX = 10
 
+/** At the end: a disk that takes longer gets no more of it. */
+const FLUSH_MS_MAX = 5_000
+
+function flushStore(core: EngineCore): void {
+  const end = performance.now() + FLUSH_MS_MAX
+  for (;;) {
+    const seen = Atomics.load(signal, 0)
+    if (!core.flush() || performance.now() > end) return
+    Atomics.wait(signal, 0, seen, 10)
+  }
+}
+
 /** Returns when the engine is closed. */
 function run(core: EngineCore): void {
   let publishedMs = -Infinity
@@ -126,7 +138,7 @@ function run(core: EngineCore): void {
       } else if (message.kind === 'fork') {
         core.fork(message.parent, message.id, message.sampling)
       } else if (message.kind === 'abort') core.abort(message.id)
-      else if (message.kind === 'close') return
+      else if (message.kind === 'close') return flushStore(core)
       else if (message.kind === 'ask') {
         const answer = core.answer(message.question)
         say({ kind: 'answer', ticket: message.ticket, answer })

@@ -17,6 +17,8 @@ export class ColdPrefixes {
   private readonly transfers: Transfers
   /** In memory until their transfer ends; and the places that no node has yet. */
   private readonly moving = new Map<KvColumns, Uint32Array | undefined>()
+  /** Written out, to stay in memory. */
+  private readonly copying = new Set<PrefixNode>()
   /** Columns that become free, or may, when they have been written. */
   private leavingColumns = 0
 
@@ -24,7 +26,7 @@ export class ColdPrefixes {
     this.cache = cache
     this.regions = regions
     this.transfers = transfers
-    transfers.places.makeRoom = (count) => this.freePlaces(count)
+    transfers.places.makeRoom = (count, copies) => this.freePlaces(count, copies)
   }
 
   get leavingPages(): number {
@@ -107,30 +109,54 @@ export class ColdPrefixes {
     for (const { places } of this.cache.nodes()) if (places) yield places
   }
 
+  /**
+   * Begins to write out a prefix that stays in memory, unless that is under way or there is no
+   * room: one copy does not make way for another, or they would for ever.
+   * @returns false, with nothing changed, if a sequence may write to it
+   */
+  copy(node: PrefixNode): boolean {
+    if (this.copying.has(node)) return true
+    if (this.regions.isWritten(node.region)) return false
+    if (this.write(node, false, () => void this.copying.delete(node))) this.copying.add(node)
+    return true
+  }
+
   private save(node: PrefixNode, then: () => void = () => {}): boolean {
     const columns = columnsOf(this.regions, node)
     const pages = pagesOf(this.regions.layout, columns)
     // What a sequence has part of may be written to, and would not be free.
     if (this.regions.evictableIn([columns]) < pages) return false
-    const places = this.transfers.places.take(columns.end - columns.first)
-    if (!places || node.gone) return false
+    const count = columns.end - columns.first
+    const begun = this.write(node, true, (written) => {
+      this.leavingColumns -= count
+      const unused = this.regions.evictableIn([columns]) === pages
+      if (!written || !unused || node.warm > 0 || node.pins > 0) return
+      this.cache.demote(node)
+      then()
+    })
+    if (begun) this.leavingColumns += count
+    return begun
+  }
+
+  /** @param then told whether the node now has places */
+  private write(node: PrefixNode, overCopies: boolean, then: (written: boolean) => void): boolean {
+    const columns = columnsOf(this.regions, node)
+    const places = this.transfers.places.take(columns.end - columns.first, overCopies)
+    if (!places) return false
+    if (node.gone || node.places) {
+      this.transfers.places.give(places)
+      return false
+    }
     this.begin(columns, places)
-    this.leavingColumns += places.length
     this.transfers.begin('save', columns, places, (error) => {
-      this.leavingColumns -= places.length
       this.end(columns)
       if (error) this.lost++
       const now = columnsOf(this.regions, node)
       const same = now.region === columns.region && now.first === columns.first
-      if (error || node.gone || node.places || !same || now.end !== columns.end) {
-        this.transfers.places.give(places)
-        return
-      }
-      node.places = places
-      const unused = this.regions.evictableIn([columns]) === pages
-      if (!unused || node.warm > 0 || node.pins > 0) return
-      this.cache.demote(node)
-      then()
+      const fits = !error && !node.gone && !node.places && same && now.end === columns.end
+      if (fits) node.places = places
+      else this.transfers.places.give(places)
+      then(fits)
     })
     return true
   }
@@ -152,6 +178,7 @@ export class ColdPrefixes {
         if (top && !top.gone) this.cache.forgetAll(top)
       } else for (const node of nodes) this.cache.hold(node, false)
       for (const held of [columns, ...path]) this.end(held)
+      this.cache.keepBudget()
     })
   }
 
@@ -175,11 +202,11 @@ export class ColdPrefixes {
   }
 
   /** Gives up copies of what is in memory, then what was used longest ago. */
-  private freePlaces(count: number): void {
+  private freePlaces(count: number, copies: boolean): void {
     const { places } = this.transfers
     const enough = places.used - count
     for (const node of this.cache.nodes()) {
-      if (places.used <= enough) return
+      if (places.used <= enough || !copies) break
       if (node.region < 0 || node.coming || !node.places) continue
       places.give(node.places)
       node.places = undefined

@@ -6,8 +6,13 @@ import { assert, present } from '../assert.ts'
 export class PlaceTable {
   readonly capacity: number
   used = 0
-  /** Frees places that somebody can do without, so many if it can; set by whoever has such. */
-  makeRoom: (count: number) => void = () => {}
+  /**
+   * Frees places that somebody can do without, so many if it can; set by whoever has such.
+   * @param copies also of what is in memory
+   */
+  makeRoom: (count: number, copies: boolean) => void = () => {}
+  /** Told of a place that nobody holds any more. */
+  onFree: (place: number) => void = () => {}
   private readonly holders: Uint16Array
   /** Where the last search ended. */
   private next = 0
@@ -17,10 +22,13 @@ export class PlaceTable {
     this.holders = new Uint16Array(capacity)
   }
 
-  /** Takes `count` places. Undefined, with nothing taken, if fewer can be had. */
-  take(count: number): Uint32Array | undefined {
+  /**
+   * Takes `count` places. Undefined, with nothing taken, if fewer can be had.
+   * @param overCopies copies of what is in memory may go for it
+   */
+  take(count: number, overCopies = true): Uint32Array | undefined {
     const missing = count - (this.capacity - this.used)
-    if (missing > 0 && count <= this.capacity) this.makeRoom(missing)
+    if (missing > 0 && count <= this.capacity) this.makeRoom(missing, overCopies)
     if (count > this.capacity - this.used) return undefined
     const places = new Uint32Array(count)
     for (let i = 0; i < count; this.next++) {
@@ -31,6 +39,21 @@ export class PlaceTable {
     }
     this.used += count
     return places
+  }
+
+  /** Takes places that hold something already, or holds them, too. */
+  claim(places: Uint32Array): void {
+    for (const place of places) {
+      if (this.holders[place] !== 0) this.share(place)
+      else {
+        this.holders[place] = 1
+        this.used++
+      }
+    }
+  }
+
+  isHeld(place: number): boolean {
+    return (this.holders[place] ?? 0) > 0
   }
 
   /** Another one holds a place, too. */
@@ -45,7 +68,9 @@ export class PlaceTable {
       const count = present(this.holders[place], 'a place')
       assert(count > 0, `place ${place} is taken`)
       this.holders[place] = count - 1
-      if (count === 1) this.used--
+      if (count > 1) continue
+      this.used--
+      this.onFree(place)
     }
   }
 

@@ -135,6 +135,30 @@ export class PrefixCache {
   }
 
   /**
+   * Takes in what is outside of memory, where its columns have these places.
+   * @returns the node at which it ends
+   */
+  restore(tenant: string, tokens: Int32Array, places: Uint32Array): PrefixNode {
+    let node = this.root(tenant)
+    let at = 0
+    while (at < tokens.length) {
+      const child = node.children.get(present(tokens[at], 'a token'))
+      if (!child) break
+      const common = commonLength(child.tokens, tokens.subarray(at))
+      node = common === child.tokens.length ? child : this.split(child, common)
+      at += common
+    }
+    if (at === tokens.length) return node
+    const rest = { tokens: tokens.slice(at), from: at, region: -1 }
+    const end = this.node({ parent: node, tenant, ...rest })
+    const { first, end: last } = columnsOf(this.regions, end)
+    end.places = places.slice(first, last)
+    this.places?.claim(end.places)
+    node.children.set(present(tokens[at], 'a token'), end)
+    return end
+  }
+
+  /**
    * Takes ends of prefixes out of memory, those worth least, until memory comes back: they are
    * forgotten unless they are outside of memory too. False, with nothing changed, if none would
    * come back: sequences use whatever is cached, or it is pinned.
@@ -270,7 +294,6 @@ export class PrefixCache {
 
   /** Throws if the tree contradicts itself. */
   check(): void {
-    assert(this.regions.cachedPages <= this.budgetPages, 'cached pages keep to their budget')
     this.queue.check()
     let ends = 0
     const visit = (node: PrefixNode): void => {
@@ -288,6 +311,9 @@ export class PrefixCache {
       }
     }
     for (const root of this.roots.values()) visit(root)
+    const coming = [...this.nodes()].some((node) => node.coming)
+    const within = this.regions.cachedPages <= this.budgetPages
+    assert(within || coming, 'cached pages keep to their budget')
     assert(this.queue.size === ends, 'nothing is queued that has gone')
     this.pins.check()
     for (const pin of this.pins.list) {
@@ -295,9 +321,10 @@ export class PrefixCache {
     }
   }
 
-  private keepBudget(): void {
-    while (this.regions.cachedPages > this.budgetPages) {
-      this.yield(present(this.queue.first, 'a prefix that is not pinned'))
+  /** As far as it can: what is coming, and what leads to it, stays until it is there. */
+  keepBudget(): void {
+    while (this.regions.cachedPages > this.budgetPages && this.queue.first) {
+      this.yield(this.queue.first)
     }
   }
 

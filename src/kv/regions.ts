@@ -206,6 +206,11 @@ export class RegionTable {
     return this.regions[region]?.holds ?? 0
   }
 
+  /** A slot may write to it at any time. */
+  isWritten(region: number): boolean {
+    return this.regions[region]?.owned ?? false
+  }
+
   /** Whether no more than one sequence refers to a column, whatever is cached. */
   hasOneUser(region: number, column: number): boolean {
     return (this.regions[region]?.live[column] ?? 0) <= 1

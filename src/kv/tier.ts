@@ -29,6 +29,8 @@ export interface KvTier {
   /** Throws LatticeError `pager_failed` once the pager has died. */
   check(): void
   close(): void
+  /** Touches of columns that were not there yet, since the start. */
+  readonly faults?: number
   /** If places outlive the process. */
   readonly store?: KvStore
 }

@@ -23,6 +23,8 @@ export class Transfers {
   /** At the last poll. */
   private nowMs = 0
   private readonly tickets = new Map<number, Transfer>()
+  /** Tickets that move nothing. */
+  private readonly others = new Map<number, Transfer['onEnd']>()
 
   constructor(tier: KvTier) {
     this.tier = tier
@@ -31,7 +33,7 @@ export class Transfers {
 
   /** Something is under way: `poll` will have news. */
   get busy(): boolean {
-    return this.tickets.size > 0
+    return this.tickets.size > 0 || this.others.size > 0
   }
 
   /** @param places one for each column, in order */
@@ -45,6 +47,15 @@ export class Transfers {
     this.tickets.set(ticket, { kind, columns: places.length, sinceMs: this.nowMs, onEnd })
   }
 
+  get faults(): number {
+    return this.tier.faults ?? 0
+  }
+
+  /** Tells when a ticket ends that somebody else has begun. */
+  follow(ticket: number, onEnd: Transfer['onEnd']): void {
+    this.others.set(ticket, onEnd)
+  }
+
   /**
    * Tells those whose transfers have ended.
    * @throws LatticeError `pager_failed`
@@ -53,6 +64,12 @@ export class Transfers {
     this.nowMs = nowMs
     this.tier.check()
     for (const { ticket, error } of this.tier.poll()) {
+      const other = this.others.get(ticket)
+      if (other) {
+        this.others.delete(ticket)
+        other(error)
+        continue
+      }
       const { kind, columns, sinceMs, onEnd } = present(this.tickets.get(ticket), 'a transfer')
       this.tickets.delete(ticket)
       if (!error) this.onMoved(kind, columns, nowMs - sinceMs)

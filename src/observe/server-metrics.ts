@@ -52,6 +52,14 @@ export class ServerMetrics {
     'KV written to outside of memory (out) and read back (in).',
     ['direction'],
   )
+  readonly #faults = this.#r.counter(
+    'lattice_kv_faults_total',
+    'Touches of KV pages that were on their way from disk.',
+  )
+  readonly #kept = this.#r.gauge(
+    'lattice_kv_store_prefixes',
+    'Cached prefixes that would outlive the process.',
+  )
   readonly #offloadLost = this.#r.counter(
     'lattice_kv_offload_lost_total',
     'Sequences and prefixes whose KV could not be written or read back.',
@@ -203,6 +211,8 @@ export class ServerMetrics {
     this.#offloadMoved.set(tier?.loadedBytes ?? 0, ['in'])
     this.#offloadLost.set(tier?.lost ?? 0)
     this.#beamCopies.set(snapshot.beamCopies)
+    this.#faults.set(tier?.faults ?? 0)
+    this.#kept.set(tier?.kept ?? 0)
     this.#prefixQueries.set(snapshot.prefixQueries)
     this.#prefixHits.set(snapshot.prefixHits)
     this.#prefixEvictions.set(snapshot.prefixEvictions)

@@ -137,7 +137,8 @@ export class Scheduler<S extends Schedulable> {
    * @throws LatticeError `pager_failed`
    */
   settle(nowMs: number): void {
-    for (const image of this.preemption?.tiers.poll(nowMs) ?? []) {
+    if (!this.preemption) return
+    for (const image of this.preemption.tiers.poll(nowMs)) {
       if (image.state === 'lost') this.computeAgain(image)
       if (image.state !== 'back') continue
       const sequence = this.running.find((running) => running.image === image)

@@ -224,6 +224,10 @@ export class DiskTier implements KvTier {
     }
   }
 
+  get faults(): number {
+    return Atomics.load(this.shared.header, words.FAULTS) >>> 0
+  }
+
   stats(): TierStats {
     const { header } = this.shared
     const count = (word: number) => Atomics.load(header, word) >>> 0

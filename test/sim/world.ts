@@ -3,7 +3,8 @@
 
 import { assert, present } from '../../src/assert.ts'
 import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
-import { type CoreSink, EngineCore } from '../../src/engine/core.ts'
+import { EngineCore } from '../../src/engine/core.ts'
+import type { CoreSink } from '../../src/engine/core-contract.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
 import { LatticeError } from '../../src/errors.ts'
 import type { Random } from '../support/random.ts'

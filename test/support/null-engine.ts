@@ -8,7 +8,8 @@ import type {
   TokenLogprobs,
 } from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
-import { type CoreOptions, EngineCore } from '../../src/engine/core.ts'
+import { EngineCore } from '../../src/engine/core.ts'
+import type { CoreOptions } from '../../src/engine/core-contract.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'

@@ -13,6 +13,8 @@ export type NullTransfer = 'save' | 'load'
 export interface NullTierOptions {
   /** Columns. */
   capacity: number
+  /** What places hold from an earlier life, and will for a later one. */
+  disk?: (NullColumn | undefined)[]
   /** Calls of `poll` after which a ticket ends, 1 or more; 1 unless told. */
   polls?: (ticket: number, kind: NullTransfer, columns: number) => number
   /** What a ticket fails with, if it does. */
@@ -44,7 +46,7 @@ export class NullTier implements KvTier {
     this.memory = memory
     this.options = options
     this.capacity = options.capacity
-    this.places = Array.from({ length: options.capacity }, () => undefined)
+    this.places = options.disk ?? Array.from({ length: options.capacity }, () => undefined)
   }
 
   save(columns: KvColumns, places: Uint32Array): number {
