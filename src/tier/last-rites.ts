@@ -31,6 +31,8 @@ export function died(start: PagerStart): void {
   }
   buffer.close()
   if (start.faultFd >= 0) wakeFaults(start.faultFd, start.slotsAddress, slots * slotBytes)
+  Atomics.store(shared.header, words.BURIED, 1)
+  Atomics.notify(shared.header, words.BURIED)
   const signal = new Int32Array(start.signal)
   Atomics.add(signal, 0, 1)
   Atomics.notify(signal, 0)

@@ -59,7 +59,9 @@ export const PAGER_WAKE = 12
 export const IN_RING = 13
 export const PLACES_PUT = 14
 export const PLACES_TAKEN = 15
-const HEADER_WORDS = 16
+/** 1 once nobody will touch the KV memory any more on a dead pager's behalf. */
+export const BURIED = 16
+const HEADER_WORDS = 17
 
 /** Values of STATE. A pager that is not running any more never runs again. */
 export const RUNNING = 0

@@ -25,6 +25,9 @@ import { DiskStore } from './store/store.ts'
 import * as words from './shared.ts'
 import { columnBytes, type TierGeometry, tierGeometry, TierShared } from './shared.ts'
 
+/** A main thread that is this late does not come any more. */
+const LAST_RITES_MS_MAX = 5_000
+
 export interface OffloadOptions {
   bytes: number
   /** The directory of the file; /var/tmp unless given. */
@@ -250,11 +253,22 @@ export class DiskTier implements KvTier {
     while (Atomics.load(header, words.STATE) === words.RUNNING) {
       Atomics.wait(header, words.STATE, words.RUNNING, words.WAIT_MS)
     }
+    this.awaitLastRites()
     this.keys.close()
     this.store?.close()
     closeFd(this.file.fd)
     closeFd(this.shared.wakeFd)
     if (this.faultFd >= 0) closeFd(this.faultFd)
+  }
+
+  /** Descriptors that are still written to stay open: their numbers might be used again. */
+  private awaitLastRites(): void {
+    const { header } = this.shared
+    if (Atomics.load(header, words.STATE) !== words.DEAD) return
+    const end = performance.now() + LAST_RITES_MS_MAX
+    while (Atomics.load(header, words.BURIED) === 0 && performance.now() < end) {
+      Atomics.wait(header, words.BURIED, 0, words.WAIT_MS)
+    }
   }
 
   private request(kind: number, columns: KvColumns, places: Uint32Array): number {

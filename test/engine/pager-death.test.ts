@@ -41,10 +41,11 @@ test('requests are left without an end, or get tokens from lost memory', async (
   const engine = await start()
   const { pager } = insides(engine)
   const exit = exited(insides(engine))
+  let killed: Promise<void> | undefined
   const ends = Array.from({ length: SEQUENCES }, () => {
     return new Promise<LatticeError | undefined>((resolve) => {
       engine.submit(sequenceRequest({ prompt: new Int32Array(8), maxTokens: contextLength - 8 }), {
-        onToken: () => void pager.terminate(),
+        onToken: () => void (killed ??= pager.terminate()),
         onFinish: (_reason, _count, error) => resolve(error),
       })
     })
