@@ -18,6 +18,7 @@ export const ERROR_CODES = {
   draining: { status: 503, exit: 1 },
   server_unreachable: { status: 502, exit: 1 },
   engine_stopped: { status: 503, exit: 1 },
+  kv_lost: { status: 500, exit: 1 },
   kv_memory_exhausted: { status: 400, exit: 1 },
   prefix_memory_exhausted: { status: 409, exit: 1 },
   download_failed: { status: 502, exit: 1 },
@@ -29,6 +30,7 @@ export const ERROR_CODES = {
   template_invalid: { status: 400, exit: 1 },
   backend_unavailable: { status: 500, exit: 1 },
   backend_failed: { status: 500, exit: 1 },
+  pager_failed: { status: 503, exit: 1 },
   os_call_failed: { status: 500, exit: 1 },
 } as const satisfies Record<string, { status: number; exit: number }>
 

@@ -4,7 +4,7 @@ import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
 import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
-import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
+import { collect, parseCount, parseNumber, parsePlace, parseSize } from './parse.ts'
 
 export interface EngineOptions {
   model?: string
@@ -15,6 +15,7 @@ export interface EngineOptions {
   prefixCache?: number
   prefixEviction?: EvictionName
   prefixCacheOutput: 'on' | 'off'
+  kvOffload?: { bytes: number; path?: string }
 }
 
 export interface SamplingOptions {
@@ -72,6 +73,11 @@ export function addEngineOptions(command: Command): Command {
       )
         .choices(['on', 'off'])
         .default('off'),
+    )
+    .option(
+      '--kv-offload <SIZE[:DIR]>',
+      'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
+      parsePlace,
     )
 }
 

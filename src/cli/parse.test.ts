@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { InvalidArgumentError } from 'commander'
-import { collect, parseCount, parseNumber, parseSize, parseUrl } from './parse.ts'
+import { collect, parseCount, parseNumber, parsePlace, parseSize, parseUrl } from './parse.ts'
 
 test('sizes are powers of 1024, however they are spelt', () => {
   const sizes: [string, number][] = [
@@ -35,6 +35,14 @@ test('what is no size is refused', () => {
     '0.1',
   ]) {
     assert.throws(() => parseSize(text), InvalidArgumentError, text)
+  }
+})
+
+test('where KV goes is a size, and a directory if there is a colon', () => {
+  assert.deepEqual(parsePlace('8GiB'), { bytes: 8 * 2 ** 30 })
+  assert.deepEqual(parsePlace('1M:/mnt/a:b'), { bytes: 1 << 20, path: '/mnt/a:b' })
+  for (const text of ['1M:', ':/mnt', '/mnt']) {
+    assert.throws(() => parsePlace(text), InvalidArgumentError, text)
   }
 })
 

@@ -71,6 +71,7 @@ export async function openSession(
       prefixCacheBytes: options.prefixCache,
       prefixEviction: options.prefixEviction,
       prefixCacheOutput: options.prefixCacheOutput === 'on',
+      kvOffload: options.kvOffload,
       ...capacity,
     }),
   })

@@ -96,11 +96,22 @@ export interface SequenceHandle {
   abort(): void
 }
 
+/**
+ * A preempted sequence waits again, then is in prefill until its output is computed again too. Or
+ * it is offloading until its memory is free, offloaded while it waits, loading until it is back.
+ */
+export type SequenceState =
+  | 'waiting'
+  | 'prefill'
+  | 'decode'
+  | 'offloading'
+  | 'offloaded'
+  | 'loading'
+
 export interface SequenceSnapshot {
   requestId: string
   tenant: string
-  /** A preempted sequence waits again, then is in prefill until its output is recomputed too. */
-  state: 'waiting' | 'prefill' | 'decode'
+  state: SequenceState
   promptTokens: number
   /** Tokens whose KV is in memory. */
   kvTokens: number
@@ -110,6 +121,19 @@ export interface SequenceSnapshot {
   /** Bytes of the keys and values in memory, without page rounding. */
   bytes: number
   ageMs: number
+}
+
+/** KV outside of memory. */
+export interface TierSnapshot {
+  capacityBytes: number
+  usedBytes: number
+  /** Written and read since the start. */
+  savedBytes: number
+  loadedBytes: number
+  /** Preempted sequences that were moved out; the others were computed again. */
+  offloads: number
+  /** Sequences and prefixes computed again in the end because writing or reading failed. */
+  lost: number
 }
 
 /** A prefix that stays in memory until it is unpinned. */
@@ -165,7 +189,10 @@ export interface EngineSnapshot {
   promptTokens: number
   outputTokens: number
   finished: Record<FinishReason, number>
+  /** Sequences that made room for others. */
   preemptions: number
+  /** Absent if there is no memory but the one. */
+  tier?: TierSnapshot
   /** Wall time inside the backend's compute and in whole steps, in milliseconds. */
   computeMs: number
   stepMs: number

@@ -5,6 +5,7 @@ import { Worker } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { pagesFor } from '../kv/layout.ts'
+import { PagerHost } from '../tier/pager-host.ts'
 import type {
   Engine,
   EngineAnswers,
@@ -53,6 +54,7 @@ export class EngineClient implements Engine {
 
   private constructor(
     worker: Worker,
+    pager: PagerHost | undefined,
     signal: Int32Array,
     model: EngineModel,
     facts: EngineFacts,
@@ -65,7 +67,13 @@ export class EngineClient implements Engine {
     this.limits = limits
     worker.on('message', (message: FromEngine) => this.receive(message))
     worker.on('error', (thrown) => this.stop(toLatticeError(thrown)))
-    worker.on('exit', () => this.stop(stopped()))
+    worker.on('exit', () => {
+      this.stop(stopped())
+      void pager?.terminate()
+    })
+    if (!pager) return
+    pager.onDeath = (why) => this.stop(why)
+    if (pager.death) this.stop(pager.death)
   }
 
   /**
@@ -80,17 +88,22 @@ export class EngineClient implements Engine {
     const signal = new SharedArrayBuffer(4)
     const workerData: EngineThreadOptions = { ...options, signal }
     const worker = new Worker(new URL('./thread.ts', import.meta.url), { workerData })
+    let pager: PagerHost | undefined
     const facts = await new Promise<EngineFacts>((resolve, reject) => {
-      worker.once('message', (message: FromEngine) => {
+      worker.on('message', (message: FromEngine) => {
         if (message.kind === 'ready') resolve(message.facts)
+        else if (message.kind === 'pager') pager = new PagerHost(message.start)
         else if (message.kind === 'failed') reject(LatticeError.fromJSON(message.error))
       })
       worker.once('error', (thrown) => reject(toLatticeError(thrown)))
       worker.once('exit', () => reject(stopped()))
+    }).catch((thrown: unknown) => {
+      void pager?.terminate()
+      throw thrown
     })
     // Each by name: the worker keeps internal listeners that deliver its messages.
     for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
-    return new EngineClient(worker, new Int32Array(signal), model, facts, limits)
+    return new EngineClient(worker, pager, new Int32Array(signal), model, facts, limits)
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {

@@ -17,7 +17,11 @@ const PLENTY = 10_000
 function bench(options: Partial<NullBackendOptions> = {}, kvPages = PLENTY): Bench {
   const maxSequences = options.maxSequences ?? 4
   const defaults = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens: 16, kv: KV }
-  return new Bench(new NullBackend({ ...defaults, ...options }), { maxSequences, kvPages })
+  return new Bench(new NullBackend({ ...defaults, ...options }), {
+    maxSequences,
+    kvPages,
+    greedy: true,
+  })
 }
 
 const requests: fc.Arbitrary<SequenceRequest> = fc

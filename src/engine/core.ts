@@ -10,7 +10,9 @@ import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
+import { Tiers, type TierSink } from '../kv/tiers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
+import { Costs } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
@@ -21,6 +23,7 @@ import type {
   SamplingParams,
   SequenceRequest,
   SequenceSnapshot,
+  TierSnapshot,
   TokenLogprobs,
 } from './api.ts'
 import { Sampler } from './sampler.ts'
@@ -33,6 +36,10 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
+  greedy?: boolean
+  /** How sequences that made room come back; unless told, in the way that takes less time. */
+  comeBack?: 'moved' | 'computed'
   /** Which of them go first; 'cost' unless told. */
   prefixEviction?: EvictionName | undefined
   /** Whether answers are cached as prompts are. */
@@ -59,16 +66,21 @@ export interface CoreSink {
  */
 const WARM_MS = 20
 
+/** How soon to look again for what is on its way, when there is nothing else to do. */
+const TIER_WAIT_MS = 1
+
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
 
-export class EngineCore {
+export class EngineCore implements TierSink {
   private readonly backend: Backend
   private readonly sink: CoreSink
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
+  private readonly tiers: Tiers | undefined
+  private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
   private readonly batch: StepBatch
   private readonly sampler: Sampler
@@ -79,6 +91,8 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
+  /** Pages. */
+  private readonly moved = { save: 0, load: 0 }
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -101,10 +115,18 @@ export class EngineCore {
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
+    const { maxSequences, greedy = false, comeBack } = options
+    this.costs = new Costs(kv.layout.shape.pageBytes)
+    this.tiers = kv.tier && new Tiers(kv.tier, this.slots, this)
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences, chunkTokensMin },
+      { stepTokens: backend.stepTokensMax, maxSequences, chunkTokensMin, greedy },
       this.sharing,
+      this.tiers && {
+        tiers: this.tiers,
+        preferMoving: (...amounts) =>
+          comeBack ? comeBack === 'moved' : this.costs.preferMoving(...amounts),
+      },
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -150,18 +172,23 @@ export class EngineCore {
 
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
-   * @returns false if there was nothing to do.
+   * @returns false if there was nothing to do, or all wait for what comes from outside of memory.
    * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
+    this.scheduler.settle(start)
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
     const computeStart = this.now()
     this.backend.launch(this.batch)
     const rows = this.backend.collect()
-    this.computeMs += this.now() - computeStart
+    // What a step read after the pager's death is not what was there: nothing of it is told.
+    this.backend.kv.tier?.check()
+    const computeMs = this.now() - computeStart
+    this.computeMs += computeMs
+    this.learn(parts, computeMs)
     this.commit(parts, rows)
     this.releaseOverdue()
     this.steps++
@@ -175,6 +202,13 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
+    const wait = this.giveBack()
+    if (!this.tiers?.busy) return wait
+    if (this.idle) this.scheduler.settle(this.now())
+    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  private giveBack(): number | undefined {
     const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
     if (this.idle && bytes > WARM_IDLE_BYTES) {
       this.slots.reclaim(Infinity)
@@ -187,7 +221,15 @@ export class EngineCore {
 
   /** Throws if the account of memory contradicts itself. */
   check(): void {
-    this.sharing.check()
+    this.tiers?.check()
+    this.sharing.check(this.tiers?.holds())
+  }
+
+  /** What was moved teaches what moving costs. */
+  onTransfer(kind: 'save' | 'load', pages: number, ms: number, error: unknown): void {
+    if (error !== undefined) return
+    this.costs.moved(kind, pages, ms)
+    this.moved[kind] += pages
   }
 
   snapshot(): EngineSnapshot {
@@ -199,7 +241,7 @@ export class EngineCore {
       return {
         requestId: request.requestId,
         tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
+        state: sequence.state,
         promptTokens: request.prompt.length,
         kvTokens: computed,
         outputTokens: sequence.outputTokens,
@@ -208,6 +250,7 @@ export class EngineCore {
         ageMs: now - sequence.arrivedMs,
       }
     })
+    const { offload, recompute } = this.scheduler.preemptions
     return {
       sequences,
       running: this.scheduler.running.length,
@@ -227,10 +270,34 @@ export class EngineCore {
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
       finished: { ...this.finished },
-      preemptions: this.scheduler.preemptions,
+      preemptions: offload + recompute,
+      ...(this.tiers && { tier: this.describe(this.tiers) }),
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  private describe({ capacity, usedPlaces }: Tiers): TierSnapshot {
+    const { ranges, shape } = this.backend.kv.layout
+    const { preemptions, imagesLost } = this.scheduler
+    return {
+      capacityBytes: capacity * ranges * shape.pageBytes,
+      usedBytes: usedPlaces * ranges * shape.pageBytes,
+      savedBytes: this.moved.save * shape.pageBytes,
+      loadedBytes: this.moved.load * shape.pageBytes,
+      offloads: preemptions.offload,
+      lost: imagesLost,
+    }
+  }
+
+  private learn(parts: readonly ScheduledPart<Sequence>[], ms: number): void {
+    let decodes = 0
+    let promptTokens = 0
+    for (const { sequence, count } of parts) {
+      if (isDecoding(sequence)) decodes++
+      else promptTokens += count
+    }
+    this.costs.stepped(promptTokens, decodes, ms)
   }
 
   /** Answers what was asked, or does what was told, between two steps. */

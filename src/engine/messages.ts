@@ -14,6 +14,8 @@ import type {
   SequenceRequest,
   TokenLogprobs,
 } from './api.ts'
+import type { PagerStart } from '../tier/pager.ts'
+import type { TierFacts } from '../tier/tier.ts'
 
 export interface EngineThreadOptions {
   backend: BackendChoice
@@ -28,8 +30,15 @@ export interface EngineThreadOptions {
   prefixEviction?: EvictionName
   /** Whether they hold answers too; not unless given. */
   prefixCacheOutput?: boolean
+  kvOffload?: OffloadPlace
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
+}
+
+/** A file that KV goes to: how large, and the directory that it lies in. */
+export interface OffloadPlace {
+  bytes: number
+  path?: string
 }
 
 export type BackendChoice =
@@ -57,9 +66,12 @@ export interface EngineFacts {
   repackedBytes: Record<string, number>
   layout: KvLayout
   kvPages: number
+  tier?: TierFacts
 }
 
 export type FromEngine =
+  /** Sent before `ready`, by an engine that needs a pager. */
+  | { kind: 'pager'; start: PagerStart }
   | { kind: 'ready'; facts: EngineFacts }
   /** Sent before the step that begins the sequence is computed, not with its tokens. */
   | { kind: 'started'; id: number; cachedTokens: number }

@@ -1,6 +1,7 @@
 // Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
 
-import type { SequenceRequest } from './api.ts'
+import type { Image } from '../kv/tiers.ts'
+import type { SequenceRequest, SequenceState } from './api.ts'
 import { SamplerState } from './sampler.ts'
 
 export class Sequence {
@@ -13,6 +14,8 @@ export class Sequence {
   length: number
   computed = 0
   slot = -1
+  image: Image | undefined
+  preemptions = 0
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
   /** The choices of its request, which share its prompt; itself too. */
@@ -31,8 +34,24 @@ export class Sequence {
     this.length = request.prompt.length
   }
 
+  get promptLength(): number {
+    return this.request.prompt.length
+  }
+
+  get lengthMax(): number {
+    return this.tokens.length
+  }
+
   get outputTokens(): number {
-    return this.length - this.request.prompt.length
+    return this.length - this.promptLength
+  }
+
+  get state(): SequenceState {
+    if (this.image?.state === 'leaving') return 'offloading'
+    if (this.image) return this.image.state === 'out' ? 'offloaded' : 'loading'
+    if (this.slot < 0) return 'waiting'
+    const decodes = this.outputTokens > 0 && this.computed === this.length - 1
+    return decodes ? 'decode' : 'prefill'
   }
 
   push(token: number): void {

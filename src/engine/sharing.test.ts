@@ -19,6 +19,7 @@ interface Options {
   stepTokens: number
   kvPages: number
   prefixPages: number
+  greedy: boolean
   prefixEviction: EvictionName
   prefixOutput: boolean
 }
@@ -26,7 +27,7 @@ interface Options {
 function bench(options: Partial<Options> = {}): Bench {
   const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, ...prefix } = options
   const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv: KV }
-  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, ...prefix })
+  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, greedy: true, ...prefix })
 }
 
 /** Prompts of a few words, so that they begin alike. */
@@ -43,6 +44,7 @@ const loads = fc.record({
   // One sequence of 80 tokens needs 50 pages.
   kvPages: fc.integer({ min: 50, max: 110 }),
   prefixPages: fc.constantFrom(0, 12, 50, 50),
+  greedy: fc.boolean(),
   prefixEviction: fc.constantFrom(...EVICTION_NAMES),
   prefixOutput: fc.boolean(),
   arrivals: fc.array(
@@ -153,9 +155,12 @@ test('choices that share a prompt take its pages each', () => {
   engine.step()
   const { kv, running } = engine.core.snapshot()
   assert.equal(running, 8)
-  // 40 tokens fill 12.5 pages a layer; each choice has the 13th of its own.
-  assert.equal(kv.usedPages, 2 * (12 + 8))
-  assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+  // 40 tokens fill 12.5 pages a layer: all have the 13th together until they write to it.
+  assert.equal(kv.usedPages, 2 * 13)
+  engine.step()
+  const { kv: diverged } = engine.core.snapshot()
+  assert.equal(diverged.usedPages, 2 * (12 + 8))
+  assert.equal(diverged.residentBytes, diverged.usedPages * kv.pageBytes)
 })
 
 test('a prefix within a page is missed, or one of another tenant is hit', () => {

@@ -2,7 +2,7 @@
 // request with the cached prefixes of its tenant.
 
 import { LatticeError } from '../errors.ts'
-import type { KvSpan } from '../kv/regions.ts'
+import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
@@ -32,22 +32,25 @@ export class PromptSharing implements Sharing<Sequence> {
     this.options = options
   }
 
-  /**
-   * Never so much that fewer than `computeMin` tokens are left: their chunk would be too short, and
-   * another kernel's bits could change an answer. So it never depends on what was cached.
-   */
   prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
-    const { tokens, request } = sequence
-    const length = Math.min(sequence.length - this.options.computeMin, request.prompt.length)
+    const { tokens, promptLength, request } = sequence
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
     if (sibling) {
-      if (sibling.computed < request.prompt.length) return 'wait'
-      spans = length > 0 ? this.slots.spansOf(sibling.slot, length) : []
-    } else if (this.cache && length > 0) {
-      spans = this.cache.lookup(request.tenant, tokens, length)
-    }
-    return spans.slice(0, this.options.spansMax)
+      if (sibling.computed < promptLength) return 'wait'
+      spans = this.slots.spansOf(sibling.slot, promptLength)
+    } else if (this.cache) spans = this.cache.lookup(request.tenant, tokens, promptLength)
+    return this.usable(sequence, spans.slice(0, this.options.spansMax))
+  }
+
+  /**
+   * All of a prompt, if nothing is sampled from its end any more. Else never so much that fewer
+   * than `computeMin` tokens are left: their chunk would be too short, and another kernel's bits
+   * could change an answer. So it never depends on what was cached.
+   */
+  private usable({ promptLength, outputTokens }: Sequence, spans: KvSpan[]): KvSpan[] {
+    if (outputTokens > 0 && spannedTokens(spans) === promptLength) return spans
+    return clipSpans(spans, promptLength - this.options.computeMin)
   }
 
   evict(): boolean {
@@ -139,12 +142,15 @@ export class PromptSharing implements Sharing<Sequence> {
     return !waiting.started && spans.length <= this.options.spansMax
   }
 
-  /** Throws if the account of memory contradicts itself or those who hold it. */
-  check(): void {
+  /**
+   * Throws if the account of memory contradicts itself or those who hold it.
+   * @param kept what is held besides by neither slots nor the cache
+   */
+  check(kept: Iterable<KvColumns> = []): void {
     const { slots, cache } = this
     slots.check()
     cache?.check()
-    const live = [...slots.holds(), ...(cache?.pins.holds() ?? [])]
+    const live = [...slots.holds(), ...(cache?.pins.holds() ?? []), ...kept]
     slots.regions.checkHolders('live', live)
     slots.regions.checkHolders('cache', cache?.holds() ?? [])
   }

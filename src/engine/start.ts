@@ -14,7 +14,9 @@ import type { ModelConfig } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
+import type { TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
+import type { OffloadPlace } from './messages.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
@@ -31,6 +33,8 @@ export interface EngineOptions {
   prefixEviction?: EvictionName
   /** Answers are cached as prompts are. */
   prefixCacheOutput?: boolean
+  /** A file for KV that memory has no room for. */
+  kvOffload?: OffloadPlace
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -88,6 +92,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       prefixCacheBytes,
       prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
       prefixCacheOutput: options.prefixCacheOutput ?? false,
+      ...(options.kvOffload && { kvOffload: options.kvOffload }),
     },
     {
       id: options.modelId,
@@ -97,7 +102,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     },
     { sequences: maxSequences + maxQueue, contextLength },
   )
-  const { variant, repackedBytes, layout } = engine.facts
+  const { variant, repackedBytes, layout, tier } = engine.facts
   const repacked = Object.entries(repackedBytes).map(
     ([name, bytes]) => `${mib(bytes)} of weights repacked for ${name}`,
   )
@@ -117,6 +122,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
         : ''),
+    ...(tier ? [`tier     ${describeTier(tier)}`] : []),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }
@@ -161,6 +167,19 @@ function whence(options: EngineOptions, budget: MemoryBudget): string {
     `${KV_SHARE * 100} % of ${mib(budget.availableBytes)} available;` +
     ` machine ${mib(budget.machineBytes)}${cgroup}`
   )
+}
+
+function describeTier({ bytes, file, touches }: TierFacts): string {
+  const { path, direct, tmpfs } = file
+  const cache = direct ? 'past the page cache' : 'through the page cache: its disk knows no other'
+  const memory = tmpfs ? ' (which is memory itself: a tmpfs)' : ''
+  const waits = {
+    all: 'a touch of what is absent waits for it',
+    user: 'a touch of what is absent waits for it (user code only: no right to more)',
+    none: 'no right to userfaultfd, so a reload is waited for as a whole',
+  }
+  const where = `${mib(bytes)} encrypted in ${path}${memory}, ${cache}`
+  return `KV beyond that on disk, ${where}; ${waits[touches]}`
 }
 
 function mib(bytes: number): string {

@@ -6,6 +6,8 @@ import { present } from '../assert.ts'
 import type { Backend } from '../backends/backend.ts'
 import { toLatticeError } from '../errors.ts'
 import type { TokenLogprobs } from './api.ts'
+import type { PagerStart } from '../tier/pager.ts'
+import type { TierFacts } from '../tier/tier.ts'
 import { EngineCore } from './core.ts'
 import type { EngineThreadOptions, FinishMessage, FromEngine, ToEngine } from './messages.ts'
 
@@ -33,6 +35,7 @@ interface Opened {
   backend: Backend
   variant: string
   repackedBytes: Record<string, number>
+  tier?: TierFacts | undefined
 }
 
 /** Only the chosen backend's code is loaded. */
@@ -47,9 +50,15 @@ async function openBackend(): Promise<Opened> {
     import('../backends/cpu/backend.ts'),
     import('../model/load.ts'),
   ])
-  const backend = new CpuBackend(openModel(choice.modelPath), { ...options, cpus: choice.cpus })
+  const { signal, kvOffload } = options
+  const startPager = (start: PagerStart) => say({ kind: 'pager', start })
+  const backend = new CpuBackend(openModel(choice.modelPath), {
+    ...options,
+    cpus: choice.cpus,
+    ...(kvOffload && { offload: { ...kvOffload, signal, startPager } }),
+  })
   const repackedBytes = Object.fromEntries(backend.weights.repackedBytes)
-  return { backend, variant: backend.variant, repackedBytes }
+  return { backend, variant: backend.variant, repackedBytes, tier: backend.kv.tier?.facts }
 }
 
 function makeCore(backend: Backend, kvPages: number): EngineCore {
@@ -112,11 +121,14 @@ function run(core: EngineCore): void {
 let opened: Opened | undefined
 try {
   opened = await openBackend()
-  const { backend, variant, repackedBytes } = opened
+  const { backend, variant, repackedBytes, tier } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
   const core = makeCore(backend, kvPages)
-  say({ kind: 'ready', facts: { variant, repackedBytes, layout, kvPages } })
+  say({
+    kind: 'ready',
+    facts: { variant, repackedBytes, layout, kvPages, ...(tier && { tier }) },
+  })
   run(core)
 } catch (thrown) {
   flush()

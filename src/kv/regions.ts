@@ -31,9 +31,14 @@ export interface KvMover {
   /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
    * there on lie in `region`. Whole columns are shared; what the shared tokens have of the column
-   * after them is copied. Whatever was mapped there before is no longer.
+   * after them is nobody's to read until `copy`. Whatever was mapped there before is no longer.
    */
   map(slot: number, region: number, shared: readonly KvSpan[]): void
+  /**
+   * Makes the columns of a mapped slot from `first` on its own: what the tokens of `shared` have of
+   * them is copied into its region.
+   */
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void
   /** Gives pages back to the kernel; they read as zeros. */
   discard(region: number, first: number, end: number): void
 }
@@ -59,6 +64,24 @@ export function columnsFor(layout: KvLayout, tokens: number): number {
   return pagesFor(layout, tokens) / layout.ranges
 }
 
+/**
+ * Spans of which each has a column of its own, for the same tokens: one that lies within a column
+ * goes to the next, whose region has all of that column. The last stays as it is.
+ */
+export function mergeSpans(layout: KvLayout, spans: readonly KvSpan[]): KvSpan[] {
+  const merged: KvSpan[] = []
+  let from = 0
+  spans.forEach(({ region, to }, i) => {
+    const last = merged.at(-1)
+    if (last?.region === region && last.to === from) last.to = to
+    else if (i === spans.length - 1 || fullColumns(layout, from) < fullColumns(layout, to)) {
+      merged.push({ region, from, to })
+    } else return
+    from = to
+  })
+  return merged
+}
+
 /** The columns of spans that can be mapped: all but the last one if it is not full. */
 export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
   // Where one span ends and the next begins within a column, the next one's region has all of it.
@@ -69,6 +92,21 @@ export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvCol
       end: fullColumns(layout, to),
     }))
     .filter(({ first, end }) => end > first)
+}
+
+/** The columns from `first` on that hold a byte of spans, each where all of its bytes lie. */
+export function copiedColumns(
+  layout: KvLayout,
+  spans: readonly KvSpan[],
+  first: number,
+): KvColumns[] {
+  return spans
+    .map(({ region, from, to }, i) => ({
+      region,
+      first: Math.max(first, fullColumns(layout, from)),
+      end: i === spans.length - 1 ? columnsFor(layout, to) : fullColumns(layout, to),
+    }))
+    .filter((columns) => columns.end > columns.first)
 }
 
 /** Every column that holds a byte of a span: what its holder keeps, so that it can be shared on. */
@@ -162,6 +200,21 @@ export class RegionTable {
   /** How many columns of a region are held, counting each hold. */
   holds(region: number): number {
     return this.regions[region]?.holds ?? 0
+  }
+
+  /** Whether no more than one sequence refers to a column, whatever is cached. */
+  hasOneUser(region: number, column: number): boolean {
+    return (this.regions[region]?.live[column] ?? 0) <= 1
+  }
+
+  /** Whether others than the one who holds `own` hold a column of its region from `from` on. */
+  isHeldFrom({ region, first, end }: KvColumns, from: number): boolean {
+    const { live, cache } = this.region(region)
+    for (let c = from; c < this.columns; c++) {
+      const own = c >= first && c < end ? 1 : 0
+      if ((live[c] ?? 0) + (cache[c] ?? 0) > own) return true
+    }
+    return false
   }
 
   /** Of these columns, the pages that only cached prefixes refer to. */

@@ -6,15 +6,25 @@
 import { assert, present } from '../assert.ts'
 import { type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
+import type { Image, Tiers } from '../kv/tiers.ts'
+import { type Growing, OutputLengths, peakPages } from './growth.ts'
 
 /** What the scheduler sees, and changes, of a sequence. */
 export interface Schedulable {
   /** Tokens known: prompt and output. */
   readonly length: number
+  /** The first of them, which are computed in chunks; what was decoded is computed so again. */
+  readonly promptLength: number
   /** Tokens whose KV is in memory. */
   computed: number
+  /** Tokens that it may have in the end. */
+  readonly lengthMax: number
   /** -1 while waiting. */
   slot: number
+  /** What it has outside of memory, or on the way; it does not run meanwhile. */
+  image: Image | undefined
+  /** How often it had to make room. */
+  preemptions: number
 }
 
 /** What of a sequence may be in memory before it is let in. */
@@ -23,6 +33,13 @@ export interface Sharing<S> {
   prefixOf(sequence: S): readonly KvSpan[] | 'wait'
   /** Lets go of a cached prefix, to make room. False if there is none. */
   evict(): boolean
+}
+
+/** How a sequence that makes room comes back. */
+export interface Preemption {
+  readonly tiers: Tiers
+  /** Whether moving so many pages costs less than computing so many tokens. */
+  preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean
 }
 
 /** One sequence's part of a step: `count` tokens from `computed` on. */
@@ -36,6 +53,8 @@ export interface SchedulerOptions {
   maxSequences: number
   /** No prompt is cut into chunks shorter than this; see `Backend.chunkTokensMin`. */
   chunkTokensMin: number
+  /** Lets in whoever fits now, whatever those that run will need. */
+  greedy?: boolean
 }
 
 /** The least a step must hold: a token for each sequence, and room to cut a prompt beside them. */
@@ -48,15 +67,28 @@ export class Scheduler<S extends Schedulable> {
   readonly waiting: S[] = []
   /** In order of admission: the last one gives way first. */
   readonly running: S[] = []
-  preemptions = 0
+  /** Sequences that made room, by how they were to come back. */
+  readonly preemptions = { offload: 0, recompute: 0 }
+  /** Those of them that had to be computed again because writing or reading failed. */
+  imagesLost = 0
   private readonly slots: SlotTable
   private readonly options: SchedulerOptions
   private readonly sharing: Sharing<S>
+  private readonly preemption: Preemption | undefined
+  private readonly lengths = new OutputLengths()
+  /** Pages that sequences of this step wait for while others leave. */
+  private owedPages = 0
+  private nowMs = 0
   private readonly parts: ScheduledPart<S>[] = []
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
 
-  constructor(slots: SlotTable, options: SchedulerOptions, sharing: Sharing<S>) {
+  constructor(
+    slots: SlotTable,
+    options: SchedulerOptions,
+    sharing: Sharing<S>,
+    preemption?: Preemption,
+  ) {
     assert(
       options.stepTokens >= stepTokensNeeded(options.maxSequences, options.chunkTokensMin),
       'every sequence can decode in every step, and a prompt advance beside them',
@@ -64,6 +96,19 @@ export class Scheduler<S extends Schedulable> {
     this.slots = slots
     this.options = options
     this.sharing = sharing
+    this.preemption = preemption
+  }
+
+  /**
+   * Takes note of what has moved out of memory, or back, since the last call.
+   * @throws LatticeError `pager_failed`
+   */
+  settle(nowMs: number): void {
+    this.nowMs = nowMs
+    for (const image of this.preemption?.tiers.poll(nowMs) ?? []) {
+      if (image.state === 'back') this.resumed(image)
+      else if (image.state === 'lost') this.computeAgain(image)
+    }
   }
 
   /**
@@ -73,6 +118,7 @@ export class Scheduler<S extends Schedulable> {
    */
   plan(): readonly ScheduledPart<S>[] {
     this.parts.length = 0
+    this.owedPages = 0
     this.planDecodes()
     const budget = this.options.stepTokens - this.parts.length
     this.admit(budget - this.planPrompts(budget))
@@ -84,10 +130,12 @@ export class Scheduler<S extends Schedulable> {
    * @param sinceMs as `SlotTable.retire` takes it
    */
   remove(sequence: S, sinceMs: number): void {
+    this.lengths.ended(sequence.length - sequence.promptLength)
     const waitingAt = this.waiting.indexOf(sequence)
     if (waitingAt >= 0) this.waiting.splice(waitingAt, 1)
     const runningAt = this.running.indexOf(sequence)
     if (runningAt >= 0) this.running.splice(runningAt, 1)
+    if (sequence.image) this.forgetImage(sequence, sequence.image)
     if (sequence.slot >= 0) this.slots.retire(sequence.slot, sinceMs)
     sequence.slot = -1
   }
@@ -96,7 +144,8 @@ export class Scheduler<S extends Schedulable> {
     // Making room takes out the last of the running, never one that this loop has passed.
     for (let i = 0; i < this.running.length; i++) {
       const sequence = present(this.running[i], 'a running sequence')
-      if (isDecoding(sequence) && this.makeRoom(sequence, sequence.length)) {
+      if (sequence.image || !isDecoding(sequence)) continue
+      if (this.makeRoom(sequence, sequence.length)) {
         this.addPart(sequence, 1)
         this.sortLastPart()
       }
@@ -119,7 +168,8 @@ export class Scheduler<S extends Schedulable> {
   private planPrompts(budget: number): number {
     let used = 0
     for (const sequence of this.running) {
-      if (!isDecoding(sequence)) used += this.planChunk(sequence, budget - used)
+      if (sequence.image || isDecoding(sequence)) continue
+      used += this.planChunk(sequence, budget - used)
     }
     return used
   }
@@ -127,19 +177,67 @@ export class Scheduler<S extends Schedulable> {
   /** Lets sequences in while there is budget; a prompt gets all of its pages now or waits. */
   private admit(budget: number): void {
     let left = budget
-    while (left > 0 && this.running.length < this.options.maxSequences) {
+    // Who runs already waits for memory: nobody else gets any.
+    while (left > 0 && this.owedPages === 0 && this.hasSlot()) {
       const sequence = this.waiting[0]
-      if (!sequence || this.chunkOf(sequence, left) === 0) return
-      const shared = this.sharing.prefixOf(sequence)
-      if (shared === 'wait') return
-      // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
-      if (!this.place(sequence, shared)) {
-        if (this.running.length > 0 || !this.place(sequence, [])) return
-      }
+      if (!sequence || (!sequence.image && this.chunkOf(sequence, left) === 0)) return
+      while (!this.letIn(sequence)) if (!this.unblock()) return
       this.waiting.shift()
       this.running.push(sequence)
-      left -= this.planChunk(sequence, left)
+      if (sequence.image) continue
+      if (!isDecoding(sequence)) left -= this.planChunk(sequence, left)
+      else {
+        this.addPart(sequence, 1)
+        left--
+      }
     }
+  }
+
+  private hasSlot(): boolean {
+    const leaving = this.preemption?.tiers.leavingSlots ?? 0
+    return this.running.length + leaving < this.options.maxSequences
+  }
+
+  private letIn(sequence: S): boolean {
+    if (sequence.image) return this.resume(sequence, sequence.image)
+    const shared = this.sharing.prefixOf(sequence)
+    if (shared === 'wait') return false
+    if (this.expectsRoom(sequence, shared) && this.place(sequence, shared)) return true
+    // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
+    return this.running.length === 0 && this.place(sequence, [])
+  }
+
+  /** Whether a sequence can run beside the others without throwing any out before it ends. */
+  private expectsRoom(sequence: S, shared: readonly KvSpan[]): boolean {
+    if (this.options.greedy || this.running.length === 0) return true
+    const { slots } = this
+    let room = slots.availableBeside(shared) + (this.preemption?.tiers.leavingPages ?? 0)
+    const growing = this.running.map((running): Growing => {
+      const pages = slots.pagesOf(running.slot)
+      room += pages
+      return { pages, remaining: this.remaining(running) }
+    })
+    const pages = slots.pagesBeside(sequence.length + 1, shared)
+    growing.push({ pages, remaining: this.remaining(sequence) })
+    const { ranges, tokenStride, shape } = slots.layout
+    return peakPages(growing, (ranges * tokenStride) / shape.pageBytes, ranges) <= room
+  }
+
+  private remaining({ lengthMax, length, preemptions }: S): number {
+    return this.lengths.remaining(lengthMax - length, preemptions)
+  }
+
+  /**
+   * When nothing runs, or is on its way, what images keep in memory may be what is missing: the
+   * last of the queue gives up its own.
+   * @returns false if there is none, or something to wait for
+   */
+  private unblock(): boolean {
+    if (this.running.length > 0 || this.preemption?.tiers.busy) return false
+    const last = this.waiting.findLast(({ image }) => image && image.shared.length > 0)
+    if (!last?.image) return false
+    this.forgetImage(last, last.image)
+    return true
   }
 
   /**
@@ -162,14 +260,29 @@ export class Scheduler<S extends Schedulable> {
     const tokens = sequence.length + 1
     if (!slots.fits(tokens, shared)) return false
     slots.pin(shared)
-    const slot = this.acquire(tokens, shared)
+    const slot = shared.length > 0 ? this.acquireFresh(shared) : this.acquire(tokens)
     if (slot < 0) {
       slots.unpin(shared)
       return false
     }
     sequence.slot = slot
     sequence.computed = spannedTokens(shared)
+    // A fork without anything to compute now grows in the step that writes its next token.
+    if (sequence.computed === sequence.length) return true
     assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
+    return true
+  }
+
+  /** Finds a slot and pages for a sequence whose image is out, and begins to fill them. */
+  private resume(sequence: S, image: Image): boolean {
+    const tokens = sequence.length + 1
+    if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared)) return false
+    if (!this.slots.fits(tokens, image.shared)) return false
+    const slot = this.acquireFresh(image.shared)
+    if (slot < 0) return false
+    sequence.slot = slot
+    assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
+    if (this.preemption?.tiers.back(image, slot, this.nowMs)) this.resumed(image, sequence)
     return true
   }
 
@@ -181,7 +294,7 @@ export class Scheduler<S extends Schedulable> {
 
   /** Tokens of the prompt that go into a step with this budget, so that no chunk is too short. */
   private chunkOf(sequence: S, budget: number): number {
-    const remaining = sequence.length - sequence.computed
+    const remaining = sequence.promptLength - sequence.computed
     if (remaining <= budget) return remaining
     const { chunkTokensMin } = this.options
     const count = Math.min(budget, remaining - chunkTokensMin)
@@ -195,9 +308,18 @@ export class Scheduler<S extends Schedulable> {
     this.parts.push(part)
   }
 
-  /** Finds pages for a decoding sequence, preempting later ones if need be. False: it gave way. */
+  /**
+   * Finds pages for a decoding sequence, preempting later ones if need be.
+   * @returns false if it gave way itself, or waits until others have left
+   */
   private makeRoom(sequence: S, tokens: number): boolean {
     while (!this.growOrReclaim(sequence, tokens)) {
+      const missing = this.slots.missingPages(sequence.slot, tokens)
+      const leaving = this.preemption?.tiers.leavingPages ?? 0
+      if (this.owedPages + missing <= leaving) {
+        this.owedPages += missing
+        return false
+      }
       const victim = present(this.running.at(-1), 'a running sequence')
       this.preempt(victim)
       if (victim === sequence) return false
@@ -205,12 +327,62 @@ export class Scheduler<S extends Schedulable> {
     return true
   }
 
-  /** Sends a sequence back to the queue's front; its tokens are computed again later. */
+  /** Sends the last of those that run back to the queue's front. */
   private preempt(sequence: S): void {
-    this.preemptions++
-    this.remove(sequence, -Infinity)
+    assert(this.running.pop() === sequence, 'the last gives way')
+    sequence.preemptions++
+    this.vacate(sequence)
+    sequence.slot = -1
     sequence.computed = 0
     this.waiting.unshift(sequence)
+  }
+
+  /** Its pages are moved out, or given back if they are sooner computed again. */
+  private vacate(sequence: S): void {
+    const { slot, computed, promptLength, image } = sequence
+    const { tiers } = this.preemption ?? {}
+    if (image) {
+      this.preemptions.offload++
+      return tiers?.stop(image)
+    }
+    if (tiers && computed > 0) {
+      const pages = tiers.columnsToMove(slot, computed) * this.slots.layout.ranges
+      const outputs = Math.max(0, computed - promptLength)
+      if (this.preemption?.preferMoving(pages, computed - outputs, outputs)) {
+        sequence.image = tiers.out(slot, computed, this.nowMs)
+      }
+    }
+    if (sequence.image) this.preemptions.offload++
+    else {
+      this.preemptions.recompute++
+      this.slots.retire(slot, -Infinity)
+    }
+  }
+
+  private resumed(image: Image, sequence = this.running.find((s) => s.image === image)): void {
+    const { tokens } = image
+    const resumed = present(sequence, 'whose image is back')
+    resumed.computed = tokens
+    resumed.image = undefined
+  }
+
+  /** Of an image that was on its way nothing is left. */
+  private computeAgain(image: Image): void {
+    this.imagesLost++
+    const at = this.running.findIndex((sequence) => sequence.image === image)
+    const sequence = this.running[at] ?? this.waiting.find((waiting) => waiting.image === image)
+    const lost = present(sequence, 'whose image is lost')
+    lost.image = undefined
+    lost.slot = -1
+    if (at < 0) return
+    this.running.splice(at, 1)
+    this.waiting.unshift(lost)
+  }
+
+  private forgetImage(sequence: S, image: Image): void {
+    this.preemption?.tiers.drop(image)
+    sequence.image = undefined
+    sequence.slot = -1
   }
 
   private growOrReclaim(sequence: S, tokens: number): boolean {
@@ -218,9 +390,17 @@ export class Scheduler<S extends Schedulable> {
     return true
   }
 
-  private acquire(tokens: number, shared: readonly KvSpan[]): number {
+  private acquire(tokens: number): number {
     for (;;) {
-      const slot = shared.length > 0 ? this.slots.acquireShared(shared) : this.slots.acquire(tokens)
+      const slot = this.slots.acquire(tokens)
+      if (slot >= 0 || !this.reclaimOne()) return slot
+    }
+  }
+
+  /** A slot that nobody has written to. */
+  private acquireFresh(shared: readonly KvSpan[]): number {
+    for (;;) {
+      const slot = this.slots.acquireShared(shared)
       if (slot >= 0 || !this.reclaimOne()) return slot
     }
   }
@@ -230,7 +410,10 @@ export class Scheduler<S extends Schedulable> {
   }
 }
 
-/** One token is pending and everything before it is in memory. */
+/**
+ * Its prompt is in memory: it goes on by a token a step. After a preemption these are known at
+ * first, and computed as they were before, so that they have the same bits.
+ */
 export function isDecoding(sequence: Schedulable): boolean {
-  return sequence.computed > 0 && sequence.length - sequence.computed === 1
+  return sequence.computed >= sequence.promptLength
 }

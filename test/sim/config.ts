@@ -20,6 +20,11 @@ export interface SimConfig {
   prefixEviction: EvictionName
   /** Answers are cached, too. */
   prefixOutput: boolean
+  /** Columns that a disk has room for; 0 is no disk. */
+  tierColumns: number
+  /** Lets in whoever fits, whatever others will need. */
+  greedy: boolean
+  comeBack: 'moved' | 'computed' | undefined
   stepTokens: number
   chunkTokensMin: number
   /** Other regions that a slot's tokens may lie in, at most. */
@@ -51,6 +56,9 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
     regions: random.chance(0.5) ? regionsFor(slots) : random.between(slots, 2 * slots + 8),
     kvPages,
     prefixPages: random.chance(0.2) ? 0 : random.between(1, random.chance(0.5) ? alone : kvPages),
+    tierColumns: random.chance(0.4) ? 0 : random.between(1, (3 * kvPages) / layout.ranges),
+    greedy: random.chance(0.5),
+    comeBack: random.pick([undefined, 'moved', 'moved', 'computed']),
     prefixEviction: random.pick(EVICTION_NAMES),
     prefixOutput: random.chance(0.3),
     stepTokens: stepTokensNeeded(maxSequences, chunkTokensMin) + random.below(24),

@@ -17,7 +17,7 @@ export class SimMemory extends NullKvMemory {
   /** By slot: the salt of the tenant whose sequence is in it. */
   readonly salts: Uint32Array = new Uint32Array(this.slots)
   /** Called before memory is moved; may throw, as a kernel out of mappings does. */
-  onMove: (what: 'map' | 'discard') => void = () => {}
+  onMove: (what: 'map' | 'copy' | 'discard') => void = () => {}
 
   override map(slot: number, region: number, shared: readonly KvSpan[]): void {
     this.onMove('map')
@@ -25,6 +25,11 @@ export class SimMemory extends NullKvMemory {
     const dirty = this.region(region).touched.indexOf(1, first)
     assert(dirty < 0, `column ${dirty} of region ${region} is zeroed before it is used again`)
     super.map(slot, region, shared)
+  }
+
+  override copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+    this.onMove('copy')
+    super.copy(slot, first, shared)
   }
 
   override discard(region: number, first: number, end: number): void {

@@ -3,7 +3,7 @@
 
 import { assert, present } from '../../src/assert.ts'
 import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
-import { type CoreSink, EngineCore } from '../../src/engine/core.ts'
+import { type CoreOptions, type CoreSink, EngineCore } from '../../src/engine/core.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
 import { LatticeError } from '../../src/errors.ts'
 import type { Random } from '../support/random.ts'
@@ -12,8 +12,10 @@ import type { SimConfig } from './config.ts'
 import type { PrefixNode } from '../../src/kv/prefix.ts'
 import { type Insides, insidesOf } from './insides.ts'
 import { saltOf, SimMemory } from './memory.ts'
+import type { Failure } from './operations/fail.ts'
 import { Expected, Oracle } from './oracle.ts'
 import { AskedPrompts } from './prompts.ts'
+import { SimTier } from './tier.ts'
 
 /** What a simulation builds an engine from; a test of the simulator puts broken parts in. */
 export interface Parts {
@@ -33,6 +35,8 @@ export interface Coverage {
   cachedTokens: number
   maps: number
   preemptions: number
+  offloads: number
+  lost: number
   restarts: number
 }
 
@@ -55,11 +59,14 @@ export class World implements CoreSink {
     cachedTokens: 0,
     maps: 0,
     preemptions: 0,
+    offloads: 0,
+    lost: 0,
     restarts: 0,
   }
   core!: EngineCore
   backend!: SimBackend
   memory!: SimMemory
+  tier: SimTier | undefined
   private readonly parts: Parts
   private readonly oracle: Oracle
   private insides!: Insides
@@ -71,10 +78,13 @@ export class World implements CoreSink {
   private ids = 0
   /** Tokens that the sequences that have not ended may take, prompts and all. */
   private work = 0
+  /** Steps in a row that did nothing although there are sequences. */
+  private waited = 0
+  private slownessMax = 1
   private aborting = -1
   private refusing = -1
   /** What shall fail, and whether it has. */
-  private armed: 'launch' | 'collect' | 'map' | 'discard' | undefined
+  private armed: Failure | undefined
 
   constructor(config: SimConfig, parts: Parts) {
     this.config = config
@@ -104,7 +114,7 @@ export class World implements CoreSink {
       const request = { ...drawn, requestId: `request ${first}`, sampling }
       this.work += workOf(request)
       const deadline = this.steps + this.work + this.expected.size + DEADLINE_SLACK
-      this.expected.set(id, new Expected(id, request, deadline, this.oracle))
+      this.expected.set(id, new Expected(id, request, this.steps, deadline, this.oracle))
       return request
     })
     const samplings = requests.map(({ sampling }) => sampling)
@@ -140,9 +150,10 @@ export class World implements CoreSink {
     })
   }
 
-  failNext(what: 'launch' | 'collect' | 'map' | 'discard'): void {
+  failNext(what: Failure): void {
     this.armed = what
     if (what === 'launch' || what === 'collect') this.backend.fault = what
+    if (what === 'pager' && this.tier) this.tier.disk.dead = true
   }
 
   // What the engine tells.
@@ -199,9 +210,9 @@ export class World implements CoreSink {
     this.steps++
     this.guard(() => {
       const busy = this.core.step()
-      assert(busy || this.expected.size === 0, 'an engine with sequences has something to do')
-      if (busy) this.backend.fault = undefined
-      else if (this.backend.fault === 'nan') this.backend.fault = undefined
+      assert(!this.tier?.disk.dead, 'an engine without a pager stops')
+      if (busy || this.backend.fault === 'nan') this.backend.fault = undefined
+      this.checkAlive(busy)
     })
     this.check()
   }
@@ -224,6 +235,7 @@ export class World implements CoreSink {
     this.check()
     assert(regionTable.usedPages === 0, 'no page is left behind')
     assert(this.memory.residentBytes() === 0, 'no memory is left behind')
+    assert(!this.core.snapshot().tier?.usedBytes, 'no place on disk is left behind')
     this.count()
   }
 
@@ -256,9 +268,21 @@ export class World implements CoreSink {
       if (state === 'held') memory.checkMapped(slot, region, shared)
     })
     for (const [tenant, root] of insides.roots) this.checkNode(root, this.saltOf(tenant))
-    for (const { id, deadline } of this.expected.values()) {
-      assert(this.steps <= deadline, `sequence ${id} ends in the time that its work takes`)
-      // Who comes later has a later deadline.
+  }
+
+  /** Somebody gets on, and whoever came first ends in the time that the work until then takes. */
+  private checkAlive(busy: boolean): void {
+    const { slowness = 1, failed = 0 } = this.tier?.disk ?? {}
+    this.slownessMax = Math.max(this.slownessMax, slowness)
+    this.waited = busy || this.expected.size === 0 ? 0 : this.waited + 1
+    const wait = this.tier ? 2 * this.slownessMax + 2 : 0
+    assert(this.waited <= wait, 'an engine with sequences has something to do')
+    // What fails to come back is computed again.
+    const again = failed * (this.config.layout.shape.maxTokens + wait)
+    for (const { id, deadline, since } of this.expected.values()) {
+      const steps = since + (deadline - since) * (1 + wait) + again
+      assert(this.steps <= steps, `sequence ${id} ends in the time that its work takes`)
+      // Who comes later has more time.
       break
     }
   }
@@ -287,9 +311,21 @@ export class World implements CoreSink {
     const { config, parts } = this
     const { layout, slots, regions, maxSequences, kvPages, prefixPages, spansMax } = config
     this.memory = new parts.memory(layout, slots, regions)
+    this.tier = config.tierColumns > 0 ? new SimTier(this.memory, config.tierColumns) : undefined
+    if (this.tier) this.memory.tier = this.tier
+    this.slownessMax = 1
+    this.waited = 0
     this.backend = new parts.backend(config, this.memory)
-    const { prefixEviction, prefixOutput } = config
-    const options = { maxSequences, kvPages, prefixPages, prefixEviction, prefixOutput }
+    const { prefixEviction, prefixOutput, greedy, comeBack } = config
+    const options: CoreOptions = {
+      maxSequences,
+      kvPages,
+      prefixPages,
+      prefixEviction,
+      prefixOutput,
+      greedy,
+      ...(comeBack && { comeBack }),
+    }
     this.core = new EngineCore(this.backend, options, this, () => this.nowMs)
     this.insides = insidesOf(this.core)
     this.insides.sharing.spansMax = spansMax
@@ -304,6 +340,10 @@ export class World implements CoreSink {
       if (this.armed === what) throw new LatticeError('os_call_failed', `injected at ${what}`)
     }
     this.backend.onLaunch = () => {
+      if (this.armed === 'pager in a step' && this.tier) {
+        this.tier.disk.dead = true
+        this.backend.blind = true
+      }
       for (const sequence of this.insides.running) {
         this.bySlot[sequence.slot] = sequence
         this.memory.salts[sequence.slot] = this.saltOf(sequence.request.tenant)
@@ -318,7 +358,10 @@ export class World implements CoreSink {
   }
 
   private count(): void {
-    this.coverage.preemptions += this.core.snapshot().preemptions
+    const { preemptions, tier } = this.core.snapshot()
+    this.coverage.preemptions += preemptions
+    this.coverage.offloads += tier?.offloads ?? 0
+    this.coverage.lost += tier?.lost ?? 0
   }
 
   private of(id: number): Expected {

@@ -101,7 +101,8 @@ export class Bench {
 
   /** Steps until nothing is left to do. */
   runAll(stepsMax = 100_000): void {
-    for (let i = 0; this.step(); i++) if (i > stepsMax) throw new Error('the engine never ends')
+    for (let i = 0; this.step() || !this.core.idle; i++)
+      if (i > stepsMax) throw new Error('the engine never ends')
   }
 
   /** Lets time pass until all memory is back. */

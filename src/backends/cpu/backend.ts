@@ -4,6 +4,7 @@ import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type GgmlBase, type GgmlCpu, loadBase, loadVariant } from '../../ffi/ggml.ts'
 import { regionsFor } from '../../kv/regions.ts'
+import type { OffloadOptions } from '../../tier/tier.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
@@ -27,6 +28,8 @@ export interface CpuBackendOptions {
   pin?: boolean
   /** Order of KV in a slot; see docs/decisions/0001-kv-layout-on-the-host.md. */
   kvOrder?: 'layer-major' | 'token-major'
+  /** Where KV goes when memory is short. */
+  offload?: OffloadOptions
   /** A build's name instead of the best one, for tests. */
   variant?: string
 }
@@ -73,9 +76,8 @@ export class CpuBackend implements Backend {
       (op) => this.tensors.joined(op) !== undefined,
     )
     const layout = hostKvLayout(config, options.contextLength, options.kvOrder)
-    this.kv = new HostKvMemory(layout, options.maxSequences, regionsFor(options.maxSequences))
-
-    const { stepTokens, maxSequences, contextLength } = options
+    const { stepTokens, maxSequences, contextLength, offload } = options
+    this.kv = new HostKvMemory(layout, maxSequences, regionsFor(maxSequences), offload)
     this.memory = new StepMemory({
       activationBytes: this.activations.bytes,
       stepTokens,

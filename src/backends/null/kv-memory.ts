@@ -5,12 +5,14 @@ import { assert, present } from '../../assert.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import {
   columnsFor,
+  copiedColumns,
   fullColumns,
   type KvColumns,
   type KvSpan,
   sharedColumns,
   spannedTokens,
 } from '../../kv/regions.ts'
+import type { KvTier } from '../../kv/tier.ts'
 import type { KvMemory } from '../backend.ts'
 
 /**
@@ -28,7 +30,12 @@ export interface NullRegion {
   reading: Uint8Array
 }
 
+/** What a column holds: hashes by part of a row. */
+export type NullColumn = ReadonlyMap<number, number>
+
 export class NullKvMemory implements KvMemory {
+  /** Set by whoever wants one. */
+  tier?: KvTier
   readonly layout: KvLayout
   readonly slots: number
   readonly regions: number
@@ -66,7 +73,7 @@ export class NullKvMemory implements KvMemory {
     assert(slot >= 0 && slot < this.slots, `slot ${slot} is one of ${this.slots}`)
     assert(position < this.layout.shape.maxTokens, `position ${position} lies in the slot`)
     if (position === 0) this.written[slot] = 0
-    const held = this.written[slot] ?? 0
+    const held = this.heldUpTo(slot, position)
     assert(position === held, `slot ${slot} holds ${held} tokens when ${position} is written`)
     const before = position === 0 ? this.origin(slot) : this.hashAt(slot, position - 1)
     const first = fullColumns(this.layout, position)
@@ -107,12 +114,17 @@ export class NullKvMemory implements KvMemory {
       boundary = part.end
     }
     this.sharedEnd[slot] = boundary
+    this.written[slot] = spannedTokens(shared)
+  }
+
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void {
     const tokens = spannedTokens(shared)
-    this.written[slot] = tokens
-    const from = shared.at(-1)
-    if (from && columnsFor(this.layout, tokens) > boundary) {
-      this.copyColumn(from.region, region, boundary, tokens)
+    for (const part of copiedColumns(this.layout, shared, first)) {
+      for (let column = part.first; column < part.end; column++) {
+        this.copyColumn(part.region, this.own[slot] ?? 0, column, tokens)
+      }
     }
+    this.written[slot] = tokens
   }
 
   discard(region: number, first: number, end: number): void {
@@ -124,6 +136,36 @@ export class NullKvMemory implements KvMemory {
     )
     touched.fill(0, first, end)
     for (let c = first; c < end; c++) this.partsOf(c, (part) => (present[part] = 0))
+  }
+
+  /** A column that is in memory, as a tier takes it out. */
+  column(index: number, column: number): NullColumn {
+    const { hashes, present, touched } = this.region(index)
+    assert(touched[column] === 1, `column ${column} of region ${index} is in memory`)
+    const parts = new Map<number, number>()
+    this.partsOf(column, (part) => {
+      if (present[part] === 1) parts.set(part, hashes[part] ?? 0)
+    })
+    return parts
+  }
+
+  /** Fills a column that is not in memory, as a tier brings it back. */
+  restore(index: number, column: number, parts: NullColumn): void {
+    const { hashes, present, touched } = this.region(index)
+    assert(touched[column] === 0, `column ${column} of region ${index} is not in memory`)
+    touched[column] = 1
+    // What an earlier owner of the region wrote to its slot has gone.
+    const row = Math.floor((column * this.layout.shape.pageBytes) / this.layout.tokenStride)
+    const slot = this.own.indexOf(index)
+    if (slot >= 0) this.written[slot] = Math.min(this.written[slot] ?? 0, row)
+    for (const [part, hash] of parts) {
+      hashes[part] = hash
+      present[part] = 1
+    }
+  }
+
+  isAbsent(index: number, column: number): boolean {
+    return this.region(index).touched[column] === 0
   }
 
   residentBytes(): number {
@@ -167,6 +209,24 @@ export class NullKvMemory implements KvMemory {
     for (let c = first; c < end; c++) {
       const part = position * this.parts + c - first
       if (present[part] !== 1 || hashes[part] !== hash) return false
+    }
+    return true
+  }
+
+  /** Tokens that a slot holds, as far as `position`: those it wrote, then those brought back. */
+  private heldUpTo(slot: number, position: number): number {
+    let held = this.written[slot] ?? 0
+    while (held < position && this.isWhole(slot, held)) held++
+    this.written[slot] = held
+    return held
+  }
+
+  private isWhole(slot: number, position: number): boolean {
+    const first = fullColumns(this.layout, position)
+    const end = columnsFor(this.layout, position + 1)
+    for (let c = first; c < end; c++) {
+      const { present } = this.region(this.mapped[slot]?.[c] ?? 0)
+      if (present[position * this.parts + c - first] !== 1) return false
     }
     return true
   }

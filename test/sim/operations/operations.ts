@@ -2,6 +2,7 @@
 
 import { abort } from './abort.ts'
 import { clock } from './clock.ts'
+import { failingDisk, slowDisk } from './disk.ts'
 import { fail } from './fail.ts'
 import type { Operation } from './operation.ts'
 import { pin, unpin } from './pin.ts'
@@ -21,5 +22,7 @@ export const OPERATIONS: readonly Operation[] = [
   pin,
   unpin,
   poison,
+  slowDisk,
+  failingDisk,
   fail,
 ]
