@@ -113,7 +113,8 @@ export class World implements CoreSink {
       const sampling = { ...drawn.sampling, seed: drawn.sampling.seed + i }
       const request = { ...drawn, requestId: `request ${first}`, sampling }
       this.work += workOf(request)
-      const deadline = this.steps + this.work + this.expected.size + DEADLINE_SLACK
+      // Alone with a cached prefix that takes the last page, one begins once more without.
+      const deadline = this.steps + 2 * this.work + this.expected.size + DEADLINE_SLACK
       this.expected.set(id, new Expected(id, request, this.steps, deadline, this.oracle))
       return request
     })
@@ -280,8 +281,7 @@ export class World implements CoreSink {
     // What fails to come back is computed again.
     const again = failed * (this.config.layout.shape.maxTokens + wait)
     for (const { id, deadline, since } of this.expected.values()) {
-      // Alone with a cached prefix that takes the last page, it begins once more without.
-      const steps = since + (deadline - since) * (2 + wait) + again
+      const steps = since + (deadline - since) * (1 + wait) + again
       assert(this.steps <= steps, `sequence ${id} ends in the time that its work takes`)
       // Who comes later has more time.
       break
