@@ -56,6 +56,18 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/ps.ts')).psCommand(),
   },
   {
+    name: 'offload',
+    group: 'Look inside:',
+    summary: "move a session out of a server's memory",
+    load: async () => (await import('./cli/sessions.ts')).offloadCommand(),
+  },
+  {
+    name: 'reload',
+    group: 'Look inside:',
+    summary: "bring a session back into a server's memory",
+    load: async () => (await import('./cli/sessions.ts')).reloadCommand(),
+  },
+  {
     name: 'prefix',
     group: 'Look inside:',
     summary: "keep the beginnings of prompts in a server's memory",

@@ -4,7 +4,14 @@ import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
 import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
-import { collect, parseCount, parseNumber, parsePlace, parseSize } from './parse.ts'
+import {
+  collect,
+  parseCount,
+  parseNumber,
+  parsePlace,
+  parseSize,
+  parseWatermarks,
+} from './parse.ts'
 
 export interface EngineOptions {
   model?: string
@@ -16,6 +23,7 @@ export interface EngineOptions {
   prefixEviction?: EvictionName
   prefixCacheOutput: 'on' | 'off'
   kvOffload?: { bytes: number; path?: string }
+  kvWatermark?: { high: number; low: number }
 }
 
 export interface SamplingOptions {
@@ -78,6 +86,12 @@ export function addEngineOptions(command: Command): Command {
       '--kv-offload <SIZE[:DIR]>',
       'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
       parsePlace,
+    )
+    .option(
+      '--kv-watermark <HIGH:LOW>',
+      'percent of --kv-memory: above HIGH, cached prompts go to that file until LOW is in use' +
+        ' (default: 90:80)',
+      parseWatermarks,
     )
 }
 

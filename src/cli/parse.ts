@@ -33,6 +33,17 @@ export function parsePlace(text: string): { bytes: number; path?: string } {
   return { bytes: parseSize(text.slice(0, colon)), path }
 }
 
+/**
+ * Two percentages, the upper one first, as fractions.
+ *
+ * @example parseWatermarks('90:80') // { high: 0.9, low: 0.8 }
+ */
+export function parseWatermarks(text: string): { high: number; low: number } {
+  const [high = NaN, low = NaN] = (/^(\d+):(\d+)$/.exec(text.trim()) ?? []).slice(1).map(Number)
+  if (high <= 100 && low <= high) return { high: high / 100, low: low / 100 }
+  throw new InvalidArgumentError('Write two percentages, the upper one first, such as 90:80.')
+}
+
 /** A reader of whole numbers from `min` to `max`, both included. */
 export function parseCount(min: number, max = Number.MAX_SAFE_INTEGER): (text: string) => number {
   return (text) => {

@@ -72,6 +72,7 @@ export async function openSession(
       prefixEviction: options.prefixEviction,
       prefixCacheOutput: options.prefixCacheOutput === 'on',
       kvOffload: options.kvOffload,
+      kvWatermarks: options.kvWatermark,
       ...capacity,
     }),
   })

@@ -132,6 +132,10 @@ export interface TierSnapshot {
   loadedBytes: number
   /** Preempted sequences that were moved out; the others were computed again. */
   offloads: number
+  /** Cached prefixes that went out of memory. */
+  demotions: number
+  /** Prompts for which some came back. */
+  fetches: number
   /** Sequences and prefixes computed again in the end because writing or reading failed. */
   lost: number
 }
@@ -149,11 +153,35 @@ export interface PinnedPrefix {
   ageMs: number
 }
 
+/** What is cached of a conversation, from its first token on. */
+export interface SessionSnapshot {
+  id: string
+  tokens: number
+  /** In memory, those of other sessions with the same beginning included. */
+  pages: number
+  /** Outside of memory. */
+  outPages: number
+  /** Of all of them. */
+  bytes: number
+  where: 'memory' | 'disk' | 'both'
+  /** Since it was last used. */
+  idleMs: number
+}
+
+/**
+ * moving: it is on its way; busy: a sequence uses it, or there is no room; unknown: there is no
+ * such session; impossible: there is nowhere to move it.
+ */
+export type SessionMove = 'done' | 'moving' | 'busy' | 'unknown' | 'impossible'
+
 /** What an engine is asked, or told to do with its memory, between two steps. */
 export type EngineQuestion =
   | { kind: 'pinned'; tenant: string }
   /** The prefix stays cached for a while. */
   | { kind: 'unpin'; tenant: string; id: string }
+  | { kind: 'sessions'; tenant: string }
+  /** Begins to move a session's KV out of memory, or back. */
+  | { kind: 'offload' | 'reload'; tenant: string; id: string }
 
 /** The answer to each kind of question. */
 export interface EngineAnswers {
@@ -161,6 +189,10 @@ export interface EngineAnswers {
   pinned: PinnedPrefix[]
   /** False if the tenant has no such prefix. */
   unpin: boolean
+  /** Of this tenant's, the latest used first. */
+  sessions: SessionSnapshot[]
+  offload: SessionMove
+  reload: SessionMove
 }
 
 /** Counters only grow; gauges are of now. */

@@ -10,7 +10,7 @@ import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
-import { Tiers, type TierSink } from '../kv/tiers.ts'
+import { Transfers } from '../kv/transfers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
 import { Costs } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
@@ -23,14 +23,15 @@ import type {
   SamplingParams,
   SequenceRequest,
   SequenceSnapshot,
-  TierSnapshot,
   TokenLogprobs,
 } from './api.ts'
+import { Offload, type OffloadOptions } from './offload.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
+import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
 
-export interface CoreOptions {
+export interface CoreOptions extends OffloadOptions {
   maxSequences: number
   /** Hard limit on physical KV pages. */
   kvPages: number
@@ -38,8 +39,6 @@ export interface CoreOptions {
   prefixPages?: number
   /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
   greedy?: boolean
-  /** How sequences that made room come back; unless told, in the way that takes less time. */
-  comeBack?: 'moved' | 'computed'
   /** Which of them go first; 'cost' unless told. */
   prefixEviction?: EvictionName | undefined
   /** Whether answers are cached as prompts are. */
@@ -72,14 +71,15 @@ const TIER_WAIT_MS = 1
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
 
-export class EngineCore implements TierSink {
+export class EngineCore {
   private readonly backend: Backend
   private readonly sink: CoreSink
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
   private readonly scheduler: Scheduler<Sequence>
-  private readonly tiers: Tiers | undefined
+  private readonly offload: Offload | undefined
+  private readonly sessions: Sessions | undefined
   private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
   private readonly batch: StepBatch
@@ -91,8 +91,6 @@ export class EngineCore implements TierSink {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
-  /** Pages. */
-  private readonly moved = { save: 0, load: 0 }
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -109,24 +107,25 @@ export class EngineCore implements TierSink {
     const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
     this.slots = new SlotTable(regions, kv.slots)
     const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
-    const cache = prefixPages ? new PrefixCache(regions, prefixPages, { eviction, now }) : undefined
-    this.sharing = new PromptSharing(this.slots, cache, {
+    const transfers = kv.tier && new Transfers(kv.tier)
+    const places = transfers && { places: transfers.places }
+    const cache = prefixPages
+      ? new PrefixCache(regions, prefixPages, { eviction, now, ...places })
+      : undefined
+    this.costs = new Costs(kv.layout.shape.pageBytes)
+    this.offload = transfers && new Offload(transfers, this.slots, cache, this.costs, options)
+    this.sessions = cache && new Sessions(this.slots, cache, this.offload)
+    this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
-    const { maxSequences, greedy = false, comeBack } = options
-    this.costs = new Costs(kv.layout.shape.pageBytes)
-    this.tiers = kv.tier && new Tiers(kv.tier, this.slots, this)
+    const { maxSequences, greedy = false } = options
     this.scheduler = new Scheduler(
       this.slots,
       { stepTokens: backend.stepTokensMax, maxSequences, chunkTokensMin, greedy },
       this.sharing,
-      this.tiers && {
-        tiers: this.tiers,
-        preferMoving: (...amounts) =>
-          comeBack ? comeBack === 'moved' : this.costs.preferMoving(...amounts),
-      },
+      this.offload,
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -178,6 +177,7 @@ export class EngineCore implements TierSink {
   step(): boolean {
     const start = this.now()
     this.scheduler.settle(start)
+    this.offload?.keepRoom()
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
@@ -203,7 +203,8 @@ export class EngineCore implements TierSink {
    */
   settle(): number | undefined {
     const wait = this.giveBack()
-    if (!this.tiers?.busy) return wait
+    this.offload?.keepRoom()
+    if (!this.offload?.busy) return wait
     if (this.idle) this.scheduler.settle(this.now())
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
   }
@@ -221,15 +222,13 @@ export class EngineCore implements TierSink {
 
   /** Throws if the account of memory contradicts itself. */
   check(): void {
-    this.tiers?.check()
-    this.sharing.check(this.tiers?.holds())
+    this.offload?.check()
+    this.sharing.check(this.offload?.holds())
   }
 
-  /** What was moved teaches what moving costs. */
-  onTransfer(kind: 'save' | 'load', pages: number, ms: number, error: unknown): void {
-    if (error !== undefined) return
-    this.costs.moved(kind, pages, ms)
-    this.moved[kind] += pages
+  /** The machine has too little memory: cached prefixes go out of it. */
+  relieve(): void {
+    this.offload?.relieve()
   }
 
   snapshot(): EngineSnapshot {
@@ -271,22 +270,9 @@ export class EngineCore implements TierSink {
       outputTokens: this.outputTokens,
       finished: { ...this.finished },
       preemptions: offload + recompute,
-      ...(this.tiers && { tier: this.describe(this.tiers) }),
+      ...(this.offload && { tier: this.offload.snapshot(offload, this.scheduler.imagesLost) }),
       computeMs: this.computeMs,
       stepMs: this.stepMs,
-    }
-  }
-
-  private describe({ capacity, usedPlaces }: Tiers): TierSnapshot {
-    const { ranges, shape } = this.backend.kv.layout
-    const { preemptions, imagesLost } = this.scheduler
-    return {
-      capacityBytes: capacity * ranges * shape.pageBytes,
-      usedBytes: usedPlaces * ranges * shape.pageBytes,
-      savedBytes: this.moved.save * shape.pageBytes,
-      loadedBytes: this.moved.load * shape.pageBytes,
-      offloads: preemptions.offload,
-      lost: imagesLost,
     }
   }
 
@@ -303,8 +289,12 @@ export class EngineCore implements TierSink {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
-    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
-    return this.sharing.unpin(question.tenant, question.id)
+    const { kind, tenant } = question
+    if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
+    if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
+    if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
+    if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
+    return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

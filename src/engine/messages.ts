@@ -14,6 +14,7 @@ import type {
   SequenceRequest,
   TokenLogprobs,
 } from './api.ts'
+import type { Watermarks } from './offload.ts'
 import type { PagerStart } from '../tier/pager.ts'
 import type { TierFacts } from '../tier/tier.ts'
 
@@ -31,6 +32,8 @@ export interface EngineThreadOptions {
   /** Whether they hold answers too; not unless given. */
   prefixCacheOutput?: boolean
   kvOffload?: OffloadPlace
+  /** When cached prefixes go there; 90 and 80 % unless given. */
+  kvWatermarks?: Watermarks
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
 }
@@ -44,7 +47,10 @@ export interface OffloadPlace {
 export type BackendChoice =
   /** `cpus`: cores for compute threads. */
   | { kind: 'cpu'; modelPath: string; cpus: readonly number[] }
-  | ({ kind: 'null' } & Pick<NullBackendOptions, 'vocab' | 'kv' | 'stepMs' | 'fault'>)
+  | ({ kind: 'null' } & Pick<
+      NullBackendOptions,
+      'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns'
+    >)
 
 export type ToEngine =
   /** Choices of one request in one message, so that their prompt is computed once for certain. */

@@ -53,6 +53,12 @@ const loads = fc.record({
     kvPages: fc.integer({ min: 50, max: 110 }),
     prefixPages: fc.constantFrom(0, 0, 12, 50),
     greedy: fc.boolean(),
+    watermarks: fc.constantFrom(
+      { high: 0.9, low: 0.8 },
+      { high: 0.2, low: 0.1 },
+      { high: 0, low: 0 },
+    ),
+    prefixOutput: fc.boolean(),
   }),
   extraBudget: fc.nat(30),
   capacity: fc.constantFrom(5, 30, 200),
@@ -66,7 +72,7 @@ const loads = fc.record({
       maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
       temperature: fc.constantFrom(0, 1),
       seed: fc.nat(1000),
-      gap: fc.nat(4),
+      gap: fc.oneof(fc.nat(4), fc.nat(40)),
       // A fifth of the choices is aborted.
       abortAfter: fc.nat(60).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
     }),
@@ -74,8 +80,8 @@ const loads = fc.record({
   ),
 })
 
-test('a sequence that makes room is answered otherwise, or leaves something behind', () => {
-  const seen = { offloads: 0, recomputes: 0, lost: 0 }
+test('a sequence that makes room is answered otherwise, or leaves something behind', (t) => {
+  const seen = { demotions: 0, fetched: 0, offloads: 0, recomputes: 0, lost: 0 }
   fc.assert(
     fc.property(loads, ({ core, extraBudget, capacity, pollsMax, faults, seed, arrivals }) => {
       const stepTokens = core.maxSequences + extraBudget
@@ -116,9 +122,11 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
       seen.offloads += after!.offloads
       seen.recomputes += preemptions - after!.offloads
       seen.lost += after!.lost
-      assert.equal(after!.usedBytes, 0, 'places are left behind')
+      if (core.prefixPages === 0) assert.equal(after!.usedBytes, 0, 'places are left behind')
+      seen.demotions += after!.demotions
       assert.ok(kv.usedPages <= core.prefixPages, 'pages are left behind')
       assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+      seen.fetched += after!.fetches
       requests.forEach((request, id) => {
         const { tokens, reason, outputTokens, started } = engine.outcome(id)
         const expected = expectedOutcome(request)
@@ -130,6 +138,7 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
     }),
     { seed: 29, numRuns: 1000 },
   )
-  const { offloads, recomputes, lost } = seen
-  assert.ok(offloads > 300 && recomputes > 100 && lost > 20, JSON.stringify(seen))
+  const { demotions, fetched, offloads, recomputes, lost } = seen
+  t.diagnostic(JSON.stringify(seen))
+  assert.ok(demotions > 500 && fetched > 50 && offloads > 300 && recomputes > 100 && lost > 20)
 })

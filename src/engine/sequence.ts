@@ -16,6 +16,8 @@ export class Sequence {
   slot = -1
   image: Image | undefined
   preemptions = 0
+  /** What is cached of its prompt outside of memory: on its way, or no matter any more. */
+  fetched: 'coming' | 'done' | undefined
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
   /** The choices of its request, which share its prompt; itself too. */

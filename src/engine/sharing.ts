@@ -7,6 +7,7 @@ import type { PrefixCache } from '../kv/prefix.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
 import type { PinnedPrefix, SequenceRequest } from './api.ts'
+import type { Offload } from './offload.ts'
 import type { Sequence } from './sequence.ts'
 
 export interface SharingOptions {
@@ -24,22 +25,32 @@ export class PromptSharing implements Sharing<Sequence> {
   hits = 0
   private readonly slots: SlotTable
   private readonly cache: PrefixCache | undefined
+  private readonly offload: Offload | undefined
   private readonly options: SharingOptions
 
-  constructor(slots: SlotTable, cache: PrefixCache | undefined, options: SharingOptions) {
+  constructor(
+    slots: SlotTable,
+    cache: PrefixCache | undefined,
+    offload: Offload | undefined,
+    options: SharingOptions,
+  ) {
     this.slots = slots
     this.cache = cache
+    this.offload = offload
     this.options = options
   }
 
-  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
+  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' | 'coming' {
     const { tokens, promptLength, request } = sequence
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
     if (sibling) {
       if (sibling.computed < promptLength) return 'wait'
       spans = this.slots.spansOf(sibling.slot, promptLength)
-    } else if (this.cache) spans = this.cache.lookup(request.tenant, tokens, promptLength)
+    } else if (this.cache) {
+      if (this.comes(sequence)) return 'coming'
+      spans = this.cache.lookup(request.tenant, tokens, promptLength)
+    }
     return this.usable(sequence, spans.slice(0, this.options.spansMax))
   }
 
@@ -51,6 +62,22 @@ export class PromptSharing implements Sharing<Sequence> {
   private usable({ promptLength, outputTokens }: Sequence, spans: KvSpan[]): KvSpan[] {
     if (outputTokens > 0 && spannedTokens(spans) === promptLength) return spans
     return clipSpans(spans, promptLength - this.options.computeMin)
+  }
+
+  /**
+   * What is cached outside of memory of its prompt is on its way. It waits for that once: if memory
+   * is short it may have to go again, and a sequence must not wait for ever.
+   */
+  private comes(sequence: Sequence): boolean {
+    const { tokens, promptLength, request } = sequence
+    if (sequence.fetched === 'done') return false
+    const length = promptLength - (sequence.outputTokens > 0 ? 0 : this.options.computeMin)
+    const comes =
+      sequence.fetched === 'coming'
+        ? this.cache?.cold(request.tenant, tokens, length) === 'coming'
+        : this.offload?.fetch(request.tenant, tokens, length)
+    sequence.fetched = comes ? 'coming' : 'done'
+    return comes ?? false
   }
 
   evict(): boolean {

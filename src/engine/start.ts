@@ -16,6 +16,7 @@ import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
 import type { TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
+import type { Watermarks } from './offload.ts'
 import type { OffloadPlace } from './messages.ts'
 
 export interface EngineOptions {
@@ -35,6 +36,8 @@ export interface EngineOptions {
   prefixCacheOutput?: boolean
   /** A file for KV that memory has no room for. */
   kvOffload?: OffloadPlace
+  /** When cached prefixes go there. */
+  kvWatermarks?: Watermarks
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -70,6 +73,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
     )
   }
+  if (options.kvWatermarks && !options.kvOffload) {
+    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
+      todo: 'Give --kv-offload SIZE too.',
+    })
+  }
   const contextLength = chooseContext(config, kvBytes, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
@@ -93,6 +101,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
       prefixCacheOutput: options.prefixCacheOutput ?? false,
       ...(options.kvOffload && { kvOffload: options.kvOffload }),
+      ...(options.kvWatermarks && { kvWatermarks: options.kvWatermarks }),
     },
     {
       id: options.modelId,

@@ -8,6 +8,7 @@ import { toLatticeError } from '../errors.ts'
 import type { TokenLogprobs } from './api.ts'
 import type { PagerStart } from '../tier/pager.ts'
 import type { TierFacts } from '../tier/tier.ts'
+import { memoryPressure } from '../os/pressure.ts'
 import { EngineCore } from './core.ts'
 import type { EngineThreadOptions, FinishMessage, FromEngine, ToEngine } from './messages.ts'
 
@@ -72,6 +73,7 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
       prefixPages,
       prefixEviction: options.prefixEviction,
       prefixOutput: options.prefixCacheOutput,
+      watermarks: options.kvWatermarks,
     },
     {
       onStart(id, cachedTokens) {
@@ -92,9 +94,16 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
 /** How old the client's last snapshot may be when a step begins. */
 const SNAPSHOT_AGE_MS = 500
 
+/** How often the kernel is asked whether the machine has too little memory, if that helps. */
+const PRESSURE_CHECK_MS = 1000
+
+/** Percent of the time that some task waits for memory, from which on cached prefixes go. */
+const PRESSURE_MAX = 10
+
 /** Returns when the engine is closed. */
 function run(core: EngineCore): void {
   let publishedMs = -Infinity
+  let pressureMs = -Infinity
   for (;;) {
     const seen = Atomics.load(signal, 0)
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
@@ -112,9 +121,15 @@ function run(core: EngineCore): void {
       say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
       publishedMs = performance.now()
     }
+    if (options.kvOffload && performance.now() - pressureMs > PRESSURE_CHECK_MS) {
+      if ((memoryPressure() ?? 0) > PRESSURE_MAX) core.relieve()
+      pressureMs = performance.now()
+    }
     const worked = core.step()
     flush()
-    if (!worked) Atomics.wait(signal, 0, seen, core.settle())
+    if (worked) continue
+    const idleMs = options.kvOffload ? PRESSURE_CHECK_MS : Infinity
+    Atomics.wait(signal, 0, seen, Math.min(idleMs, core.settle() ?? Infinity))
   }
 }
 

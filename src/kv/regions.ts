@@ -54,6 +54,10 @@ export function regionsFor(slots: number): number {
 /** live: a sequence that runs, or a slot that keeps its pages warm; cache: a cached prefix. */
 export type Holder = 'live' | 'cache'
 
+export function pagesOf(layout: KvLayout, { first, end }: KvColumns): number {
+  return (end - first) * layout.ranges
+}
+
 /** Columns whose every byte lies before token `tokens`. */
 export function fullColumns(layout: KvLayout, tokens: number): number {
   return Math.floor((tokens * layout.tokenStride) / layout.shape.pageBytes)

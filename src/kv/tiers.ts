@@ -5,9 +5,8 @@
 //                    ▲                                │
 //                    └────────────stop────────────────┘   (its places still hold it)
 
-import { assert, present } from '../assert.ts'
+import { assert } from '../assert.ts'
 import { type KvLayout, tokenAlignedColumn } from './layout.ts'
-import { PlaceTable } from './places.ts'
 import {
   clipSpans,
   columnsFor,
@@ -17,7 +16,7 @@ import {
   spannedColumns,
 } from './regions.ts'
 import type { SlotTable } from './slots.ts'
-import type { KvTier } from './tier.ts'
+import type { TransferKind, Transfers } from './transfers.ts'
 
 /** What lets a sequence go on where it was: its columns outside of memory, or on their way. */
 export interface Image {
@@ -42,45 +41,17 @@ export interface Image {
   dropped: boolean
 }
 
-interface Transfer {
-  image: Image
-  kind: 'save' | 'load'
-  pages: number
-  sinceMs: number
-}
-
-/** What moved, for whoever learns from it or counts it. */
-export interface TierSink {
-  onTransfer(kind: 'save' | 'load', pages: number, ms: number, error: unknown): void
-}
-
 export class Tiers {
-  private readonly tier: KvTier
+  private readonly transfers: Transfers
   private readonly slots: SlotTable
-  private readonly sink: TierSink
-  private readonly places: PlaceTable
-  private readonly transfers = new Map<number, Transfer>()
   /** All that is not back or lost. */
   private readonly images = new Set<Image>()
+  /** Whose state has changed since `poll` was last called. */
+  private changed: Image[] = []
 
-  constructor(tier: KvTier, slots: SlotTable, sink: TierSink) {
-    this.tier = tier
+  constructor(transfers: Transfers, slots: SlotTable) {
+    this.transfers = transfers
     this.slots = slots
-    this.sink = sink
-    this.places = new PlaceTable(tier.capacity)
-  }
-
-  get capacity(): number {
-    return this.places.capacity
-  }
-
-  get usedPlaces(): number {
-    return this.places.used
-  }
-
-  /** Something is under way: `poll` will have news. */
-  get busy(): boolean {
-    return this.transfers.size > 0
   }
 
   /** Pages that become free when what is leaving has left, without anybody's doing. */
@@ -108,12 +79,12 @@ export class Tiers {
    * @returns undefined, with nothing changed, if the tier has no room, or the slot has just been
    *   forked and not written to
    */
-  out(slot: number, tokens: number, nowMs: number): Image | undefined {
+  out(slot: number, tokens: number): Image | undefined {
     const { slots } = this
     const { layout } = slots
     if (slots.isPending(slot)) return undefined
     const first = this.firstToMove(slot, tokens)
-    const places = this.places.take(columnsFor(layout, tokens) - first)
+    const places = this.transfers.places.take(columnsFor(layout, tokens) - first)
     if (!places) return undefined
     const shared = clipSpans(slots.spansOf(slot, tokens), tokensBefore(layout, first))
     slots.pin(shared)
@@ -132,7 +103,7 @@ export class Tiers {
     this.images.add(image)
     for (const columns of this.columnsOf(slot, tokens)) {
       const from = Math.max(columns.first, first)
-      if (from < columns.end) this.transfer(image, 'save', { ...columns, first: from }, nowMs)
+      if (from < columns.end) this.transfer(image, 'save', { ...columns, first: from })
     }
     // Nothing to write: all of it stays in memory for others.
     if (image.pending === 0) this.settle(image)
@@ -144,7 +115,7 @@ export class Tiers {
    * memory, the slot keeps now.
    * @returns true if there is nothing to fill: it is back
    */
-  back(image: Image, slot: number, nowMs: number): boolean {
+  back(image: Image, slot: number): boolean {
     assert(image.state === 'out' && image.pinned, 'what comes back was out')
     image.state = 'coming'
     image.pinned = false
@@ -154,7 +125,7 @@ export class Tiers {
     const { region, first } = this.slots.ownColumns(slot)
     assert(first === image.first, 'a slot begins where its image does')
     const columns = { region, first, end: first + image.places.length }
-    if (image.places.length > 0) this.transfer(image, 'load', columns, nowMs)
+    if (image.places.length > 0) this.transfer(image, 'load', columns)
     else this.settle(image)
     return image.places.length === 0
   }
@@ -178,19 +149,9 @@ export class Tiers {
    * @throws LatticeError `pager_failed`
    */
   poll(nowMs: number): Image[] {
-    this.tier.check()
-    const changed: Image[] = []
-    for (const { ticket, error } of this.tier.poll()) {
-      const { image, kind, pages, sinceMs } = present(this.transfers.get(ticket), 'a transfer')
-      this.transfers.delete(ticket)
-      this.sink.onTransfer(kind, pages, nowMs - sinceMs, error)
-      image.pending--
-      if (error) image.failed = true
-      if (image.pending > 0) continue
-      const told = !image.dropped
-      this.settle(image)
-      if (told) changed.push(image)
-    }
+    this.transfers.poll(nowMs)
+    const { changed } = this
+    this.changed = []
     return changed
   }
 
@@ -201,21 +162,21 @@ export class Tiers {
     }
   }
 
-  /** Throws if places are held twice or by nobody. */
-  check(): void {
-    let held = 0
-    for (const { places } of this.images) held += places.length
-    assert(held === this.places.used, 'places that are used are those of images')
+  *placesHeld(): Generator<Uint32Array> {
+    for (const { places } of this.images) yield places
   }
 
-  private transfer(image: Image, kind: 'save' | 'load', columns: KvColumns, nowMs: number): void {
+  private transfer(image: Image, kind: TransferKind, columns: KvColumns): void {
     const at = columns.first - image.first
     const places = image.places.subarray(at, at + columns.end - columns.first)
-    const ticket =
-      kind === 'save' ? this.tier.save(columns, places) : this.tier.load(columns, places)
-    const pages = places.length * this.slots.layout.ranges
-    this.transfers.set(ticket, { image, kind, pages, sinceMs: nowMs })
     image.pending++
+    this.transfers.begin(kind, columns, places, (error) => {
+      image.pending--
+      if (error) image.failed = true
+      if (image.pending > 0) return
+      if (!image.dropped) this.changed.push(image)
+      this.settle(image)
+    })
   }
 
   /** Nothing of it is under way any more. */
@@ -236,7 +197,7 @@ export class Tiers {
   private forget(image: Image, state: 'back' | 'lost'): void {
     if (image.pinned) this.slots.unpin(image.shared)
     image.pinned = false
-    this.places.give(image.places)
+    this.transfers.places.give(image.places)
     this.images.delete(image)
     image.state = state
   }

@@ -57,6 +57,11 @@ export class Costs {
     this.pageMs[kind].add(ms, pages)
   }
 
+  /** Whether pages are read sooner than so many tokens of a prompt are computed again. */
+  preferLoading(pages: number, promptTokens: number): boolean {
+    return pages * this.pageMs.load.get() <= promptTokens * this.prefillTokenMs.get()
+  }
+
   /** Whether pages are written and read sooner than so many tokens are computed again. */
   preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean {
     const moving = pages * (this.pageMs.save.get() + this.pageMs.load.get())

@@ -29,8 +29,11 @@ export interface Schedulable {
 
 /** What of a sequence may be in memory before it is let in. */
 export interface Sharing<S> {
-  /** Where its first tokens lie; 'wait' while another sequence is about to compute them. */
-  prefixOf(sequence: S): readonly KvSpan[] | 'wait'
+  /**
+   * Where its first tokens lie; 'wait' while another sequence is about to compute them, 'coming'
+   * while they come from outside of memory: others may go first.
+   */
+  prefixOf(sequence: S): readonly KvSpan[] | 'wait' | 'coming'
   /** Lets go of a cached prefix, to make room. False if there is none. */
   evict(): boolean
 }
@@ -38,6 +41,10 @@ export interface Sharing<S> {
 /** How a sequence that makes room comes back. */
 export interface Preemption {
   readonly tiers: Tiers
+  /** Something is on its way out of memory or back. */
+  readonly busy: boolean
+  /** Pages that become free without anybody's doing. */
+  readonly leavingPages: number
   /** Whether moving so many pages costs less than computing so many tokens. */
   preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean
 }
@@ -78,7 +85,6 @@ export class Scheduler<S extends Schedulable> {
   private readonly lengths = new OutputLengths()
   /** Pages that sequences of this step wait for while others leave. */
   private owedPages = 0
-  private nowMs = 0
   private readonly parts: ScheduledPart<S>[] = []
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
@@ -104,7 +110,6 @@ export class Scheduler<S extends Schedulable> {
    * @throws LatticeError `pager_failed`
    */
   settle(nowMs: number): void {
-    this.nowMs = nowMs
     for (const image of this.preemption?.tiers.poll(nowMs) ?? []) {
       if (image.state === 'back') this.resumed(image)
       else if (image.state === 'lost') this.computeAgain(image)
@@ -177,12 +182,17 @@ export class Scheduler<S extends Schedulable> {
   /** Lets sequences in while there is budget; a prompt gets all of its pages now or waits. */
   private admit(budget: number): void {
     let left = budget
+    let at = 0
     // Who runs already waits for memory: nobody else gets any.
     while (left > 0 && this.owedPages === 0 && this.hasSlot()) {
-      const sequence = this.waiting[0]
+      const sequence = this.waiting[at]
       if (!sequence || (!sequence.image && this.chunkOf(sequence, left) === 0)) return
-      while (!this.letIn(sequence)) if (!this.unblock()) return
-      this.waiting.shift()
+      let entry = this.letIn(sequence)
+      while (entry === false && this.unblock()) entry = this.letIn(sequence)
+      if (entry === 'coming') at++
+      if (entry === false) return
+      if (entry !== true) continue
+      this.waiting.splice(at, 1)
       this.running.push(sequence)
       if (sequence.image) continue
       if (!isDecoding(sequence)) left -= this.planChunk(sequence, left)
@@ -198,10 +208,11 @@ export class Scheduler<S extends Schedulable> {
     return this.running.length + leaving < this.options.maxSequences
   }
 
-  private letIn(sequence: S): boolean {
+  private letIn(sequence: S): boolean | 'coming' {
     if (sequence.image) return this.resume(sequence, sequence.image)
     const shared = this.sharing.prefixOf(sequence)
     if (shared === 'wait') return false
+    if (shared === 'coming') return shared
     if (this.expectsRoom(sequence, shared) && this.place(sequence, shared)) return true
     // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
     return this.running.length === 0 && this.place(sequence, [])
@@ -211,7 +222,7 @@ export class Scheduler<S extends Schedulable> {
   private expectsRoom(sequence: S, shared: readonly KvSpan[]): boolean {
     if (this.options.greedy || this.running.length === 0) return true
     const { slots } = this
-    let room = slots.availableBeside(shared) + (this.preemption?.tiers.leavingPages ?? 0)
+    let room = slots.availableBeside(shared) + (this.preemption?.leavingPages ?? 0)
     const growing = this.running.map((running): Growing => {
       const pages = slots.pagesOf(running.slot)
       room += pages
@@ -233,7 +244,7 @@ export class Scheduler<S extends Schedulable> {
    * @returns false if there is none, or something to wait for
    */
   private unblock(): boolean {
-    if (this.running.length > 0 || this.preemption?.tiers.busy) return false
+    if (this.running.length > 0 || this.preemption?.busy) return false
     const last = this.waiting.findLast(({ image }) => image && image.shared.length > 0)
     if (!last?.image) return false
     this.forgetImage(last, last.image)
@@ -282,7 +293,7 @@ export class Scheduler<S extends Schedulable> {
     if (slot < 0) return false
     sequence.slot = slot
     assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
-    if (this.preemption?.tiers.back(image, slot, this.nowMs)) this.resumed(image, sequence)
+    if (this.preemption?.tiers.back(image, slot)) this.resumed(image, sequence)
     return true
   }
 
@@ -315,7 +326,7 @@ export class Scheduler<S extends Schedulable> {
   private makeRoom(sequence: S, tokens: number): boolean {
     while (!this.growOrReclaim(sequence, tokens)) {
       const missing = this.slots.missingPages(sequence.slot, tokens)
-      const leaving = this.preemption?.tiers.leavingPages ?? 0
+      const leaving = this.preemption?.leavingPages ?? 0
       if (this.owedPages + missing <= leaving) {
         this.owedPages += missing
         return false
@@ -349,7 +360,7 @@ export class Scheduler<S extends Schedulable> {
       const pages = tiers.columnsToMove(slot, computed) * this.slots.layout.ranges
       const outputs = Math.max(0, computed - promptLength)
       if (this.preemption?.preferMoving(pages, computed - outputs, outputs)) {
-        sequence.image = tiers.out(slot, computed, this.nowMs)
+        sequence.image = tiers.out(slot, computed)
       }
     }
     if (sequence.image) this.preemptions.offload++

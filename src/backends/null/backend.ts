@@ -8,6 +8,7 @@ import { layerMajor } from '../../kv/layout.ts'
 import { regionsFor } from '../../kv/regions.ts'
 import type { Backend, StepBatch } from '../backend.ts'
 import { NullKvMemory } from './kv-memory.ts'
+import { NullTier } from './tier.ts'
 
 export interface NullBackendOptions {
   vocab: number
@@ -19,6 +20,8 @@ export interface NullBackendOptions {
   /** How long a step seems to compute. */
   stepMs?: number
   fault?: NullFault
+  /** Columns that a tier holds; none unless told. */
+  tierColumns?: number
 }
 
 /** What goes wrong in step `atStep` (the first is 0). */
@@ -50,6 +53,8 @@ export class NullBackend implements Backend {
     this.stepTokensMax = stepTokens
     const layout = layerMajor({ ...kv, maxTokens: contextLength })
     this.kv = new NullKvMemory(layout, maxSequences, regionsFor(maxSequences))
+    const { tierColumns: capacity } = options
+    if (capacity) this.kv.tier = new NullTier(this.kv, { capacity })
     this.rows = Array.from({ length: maxSequences }, () => new Float32Array(vocab))
   }
 
