@@ -2,6 +2,7 @@
 // are made of, and how often each kind of thing happens. Small numbers, so that borders are met
 // often; some kinds of things are left out of a run altogether, so that others come to their own.
 
+import type { Watermarks } from '../../src/engine/offload.ts'
 import { EVICTION_NAMES, type EvictionName } from '../../src/kv/eviction.ts'
 import { columnsFor, regionsFor } from '../../src/kv/regions.ts'
 import { type KvLayout, layerMajor, pagesFor, tokenMajor } from '../../src/kv/layout.ts'
@@ -25,6 +26,7 @@ export interface SimConfig {
   /** Lets in whoever fits, whatever others will need. */
   greedy: boolean
   comeBack: 'moved' | 'computed' | undefined
+  watermarks: Watermarks
   stepTokens: number
   chunkTokensMin: number
   /** Other regions that a slot's tokens may lie in, at most. */
@@ -58,6 +60,11 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
     prefixPages: random.chance(0.2) ? 0 : random.between(1, random.chance(0.5) ? alone : kvPages),
     tierColumns: random.chance(0.4) ? 0 : random.between(1, (3 * kvPages) / layout.ranges),
     greedy: random.chance(0.5),
+    watermarks: random.pick([
+      { high: 0.9, low: 0.8 },
+      { high: 0.6, low: 0.2 },
+      { high: 1, low: 1 },
+    ]),
     comeBack: random.pick([undefined, 'moved', 'moved', 'computed']),
     prefixEviction: random.pick(EVICTION_NAMES),
     prefixOutput: random.chance(0.3),
@@ -90,7 +97,13 @@ function drawLayout(random: Random): KvLayout {
   return random.chance(0.7) ? layerMajor(shape) : tokenMajor(shape)
 }
 
-export function describeConfig({ layout, words, rates, ...numbers }: SimConfig): string[] {
+export function describeConfig({
+  layout,
+  words,
+  rates,
+  watermarks,
+  ...numbers
+}: SimConfig): string[] {
   const { pageBytes, maxTokens } = layout.shape
   const never = [...rates].filter(([, rate]) => rate === 0).map(([name]) => name)
   return [
@@ -98,7 +111,8 @@ export function describeConfig({ layout, words, rates, ...numbers }: SimConfig):
       .map(([name, value]) => `${name} ${value}`)
       .join(' · '),
     `${maxTokens} tokens of ${layout.ranges} × ${layout.tokenStride} bytes ` +
-      `on pages of ${pageBytes}: ${columnsFor(layout, maxTokens)} columns · ${words.length} words`,
+      `on pages of ${pageBytes}: ${columnsFor(layout, maxTokens)} columns · ` +
+      `${words.length} words · watermarks ${watermarks.high} and ${watermarks.low}`,
     `never: ${never.join(', ') || '–'}`,
   ]
 }

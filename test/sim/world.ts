@@ -2,6 +2,7 @@
 // get, the memory, and the invariants that hold after every step.
 
 import { assert, present } from '../../src/assert.ts'
+import { extendHash } from '../../src/backends/null/kv-memory.ts'
 import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
 import { type CoreOptions, type CoreSink, EngineCore } from '../../src/engine/core.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
@@ -37,6 +38,9 @@ export interface Coverage {
   preemptions: number
   offloads: number
   lost: number
+  /** Prefixes that went to disk, and prompts for which some came back. */
+  demotions: number
+  fetches: number
   restarts: number
 }
 
@@ -61,6 +65,8 @@ export class World implements CoreSink {
     preemptions: 0,
     offloads: 0,
     lost: 0,
+    demotions: 0,
+    fetches: 0,
     restarts: 0,
   }
   core!: EngineCore
@@ -236,7 +242,10 @@ export class World implements CoreSink {
     this.check()
     assert(regionTable.usedPages === 0, 'no page is left behind')
     assert(this.memory.residentBytes() === 0, 'no memory is left behind')
-    assert(!this.core.snapshot().tier?.usedBytes, 'no place on disk is left behind')
+    const places = new Set([...(cache?.nodes() ?? [])].flatMap((node) => [...(node.places ?? [])]))
+    const { ranges, shape } = this.config.layout
+    const used = this.core.snapshot().tier?.usedBytes ?? 0
+    assert(used === places.size * ranges * shape.pageBytes, 'only cached prefixes stay on disk')
     this.count()
   }
 
@@ -290,13 +299,16 @@ export class World implements CoreSink {
 
   /** What is cached is in memory, as its tenant's tokens left it. */
   private checkNode(node: PrefixNode, before: number): void {
-    const { region, from, tokens, children } = node
-    const hash = tokens.length > 0 ? this.memory.checkRows(region, from, tokens, before) : before
+    const { region, coming, from, tokens, children } = node
+    const hash =
+      region >= 0 && !coming
+        ? this.memory.checkRows(region, from, tokens, before)
+        : tokens.reduce(extendHash, before)
     for (const child of children.values()) this.checkNode(child, hash)
   }
 
   /** Runs the engine; if what was injected stops it, its clients are told and a new one starts. */
-  private guard(act: () => void): void {
+  guard(act: () => void): void {
     try {
       act()
     } catch (thrown) {
@@ -325,7 +337,8 @@ export class World implements CoreSink {
       prefixEviction,
       prefixOutput,
       greedy,
-      ...(comeBack && { comeBack }),
+      comeBack,
+      watermarks: config.watermarks,
     }
     this.core = new EngineCore(this.backend, options, this, () => this.nowMs)
     this.insides = insidesOf(this.core)
@@ -363,6 +376,8 @@ export class World implements CoreSink {
     this.coverage.preemptions += preemptions
     this.coverage.offloads += tier?.offloads ?? 0
     this.coverage.lost += tier?.lost ?? 0
+    this.coverage.demotions += tier?.demotions ?? 0
+    this.coverage.fetches += tier?.fetches ?? 0
   }
 
   private of(id: number): Expected {

@@ -8,6 +8,7 @@ import type { Operation } from './operation.ts'
 import { pin, unpin } from './pin.ts'
 import { poison } from './poison.ts'
 import { refuse } from './refuse.ts'
+import { moveSession, relieve } from './sessions.ts'
 import { settle } from './settle.ts'
 import { snapshot } from './snapshot.ts'
 import { submit } from './submit.ts'
@@ -21,6 +22,8 @@ export const OPERATIONS: readonly Operation[] = [
   snapshot,
   pin,
   unpin,
+  moveSession,
+  relieve,
   poison,
   slowDisk,
   failingDisk,
