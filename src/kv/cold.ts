@@ -93,6 +93,7 @@ export class ColdPrefixes {
       return false
     }
     this.load({ region, first, end }, nodes, path)
+    this.cache.hold(parent, false)
     this.fetches++
     return true
   }
@@ -122,13 +123,17 @@ export class ColdPrefixes {
       if (error) this.lost++
       const now = columnsOf(this.regions, node)
       const same = now.region === columns.region && now.first === columns.first
-      if (error || node.gone || node.places || !same || now.end !== columns.end) {
+      const changed = node.gone || node.places || !same || now.end !== columns.end
+      const unused = !changed && this.regions.evictableIn([columns]) === pages
+      const mayGo = unused && node.warm === 0 && node.pins === 0
+      if (error || changed) {
         this.transfers.places.give(places)
+        // Somebody may wait for its memory: where nothing can be written, it is forgotten.
+        if (error && mayGo) this.cache.forgetAll(node)
         return
       }
       node.places = places
-      const unused = this.regions.evictableIn([columns]) === pages
-      if (!unused || node.warm > 0 || node.pins > 0) return
+      if (!mayGo) return
       this.cache.demote(node)
       then()
     })

@@ -34,6 +34,8 @@ export interface PrefixNode extends Evictable {
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
+  /** Somebody is about to use it: it stays, also when what follows it goes. */
+  held: boolean
   /** Forgotten. */
   gone: boolean
 }
@@ -171,6 +173,7 @@ export class PrefixCache {
 
   /** Keeps a node from going, or lets it go again. */
   hold(node: PrefixNode, held: boolean): void {
+    node.held = held
     if (held) {
       if (this.queue.has(node)) this.queue.remove(node)
     } else if (mayGo(node) && !this.queue.has(node)) this.queue.add(node)
@@ -416,6 +419,7 @@ function makeNode(
     value: 0,
     heapIndex: -1,
     pins: 0,
+    held: false,
     places: undefined,
     coming: false,
     warm: 0,
@@ -424,8 +428,8 @@ function makeNode(
 }
 
 /** An end of what is in memory that no pinned prefix needs. */
-function mayGo({ parent, region, coming, warm, pins }: PrefixNode): boolean {
-  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0
+function mayGo({ parent, region, coming, warm, pins, held }: PrefixNode): boolean {
+  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0 && !held
 }
 
 function addSpan(spans: KvSpan[], span: KvSpan): void {
