@@ -47,6 +47,9 @@ export interface Coverage {
 /** Steps beyond its share of the work that a sequence may take. */
 const DEADLINE_SLACK = 8
 
+/** Transfers, one after the other, that somebody waits for at most: also if each of them fails. */
+const WAITS_MAX = 8
+
 /** What a sequence whose prompt is to be pinned may end with. */
 const PIN_ERRORS = new Set(['prefix_memory_exhausted', 'invalid_request'])
 
@@ -285,7 +288,7 @@ export class World implements CoreSink {
     const { slowness = 1, failed = 0 } = this.tier?.disk ?? {}
     this.slownessMax = Math.max(this.slownessMax, slowness)
     this.waited = busy || this.expected.size === 0 ? 0 : this.waited + 1
-    const wait = this.tier ? 2 * this.slownessMax + 2 : 0
+    const wait = this.tier ? WAITS_MAX * this.slownessMax + 2 : 0
     assert(this.waited <= wait, 'an engine with sequences has something to do')
     // What fails to come back is computed again.
     const again = failed * (this.config.layout.shape.maxTokens + wait)

@@ -21,7 +21,7 @@ export const failingDisk: Operation = {
   rate: 0.01,
   draw({ config }, random): Action | undefined {
     if (config.tierColumns === 0) return undefined
-    const errors = random.between(1, 3)
+    const errors = random.pick([1, 2, 3, 1000])
     return {
       describe: () => `the next ${errors} transfers fail`,
       run: ({ tier }) => tier && (tier.disk.errors = errors),
