@@ -20,6 +20,7 @@ export const ERROR_CODES = {
   engine_stopped: { status: 503, exit: 1 },
   kv_lost: { status: 500, exit: 1 },
   kv_memory_exhausted: { status: 400, exit: 1 },
+  kv_store_invalid: { status: 500, exit: 1 },
   prefix_memory_exhausted: { status: 409, exit: 1 },
   session_busy: { status: 409, exit: 1 },
   download_failed: { status: 502, exit: 1 },

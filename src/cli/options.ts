@@ -24,6 +24,8 @@ export interface EngineOptions {
   prefixCacheOutput: 'on' | 'off'
   kvOffload?: { bytes: number; path?: string }
   kvWatermark?: { high: number; low: number }
+  kvStore?: string
+  kvStoreKey?: string
 }
 
 export interface SamplingOptions {
@@ -93,6 +95,11 @@ export function addEngineOptions(command: Command): Command {
         ' (default: 90:80)',
       parseWatermarks,
     )
+    .option(
+      '--kv-store <DIR>',
+      'keep prompts there, encrypted, beyond a restart; with --kv-offload SIZE (default: none)',
+    )
+    .option('--kv-store-key <KEY>', 'its key: a file with 32 bytes, or keyring:NAME')
 }
 
 export function addSamplingOptions(command: Command): Command {

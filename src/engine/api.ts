@@ -60,6 +60,18 @@ export interface SequenceRequest {
    * is too short to be cached.
    */
   pin?: string
+  /** Beam search instead of sampling, which must be greedy then: the choices are its best. */
+  beams?: BeamParams
+}
+
+/** A beam search, with the meaning that HF transformers' `generate` gives each. */
+export interface BeamParams {
+  /** Beams that run side by side (num_beams), ≥ 2; choices of the request at most. */
+  width: number
+  /** A score is the sum of log-probabilities over the tokens to the power of this. */
+  lengthPenalty: number
+  /** When to stop. true: at `width` finished ones; false: no better is likely; 'never': possible. */
+  earlyStopping: boolean | 'never'
 }
 
 /** Natural logarithms of probabilities under the model's own distribution (before sampling). */
@@ -80,8 +92,16 @@ export interface SequenceSink {
   onStart?(cachedTokens: number): void
   /** A stop token that ends the sequence is counted but not delivered here. */
   onToken(token: number, logprobs: TokenLogprobs | undefined): void
-  /** Called once, last. `outputTokens` includes the stop token. */
-  onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void
+  /**
+   * Called once, last. `outputTokens` includes the stop token, and so does `score`: of a beam what
+   * it was ranked by, else the mean log-probability of a token; known if log-probabilities are.
+   */
+  onFinish(
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+    score?: number,
+  ): void
 }
 
 /** One of several answers to the same prompt. */
@@ -225,6 +245,8 @@ export interface EngineSnapshot {
   preemptions: number
   /** Absent if there is no memory but the one. */
   tier?: TierSnapshot
+  /** Forks of beams that were copied in part, because their tokens lay in too many places. */
+  beamCopies: number
   /** Wall time inside the backend's compute and in whole steps, in milliseconds. */
   computeMs: number
   stepMs: number
@@ -248,6 +270,7 @@ export interface Engine {
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
   /**
    * Queues several sequences that share a prompt, which is computed once: all of them or none.
+   * Those of a beam search get all of their tokens at its end, the best hypothesis first.
    * @returns a handle for each, in order
    * @throws LatticeError as `submit` does
    */

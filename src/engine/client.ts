@@ -245,10 +245,10 @@ export class EngineClient implements Engine {
       sequence.outputTokens++
       sequence.sink.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
     }
-    for (const { id, reason, outputTokens, error } of finished) {
+    for (const { id, reason, outputTokens, error, score } of finished) {
       const sequence = this.live.get(id)
       this.live.delete(id)
-      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error))
+      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error), score)
     }
     if (this.live.size === 0) for (const resolve of this.drained.splice(0)) resolve()
   }

@@ -25,6 +25,8 @@ import type {
   SequenceSnapshot,
   TokenLogprobs,
 } from './api.ts'
+import { BeamGroup } from './beam-group.ts'
+import type { Hypothesis } from './beams.ts'
 import { Offload, type OffloadOptions } from './offload.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
@@ -55,6 +57,7 @@ export interface CoreSink {
     reason: FinishReason,
     outputTokens: number,
     error: LatticeError | undefined,
+    score: number | undefined,
   ): void
 }
 
@@ -82,6 +85,8 @@ export class EngineCore {
   private readonly sessions: Sessions | undefined
   private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
+  /** Regions besides its own that a slot's tokens may lie in. */
+  private readonly spansMax: number
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
@@ -106,6 +111,7 @@ export class EngineCore {
     const { kv, chunkTokensMin } = backend
     const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
     this.slots = new SlotTable(regions, kv.slots)
+    this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
     const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
     const transfers = kv.tier && new Transfers(kv.tier)
     const places = transfers && { places: transfers.places }
@@ -118,7 +124,7 @@ export class EngineCore {
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
       computeMin: Math.max(1, chunkTokensMin),
-      spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
+      spansMax: this.spansMax,
     })
     const { maxSequences, greedy = false } = options
     this.scheduler = new Scheduler(
@@ -147,6 +153,7 @@ export class EngineCore {
     request: SequenceRequest,
     samplings: readonly SamplingParams[],
   ): void {
+    if (request.beams) return this.submitBeams(ids, request)
     const group: Sequence[] = []
     ids.forEach((id, i) => {
       try {
@@ -158,15 +165,19 @@ export class EngineCore {
         this.scheduler.waiting.push(sequence)
       } catch (thrown) {
         if (!(thrown instanceof LatticeError)) throw thrown
-        this.finished.error++
-        this.sink.onFinish(id, 'error', 0, thrown)
+        this.report(id, 'error', 0, thrown)
       }
     })
   }
 
   abort(id: number): void {
     const sequence = this.sequences.get(id)
-    if (sequence) this.finish(sequence, 'abort')
+    if (!sequence) return
+    const { unit } = sequence
+    if (!unit) return this.finish(sequence, 'abort')
+    unit.ids[unit.ids.indexOf(id)] = undefined
+    this.report(id, 'abort', 0)
+    if (unit.abandoned) this.endBeams(unit, -Infinity)
   }
 
   /**
@@ -235,7 +246,8 @@ export class EngineCore {
     const { layout } = this.backend.kv
     const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
-    const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
+    const all = [...this.scheduler.running, ...this.scheduler.waiting]
+    const sequences = all.map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
       return {
         requestId: request.requestId,
@@ -271,6 +283,7 @@ export class EngineCore {
       finished: { ...this.finished },
       preemptions: offload + recompute,
       ...(this.offload && { tier: this.offload.snapshot(offload, this.scheduler.imagesLost) }),
+      beamCopies: this.slots.compactions,
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
@@ -314,7 +327,8 @@ export class EngineCore {
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
       if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
-      this.advance(sequence, logits)
+      if (sequence.unit) this.advanceBeam(sequence.unit, sequence, logits)
+      else this.advance(sequence, logits)
     }
   }
 
@@ -346,7 +360,9 @@ export class EngineCore {
     if (sequence.started) return
     this.sharing.started(sequence)
     sequence.started = true
-    this.sink.onStart(sequence.id, sequence.cachedTokens)
+    for (const id of sequence.unit?.ids ?? [sequence.id]) {
+      if (id !== undefined) this.sink.onStart(id, sequence.cachedTokens)
+    }
   }
 
   /** Samples a sequence's next token and ends it if that was the last. */
@@ -361,9 +377,10 @@ export class EngineCore {
     }
     sequence.push(token)
     this.outputTokens++
-    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
     const logprobs =
       topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+    sequence.logprobs += logprobs?.logprob ?? 0
+    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
     this.sink.onToken(sequence.id, token, logprobs)
     if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
@@ -372,9 +389,74 @@ export class EngineCore {
     if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
-    this.sequences.delete(sequence.id)
+    const { id, outputTokens, logprobs, request } = sequence
+    const scored = request.topLogprobs !== undefined && outputTokens > 0
+    this.report(id, reason, outputTokens, error, scored ? logprobs / outputTokens : undefined)
+  }
+
+  private report(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error?: LatticeError,
+    score?: number,
+  ): void {
+    this.sequences.delete(id)
     this.finished[reason]++
-    this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
+    this.sink.onFinish(id, reason, outputTokens, error, score)
+  }
+
+  private submitBeams(ids: readonly number[], request: SequenceRequest): void {
+    try {
+      const group = new BeamGroup(ids, request, this.backend.kv.layout, this.now())
+      this.scheduler.checkUnit(group)
+      for (const id of ids) this.sequences.set(id, group.lead)
+      this.scheduler.waiting.push(group.lead)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      for (const id of ids) this.report(id, 'error', 0, thrown)
+    }
+  }
+
+  /** Takes a beam's logits in; once those of all are there, their search goes on by a token. */
+  private advanceBeam(group: BeamGroup, member: Sequence, logits: Float32Array): void {
+    if (group.abandoned) return
+    try {
+      if (!group.offer(member, logits, this.sampler)) return
+      const hypotheses = group.advance(this.scheduler, this.spansMax)
+      if (hypotheses) this.deliver(group, hypotheses)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.endBeams(group, -Infinity, thrown)
+    }
+  }
+
+  /** Hands out what a beam search has found, the best to its first choice. */
+  private deliver(group: BeamGroup, hypotheses: readonly Hypothesis[]): void {
+    const { topLogprobs } = group.lead.request
+    hypotheses.forEach(({ tokens, logprobs, score, stopped }, i) => {
+      const id = group.ids[i]
+      if (id === undefined) return
+      const shown = stopped ? tokens.slice(0, -1) : tokens
+      shown.forEach((token, at) => {
+        this.sink.onToken(id, token, topLogprobs === undefined ? undefined : logprobs[at])
+      })
+      this.outputTokens += tokens.length
+      group.ids[i] = undefined
+      this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
+    })
+    this.endBeams(group, this.now(), tooFew(hypotheses.length))
+  }
+
+  /** Takes all beams out; who still waits for a hypothesis gets the error. */
+  private endBeams(group: BeamGroup, sinceMs: number, error?: LatticeError): void {
+    const running = this.scheduler.running.filter(({ unit }) => unit === group)
+    for (const member of new Set([...running, group.lead])) this.scheduler.remove(member, sinceMs)
+    group.ids.forEach((id, i) => {
+      if (id === undefined) return
+      group.ids[i] = undefined
+      this.report(id, 'error', 0, error)
+    })
   }
 
   /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
@@ -382,4 +464,11 @@ export class EngineCore {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
   }
+}
+
+function tooFew(found: number): LatticeError {
+  return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
+    todo: 'Ask for fewer answers: there are not as many that are possible.',
+    details: { param: 'n' },
+  })
 }

@@ -42,6 +42,13 @@ export interface EngineThreadOptions {
 export interface OffloadPlace {
   bytes: number
   path?: string
+  store?: StorePlace
+}
+
+/** A directory where prefixes outlive the process; its key as src/tier/store/secret.ts has it. */
+export interface StorePlace {
+  directory: string
+  key: string
 }
 
 export type BackendChoice =
@@ -65,6 +72,7 @@ export interface FinishMessage {
   reason: FinishReason
   outputTokens: number
   error: LatticeErrorJson | undefined
+  score: number | undefined
 }
 
 export interface EngineFacts {

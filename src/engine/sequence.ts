@@ -2,6 +2,7 @@
 
 import type { Image } from '../kv/tiers.ts'
 import type { SequenceRequest, SequenceState } from './api.ts'
+import type { BeamGroup } from './beam-group.ts'
 import { SamplerState } from './sampler.ts'
 
 export class Sequence {
@@ -22,12 +23,23 @@ export class Sequence {
   cachedTokens = 0
   /** The choices of its request, which share its prompt; itself too. */
   readonly group: readonly Sequence[]
+  /** The beam search that it is a part of. */
+  readonly unit: BeamGroup | undefined
+  /** Sum of its tokens' log-probabilities, the stop token's too, if any were asked for. */
+  logprobs = 0
   /** It has left the queue once; it may wait again if it is preempted. */
   started = false
 
-  constructor(id: number, request: SequenceRequest, group: readonly Sequence[], nowMs: number) {
+  constructor(
+    id: number,
+    request: SequenceRequest,
+    group: readonly Sequence[],
+    nowMs: number,
+    unit?: BeamGroup,
+  ) {
     this.id = id
     this.group = group
+    this.unit = unit
     this.request = request
     this.arrivedMs = nowMs
     this.sampler = new SamplerState(request.sampling, request.prompt)

@@ -4,7 +4,7 @@
 import { LatticeError } from '../errors.ts'
 import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
-import type { SlotTable } from '../kv/slots.ts'
+import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
 import type { PinnedPrefix, SequenceRequest } from './api.ts'
 import type { Offload } from './offload.ts'
@@ -41,7 +41,8 @@ export class PromptSharing implements Sharing<Sequence> {
   }
 
   prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' | 'coming' {
-    const { tokens, promptLength, request } = sequence
+    const { tokens, promptLength, request, unit } = sequence
+    if (unit?.restarted) return []
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
     if (sibling) {
@@ -51,7 +52,9 @@ export class PromptSharing implements Sharing<Sequence> {
       if (this.comes(sequence)) return 'coming'
       spans = this.cache.lookup(request.tenant, tokens, promptLength)
     }
-    return this.usable(sequence, spans.slice(0, this.options.spansMax))
+    // Beams lie in more and more regions; of those that they may, a prompt gets less than half.
+    const spansMax = unit ? beamSpansKept(this.options.spansMax) - 1 : this.options.spansMax
+    return this.usable(sequence, spans.slice(0, spansMax))
   }
 
   /**

@@ -14,10 +14,10 @@ import type { ModelConfig } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
-import type { TierFacts } from '../tier/tier.ts'
+import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
 import type { Watermarks } from './offload.ts'
-import type { OffloadPlace } from './messages.ts'
+import type { OffloadPlace, StorePlace } from './messages.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
@@ -38,6 +38,8 @@ export interface EngineOptions {
   kvOffload?: OffloadPlace
   /** When cached prefixes go there. */
   kvWatermarks?: Watermarks
+  /** Where prefixes outlive the process; `kvOffload` says how large. */
+  kvStore?: StorePlace
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -100,8 +102,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       prefixCacheBytes,
       prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
       prefixCacheOutput: options.prefixCacheOutput ?? false,
-      ...(options.kvOffload && { kvOffload: options.kvOffload }),
       ...(options.kvWatermarks && { kvWatermarks: options.kvWatermarks }),
+      ...offloadPlace(options),
     },
     {
       id: options.modelId,
@@ -132,6 +134,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
         : ''),
     ...(tier ? [`tier     ${describeTier(tier)}`] : []),
+    ...(tier?.store ? [`store    ${describeStore(tier.store)}`] : []),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }
@@ -176,6 +179,21 @@ function whence(options: EngineOptions, budget: MemoryBudget): string {
     `${KV_SHARE * 100} % of ${mib(budget.availableBytes)} available;` +
     ` machine ${mib(budget.machineBytes)}${cgroup}`
   )
+}
+
+/** @throws LatticeError `usage` for a store without a size, or with two directories */
+function offloadPlace({ kvOffload, kvStore }: EngineOptions): { kvOffload?: OffloadPlace } {
+  if (!kvStore) return kvOffload ? { kvOffload } : {}
+  if (kvOffload && kvOffload.path === undefined)
+    return { kvOffload: { ...kvOffload, store: kvStore } }
+  throw new LatticeError('usage', 'A KV store has a size, and one directory.', {
+    todo: 'Give --kv-offload SIZE, without a directory, together with --kv-store DIR.',
+  })
+}
+
+function describeStore({ directory, prefixes, tokens, lost }: StoreFacts): string {
+  const gone = lost === 0 ? 'nothing lost' : `${lost} torn or changed records or prefixes lost`
+  return `${prefixes} prefixes of ${tokens} tokens kept in ${directory}, ${gone}`
 }
 
 function describeTier({ bytes, file, touches }: TierFacts): string {

@@ -4,13 +4,20 @@
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import type { Backend } from '../backends/backend.ts'
+import type { CpuOffload } from '../backends/cpu/backend.ts'
 import { toLatticeError } from '../errors.ts'
 import type { TokenLogprobs } from './api.ts'
 import type { PagerStart } from '../tier/pager.ts'
 import type { TierFacts } from '../tier/tier.ts'
 import { memoryPressure } from '../os/pressure.ts'
 import { EngineCore } from './core.ts'
-import type { EngineThreadOptions, FinishMessage, FromEngine, ToEngine } from './messages.ts'
+import type {
+  EngineThreadOptions,
+  FinishMessage,
+  FromEngine,
+  OffloadPlace,
+  ToEngine,
+} from './messages.ts'
 
 const port = present(parentPort, 'the parent thread')
 const options = workerData as EngineThreadOptions
@@ -51,15 +58,21 @@ async function openBackend(): Promise<Opened> {
     import('../backends/cpu/backend.ts'),
     import('../model/load.ts'),
   ])
-  const { signal, kvOffload } = options
-  const startPager = (start: PagerStart) => say({ kind: 'pager', start })
   const backend = new CpuBackend(openModel(choice.modelPath), {
     ...options,
     cpus: choice.cpus,
-    ...(kvOffload && { offload: { ...kvOffload, signal, startPager } }),
+    ...(options.kvOffload && { offload: await offloadTo(options.kvOffload) }),
   })
   const repackedBytes = Object.fromEntries(backend.weights.repackedBytes)
   return { backend, variant: backend.variant, repackedBytes, tier: backend.kv.tier?.facts }
+}
+
+async function offloadTo({ store, ...place }: OffloadPlace): Promise<CpuOffload> {
+  const startPager = (start: PagerStart) => say({ kind: 'pager', start })
+  const offload = { ...place, signal: options.signal, startPager }
+  if (!store) return offload
+  const { readSecret } = await import('../tier/store/secret.ts')
+  return { ...offload, store: { directory: store.directory, secret: readSecret(store.key) } }
 }
 
 function makeCore(backend: Backend, kvPages: number): EngineCore {
@@ -83,8 +96,8 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
         if (chosen) (logprobs ??= new Map()).set(tokens.length / 2, chosen)
         tokens.push(id, token)
       },
-      onFinish(id, reason, outputTokens, error) {
-        finished.push({ id, reason, outputTokens, error: error?.toJSON() })
+      onFinish(id, reason, outputTokens, error, score) {
+        finished.push({ id, reason, outputTokens, error: error?.toJSON(), score })
       },
     },
     () => performance.now(),

@@ -46,6 +46,8 @@ const FALLOC_FL_KEEP_SIZE = 1
 const FALLOC_FL_PUNCH_HOLE = 2
 
 const EFD_CLOEXEC = 0o2000000
+const HUGE_BYTES = 2 << 20
+const MADV_HUGEPAGE = 14
 const MADV_DONTDUMP = 16
 const LOCK_EX_NB = 2 | 4
 
@@ -75,6 +77,22 @@ export function mapAnonymous(bytes: number): number {
   const address = nativeMmap(0, bytes, PROT_READ | PROT_WRITE, flags, -1, 0)
   if (isMapFailed(address)) throw failed('mmap', `${bytes} bytes of anonymous memory`)
   return address
+}
+
+/**
+ * Zeroed private memory, of huge pages where the kernel has them: a disk then gets it in a few
+ * pieces.
+ */
+export function mapHuge(bytes: number): { address: number; bytes: number } {
+  const whole = Math.ceil(bytes / HUGE_BYTES) * HUGE_BYTES
+  const from = mapAnonymous(whole + HUGE_BYTES)
+  const address = Math.ceil(from / HUGE_BYTES) * HUGE_BYTES
+  if (address > from) unmap(from, address - from)
+  const after = from + HUGE_BYTES - address
+  if (after > 0) unmap(address + whole, after)
+  // Only advice: without huge pages it is slower and no less right.
+  nativeMadvise(address, whole, MADV_HUGEPAGE)
+  return { address, bytes: whole }
 }
 
 /** A whole open file, read-only. Reading past a later truncation raises SIGBUS: keep the file. */

@@ -14,6 +14,8 @@ const nativeIoctlNumber = libc.func('ioctl', 'int', ['int', 'uint64_t', 'uint64_
 const arm = process.arch === 'arm64'
 
 export const SYS = {
+  addKey: arm ? 217 : 248,
+  requestKey: arm ? 218 : 249,
   keyctl: arm ? 219 : 250,
   userfaultfd: arm ? 282 : 323,
   ioUringSetup: 425,

@@ -202,7 +202,7 @@ export class SlotTable {
   forkBeam(slot: number, parent: number, tokens: number, spansMax: number): number {
     const spans = mergeSpans(this.layout, this.spansOf(parent, tokens))
     const tooLong = spans.length > spansMax
-    const shared = tooLong ? spans.slice(0, Math.max(1, spansMax >> 1)) : spans
+    const shared = tooLong ? spans.slice(0, beamSpansKept(spansMax)) : spans
     const held = copiedColumns(this.layout, spans, 0)
     for (const columns of held) this.regions.hold(columns, 'live')
     const index = slot < 0 ? this.acquireFree(shared) : this.giveUp(slot, shared, tokens)
@@ -387,4 +387,9 @@ export class SlotTable {
   private slot(slot: number): Slot {
     return present(this.slots[slot], 'a slot')
   }
+}
+
+/** Of the regions that a beam's tokens may lie in, those that stay when it lies in too many. */
+export function beamSpansKept(spansMax: number): number {
+  return Math.max(1, spansMax >> 1)
 }

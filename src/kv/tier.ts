@@ -29,4 +29,36 @@ export interface KvTier {
   /** Throws LatticeError `pager_failed` once the pager has died. */
   check(): void
   close(): void
+  /** If places outlive the process. */
+  readonly store?: KvStore
+}
+
+/** One cached prefix as it is kept beyond a restart, or the part of it beyond its parent's. */
+export interface StoredPrefix {
+  id: number
+  /** The prefix that this one continues; 0 if it begins at the first token. */
+  parent: number
+  tenant: string
+  /** Tokens from position `from`, where the parent ends. */
+  from: number
+  tokens: Int32Array
+  /** Where columns from `firstColumn` on lie: the parent's last may be among them once more. */
+  firstColumn: number
+  places: Uint32Array
+}
+
+/** Remembers which places hold which prefix, through a restart or a crash. */
+export interface KvStore {
+  /** What an earlier process kept, parents before their children; its places are in use. */
+  entries(): readonly StoredPrefix[]
+  /**
+   * Begins to remember a prefix whose columns have been saved. Once the ticket is done (`poll`
+   * tells), it survives whatever happens to the process; until then it may or may not.
+   */
+  put(prefix: Omit<StoredPrefix, 'id'>): { id: number; ticket: number }
+  /**
+   * Forgets a prefix and all that continue it; their places may be used again at once. A prefix
+   * whose columns could not be loaded must be removed, too.
+   */
+  remove(id: number): void
 }

@@ -4,9 +4,11 @@
 // step and Sarathi-Serve (Agrawal et al. 2024) for sharing a step with chunks of prompts.
 
 import { assert, present } from '../assert.ts'
-import { type KvSpan, spannedTokens } from '../kv/regions.ts'
+import { LatticeError } from '../errors.ts'
+import type { KvSpan } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { Image, Tiers } from '../kv/tiers.ts'
+import { Residence } from './residence.ts'
 import { type Growing, OutputLengths, peakPages } from './growth.ts'
 
 /** What the scheduler sees, and changes, of a sequence. */
@@ -25,6 +27,24 @@ export interface Schedulable {
   image: Image | undefined
   /** How often it had to make room. */
   preemptions: number
+  /** Those it goes together with, if any. */
+  readonly unit?: SchedulingUnit<Schedulable> | undefined
+}
+
+/**
+ * Sequences that are let in, decode and give way together, such as beams. One of them waits for
+ * all; when its prompt is computed the others fork from it.
+ */
+export interface SchedulingUnit<S> {
+  /** Sequences that it will have, at most. */
+  readonly width: number
+  /** Pages that it may need to run to its end, and those that it is to find when it is let in. */
+  readonly pagesMost: number
+  readonly pagesToEnter: number
+  /** Those that run, or the one that waits. */
+  readonly members: readonly S[]
+  /** All have lost their memory: leaves one that begins again. */
+  restart(): void
 }
 
 /** What of a sequence may be in memory before it is let in. */
@@ -74,14 +94,13 @@ export class Scheduler<S extends Schedulable> {
   readonly waiting: S[] = []
   /** In order of admission: the last one gives way first. */
   readonly running: S[] = []
-  /** Sequences that made room, by how they were to come back. */
-  readonly preemptions = { offload: 0, recompute: 0 }
-  /** Those of them that had to be computed again because writing or reading failed. */
+  /** Sequences that made room and had to be computed again: writing or reading failed. */
   imagesLost = 0
   private readonly slots: SlotTable
   private readonly options: SchedulerOptions
   private readonly sharing: Sharing<S>
   private readonly preemption: Preemption | undefined
+  private readonly residence: Residence<S>
   private readonly lengths = new OutputLengths()
   /** Pages that sequences of this step wait for while others leave. */
   private owedPages = 0
@@ -103,6 +122,12 @@ export class Scheduler<S extends Schedulable> {
     this.options = options
     this.sharing = sharing
     this.preemption = preemption
+    this.residence = new Residence(slots, sharing, preemption)
+  }
+
+  /** Sequences that made room, by how they were to come back. */
+  get preemptions(): { readonly offload: number; readonly recompute: number } {
+    return this.residence.preemptions
   }
 
   /**
@@ -111,8 +136,10 @@ export class Scheduler<S extends Schedulable> {
    */
   settle(nowMs: number): void {
     for (const image of this.preemption?.tiers.poll(nowMs) ?? []) {
-      if (image.state === 'back') this.resumed(image)
-      else if (image.state === 'lost') this.computeAgain(image)
+      if (image.state === 'lost') this.computeAgain(image)
+      if (image.state !== 'back') continue
+      const sequence = this.running.find((running) => running.image === image)
+      this.residence.isBack(present(sequence, 'whose image is back'), image)
     }
   }
 
@@ -135,25 +162,26 @@ export class Scheduler<S extends Schedulable> {
    * @param sinceMs as `SlotTable.retire` takes it
    */
   remove(sequence: S, sinceMs: number): void {
-    this.lengths.ended(sequence.length - sequence.promptLength)
+    if (!sequence.unit) this.lengths.ended(sequence.length - sequence.promptLength)
     const waitingAt = this.waiting.indexOf(sequence)
     if (waitingAt >= 0) this.waiting.splice(waitingAt, 1)
     const runningAt = this.running.indexOf(sequence)
     if (runningAt >= 0) this.running.splice(runningAt, 1)
-    if (sequence.image) this.forgetImage(sequence, sequence.image)
+    if (sequence.image) this.residence.forgetImage(sequence, sequence.image)
     if (sequence.slot >= 0) this.slots.retire(sequence.slot, sinceMs)
     sequence.slot = -1
   }
 
   private planDecodes(): void {
+    let stalled: S['unit']
     // Making room takes out the last of the running, never one that this loop has passed.
     for (let i = 0; i < this.running.length; i++) {
       const sequence = present(this.running[i], 'a running sequence')
-      if (sequence.image || !isDecoding(sequence)) continue
-      if (this.makeRoom(sequence, sequence.length)) {
+      if (sequence.image || !isDecoding(sequence) || isStalled(sequence, stalled)) continue
+      if (this.makeRoom(sequence)) {
         this.addPart(sequence, 1)
         this.sortLastPart()
-      }
+      } else stalled = sequence.unit
     }
   }
 
@@ -184,9 +212,10 @@ export class Scheduler<S extends Schedulable> {
     let left = budget
     let at = 0
     // Who runs already waits for memory: nobody else gets any.
-    while (left > 0 && this.owedPages === 0 && this.hasSlot()) {
+    while (left > 0 && this.owedPages === 0) {
       const sequence = this.waiting[at]
-      if (!sequence || (!sequence.image && this.chunkOf(sequence, left) === 0)) return
+      if (!sequence || !this.mayEnter(sequence)) return
+      if (!sequence.image && this.chunkOf(sequence, left) === 0) return
       let entry = this.letIn(sequence)
       while (entry === false && this.unblock()) entry = this.letIn(sequence)
       if (entry === 'coming') at++
@@ -203,24 +232,24 @@ export class Scheduler<S extends Schedulable> {
     }
   }
 
-  private hasSlot(): boolean {
-    const leaving = this.preemption?.tiers.leavingSlots ?? 0
-    return this.running.length + leaving < this.options.maxSequences
-  }
-
   private letIn(sequence: S): boolean | 'coming' {
-    if (sequence.image) return this.resume(sequence, sequence.image)
+    const { image } = sequence
+    if (image) {
+      if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared)) return false
+      return this.residence.resume(sequence, image)
+    }
     const shared = this.sharing.prefixOf(sequence)
     if (shared === 'wait') return false
     if (shared === 'coming') return shared
-    if (this.expectsRoom(sequence, shared) && this.place(sequence, shared)) return true
+    if (this.expectsRoom(sequence, shared) && this.residence.place(sequence, shared)) return true
     // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
-    return this.running.length === 0 && this.place(sequence, [])
+    return this.running.length === 0 && this.residence.place(sequence, [])
   }
 
   /** Whether a sequence can run beside the others without throwing any out before it ends. */
   private expectsRoom(sequence: S, shared: readonly KvSpan[]): boolean {
-    if (this.options.greedy || this.running.length === 0) return true
+    // A unit finds what it needs, or it does not enter.
+    if (this.options.greedy || this.running.length === 0 || sequence.unit) return true
     const { slots } = this
     let room = slots.availableBeside(shared) + (this.preemption?.leavingPages ?? 0)
     const growing = this.running.map((running): Growing => {
@@ -247,7 +276,7 @@ export class Scheduler<S extends Schedulable> {
     if (this.running.length > 0 || this.preemption?.busy) return false
     const last = this.waiting.findLast(({ image }) => image && image.shared.length > 0)
     if (!last?.image) return false
-    this.forgetImage(last, last.image)
+    this.residence.forgetImage(last, last.image)
     return true
   }
 
@@ -257,44 +286,63 @@ export class Scheduler<S extends Schedulable> {
    */
   fork(source: S): boolean {
     const sequence = present(this.waiting[0], 'a waiting sequence')
-    if (this.running.length === this.options.maxSequences) return false
-    if (!this.place(sequence, this.slots.spansOf(source.slot, source.computed))) return false
+    if (!this.mayEnter(sequence)) return false
+    const shared = this.slots.spansOf(source.slot, source.computed)
+    if (!this.residence.place(sequence, shared)) return false
     this.waiting.shift()
     this.running.push(sequence)
     return true
   }
 
-  /** Finds a slot and pages for a sequence that begins with `shared`. False: there is no room. */
-  private place(sequence: S, shared: readonly KvSpan[]): boolean {
-    const { slots } = this
-    // One token more than it has: else its first output could throw it out again at once.
-    const tokens = sequence.length + 1
-    if (!slots.fits(tokens, shared)) return false
-    slots.pin(shared)
-    const slot = shared.length > 0 ? this.acquireFresh(shared) : this.acquire(tokens)
-    if (slot < 0) {
-      slots.unpin(shared)
-      return false
+  /**
+   * Lets a member of a unit go on from all that another one has in memory.
+   * @returns false, with nothing changed, if memory has no region for it
+   */
+  forkBeam(member: S, parent: S, spansMax: number): boolean {
+    const { slots, running } = this
+    for (;;) {
+      const slot = slots.forkBeam(member.slot, parent.slot, parent.computed, spansMax)
+      if (slot < 0) {
+        if (this.residence.reclaimOne()) continue
+        return false
+      }
+      if (member.slot < 0) running.splice(running.indexOf(parent) + 1, 0, member)
+      member.slot = slot
+      member.computed = parent.computed
+      return true
     }
-    sequence.slot = slot
-    sequence.computed = spannedTokens(shared)
-    // A fork without anything to compute now grows in the step that writes its next token.
-    if (sequence.computed === sequence.length) return true
-    assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
-    return true
   }
 
-  /** Finds a slot and pages for a sequence whose image is out, and begins to fill them. */
-  private resume(sequence: S, image: Image): boolean {
-    const tokens = sequence.length + 1
-    if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared)) return false
-    if (!this.slots.fits(tokens, image.shared)) return false
-    const slot = this.acquireFresh(image.shared)
-    if (slot < 0) return false
-    sequence.slot = slot
-    assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
-    if (this.preemption?.tiers.back(image, slot)) this.resumed(image, sequence)
-    return true
+  /** @throws LatticeError if a unit could never be let in, or not come to its end alone */
+  checkUnit({ width, pagesMost }: SchedulingUnit<S>): void {
+    const { maxSequences } = this.options
+    const { limitPages, layout } = this.slots
+    if (width > maxSequences) {
+      throw new LatticeError(
+        'invalid_request',
+        `${width} beams were asked for; ${maxSequences} sequences run at once here.`,
+        {
+          todo: 'Ask for fewer, or start with a larger --max-sequences.',
+          details: { param: 'best_of' },
+        },
+      )
+    }
+    if (pagesMost <= limitPages) return
+    const { pageBytes } = layout.shape
+    throw new LatticeError(
+      'kv_memory_exhausted',
+      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory;` +
+        ` the limit is ${limitPages * pageBytes}.`,
+      { todo: 'Ask for fewer beams or tokens, or start with a larger --kv-memory.' },
+    )
+  }
+
+  /** A unit gets all of its places at once. */
+  private mayEnter({ unit }: S): boolean {
+    const places = this.running.reduce((sum, sequence) => sum + placesOf(sequence), 0)
+    const leaving = this.preemption?.tiers.leavingSlots ?? 0
+    if (places + leaving + (unit?.width ?? 1) > this.options.maxSequences) return false
+    return !unit || places === 0 || unit.pagesToEnter <= this.slots.availablePages()
   }
 
   private planChunk(sequence: S, budget: number): number {
@@ -323,9 +371,10 @@ export class Scheduler<S extends Schedulable> {
    * Finds pages for a decoding sequence, preempting later ones if need be.
    * @returns false if it gave way itself, or waits until others have left
    */
-  private makeRoom(sequence: S, tokens: number): boolean {
-    while (!this.growOrReclaim(sequence, tokens)) {
-      const missing = this.slots.missingPages(sequence.slot, tokens)
+  private makeRoom(sequence: S): boolean {
+    const { unit } = sequence
+    while (!this.growForToken(sequence)) {
+      const missing = this.missingPages(sequence)
       const leaving = this.preemption?.leavingPages ?? 0
       if (this.owedPages + missing <= leaving) {
         this.owedPages += missing
@@ -333,48 +382,33 @@ export class Scheduler<S extends Schedulable> {
       }
       const victim = present(this.running.at(-1), 'a running sequence')
       this.preempt(victim)
-      if (victim === sequence) return false
+      if (victim === sequence || (unit && victim.unit === unit)) return false
     }
     return true
   }
 
-  /** Sends the last of those that run back to the queue's front. */
+  /** All of a unit grow, or none of it runs. */
+  private growForToken({ unit, slot, length }: S): boolean {
+    if (!unit) return this.residence.grow(slot, length)
+    return unit.members.every((member) => this.residence.grow(member.slot, member.length))
+  }
+
+  private missingPages(sequence: S): number {
+    const members = sequence.unit?.members ?? [sequence]
+    return members.reduce((sum, { slot, length }) => sum + this.slots.missingPages(slot, length), 0)
+  }
+
+  /** Sends a sequence back to the queue's front; a unit begins again. */
   private preempt(sequence: S): void {
-    assert(this.running.pop() === sequence, 'the last gives way')
-    sequence.preemptions++
-    this.vacate(sequence)
-    sequence.slot = -1
-    sequence.computed = 0
-    this.waiting.unshift(sequence)
-  }
-
-  /** Its pages are moved out, or given back if they are sooner computed again. */
-  private vacate(sequence: S): void {
-    const { slot, computed, promptLength, image } = sequence
-    const { tiers } = this.preemption ?? {}
-    if (image) {
-      this.preemptions.offload++
-      return tiers?.stop(image)
+    const { unit } = sequence
+    const members = (unit?.members ?? [sequence]) as readonly S[]
+    const first = present(members[0], 'a member')
+    for (const member of members) {
+      this.running.splice(this.running.indexOf(member), 1)
+      this.residence.vacate(member, unit !== undefined)
     }
-    if (tiers && computed > 0) {
-      const pages = tiers.columnsToMove(slot, computed) * this.slots.layout.ranges
-      const outputs = Math.max(0, computed - promptLength)
-      if (this.preemption?.preferMoving(pages, computed - outputs, outputs)) {
-        sequence.image = tiers.out(slot, computed)
-      }
-    }
-    if (sequence.image) this.preemptions.offload++
-    else {
-      this.preemptions.recompute++
-      this.slots.retire(slot, -Infinity)
-    }
-  }
-
-  private resumed(image: Image, sequence = this.running.find((s) => s.image === image)): void {
-    const { tokens } = image
-    const resumed = present(sequence, 'whose image is back')
-    resumed.computed = tokens
-    resumed.image = undefined
+    unit?.restart()
+    this.waiting.unshift(first)
   }
 
   /** Of an image that was on its way nothing is left. */
@@ -389,36 +423,6 @@ export class Scheduler<S extends Schedulable> {
     this.running.splice(at, 1)
     this.waiting.unshift(lost)
   }
-
-  private forgetImage(sequence: S, image: Image): void {
-    this.preemption?.tiers.drop(image)
-    sequence.image = undefined
-    sequence.slot = -1
-  }
-
-  private growOrReclaim(sequence: S, tokens: number): boolean {
-    while (!this.slots.grow(sequence.slot, tokens)) if (!this.reclaimOne()) return false
-    return true
-  }
-
-  private acquire(tokens: number): number {
-    for (;;) {
-      const slot = this.slots.acquire(tokens)
-      if (slot >= 0 || !this.reclaimOne()) return slot
-    }
-  }
-
-  /** A slot that nobody has written to. */
-  private acquireFresh(shared: readonly KvSpan[]): number {
-    for (;;) {
-      const slot = this.slots.acquireShared(shared)
-      if (slot >= 0 || !this.reclaimOne()) return slot
-    }
-  }
-
-  private reclaimOne(): boolean {
-    return this.slots.reclaim(Infinity) >= 0 || this.sharing.evict()
-  }
 }
 
 /**
@@ -427,4 +431,16 @@ export class Scheduler<S extends Schedulable> {
  */
 export function isDecoding(sequence: Schedulable): boolean {
   return sequence.computed >= sequence.promptLength
+}
+
+/** A unit runs as a whole or not at all. */
+function isStalled({ unit }: Schedulable, stalled: Schedulable['unit']): boolean {
+  return unit !== undefined && unit === stalled
+}
+
+/** Places that a running sequence takes: the first of a unit takes all of the unit's. */
+function placesOf(sequence: Schedulable): number {
+  const { unit } = sequence
+  if (!unit) return 1
+  return unit.members[0] === sequence ? unit.width : 0
 }

@@ -6,9 +6,10 @@
 // A save:  memory → buffer → encrypted there → disk
 
 import { present } from '../assert.ts'
-import { takeEvent } from '../ffi/libc.ts'
+import { takeEvent, unmap, viewMemory } from '../ffi/libc.ts'
 import { FaultReader, wakeFaults } from '../ffi/userfaultfd.ts'
 import { Uring } from '../ffi/uring.ts'
+import { type LogEntry, type LogStart, LogWriter } from './store/log-writer.ts'
 import { ColumnSeals, type SealKeys } from './seals.ts'
 import * as words from './shared.ts'
 import { type TierGeometry, type TierRequest, TierShared } from './shared.ts'
@@ -28,6 +29,8 @@ export interface PagerStart {
   /** An eventfd that wakes it. */
   wakeFd: number
   keys: SealKeys
+  /** Of a store that outlives the process. */
+  log?: LogStart
   /** The engine's: it grows with everything that the engine should look at. */
   signal: SharedArrayBuffer
   fault?: PagerFault
@@ -47,6 +50,7 @@ const BUFFERS_FOR_LOADS = BUFFERS - 1
 const RING_ENTRIES = 1024
 const FAULT_TAG = BUFFERS
 const WAKE_TAG = BUFFERS + 1
+const LOG_TAG = BUFFERS + 2
 const EIO = 5
 
 /** Columns [first, end) of a ticket that nobody works on yet. */
@@ -70,6 +74,8 @@ interface Ticket {
 interface Transfer {
   buffer: TransferBuffer
   kind: number
+  /** Somebody waits for it. */
+  touched: boolean
   id: number
   /** What `id` stands for. */
   ticket: Ticket
@@ -88,6 +94,7 @@ export class Pager {
   private readonly signal: Int32Array
   private readonly uring = new Uring(RING_ENTRIES)
   private readonly faults: FaultReader | undefined
+  private readonly log: LogWriter | undefined
   private readonly columnBytes: number
   private readonly columnsMax: number
   private readonly transfers: Transfer[]
@@ -113,11 +120,15 @@ export class Pager {
     this.seals = new ColumnSeals(this.shared, start.keys)
     this.signal = new Int32Array(start.signal)
     this.faults = start.faultFd < 0 ? undefined : new FaultReader(start.faultFd)
+    const { log, fileFd } = start
+    const logged = (ticket: number, errno: number) => this.logged(ticket, errno)
+    this.log = log && new LogWriter(log, this.uring, fileFd, LOG_TAG, logged)
     this.columnBytes = words.columnBytes(geometry)
     this.columnsMax = columnsOfBuffer(geometry)
     this.transfers = Array.from({ length: BUFFERS }, () => ({
       buffer: new TransferBuffer(geometry, start.memoryFd),
       kind: 0,
+      touched: false,
       id: 0,
       ticket: NO_TICKET,
       region: 0,
@@ -137,14 +148,16 @@ export class Pager {
       this.takeRequests()
       this.begin()
       this.tell()
-      if (this.busy === 0 && closing) return
+      const working = this.busy > 0 || this.log?.busy === true
+      if (!working && closing) return
       // While anything is registered, a touch may have to be answered.
-      if (this.busy > 0 || Atomics.load(header, words.REGISTERED) > 0) this.wait(seen)
+      if (working || Atomics.load(header, words.REGISTERED) > 0) this.wait(seen)
       else Atomics.wait(header, words.PAGER_WAKE, seen, this.untold.length > 0 ? 1 : undefined)
     }
   }
 
   close(): void {
+    this.log?.close()
     this.uring.close()
     this.seals.close()
     for (const { buffer } of this.transfers) buffer.close()
@@ -155,6 +168,11 @@ export class Pager {
       const request = this.shared.nextRequest()
       if (!request) return
       const { kind, ticket, region, first, end } = request
+      if (kind === words.KEEP || kind === words.FORGET) {
+        present(this.log, 'the log of a store').add(takeLogEntry(request))
+        if (kind === words.KEEP) this.tickets.set(ticket, NO_TICKET)
+        continue
+      }
       const queue = kind === words.SAVE ? this.saves : this.loads
       queue.push({ ticket, region, first, end })
       this.tickets.set(ticket, newTicket(request))
@@ -167,12 +185,16 @@ export class Pager {
       const free = this.transfers.find(({ running }) => running === 0)
       if (!free) break
       if (this.touched.length > 0) this.beginOne(free, words.LOAD, this.touched)
+      // A disk's elevator would take what lies before a touched column first, as long as there is
+      // more of it.
+      else if (this.transfers.some(({ touched, running }) => touched && running > 0)) break
       else if (this.loads.length > 0 && this.busy < BUFFERS_FOR_LOADS) {
         this.beginOne(free, words.LOAD, this.loads)
       } else if (this.saves.length > 0 && this.busy < BUFFERS_FOR_SAVES) {
         this.beginOne(free, words.SAVE, this.saves)
       } else break
     }
+    this.log?.begin()
     if (this.faults && !this.faultsArmed) {
       this.uring.pollIn(this.start.faultFd, FAULT_TAG)
       this.faultsArmed = true
@@ -183,6 +205,7 @@ export class Pager {
   private beginOne(transfer: Transfer, kind: number, queue: Piece[]): void {
     const piece = present(queue[0], 'work to begin')
     transfer.kind = kind
+    transfer.touched = queue === this.touched
     transfer.id = piece.ticket
     transfer.ticket = present(this.tickets.get(piece.ticket), 'the ticket of a piece')
     transfer.region = piece.region
@@ -252,6 +275,10 @@ export class Pager {
       takeEvent(this.start.wakeFd)
       return
     }
+    if (tag === LOG_TAG) {
+      this.log?.complete(result)
+      return
+    }
     const transfer = present(this.transfers[tag], 'the transfer of a completion')
     // Nothing else makes an operation on a file of fixed size end short.
     if (result < 0) transfer.errno = -result
@@ -260,7 +287,8 @@ export class Pager {
     if (transfer.running === 0) {
       // It stays out of `begin`'s reach until its columns are where they belong.
       transfer.running = -1
-      this.completed.push(transfer)
+      if (transfer.touched) this.completed.unshift(transfer)
+      else this.completed.push(transfer)
     }
   }
 
@@ -285,6 +313,13 @@ export class Pager {
     if (ticket.columnsLeft > 0) return
     if (ticket.outcome === words.DONE_WELL) this.untold.push(id)
     else if (ticket.told) this.tickets.delete(id)
+  }
+
+  private logged(id: number, errno: number): void {
+    if (!this.tickets.has(id)) return
+    const outcome = errno === 0 ? words.DONE_WELL : words.DONE_IO
+    this.tickets.set(id, { ...NO_TICKET, outcome, errno })
+    this.untold.push(id)
   }
 
   private misbehave(): void {
@@ -394,4 +429,14 @@ function newTicket({ first, end, places }: TierRequest): Ticket {
 /** Where column `i` of a transfer lies on disk. */
 function placeOf({ ticket, first }: Transfer, i: number): number {
   return present(ticket.places[first - ticket.first + i], 'the place of a column')
+}
+
+/** Takes over the block of a request: the id of a prefix, then what the log shall say. */
+function takeLogEntry({ kind, ticket, region, first, end }: TierRequest): LogEntry {
+  const address = (region >>> 0) + first * 2 ** 32
+  const block = Buffer.from(viewMemory(address, end))
+  const id = Number(block.readBigUInt64LE(0))
+  const payload = Uint8Array.from(block.subarray(8))
+  unmap(address, end)
+  return { ticket, id, keeps: kind === words.KEEP, payload }
 }

@@ -72,6 +72,9 @@ export const LOADING = 255
 
 export const SAVE = 1
 export const LOAD = 2
+/** Append to the store's log: `region` and `first` are the address of a block of `end` bytes. */
+export const KEEP = 3
+export const FORGET = 4
 
 /** How a ticket ended. */
 export const DONE_WELL = 0
@@ -180,7 +183,7 @@ export class TierShared {
     const at = (taken & (RING_ENTRIES - 1)) * REQUEST_WORDS
     const [kind = 0, ticket = 0, region = 0, first = 0, end = 0] = requests.subarray(at)
     const from = header[PLACES_TAKEN] ?? 0
-    const places = new Uint32Array(end - first)
+    const places = new Uint32Array(kind === SAVE || kind === LOAD ? end - first : 0)
     for (let i = 0; i < places.length; i++) {
       places[i] = ring[((from + i) >>> 0) % ring.length] ?? 0
     }

@@ -20,6 +20,8 @@ import type { KvTier } from '../kv/tier.ts'
 import { Keys } from './keys.ts'
 import type { PagerFault, PagerStart } from './pager.ts'
 import { type PlaceFile, temporaryPlaces } from './place-file.ts'
+import { type OpenedStore, openStore, type StoreOptions } from './store/open.ts'
+import { DiskStore } from './store/store.ts'
 import * as words from './shared.ts'
 import { columnBytes, type TierGeometry, tierGeometry, TierShared } from './shared.ts'
 
@@ -33,6 +35,8 @@ export interface OffloadOptions {
   startPager: (start: PagerStart) => void
   /** false: as where userfaultfd is not allowed; for tests. */
   faults?: boolean
+  /** Keeps what it is asked to keep beyond the process; the file then lies in its directory. */
+  store?: StoreOptions
   /** For tests. */
   pagerFault?: PagerFault
 }
@@ -63,6 +67,16 @@ export interface TierFacts {
   bytes: number
   file: Omit<PlaceFile, 'fd'>
   touches: FaultDescriptor['answers'] | 'none'
+  store?: StoreFacts
+}
+
+/** What a store had when it was opened. */
+export interface StoreFacts {
+  directory: string
+  prefixes: number
+  tokens: number
+  /** Records and prefixes that were torn or changed, or built on one that was. */
+  lost: number
 }
 
 export interface TierStats {
@@ -81,6 +95,7 @@ export class DiskTier implements KvTier {
   readonly file: PlaceFile
   readonly columnBytes: number
   readonly facts: TierFacts
+  readonly store?: DiskStore
   private readonly memory: TieredMemory
   private readonly shared: TierShared
   private readonly keys: Keys
@@ -101,19 +116,24 @@ export class DiskTier implements KvTier {
     this.columnBytes = columnBytes(geometry)
     // Where io_uring is forbidden the engine should not even start.
     new Uring(1).close()
-    this.file = temporaryPlaces(this.capacity * this.columnBytes, options.path)
-    this.keys = new Keys(1)
+    this.keys = new Keys()
+    const { columnBytes: bytes, capacity } = this
+    const { store } = options
+    const opened = store && openStore(store, this.keys, capacity, bytes)
+    this.file = opened?.columns ?? temporaryPlaces(capacity * bytes, options.path)
     this.shared = new TierShared(geometry, createEvent())
+    if (opened) this.store = new DiskStore(opened, this.shared, () => this.newTicket())
     const faults = options.faults === false ? undefined : openFaults()
     this.faultFd = faults?.fd ?? -1
     this.facts = {
       bytes: this.capacity * this.columnBytes,
       file: this.file,
       touches: faults?.answers ?? 'none',
+      ...(opened && { store: storeFacts(opened) }),
     }
     const columns = { first: 0, end: geometry.columns }
     this.shown = Array.from({ length: memory.slots }, (_, slot) => [{ region: slot, ...columns }])
-    const current = this.keys.random()
+    const current = opened ? opened.keys.columnKey(opened.keys.salt) : this.keys.random()
     options.startPager({
       shared: this.shared.buffer,
       geometry,
@@ -123,10 +143,11 @@ export class DiskTier implements KvTier {
       fileFd: this.file.fd,
       wakeFd: this.shared.wakeFd,
       keys: {
-        addresses: [this.keys.addressOf(current)],
+        addresses: this.keys.addresses,
         current,
-        fileId: new Uint8Array(16),
+        fileId: opened?.keys.storeId ?? new Uint8Array(16),
       },
+      ...(opened && { log: opened.log }),
       signal: options.signal,
       ...(options.pagerFault && { fault: options.pagerFault }),
     })
@@ -226,6 +247,7 @@ export class DiskTier implements KvTier {
       Atomics.wait(header, words.STATE, words.RUNNING, words.WAIT_MS)
     }
     this.keys.close()
+    this.store?.close()
     closeFd(this.file.fd)
     closeFd(this.shared.wakeFd)
     if (this.faultFd >= 0) closeFd(this.faultFd)
@@ -251,10 +273,14 @@ export class DiskTier implements KvTier {
     }
     // After the marks: a pager that dies fills what it finds marked, so one of both is seen.
     this.check()
-    const ticket = this.nextTicket++
-    this.running++
+    const ticket = this.newTicket()
     this.shared.request({ kind, ticket, region, first, end, places })
     return ticket
+  }
+
+  private newTicket(): number {
+    this.running++
+    return this.nextTicket++
   }
 
   /** Registers what a slot shows of columns that are being loaded. */
@@ -315,6 +341,11 @@ function geometryFor(memory: TieredMemory, bytes: number): TierGeometry {
     `${bytes} bytes hold no column of KV, which has ${columnBytes(one)}.`,
     { todo: 'Give --kv-offload a larger size.' },
   )
+}
+
+function storeFacts({ directory, prefixes, lost }: OpenedStore): StoreFacts {
+  const tokens = prefixes.reduce((sum, { tokens }) => sum + tokens.length, 0)
+  return { directory, prefixes: prefixes.length, tokens, lost }
 }
 
 export function pagerFailed(cause?: LatticeError): LatticeError {

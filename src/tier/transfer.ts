@@ -3,7 +3,7 @@
 // pwritev: the KV memory is never mapped here, a page appears there whole or not at all, and only
 // after its column was authenticated.
 
-import { readVector, viewMemory, writeVector, mapAnonymous, unmap } from '../ffi/libc.ts'
+import { mapHuge, readVector, unmap, viewMemory, writeVector } from '../ffi/libc.ts'
 import { columnBytes, type TierGeometry } from './shared.ts'
 
 /** About what one disk operation moves: larger ones gain nothing, smaller ones cost calls. */
@@ -30,8 +30,9 @@ export class TransferBuffer {
     this.columnBytes = columnBytes(geometry)
     this.columnsMax = columnsOfBuffer(geometry)
     const dataBytes = this.columnsMax * this.columnBytes
-    this.bytes = dataBytes + geometry.ranges * this.columnsMax * IOV_BYTES
-    this.address = mapAnonymous(this.bytes)
+    const { address, bytes } = mapHuge(dataBytes + geometry.ranges * this.columnsMax * IOV_BYTES)
+    this.address = address
+    this.bytes = bytes
     this.iovs = this.address + dataBytes
     const words = new BigUint64Array(
       viewMemory(this.iovs, geometry.ranges * this.columnsMax * IOV_BYTES),

@@ -39,6 +39,7 @@ export interface Outcome {
   reason: FinishReason | undefined
   outputTokens: number
   error: LatticeError | undefined
+  score: number | undefined
 }
 
 /** An engine core whose clock moves a millisecond a step. */
@@ -64,8 +65,14 @@ export class Bench {
         of(id).tokens.push(token)
         of(id).logprobs.push(logprobs)
       },
-      onFinish: (id: number, reason: FinishReason, count: number, error?: LatticeError) => {
-        Object.assign(of(id), { reason, outputTokens: count, error })
+      onFinish: (
+        id: number,
+        reason: FinishReason,
+        count: number,
+        error: LatticeError | undefined,
+        score: number | undefined,
+      ) => {
+        Object.assign(of(id), { reason, outputTokens: count, error, score })
       },
     }
     this.core = new EngineCore(backend, options, sink, () => this.nowMs)
@@ -89,6 +96,7 @@ export class Bench {
         reason: undefined,
         outputTokens: 0,
         error: undefined,
+        score: undefined,
       })
     }
     this.core.submitChoices(ids, request, samplings)

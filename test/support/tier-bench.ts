@@ -69,7 +69,12 @@ export class TierBench {
 
   /** The word at the begin of a page. */
   peek(slot: number, column: number, range = 0): number {
-    return this.memory[this.wordOf(slot, column, range)]!
+    return this.word(slot, column, range, 0)
+  }
+
+  /** Word `i` of a page. */
+  word(slot: number, column: number, range: number, i: number): number {
+    return this.memory[this.wordOf(slot, column, range) + i]!
   }
 
   /** Blocks until a ticket has ended. @returns its error */
