@@ -4,7 +4,7 @@
 // Newcomers start at `step`.
 
 import { present } from '../assert.ts'
-import { LatticeError } from '../errors.ts'
+import { type ErrorCode, LatticeError } from '../errors.ts'
 import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { liveBytes } from '../kv/layout.ts'
 import { PrefixCache } from '../kv/prefix.ts'
@@ -426,7 +426,9 @@ export class EngineCore {
       const hypotheses = group.advance(this.scheduler, this.spansMax)
       if (hypotheses) this.deliver(group, hypotheses)
     } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
+      // What fails beneath it stops the engine: it is not its own.
+      const own = thrown instanceof LatticeError && !BENEATH.has(thrown.code)
+      if (!own) throw thrown
       this.endBeams(group, -Infinity, thrown)
     }
   }
@@ -465,6 +467,9 @@ export class EngineCore {
     this.slots.reclaim(this.now() - WARM_MS)
   }
 }
+
+/** Errors of those who move memory: nobody knows what is where afterwards. */
+const BENEATH: ReadonlySet<ErrorCode> = new Set(['os_call_failed', 'pager_failed'])
 
 function tooFew(found: number): LatticeError {
   return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
