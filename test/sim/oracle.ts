@@ -83,7 +83,7 @@ export class Expected {
   }
 
   /** The engine says that it is over, by itself. */
-  finish(reason: FinishReason, outputTokens: number): void {
+  finish(reason: FinishReason, outputTokens: number, _score?: number): void {
     const { id, request } = this
     if (reason === 'stop') {
       const stop = this.next()

@@ -11,9 +11,10 @@ import type { Random } from '../support/random.ts'
 import { SimBackend } from './backend.ts'
 import type { SimConfig } from './config.ts'
 import type { PrefixNode } from '../../src/kv/prefix.ts'
-import { type Insides, insidesOf } from './insides.ts'
-import { saltOf, SimMemory } from './memory.ts'
+import { type Insides, insidesOf, tokensOf } from './insides.ts'
+import { digestOf, saltOf, SimMemory } from './memory.ts'
 import type { Failure } from './operations/fail.ts'
+import { ExpectedBeam } from './oracle-beams.ts'
 import { Expected, Oracle } from './oracle.ts'
 import { AskedPrompts } from './prompts.ts'
 import { SimTier } from './tier.ts'
@@ -46,6 +47,9 @@ export interface Coverage {
 
 /** Steps beyond its share of the work that a sequence may take. */
 const DEADLINE_SLACK = 8
+
+/** What beams may end with: too few places, regions or answers. */
+const BEAM_ERRORS = new Set(['kv_memory_exhausted', 'invalid_request'])
 
 /** Transfers, one after the other, that somebody waits for at most: also if each of them fails. */
 const WAITS_MAX = 8
@@ -119,18 +123,23 @@ export class World implements CoreSink {
   submit(first: number, drawn: SequenceRequest, choices: number): void {
     const ids = Array.from({ length: choices }, (_, i) => first + i)
     const requests = ids.map((id, i) => {
-      const sampling = { ...drawn.sampling, seed: drawn.sampling.seed + i }
+      const { beams } = drawn
+      const sampling = beams ? drawn.sampling : { ...drawn.sampling, seed: drawn.sampling.seed + i }
       const request = { ...drawn, requestId: `request ${first}`, sampling }
       this.work += workOf(request)
       // Alone with a cached prefix that takes the last page, one begins once more without.
       const deadline = this.steps + 2 * this.work + this.expected.size + DEADLINE_SLACK
-      this.expected.set(id, new Expected(id, request, this.steps, deadline, this.oracle))
+      const times = [this.steps, deadline] as const
+      const expected = beams
+        ? new ExpectedBeam(id, i, request, ...times, this.oracle)
+        : new Expected(id, request, ...times, this.oracle)
+      this.expected.set(id, expected)
       return request
     })
     const samplings = requests.map(({ sampling }) => sampling)
     this.core.submitChoices(ids, present(requests[0], 'a choice'), samplings)
     const taken = ids.every((id) => this.expected.has(id))
-    assert(taken || drawn.pin !== undefined, `request ${first} is not refused`)
+    assert(taken || drawn.pin !== undefined || drawn.beams, `request ${first} is not refused`)
   }
 
   submitRefused(id: number, request: SequenceRequest): void {
@@ -183,7 +192,13 @@ export class World implements CoreSink {
     this.computed(expected)
   }
 
-  onFinish(id: number, reason: FinishReason, outputTokens: number, error?: LatticeError): void {
+  onFinish(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error?: LatticeError,
+    score?: number,
+  ): void {
     assert((reason === 'error') === (error !== undefined), 'an error is told with its reason')
     if (id === this.refusing) {
       assert(error?.code === 'invalid_request', 'a wrong request is told so')
@@ -198,12 +213,16 @@ export class World implements CoreSink {
     } else if (reason === 'error') {
       const poisoned = this.backend.fault === 'nan' && error?.code === 'backend_failed'
       const unpinnable = expected.request.pin !== undefined && PIN_ERRORS.has(error?.code ?? '')
-      assert(poisoned || unpinnable, `sequence ${id} ends without an error: ${error?.message}`)
+      const noBeams = expected.request.beams && BEAM_ERRORS.has(error?.code ?? '')
+      assert(
+        poisoned || unpinnable || noBeams,
+        `sequence ${id} ends without an error: ${error?.message}`,
+      )
       expected.end(outputTokens)
       if (poisoned) this.computed(expected)
       this.coverage.failed++
     } else {
-      expected.finish(reason, outputTokens)
+      expected.finish(reason, outputTokens, score)
       this.computed(expected)
       this.coverage.finished++
     }
@@ -255,8 +274,9 @@ export class World implements CoreSink {
   checkSnapshot(): void {
     const { sequences, running, waiting, kv } = this.core.snapshot()
     const { slots, regions } = this.insides
-    assert(sequences.length === this.expected.size, 'a snapshot has every sequence')
-    assert(running + waiting === sequences.length, 'a sequence runs or waits')
+    const beams = [...this.expected.values()].some(({ request }) => request.beams)
+    assert(beams || sequences.length === this.expected.size, 'a snapshot has every sequence')
+    assert(beams || running + waiting === sequences.length, 'a sequence runs or waits')
     assert(running <= slots.filter(({ state }) => state === 'held').length, 'who runs has a slot')
     let columns = 0
     for (const region of regions)
@@ -367,9 +387,15 @@ export class World implements CoreSink {
       }
     }
     this.backend.onRead = (slot, tokens, digest) => {
-      const { id } = present(this.bySlot[slot], 'a sequence')
-      const right = digest === this.of(id).digest
-      assert(right, `the ${tokens} tokens that slot ${slot} reads are those of sequence ${id}`)
+      const sequence = present(this.bySlot[slot], 'a sequence')
+      const { id, unit, request } = sequence
+      const right = unit
+        ? digestOf(this.saltOf(request.tenant), tokensOf(sequence), tokens)
+        : this.of(id).digest
+      assert(
+        digest === right,
+        `the ${tokens} tokens that slot ${slot} reads are those of sequence ${id}`,
+      )
     }
     parts.tamper(this.core)
   }

@@ -1,6 +1,7 @@
 // Owns the list of what can happen to a simulated engine.
 
 import { abort } from './abort.ts'
+import { beams } from './beams.ts'
 import { clock } from './clock.ts'
 import { failingDisk, slowDisk } from './disk.ts'
 import { fail } from './fail.ts'
@@ -15,6 +16,7 @@ import { submit } from './submit.ts'
 
 export const OPERATIONS: readonly Operation[] = [
   submit,
+  beams,
   refuse,
   abort,
   clock,
