@@ -8,6 +8,7 @@ import { referenceBeams } from '../../test/support/beam-reference.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
 import { NullBackend, nullLogits } from '../backends/null/backend.ts'
 import { extendHash } from '../backends/null/kv-memory.ts'
+import { LatticeError } from '../errors.ts'
 import { type BeamParams, GREEDY, type SequenceRequest } from './api.ts'
 
 /** 3.2 tokens a page, so that rows lie across pages; two layers. */
@@ -289,4 +290,18 @@ test('log-probabilities of a beam are of another, or missing', () => {
     const sum = logprobs.reduce((total, one) => total + one!.logprob, 0)
     assert.ok(Math.abs(score! - sum / tokens.length) < 1e-9)
   }
+})
+
+test('memory that cannot be mapped for a beam passes for the error of its search', () => {
+  const engine = bench()
+  const prompt = new Int32Array(10).fill(1)
+  engine.submit(0, sequenceRequest({ prompt, beams: BEAMS, maxTokens: 4 }))
+  const { kv } = engine.backend
+  const map = kv.map.bind(kv)
+  kv.map = () => {
+    kv.map = map
+    throw new LatticeError('os_call_failed', 'no')
+  }
+  assert.throws(() => engine.runAll(), { code: 'os_call_failed' })
+  assert.equal(engine.outcome(0).reason, undefined)
 })

@@ -4,7 +4,7 @@
 // Newcomers start at `step`.
 
 import { present } from '../assert.ts'
-import { LatticeError } from '../errors.ts'
+import { type ErrorCode, LatticeError } from '../errors.ts'
 import { EVICTION_DEFAULT } from '../kv/eviction.ts'
 import { KvHistory, watched } from '../kv/history.ts'
 import { type KvMap, kvMap } from '../kv/map.ts'
@@ -437,7 +437,9 @@ export class EngineCore {
       const hypotheses = group.advance(this.scheduler, this.spansMax)
       if (hypotheses) this.deliver(group, hypotheses)
     } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
+      // What fails beneath it stops the engine: it is not its own.
+      const own = thrown instanceof LatticeError && !BENEATH.has(thrown.code)
+      if (!own) throw thrown
       this.endBeams(group, -Infinity, thrown)
     }
   }
@@ -484,3 +486,6 @@ export class EngineCore {
     this.slots.reclaim(this.now() - WARM_MS)
   }
 }
+
+/** Errors of those who move memory: nobody knows what is where afterwards. */
+const BENEATH: ReadonlySet<ErrorCode> = new Set(['os_call_failed', 'pager_failed'])

@@ -142,3 +142,40 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
   t.diagnostic(JSON.stringify(seen))
   assert.ok(demotions > 500 && fetched > 50 && offloads > 300 && recomputes > 100 && lost > 20)
 })
+
+test('a disk that takes nothing keeps those who wait for memory waiting', () => {
+  const fault = () => new LatticeError('os_call_failed', 'io')
+  const core = { maxSequences: 1, kvPages: 50, prefixPages: 50, watermarks: { high: 0.3, low: 0 } }
+  const engine = bench({ ...core, stepTokens: 32 }, { capacity: 100, fault })
+  engine.submit(0, sequenceRequest({ prompt: new Int32Array(30).fill(1), maxTokens: 1 }))
+  engine.submit(1, sequenceRequest({ prompt: new Int32Array(5).fill(2), maxTokens: 75 }))
+  for (let step = 0; step < 200 && !engine.core.idle; step++) engine.step()
+  assert.equal(engine.outcome(1).reason, 'length')
+})
+
+test('what leads to a prefix that is being brought back goes meanwhile', () => {
+  const core = { maxSequences: 1, kvPages: 100, prefixPages: 20 }
+  const engine = bench({ ...core, stepTokens: 64 }, { capacity: 100 })
+  const run = (id: number, prompt: number[]) => {
+    engine.submit(id, sequenceRequest({ prompt: Int32Array.from(prompt), maxTokens: 1 }))
+    while (!engine.core.idle) {
+      engine.step()
+      engine.core.check()
+    }
+    engine.settle()
+  }
+  const begin = Array(10).fill(1)
+  const long = [...begin, ...Array(20).fill(2)]
+  run(0, long)
+  const [session] = engine.core.answer({ kind: 'sessions', tenant: 'default' })
+  engine.core.answer({ kind: 'offload', tenant: 'default', id: session!.id })
+  engine.settle()
+  // The beginning is in memory again, and fills the cache with what follows it here.
+  run(1, [...begin, ...Array(10).fill(3)])
+  run(2, [...long, 4])
+  assert.deepEqual(
+    engine.outcome(2).tokens,
+    expectedOutcome(sequenceRequest({ prompt: Int32Array.from([...long, 4]), maxTokens: 1 }))
+      .tokens,
+  )
+})

@@ -95,6 +95,7 @@ export class ColdPrefixes {
       return false
     }
     this.load({ region, first, end }, nodes, path)
+    this.cache.hold(parent, false)
     this.fetches++
     return true
   }
@@ -127,10 +128,12 @@ export class ColdPrefixes {
     // What a sequence has part of may be written to, and would not be free.
     if (this.regions.evictableIn([columns]) < pages) return false
     const count = columns.end - columns.first
-    const begun = this.write(node, true, (written) => {
+    const begun = this.write(node, true, (outcome) => {
       this.leavingColumns -= count
-      const unused = this.regions.evictableIn([columns]) === pages
-      if (!written || !unused || node.warm > 0 || node.pins > 0) return
+      const unused = outcome !== 'changed' && this.regions.evictableIn([columns]) === pages
+      if (!unused || node.warm > 0 || node.pins > 0) return
+      // Somebody may wait for its memory: where nothing can be written, it is forgotten.
+      if (outcome === 'failed') return this.cache.forgetAll(node)
       this.cache.demote(node)
       then()
     })
@@ -138,8 +141,12 @@ export class ColdPrefixes {
     return begun
   }
 
-  /** @param then told whether the node now has places */
-  private write(node: PrefixNode, overCopies: boolean, then: (written: boolean) => void): boolean {
+  /** @param then told whether the node now has places, or is not what it was */
+  private write(
+    node: PrefixNode,
+    overCopies: boolean,
+    then: (outcome: 'written' | 'failed' | 'changed') => void,
+  ): boolean {
     const columns = columnsOf(this.regions, node)
     const places = this.transfers.places.take(columns.end - columns.first, overCopies)
     if (!places) return false
@@ -153,10 +160,10 @@ export class ColdPrefixes {
       if (error) this.lost++
       const now = columnsOf(this.regions, node)
       const same = now.region === columns.region && now.first === columns.first
-      const fits = !error && !node.gone && !node.places && same && now.end === columns.end
-      if (fits) node.places = places
-      else this.transfers.places.give(places)
-      then(fits)
+      const changed = node.gone || node.places || !same || now.end !== columns.end
+      if (error || changed) this.transfers.places.give(places)
+      else node.places = places
+      then(changed ? 'changed' : error ? 'failed' : 'written')
     })
     return true
   }

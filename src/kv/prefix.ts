@@ -36,6 +36,8 @@ export interface PrefixNode extends Evictable {
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
+  /** Somebody is about to use it: it stays, also when what follows it goes. */
+  held: boolean
   /** Forgotten. */
   gone: boolean
 }
@@ -201,6 +203,7 @@ export class PrefixCache {
 
   /** Keeps a node from going, or lets it go again. */
   hold(node: PrefixNode, held: boolean): void {
+    node.held = held
     if (held) {
       if (this.queue.has(node)) this.queue.remove(node)
     } else if (mayGo(node) && !this.queue.has(node)) this.queue.add(node)
@@ -436,6 +439,7 @@ export class PrefixCache {
       base: 0,
       value: 0,
       heapIndex: -1,
+      held: false,
       pins: 0,
       places: undefined,
       coming: false,
@@ -464,8 +468,8 @@ export class PrefixCache {
 }
 
 /** An end of what is in memory that no pinned prefix needs. */
-function mayGo({ parent, region, coming, warm, pins }: PrefixNode): boolean {
-  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0
+function mayGo({ parent, region, coming, warm, pins, held }: PrefixNode): boolean {
+  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0 && !held
 }
 
 function addSpan(spans: KvSpan[], span: KvSpan): void {

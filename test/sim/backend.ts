@@ -19,6 +19,8 @@ export class SimBackend implements Backend {
   onRead: (slot: number, tokens: number, digest: number) => void = () => {}
   /** What goes wrong in the next step. */
   fault: 'launch' | 'collect' | 'nan' | undefined
+  /** What the step in flight reads is not what was there. */
+  blind = false
   private readonly rows: Float32Array[]
   private batch: StepBatch | undefined
 
@@ -53,8 +55,8 @@ export class SimBackend implements Backend {
       const tokens = (batch.starts[s] ?? 0) + (batch.counts[s] ?? 0)
       const digest = this.kv.digest(slot, tokens)
       if (!batch.wantsLogits[s]) continue
-      this.onRead(slot, tokens, digest)
-      nullLogits(digest, present(this.rows[row++], 'a row of logits'))
+      if (!this.blind) this.onRead(slot, tokens, digest)
+      nullLogits(this.blind ? ~digest : digest, present(this.rows[row++], 'a row of logits'))
     }
     this.fence()
     if (this.fault === 'nan') for (let r = 0; r < row; r++) this.rows[r]?.fill(Number.NaN)

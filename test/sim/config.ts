@@ -2,6 +2,7 @@
 // are made of, and how often each kind of thing happens. Small numbers, so that borders are met
 // often; some kinds of things are left out of a run altogether, so that others come to their own.
 
+import type { Watermarks } from '../../src/engine/offload.ts'
 import { EVICTION_NAMES, type EvictionName } from '../../src/kv/eviction.ts'
 import { columnsFor, regionsFor } from '../../src/kv/regions.ts'
 import { type KvLayout, layerMajor, pagesFor, tokenMajor } from '../../src/kv/layout.ts'
@@ -20,6 +21,12 @@ export interface SimConfig {
   prefixEviction: EvictionName
   /** Answers are cached, too. */
   prefixOutput: boolean
+  /** Columns that a disk has room for; 0 is no disk. */
+  tierColumns: number
+  /** Lets in whoever fits, whatever others will need. */
+  greedy: boolean
+  comeBack: 'moved' | 'computed' | undefined
+  watermarks: Watermarks
   stepTokens: number
   chunkTokensMin: number
   /** Other regions that a slot's tokens may lie in, at most. */
@@ -51,6 +58,14 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
     regions: random.chance(0.5) ? regionsFor(slots) : random.between(slots, 2 * slots + 8),
     kvPages,
     prefixPages: random.chance(0.2) ? 0 : random.between(1, random.chance(0.5) ? alone : kvPages),
+    tierColumns: random.chance(0.4) ? 0 : random.between(1, (3 * kvPages) / layout.ranges),
+    greedy: random.chance(0.5),
+    watermarks: random.pick([
+      { high: 0.9, low: 0.8 },
+      { high: 0.6, low: 0.2 },
+      { high: 1, low: 1 },
+    ]),
+    comeBack: random.pick([undefined, 'moved', 'moved', 'computed']),
     prefixEviction: random.pick(EVICTION_NAMES),
     prefixOutput: random.chance(0.3),
     stepTokens: stepTokensNeeded(maxSequences, chunkTokensMin) + random.below(24),
@@ -82,7 +97,13 @@ function drawLayout(random: Random): KvLayout {
   return random.chance(0.7) ? layerMajor(shape) : tokenMajor(shape)
 }
 
-export function describeConfig({ layout, words, rates, ...numbers }: SimConfig): string[] {
+export function describeConfig({
+  layout,
+  words,
+  rates,
+  watermarks,
+  ...numbers
+}: SimConfig): string[] {
   const { pageBytes, maxTokens } = layout.shape
   const never = [...rates].filter(([, rate]) => rate === 0).map(([name]) => name)
   return [
@@ -90,7 +111,8 @@ export function describeConfig({ layout, words, rates, ...numbers }: SimConfig):
       .map(([name, value]) => `${name} ${value}`)
       .join(' · '),
     `${maxTokens} tokens of ${layout.ranges} × ${layout.tokenStride} bytes ` +
-      `on pages of ${pageBytes}: ${columnsFor(layout, maxTokens)} columns · ${words.length} words`,
+      `on pages of ${pageBytes}: ${columnsFor(layout, maxTokens)} columns · ` +
+      `${words.length} words · watermarks ${watermarks.high} and ${watermarks.low}`,
     `never: ${never.join(', ') || '–'}`,
   ]
 }

@@ -37,6 +37,23 @@ export function insidesOf(core: EngineCore): Insides {
   }
 }
 
+/** What a sequence has in memory, when its next token is about to be chosen. */
+export function tokensOf(sequence: Sequence): number[] {
+  const { tokens, length, request, unit } = sequence
+  if (!unit) return [...tokens.subarray(0, length)]
+  const beams = part<{ node: BeamNode | undefined }[]>(part(unit, 'search'), 'running')
+  const output: number[] = []
+  for (let node = beams[unit.members.indexOf(sequence)]?.node; node; node = node.parent) {
+    output.unshift(node.token)
+  }
+  return [...request.prompt, ...output]
+}
+
+interface BeamNode {
+  parent: BeamNode | undefined
+  token: number
+}
+
 function part<T extends object = object>(of: object, name: string): T {
   return present((of as Record<string, T | undefined>)[name], `the part ${name}`)
 }

@@ -13,18 +13,37 @@ export function saltOf(tenant: string): number {
   return salt
 }
 
+/** A hash over the hashes of the first `count` tokens: what attention over all of them gives. */
+export function digestOf(salt: number, tokens: ArrayLike<number>, count: number): number {
+  let [hash, digest] = [salt, salt]
+  for (let t = 0; t < count; t++) {
+    hash = extendHash(hash, tokens[t] ?? 0)
+    digest = extendHash(digest, hash)
+  }
+  return digest
+}
+
 export class SimMemory extends NullKvMemory {
   /** By slot: the salt of the tenant whose sequence is in it. */
   readonly salts: Uint32Array = new Uint32Array(this.slots)
   /** Called before memory is moved; may throw, as a kernel out of mappings does. */
-  onMove: (what: 'map' | 'discard') => void = () => {}
+  onMove: (what: 'map' | 'copy' | 'discard') => void = () => {}
 
   override map(slot: number, region: number, shared: readonly KvSpan[]): void {
     this.onMove('map')
     const first = fullColumns(this.layout, spannedTokens(shared))
     const dirty = this.region(region).touched.indexOf(1, first)
-    assert(dirty < 0, `column ${dirty} of region ${region} is zeroed before it is used again`)
+    const inPlace = this.own[slot] === region
+    assert(
+      dirty < 0 || inPlace,
+      `column ${dirty} of region ${region} is zeroed before it is used again`,
+    )
     super.map(slot, region, shared)
+  }
+
+  override copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+    this.onMove('copy')
+    super.copy(slot, first, shared)
   }
 
   override discard(region: number, first: number, end: number): void {

@@ -24,6 +24,8 @@ export class Expected {
   readonly request: SequenceRequest
   /** Of the run; it must have ended by then. */
   readonly deadline: number
+  /** The step before which it came. */
+  readonly since: number
   /** A hash over the hashes of all tokens so far: what attention over all of them gives. */
   digest: number
   started = false
@@ -33,7 +35,14 @@ export class Expected {
   private readonly oracle: Oracle
   private readonly state: SamplerState
 
-  constructor(id: number, request: SequenceRequest, deadline: number, oracle: Oracle) {
+  constructor(
+    id: number,
+    request: SequenceRequest,
+    since: number,
+    deadline: number,
+    oracle: Oracle,
+  ) {
+    this.since = since
     this.id = id
     this.request = request
     this.deadline = deadline
@@ -74,7 +83,7 @@ export class Expected {
   }
 
   /** The engine says that it is over, by itself. */
-  finish(reason: FinishReason, outputTokens: number): void {
+  finish(reason: FinishReason, outputTokens: number, _score?: number): void {
     const { id, request } = this
     if (reason === 'stop') {
       const stop = this.next()

@@ -2,19 +2,23 @@
 // get, the memory, and the invariants that hold after every step.
 
 import { assert, present } from '../../src/assert.ts'
+import { extendHash } from '../../src/backends/null/kv-memory.ts'
 import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
 import { EngineCore } from '../../src/engine/core.ts'
-import type { CoreSink } from '../../src/engine/core-contract.ts'
+import type { CoreOptions, CoreSink } from '../../src/engine/core-contract.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
 import { LatticeError } from '../../src/errors.ts'
 import type { Random } from '../support/random.ts'
 import { SimBackend } from './backend.ts'
 import type { SimConfig } from './config.ts'
 import type { PrefixNode } from '../../src/kv/prefix.ts'
-import { type Insides, insidesOf } from './insides.ts'
-import { saltOf, SimMemory } from './memory.ts'
+import { type Insides, insidesOf, tokensOf } from './insides.ts'
+import { digestOf, saltOf, SimMemory } from './memory.ts'
+import type { Failure } from './operations/fail.ts'
+import { ExpectedBeam } from './oracle-beams.ts'
 import { Expected, Oracle } from './oracle.ts'
 import { AskedPrompts } from './prompts.ts'
+import { SimTier } from './tier.ts'
 
 /** What a simulation builds an engine from; a test of the simulator puts broken parts in. */
 export interface Parts {
@@ -34,11 +38,22 @@ export interface Coverage {
   cachedTokens: number
   maps: number
   preemptions: number
+  offloads: number
+  lost: number
+  /** Prefixes that went to disk, and prompts for which some came back. */
+  demotions: number
+  fetches: number
   restarts: number
 }
 
 /** Steps beyond its share of the work that a sequence may take. */
 const DEADLINE_SLACK = 8
+
+/** What beams may end with: too few places, regions or answers. */
+const BEAM_ERRORS = new Set(['kv_memory_exhausted', 'invalid_request'])
+
+/** Transfers, one after the other, that somebody waits for at most: also if each of them fails. */
+const WAITS_MAX = 8
 
 /** What a sequence whose prompt is to be pinned may end with. */
 const PIN_ERRORS = new Set(['prefix_memory_exhausted', 'invalid_request'])
@@ -56,11 +71,16 @@ export class World implements CoreSink {
     cachedTokens: 0,
     maps: 0,
     preemptions: 0,
+    offloads: 0,
+    lost: 0,
+    demotions: 0,
+    fetches: 0,
     restarts: 0,
   }
   core!: EngineCore
   backend!: SimBackend
   memory!: SimMemory
+  tier: SimTier | undefined
   private readonly parts: Parts
   private readonly oracle: Oracle
   private insides!: Insides
@@ -72,10 +92,13 @@ export class World implements CoreSink {
   private ids = 0
   /** Tokens that the sequences that have not ended may take, prompts and all. */
   private work = 0
+  /** Steps in a row that did nothing although there are sequences. */
+  private waited = 0
+  private slownessMax = 1
   private aborting = -1
   private refusing = -1
   /** What shall fail, and whether it has. */
-  private armed: 'launch' | 'collect' | 'map' | 'discard' | undefined
+  private armed: Failure | undefined
 
   constructor(config: SimConfig, parts: Parts) {
     this.config = config
@@ -101,18 +124,23 @@ export class World implements CoreSink {
   submit(first: number, drawn: SequenceRequest, choices: number): void {
     const ids = Array.from({ length: choices }, (_, i) => first + i)
     const requests = ids.map((id, i) => {
-      const sampling = { ...drawn.sampling, seed: drawn.sampling.seed + i }
+      const { beams } = drawn
+      const sampling = beams ? drawn.sampling : { ...drawn.sampling, seed: drawn.sampling.seed + i }
       const request = { ...drawn, requestId: `request ${first}`, sampling }
       this.work += workOf(request)
       // Alone with a cached prefix that takes the last page, one begins once more without.
       const deadline = this.steps + 2 * this.work + this.expected.size + DEADLINE_SLACK
-      this.expected.set(id, new Expected(id, request, deadline, this.oracle))
+      const times = [this.steps, deadline] as const
+      const expected = beams
+        ? new ExpectedBeam(id, i, request, ...times, this.oracle)
+        : new Expected(id, request, ...times, this.oracle)
+      this.expected.set(id, expected)
       return request
     })
     const samplings = requests.map(({ sampling }) => sampling)
     this.core.submitChoices(ids, present(requests[0], 'a choice'), samplings)
     const taken = ids.every((id) => this.expected.has(id))
-    assert(taken || drawn.pin !== undefined, `request ${first} is not refused`)
+    assert(taken || drawn.pin !== undefined || drawn.beams, `request ${first} is not refused`)
   }
 
   submitRefused(id: number, request: SequenceRequest): void {
@@ -142,9 +170,10 @@ export class World implements CoreSink {
     })
   }
 
-  failNext(what: 'launch' | 'collect' | 'map' | 'discard'): void {
+  failNext(what: Failure): void {
     this.armed = what
     if (what === 'launch' || what === 'collect') this.backend.fault = what
+    if (what === 'pager' && this.tier) this.tier.disk.dead = true
   }
 
   // What the engine tells.
@@ -164,7 +193,13 @@ export class World implements CoreSink {
     this.computed(expected)
   }
 
-  onFinish(id: number, reason: FinishReason, outputTokens: number, error?: LatticeError): void {
+  onFinish(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error?: LatticeError,
+    score?: number,
+  ): void {
     assert((reason === 'error') === (error !== undefined), 'an error is told with its reason')
     if (id === this.refusing) {
       assert(error?.code === 'invalid_request', 'a wrong request is told so')
@@ -179,12 +214,16 @@ export class World implements CoreSink {
     } else if (reason === 'error') {
       const poisoned = this.backend.fault === 'nan' && error?.code === 'backend_failed'
       const unpinnable = expected.request.pin !== undefined && PIN_ERRORS.has(error?.code ?? '')
-      assert(poisoned || unpinnable, `sequence ${id} ends without an error: ${error?.message}`)
+      const noBeams = expected.request.beams && BEAM_ERRORS.has(error?.code ?? '')
+      assert(
+        poisoned || unpinnable || noBeams,
+        `sequence ${id} ends without an error: ${error?.message}`,
+      )
       expected.end(outputTokens)
       if (poisoned) this.computed(expected)
       this.coverage.failed++
     } else {
-      expected.finish(reason, outputTokens)
+      expected.finish(reason, outputTokens, score)
       this.computed(expected)
       this.coverage.finished++
     }
@@ -201,9 +240,9 @@ export class World implements CoreSink {
     this.steps++
     this.guard(() => {
       const busy = this.core.step()
-      assert(busy || this.expected.size === 0, 'an engine with sequences has something to do')
-      if (busy) this.backend.fault = undefined
-      else if (this.backend.fault === 'nan') this.backend.fault = undefined
+      assert(!this.tier?.disk.dead, 'an engine without a pager stops')
+      if (busy || this.backend.fault === 'nan') this.backend.fault = undefined
+      this.checkAlive(busy)
     })
     this.check()
   }
@@ -226,14 +265,19 @@ export class World implements CoreSink {
     this.check()
     assert(regionTable.usedPages === 0, 'no page is left behind')
     assert(this.memory.residentBytes() === 0, 'no memory is left behind')
+    const places = new Set([...(cache?.nodes() ?? [])].flatMap((node) => [...(node.places ?? [])]))
+    const { ranges, shape } = this.config.layout
+    const used = this.core.snapshot().tier?.usedBytes ?? 0
+    assert(used === places.size * ranges * shape.pageBytes, 'only cached prefixes stay on disk')
     this.count()
   }
 
   checkSnapshot(): void {
     const { sequences, running, waiting, kv } = this.core.snapshot()
     const { slots, regions } = this.insides
-    assert(sequences.length === this.expected.size, 'a snapshot has every sequence')
-    assert(running + waiting === sequences.length, 'a sequence runs or waits')
+    const beams = [...this.expected.values()].some(({ request }) => request.beams)
+    assert(beams || sequences.length === this.expected.size, 'a snapshot has every sequence')
+    assert(beams || running + waiting === sequences.length, 'a sequence runs or waits')
     assert(running <= slots.filter(({ state }) => state === 'held').length, 'who runs has a slot')
     let columns = 0
     for (const region of regions)
@@ -258,22 +302,37 @@ export class World implements CoreSink {
       if (state === 'held') memory.checkMapped(slot, region, shared)
     })
     for (const [tenant, root] of insides.roots) this.checkNode(root, this.saltOf(tenant))
-    for (const { id, deadline } of this.expected.values()) {
-      assert(this.steps <= deadline, `sequence ${id} ends in the time that its work takes`)
-      // Who comes later has a later deadline.
+  }
+
+  /** Somebody gets on, and whoever came first ends in the time that the work until then takes. */
+  private checkAlive(busy: boolean): void {
+    const { slowness = 1, failed = 0 } = this.tier?.disk ?? {}
+    this.slownessMax = Math.max(this.slownessMax, slowness)
+    this.waited = busy || this.expected.size === 0 ? 0 : this.waited + 1
+    const wait = this.tier ? WAITS_MAX * this.slownessMax + 2 : 0
+    assert(this.waited <= wait, 'an engine with sequences has something to do')
+    // What fails to come back is computed again.
+    const again = failed * (this.config.layout.shape.maxTokens + wait)
+    for (const { id, deadline, since } of this.expected.values()) {
+      const steps = since + (deadline - since) * (1 + wait) + again
+      assert(this.steps <= steps, `sequence ${id} ends in the time that its work takes`)
+      // Who comes later has more time.
       break
     }
   }
 
   /** What is cached is in memory, as its tenant's tokens left it. */
   private checkNode(node: PrefixNode, before: number): void {
-    const { region, from, tokens, children } = node
-    const hash = tokens.length > 0 ? this.memory.checkRows(region, from, tokens, before) : before
+    const { region, coming, from, tokens, children } = node
+    const hash =
+      region >= 0 && !coming
+        ? this.memory.checkRows(region, from, tokens, before)
+        : tokens.reduce(extendHash, before)
     for (const child of children.values()) this.checkNode(child, hash)
   }
 
   /** Runs the engine; if what was injected stops it, its clients are told and a new one starts. */
-  private guard(act: () => void): void {
+  guard(act: () => void): void {
     try {
       act()
     } catch (thrown) {
@@ -289,9 +348,22 @@ export class World implements CoreSink {
     const { config, parts } = this
     const { layout, slots, regions, maxSequences, kvPages, prefixPages, spansMax } = config
     this.memory = new parts.memory(layout, slots, regions)
+    this.tier = config.tierColumns > 0 ? new SimTier(this.memory, config.tierColumns) : undefined
+    if (this.tier) this.memory.tier = this.tier
+    this.slownessMax = 1
+    this.waited = 0
     this.backend = new parts.backend(config, this.memory)
-    const { prefixEviction, prefixOutput } = config
-    const options = { maxSequences, kvPages, prefixPages, prefixEviction, prefixOutput }
+    const { prefixEviction, prefixOutput, greedy, comeBack } = config
+    const options: CoreOptions = {
+      maxSequences,
+      kvPages,
+      prefixPages,
+      prefixEviction,
+      prefixOutput,
+      greedy,
+      comeBack,
+      watermarks: config.watermarks,
+    }
     this.core = new EngineCore(this.backend, options, this, () => this.nowMs)
     this.insides = insidesOf(this.core)
     this.insides.sharing.spansMax = spansMax
@@ -306,21 +378,36 @@ export class World implements CoreSink {
       if (this.armed === what) throw new LatticeError('os_call_failed', `injected at ${what}`)
     }
     this.backend.onLaunch = () => {
+      if (this.armed === 'pager in a step' && this.tier) {
+        this.tier.disk.dead = true
+        this.backend.blind = true
+      }
       for (const sequence of this.insides.running) {
         this.bySlot[sequence.slot] = sequence
         this.memory.salts[sequence.slot] = this.saltOf(sequence.request.tenant)
       }
     }
     this.backend.onRead = (slot, tokens, digest) => {
-      const { id } = present(this.bySlot[slot], 'a sequence')
-      const right = digest === this.of(id).digest
-      assert(right, `the ${tokens} tokens that slot ${slot} reads are those of sequence ${id}`)
+      const sequence = present(this.bySlot[slot], 'a sequence')
+      const { id, unit, request } = sequence
+      const right = unit
+        ? digestOf(this.saltOf(request.tenant), tokensOf(sequence), tokens)
+        : this.of(id).digest
+      assert(
+        digest === right,
+        `the ${tokens} tokens that slot ${slot} reads are those of sequence ${id}`,
+      )
     }
     parts.tamper(this.core)
   }
 
   private count(): void {
-    this.coverage.preemptions += this.core.snapshot().preemptions
+    const { preemptions, tier } = this.core.snapshot()
+    this.coverage.preemptions += preemptions
+    this.coverage.offloads += tier?.offloads ?? 0
+    this.coverage.lost += tier?.lost ?? 0
+    this.coverage.demotions += tier?.demotions ?? 0
+    this.coverage.fetches += tier?.fetches ?? 0
   }
 
   private of(id: number): Expected {
