@@ -7,7 +7,6 @@ import {
   columnsFor,
   copiedColumns,
   fullColumns,
-  type KvColumns,
   type KvSpan,
   sharedColumns,
   spannedTokens,
@@ -52,7 +51,9 @@ export class NullKvMemory implements KvMemory {
   private readonly written: Int32Array
   /** By slot: 1 if a step that reads it is in flight. */
   private readonly reading: Uint8Array
-  private readonly readColumns: KvColumns[] = []
+  /** Region, first and end column of each run that is read: plain numbers, so no step allocates. */
+  private readonly readColumns: number[] = []
+  private readEnd = 0
 
   constructor(layout: KvLayout, slots: number, regions = slots) {
     this.layout = layout
@@ -181,18 +182,25 @@ export class NullKvMemory implements KvMemory {
     for (let c = 0; c < end; c++) {
       const region = this.mapped[slot]?.[c] ?? 0
       this.region(region).reading[c] = 1
-      const last = this.readColumns.at(-1)
-      if (last?.region === region && last.end === c) last.end = c + 1
-      else this.readColumns.push({ region, first: c, end: c + 1 })
+      const { readColumns: runs, readEnd: at } = this
+      if (at > 0 && runs[at - 3] === region && runs[at - 1] === c) {
+        runs[at - 1] = c + 1
+        continue
+      }
+      runs[at] = region
+      runs[at + 1] = c
+      runs[at + 2] = c + 1
+      this.readEnd = at + 3
     }
   }
 
   /** All launched steps are over: this is their fence. */
   endReading(): void {
-    for (const { region, first, end } of this.readColumns) {
-      this.region(region).reading.fill(0, first, end)
+    for (let i = 0; i < this.readEnd; i += 3) {
+      const { reading } = this.region(this.readColumns[i] ?? 0)
+      reading.fill(0, this.readColumns[i + 1], this.readColumns[i + 2])
     }
-    this.readColumns.length = 0
+    this.readEnd = 0
     this.reading.fill(0)
   }
 
