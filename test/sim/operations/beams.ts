@@ -11,8 +11,6 @@ export const beams: Operation = {
   name: 'beams',
   rate: 0.01,
   draw(world, random): Action | undefined {
-    // Where pinned prefixes leave beams too little room, they begin again without end.
-    if (world.config.rates.get('pin')) return undefined
     const width = random.between(2, 4)
     const answers = random.between(1, width)
     const drawn = drawRequest(world, random)
