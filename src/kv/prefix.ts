@@ -199,11 +199,21 @@ export class PrefixCache {
     return true
   }
 
-  /** Keeps a node from going, or lets it go again. */
-  hold(node: PrefixNode, held: boolean): void {
-    if (held) {
-      if (this.queue.has(node)) this.queue.remove(node)
-    } else if (mayGo(node) && !this.queue.has(node)) this.queue.add(node)
+  /** Keeps a node from going, whatever follows it, until it is let go. */
+  hold(node: PrefixNode): void {
+    node.pins++
+    if (this.queue.has(node)) this.queue.remove(node)
+  }
+
+  letGo(node: PrefixNode): void {
+    node.pins--
+    if (mayGo(node)) this.queue.add(node)
+  }
+
+  /** What was coming is there. */
+  arrived(node: PrefixNode): void {
+    node.coming = false
+    if (mayGo(node)) this.queue.add(node)
   }
 
   /** A node that is out has its content in `region`, or will when it is no longer `coming`. */
