@@ -85,17 +85,17 @@ export class ColdPrefixes {
     // What leads to it stays: it would be read in vain.
     const path = this.pathOf(parent)
     for (const columns of path) this.begin(columns, undefined)
-    this.cache.hold(parent, true)
+    this.cache.hold(parent)
     const region = this.cache.reserve(pages) && makeRoom(pages) ? this.regions.take(-1) : -1
     // Making room may have forgotten what was to come back.
     if (region < 0 || nodes.some(({ gone }) => gone)) {
       if (region >= 0) this.regions.leave(region)
-      this.cache.hold(parent, false)
+      this.cache.letGo(parent)
       for (const columns of path) this.end(columns)
       return false
     }
     this.load({ region, first, end }, nodes, path)
-    this.cache.hold(parent, false)
+    this.cache.letGo(parent)
     this.fetches++
     return true
   }
@@ -178,12 +178,12 @@ export class ColdPrefixes {
     this.begin(columns, undefined)
     this.regions.leave(columns.region)
     this.transfers.begin('load', columns, places, (error) => {
-      for (const node of nodes) node.coming = false
+      for (const node of nodes) this.cache.arrived(node)
       if (error) {
         this.lost++
         const [top] = nodes
         if (top && !top.gone) this.cache.forgetAll(top)
-      } else for (const node of nodes) this.cache.hold(node, false)
+      }
       for (const held of [columns, ...path]) this.end(held)
       this.cache.keepBudget()
     })

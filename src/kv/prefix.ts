@@ -36,8 +36,6 @@ export interface PrefixNode extends Evictable {
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
-  /** Somebody is about to use it: it stays, also when what follows it goes. */
-  held: boolean
   /** Forgotten. */
   gone: boolean
 }
@@ -201,12 +199,21 @@ export class PrefixCache {
     return true
   }
 
-  /** Keeps a node from going, or lets it go again. */
-  hold(node: PrefixNode, held: boolean): void {
-    node.held = held
-    if (held) {
-      if (this.queue.has(node)) this.queue.remove(node)
-    } else if (mayGo(node) && !this.queue.has(node)) this.queue.add(node)
+  /** Keeps a node from going, whatever follows it, until it is let go. */
+  hold(node: PrefixNode): void {
+    node.pins++
+    if (this.queue.has(node)) this.queue.remove(node)
+  }
+
+  letGo(node: PrefixNode): void {
+    node.pins--
+    if (mayGo(node)) this.queue.add(node)
+  }
+
+  /** What was coming is there. */
+  arrived(node: PrefixNode): void {
+    node.coming = false
+    if (mayGo(node)) this.queue.add(node)
   }
 
   /** A node that is out has its content in `region`, or will when it is no longer `coming`. */
@@ -439,7 +446,6 @@ export class PrefixCache {
       base: 0,
       value: 0,
       heapIndex: -1,
-      held: false,
       pins: 0,
       places: undefined,
       coming: false,
@@ -468,8 +474,8 @@ export class PrefixCache {
 }
 
 /** An end of what is in memory that no pinned prefix needs. */
-function mayGo({ parent, region, coming, warm, pins, held }: PrefixNode): boolean {
-  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0 && !held
+function mayGo({ parent, region, coming, warm, pins }: PrefixNode): boolean {
+  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0
 }
 
 function addSpan(spans: KvSpan[], span: KvSpan): void {
