@@ -449,7 +449,11 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
 }
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 32)
-    attentionDecode(const __grid_constant__ Arguments a) {
+    attentionDecode(const bf16 *q, bf16 *out, const unsigned char *kv, const int *slots,
+                    const int *lengths, int rows, int window, u64 slotStride, u64 tokenStride,
+                    u64 keyOffset, float scale, float softcap, float4 *partial, u32 *arrivals) {
+  const Arguments a = {q, out, kv, slots, lengths, rows, window, slotStride, tokenStride,
+                       keyOffset, scale, softcap, partial, arrivals};
   unsigned char *const ring = shared;
   float4 *const area = (float4 *)(ring + STAGES * STAGE);
   unsigned char *const tail = (unsigned char *)area + MERGE;
