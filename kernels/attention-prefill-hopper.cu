@@ -18,6 +18,7 @@
 #include "wgmma.cuh"
 
 constexpr int ROWS = 64 * WORKERS;
+constexpr int TILE_TOKENS = (ROWS + GROUP - 1) / GROUP;
 constexpr int PANELS = (HEAD_DIM + 63) / 64;  // of 64 columns, 128 bytes
 constexpr int QUERY_PANEL = ROWS * 128;
 constexpr int KEY_PANEL = KEYS * 128;
@@ -49,35 +50,68 @@ struct Tile {
 };
 
 /**
- * Tiles of all segments in one line, each segment's last (longest) first; heads go fastest. Blocks
- * take turns along it, there and back, so that none gets the longer of every turn.
+ * Tiles of all segments in one line, the longest first: tiles of all segments that begin about as
+ * many tiles after their sequences' start follow each other; of each, all heads. Blocks take turns
+ * along the line, there and back, so that none gets the longer of every turn. Warps walk it whole.
  */
 struct Line {
-  int segment, before, turn;
+  int level, before, turn;
 
-  __device__ __forceinline__ Line() : segment(0), before(0), turn(0) {}
+  __device__ __forceinline__ Line(const Arguments &a) : before(0), turn(0) {
+    level = below(a, 0x7fffffff);
+  }
+
+  static __device__ __forceinline__ int tilesOf(const Arguments &a, int segment) {
+    return segment < a.segments ? (a.counts[segment] * GROUP + ROWS - 1) / ROWS : 0;
+  }
+
+  /** How many tiles' worth of tokens lie before a segment. */
+  static __device__ __forceinline__ int bottomOf(const Arguments &a, int segment) {
+    return segment < a.segments ? a.starts[segment] / TILE_TOKENS : 0;
+  }
+
+  /** The highest level under another that has tiles, or -1. */
+  static __device__ __forceinline__ int below(const Arguments &a, int level) {
+    int highest = -1;
+    for (int i = threadIdx.x % 32; i < a.segments; i += 32) {
+      const int tiles = tilesOf(a, i), bottom = bottomOf(a, i);
+      if (tiles > 0 && bottom < level) highest = max(highest, min(level, bottom + tiles) - 1);
+    }
+    return __reduce_max_sync(~0u, highest);
+  }
 
   __device__ __forceinline__ bool next(const Arguments &a, Tile &tile) {
     const int place = turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int unit = turn++ * gridDim.x + place;
-    for (; segment < a.segments; segment++) {
-      const int rows = a.counts[segment] * GROUP, tiles = (rows + ROWS - 1) / ROWS;
-      const int at = unit - before;
-      if (at < tiles * KV_HEADS) {
-        tile.kvHead = at % KV_HEADS;
-        tile.row = (tiles - 1 - at / KV_HEADS) * ROWS;
-        tile.rows = rows;
-        tile.start = a.starts[segment];
-        tile.firstRow = a.firstRows[segment];
-        tile.slot = a.slots[segment];
-        tile.last = tile.start + (min(tile.row + ROWS, rows) - 1) / GROUP;
-        const int from = max(0, tile.start + tile.row / GROUP + 1 - a.window);
-        tile.steps = (tile.last - from) / KEYS + 1;
+    for (; level >= 0; level = below(a, level)) {
+      for (int base = 0, passed = before;; base += 32) {
+        if (base >= a.segments) {
+          before = passed;
+          break;
+        }
+        const int segment = base + threadIdx.x % 32, index = level - bottomOf(a, segment);
+        u32 there = __ballot_sync(~0u, index >= 0 && index < tilesOf(a, segment));
+        const int at = unit - passed, rank = at / KV_HEADS;
+        passed += __popc(there) * KV_HEADS;
+        if (unit >= passed) continue;
+        for (int i = 0; i < rank; i++) there &= there - 1;
+        fill(a, tile, base + __ffs(there) - 1, at % KV_HEADS);
         return true;
       }
-      before += tiles * KV_HEADS;
     }
     return false;
+  }
+
+  __device__ __forceinline__ void fill(const Arguments &a, Tile &tile, int segment, int kvHead) {
+    tile.kvHead = kvHead;
+    tile.start = a.starts[segment];
+    tile.row = (level - tile.start / TILE_TOKENS) * ROWS;
+    tile.rows = a.counts[segment] * GROUP;
+    tile.firstRow = a.firstRows[segment];
+    tile.slot = a.slots[segment];
+    tile.last = tile.start + (min(tile.row + ROWS, tile.rows) - 1) / GROUP;
+    const int from = max(0, tile.start + tile.row / GROUP + 1 - a.window);
+    tile.steps = (tile.last - from) / KEYS + 1;
   }
 };
 
@@ -122,12 +156,13 @@ __device__ __forceinline__ void loadTokens(KeyRing &ring, const void *map, const
   ring.advance();
 }
 
-/** One thread asks for keys and, a tile behind them, values. */
+/** A warp's first thread asks for keys and, a tile behind them, values. */
 __device__ __forceinline__ void feedTokens(const Arguments &a, const void *map, KeyRing keys,
                                            KeyRing values) {
-  Line line;
+  Line line(a);
   Tile tile;
   while (line.next(a, tile)) {
+    if (threadIdx.x > 0) continue;
     const int row = a.headRow + tile.kvHead;
     for (int step = 0; step < tile.steps; step++) {
       loadTokens(keys, map, tile, row, step);
@@ -139,7 +174,7 @@ __device__ __forceinline__ void feedTokens(const Arguments &a, const void *map, 
 
 __device__ __forceinline__ void feedQueries(const Arguments &a, QueryRing ring, int thread) {
   constexpr int CHUNKS = HEAD_DIM / 8;
-  Line line;
+  Line line(a);
   Tile tile;
   while (line.next(a, tile)) {
     ring.awaitEmpty();
@@ -147,7 +182,7 @@ __device__ __forceinline__ void feedQueries(const Arguments &a, QueryRing ring, 
       const int r = i / CHUNKS, chunk = i % CHUNKS;
       const bf16 *from = a.q + elementOf(tile, min(tile.row + r, tile.rows - 1)) + chunk * 8;
       const u32 to = ring.at() + chunk / 8 * QUERY_PANEL + r * 128 + ((chunk ^ r) & 7) * 16;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+      copy16(to, from);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
     publishShared();
@@ -267,7 +302,7 @@ __device__ __forceinline__ void writeOut(const Arguments &a, const Tile &tile, R
 __device__ __forceinline__ void work(const Arguments &a, QueryRing queries, KeyRing keys,
                                      KeyRing values, int worker) {
   const int row = worker * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  Line line;
+  Line line(a);
   Tile tile;
   if (worker == WORKERS - 1) turnPass(worker);
   while (line.next(a, tile)) {
@@ -362,8 +397,8 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1)
   awaitPredecessor();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEEDER_REGISTERS));
-    if (threadIdx.x == 0) feedTokens(a, &kv, keys, values);
-    else if (threadIdx.x >= 32) feedQueries(a, queries, threadIdx.x - 32);
+    if (threadIdx.x < 32) feedTokens(a, &kv, keys, values);
+    else feedQueries(a, queries, threadIdx.x - 32);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));
     work(a, queries, keys, values, threadIdx.x / 128 - 1);

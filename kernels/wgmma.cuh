@@ -1,5 +1,4 @@
-// Owns Hopper's warpgroup products, descriptors of swizzled tiles in shared memory, and the copy
-// engine's loads. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+// Owns Hopper's warpgroup products and descriptors of swizzled tiles in shared memory. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
 
 #pragma once
 
@@ -35,14 +34,6 @@ template <int N> __device__ __forceinline__ void settle(float (&d)[N]) {
 /** What ordinary stores wrote to shared memory is seen by products and the copy engine. */
 __device__ __forceinline__ void publishShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-/** Copies a box of a tensor of four dimensions; what lies outside of it becomes zeros. */
-__device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, int z, int w,
-                                        u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z),
-               "r"(w), "r"(barrier) : "memory");
 }
 
 #define NAMES_32 \
