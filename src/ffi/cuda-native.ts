@@ -456,7 +456,7 @@ export class NativeCuda implements CudaDriver {
     more: Record<string, number | string> = {},
   ): LatticeError {
     const known = this.name(result, this.at) === 0
-    const name = known ? (koffi.decode.string(BigInt(this.outNumber))) : `code ${result}`
+    const name = known ? koffi.decode.string(BigInt(this.outNumber)) : `code ${result}`
     const values = Object.entries(more).map(([key, value]) => `${key} ${value}`)
     const about = values.length > 0 ? ` (${values.join(', ')})` : ''
     return new LatticeError('gpu_call_failed', `${call} failed with ${name}${about}.`, {
