@@ -125,7 +125,7 @@ export class NativeCuda implements CudaDriver {
   private readonly access = new NativeBlock(16)
   private readonly tensorArrays = new NativeBlock(5 * 8 * 2 + 5 * 4 * 2)
 
-  /** @throws LatticeError `backend_unavailable` without a driver, `gpu_call_failed` without a GPU */
+  /** @throws LatticeError `backend_unavailable` without driver, `gpu_call_failed` without GPU */
   constructor() {
     const { handle, path } = openCudaLibrary('driver')
     this.calls = bind(handle)
