@@ -1,0 +1,474 @@
+// Owns attention of one query token a row over its sequence's keys and values in strided memory.
+//
+// q, out  [rows, heads, HEAD_DIM] bf16; the GROUP query heads of a key/value head are neighbours.
+// kv      address(slot, token) = kv + slot·slotStride + token·tokenStride, in bytes; at keyOffset
+//         from there lie [KV_HEADS, HEAD_DIM] bf16 keys, directly behind them the values.
+// slots, lengths  [rows] int32: row r sees tokens max(0, lengths[r] - window) … lengths[r] - 1 of
+//         slot slots[r]; nothing beyond them is read. A row of length 0 comes out as zeros.
+// partial float32 scratch, arrivals [rows · KV_HEADS] uint32 that are zero before and after.
+//
+// Work is cut evenly whatever the lengths (stream-K, Osama et al. 2023): all tiles of all rows form
+// one line, every block takes an equal stretch of it, and the last block to finish a row's part
+// merges the parts (flash decoding, Dao et al. 2023). A tile holds whole rows of HEAD_BLOCK heads,
+// so that memory is read in long runs. Tokens are the long side of the tensor-core products
+// (S' = K·Q', O' = V'·P'), which pads the group to 8 or 16 columns.
+// Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
+//
+// -D HEAD_DIM GROUP KV_HEADS HEAD_BLOCK TOKEN_WARPS STAGES [SOFTCAP]
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int HEAD_BLOCKS = KV_HEADS / HEAD_BLOCK;
+constexpr int COLUMNS = (GROUP + 7) / 8;       // tiles of 8 query heads
+constexpr int STEPS = HEAD_DIM / 16;           // tensor-core steps over a head
+constexpr int TILE = 16 * TOKEN_WARPS;         // tokens
+constexpr int CONSUMERS = HEAD_BLOCK * TOKEN_WARPS;
+constexpr int ROW = 2 * HEAD_BLOCK * HEAD_DIM * 2;  // bytes of a token's keys and values
+constexpr int PITCH = ROW + 16;                // 16 more: ldmatrix then meets every bank once
+constexpr int STAGE = TILE * PITCH;
+constexpr int STATE = COLUMNS * (STEPS + 1);   // float4 a lane: sums, then maxima and totals
+constexpr int MERGE = (TOKEN_WARPS - 1) * HEAD_BLOCK * STATE * 32 * 16;
+constexpr float LOG2E = 1.4426950408889634f;
+#define NONE __int_as_float(0xff800000)  // minus infinity
+
+static_assert(HEAD_DIM % 16 == 0 && KV_HEADS % HEAD_BLOCK == 0, "shapes");
+
+extern __shared__ __align__(128) unsigned char shared[];
+
+__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrierInit(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barrierArrive(u32 barrier) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrierWait(u32 barrier, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+#define TEST_WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define TEST_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; " TEST_WAIT " p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+
+__device__ __forceinline__ void loadMatrices(u32 (&r)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+
+__device__ __forceinline__ void loadTransposed(u32 (&r)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/** Two floats as bf16, the first in the low half. */
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+__device__ __forceinline__ u32 transpose(u32 x) {
+  u32 r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+  return r;
+}
+
+__device__ __forceinline__ float exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+struct Arguments {
+  const bf16 *q;
+  bf16 *out;
+  const unsigned char *kv;
+  const int *slots, *lengths;
+  int rows, window;
+  u64 slotStride, tokenStride, keyOffset;
+  float scale, softcap;
+  float4 *partial;
+  u32 *arrivals;
+};
+
+/** A stretch of one row's tiles for one block of heads; `all` are the row's tiles. */
+struct Piece {
+  int row, block, tile, tiles, all, first, length;
+  u64 start;  // where on the line of all tiles the row's part for this block of heads begins
+};
+
+/** Walks the pieces of this block's stretch of the line; every warp walks it by itself. */
+struct Walk {
+  const int *lengths;
+  int window;
+  u64 at, end, total, itemStart;
+  int row, block, blocks;
+
+  __device__ __forceinline__ int tilesOf(int length) const {
+    const int seen = min(length, window);
+    return max(1, (seen + TILE - 1) / TILE);
+  }
+
+  __device__ __forceinline__ Walk(const Arguments &a) : lengths(a.lengths), window(a.window) {
+    const int lane = threadIdx.x % 32, each = (a.rows + 31) / 32;
+    const int from = min(a.rows, lane * each), to = min(a.rows, from + each);
+    int own = 0;
+    for (int r = from; r < to; r++) own += tilesOf(lengths[r]);
+    int sum = own;
+    for (int d = 1; d < 32; d *= 2) {
+      const int left = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += left;
+    }
+    total = (u64)__shfl_sync(~0u, sum, 31) * HEAD_BLOCKS;
+    blocks = (int)min((u64)gridDim.x, total);
+    const u64 me = blockIdx.x;
+    at = me < blocks ? total * me / blocks : 0;
+    end = me < blocks ? total * (me + 1) / blocks : 0;
+    const u32 before = __ballot_sync(~0u, (u64)sum * HEAD_BLOCKS <= at);
+    const int owner = min(31, __popc(before));
+    row = owner * each;
+    itemStart = (u64)__shfl_sync(~0u, sum - own, owner) * HEAD_BLOCKS;
+    block = 0;
+    if (at >= end) return;
+    for (;; row++) {
+      const u64 whole = (u64)tilesOf(lengths[row]) * HEAD_BLOCKS;
+      if (at < itemStart + whole) break;
+      itemStart += whole;
+    }
+    const int tiles = tilesOf(lengths[row]);
+    block = (int)((at - itemStart) / tiles);
+    itemStart += (u64)block * tiles;
+  }
+
+  __device__ __forceinline__ bool next(Piece &p) {
+    if (at >= end) return false;
+    p.row = row;
+    p.block = block;
+    p.length = lengths[row];
+    p.first = max(0, p.length - window);
+    p.all = tilesOf(p.length);
+    p.tile = (int)(at - itemStart);
+    p.tiles = (int)min(end - at, (u64)(p.all - p.tile));
+    p.start = itemStart;
+    at += p.tiles;
+    if (p.tile + p.tiles == p.all) {
+      itemStart += p.all;
+      if (++block == HEAD_BLOCKS) block = 0, row++;
+    }
+    return true;
+  }
+
+  /** The block that has the tile at this place of the line. */
+  __device__ __forceinline__ int blockOf(u64 place) const {
+    return (int)(((place + 1) * blocks - 1) / total);
+  }
+};
+
+/** One warp's part of a result: per column of query heads maxima, totals and weighted sums. */
+struct State {
+  float m[COLUMNS][2], l[COLUMNS][2], o[COLUMNS][STEPS][4];
+
+  __device__ __forceinline__ void clear() {
+    for (int c = 0; c < COLUMNS; c++) {
+      m[c][0] = m[c][1] = NONE;
+      l[c][0] = l[c][1] = 0;
+#pragma unroll
+      for (int s = 0; s < STEPS; s++) o[c][s][0] = o[c][s][1] = o[c][s][2] = o[c][s][3] = 0;
+    }
+  }
+
+  /** Each lane has summed its own tokens: now all have the totals. */
+  __device__ __forceinline__ void total() {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++)
+      for (int i = 0; i < 2; i++)
+        for (int d = 4; d < 32; d *= 2) l[c][i] += __shfl_xor_sync(~0u, l[c][i], d);
+  }
+
+  __device__ __forceinline__ void store(float4 *to) const {
+    to += threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      for (int s = 0; s < STEPS; s++, to += 32)
+        *to = make_float4(o[c][s][0], o[c][s][1], o[c][s][2], o[c][s][3]);
+      *to = make_float4(m[c][0], m[c][1], l[c][0], l[c][1]);
+      to += 32;
+    }
+  }
+
+  __device__ __forceinline__ void merge(const float4 *from) {
+    from += threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      const float4 tail = from[(c * (STEPS + 1) + STEPS) * 32];
+      const float other[2] = {tail.x, tail.y}, totals[2] = {tail.z, tail.w};
+      float keep[2], take[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float top = fmaxf(m[c][i], other[i]), zero = top == NONE ? 0 : top;
+        keep[i] = exp2(m[c][i] - zero);
+        take[i] = exp2(other[i] - zero);
+        l[c][i] = l[c][i] * keep[i] + totals[i] * take[i];
+        m[c][i] = top;
+      }
+#pragma unroll
+      for (int s = 0; s < STEPS; s++) {
+        const float4 x = from[(c * (STEPS + 1) + s) * 32];
+        o[c][s][0] = o[c][s][0] * keep[0] + x.x * take[0];
+        o[c][s][1] = o[c][s][1] * keep[1] + x.y * take[1];
+        o[c][s][2] = o[c][s][2] * keep[0] + x.z * take[0];
+        o[c][s][3] = o[c][s][3] * keep[1] + x.w * take[1];
+      }
+    }
+  }
+
+  /** `to`: the group's first head. */
+  __device__ __forceinline__ void output(bf16 *to) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      const bool some[2] = {l[c][0] > 0, l[c][1] > 0};
+      const float by[2] = {1 / l[c][0], 1 / l[c][1]};
+#pragma unroll
+      for (int s = 0; s < STEPS; s++) {
+        const float x0 = some[0] ? o[c][s][0] * by[0] : 0, x1 = some[1] ? o[c][s][1] * by[1] : 0;
+        const float x2 = some[0] ? o[c][s][2] * by[0] : 0, x3 = some[1] ? o[c][s][3] * by[1] : 0;
+        const u32 low = transpose(pack(x0, x1)), high = transpose(pack(x2, x3));
+        const int head = c * 8 + lane / 4;
+        if (head >= GROUP) continue;
+        u32 *const at = (u32 *)(to + head * HEAD_DIM + s * 16 + lane % 4 * 2);
+        at[0] = low;
+        at[4] = high;
+      }
+    }
+  }
+};
+
+/** Copies the tiles of this block's pieces into the ring, one stage after another. */
+__device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full, u32 empty) {
+  const int lane = threadIdx.x % 32;
+  Walk walk(a);
+  Piece p;
+  int stage = 0;
+  u32 parity = 1;
+  while (walk.next(p)) {
+    const unsigned char *slot = a.kv + (u64)a.slots[p.row] * a.slotStride + a.keyOffset;
+    slot += p.block * (ROW / 2);
+    for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
+      const u32 filled = full + stage * 8, to = stages + stage * STAGE;
+      barrierWait(empty + stage * 8, parity);
+      // Past the end the last token is copied again: shared memory never holds what was not
+      // written, and no page beyond the sequence is touched.
+      const int token = p.first + tile * TILE, last = p.length - 1;
+#if __CUDA_ARCH__ >= 900
+      if (lane == 0) {
+        if (last < 0) barrierArrive(filled);
+        else
+          asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::
+                       "r"(filled), "n"(TILE * ROW) : "memory");
+      }
+      __syncwarp();
+#pragma unroll
+      for (int t = lane; t < TILE; t += 32) {
+        if (last < 0) break;
+        const unsigned char *from = slot + (u64)min(token + t, last) * a.tokenStride;
+        constexpr int RUNS = HEAD_BLOCKS == 1 ? 1 : 2;
+#pragma unroll
+        for (int run = 0; run < RUNS; run++)
+          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                       "[%0], [%1], %2, [%3];" ::"r"(to + t * PITCH + run * (ROW / 2)),
+                       "l"(from + run * (KV_HEADS * HEAD_DIM * 2)), "n"(ROW / RUNS), "r"(filled)
+                       : "memory");
+      }
+#else
+      constexpr int CHUNKS = ROW / 16;
+      for (int i = lane; i < TILE * CHUNKS && last >= 0; i += 32) {
+        const int t = i / CHUNKS, chunk = i % CHUNKS, value = chunk >= CHUNKS / 2;
+        const unsigned char *from = slot + (u64)min(token + t, last) * a.tokenStride;
+        from += value * (KV_HEADS * HEAD_DIM * 2) + (chunk - value * (CHUNKS / 2)) * 16;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + t * PITCH + chunk * 16),
+                     "l"(from) : "memory");
+      }
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(filled) : "memory");
+#endif
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+  }
+}
+
+/** Adds 16 tokens to the state; tokens from `count` on are hidden. */
+__device__ __forceinline__ void attend(const Arguments &a, State &state, u32 keys, u32 values,
+                                       const u32 (&q)[COLUMNS][STEPS][2], int count) {
+  const int lane = threadIdx.x % 32;
+  float s[COLUMNS][2][4] = {};
+  const u32 keyLane = keys + lane % 16 * PITCH + lane / 16 * 16;
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) {
+    u32 matrix[4];
+    loadMatrices(matrix, keyLane + k * 32);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) multiply(s[c][k % 2], matrix, q[c][k]);
+  }
+  u32 weights[COLUMNS][2];
+  const bool hidden[2] = {lane / 4 >= count, lane / 4 + 8 >= count};
+#pragma unroll
+  for (int c = 0; c < COLUMNS; c++) {
+    float x[4], decay[2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      x[i] = (s[c][0][i] + s[c][1][i]) * (a.scale * LOG2E);
+#ifdef SOFTCAP
+      // cap · tanh(x / cap), tanh(y) = 1 - 2 / (1 + e^2y); x is in units of log2 e.
+      x[i] = a.softcap * LOG2E * (1 - 2 / (1 + exp2(x[i] * 2 / a.softcap)));
+#endif
+      if (hidden[i / 2]) x[i] = NONE;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float top = fmaxf(x[i], x[i + 2]);
+      for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+      top = fmaxf(top, state.m[c][i]);
+      const float zero = top == NONE ? 0 : top;
+      decay[i] = exp2(state.m[c][i] - zero);
+      state.m[c][i] = top;
+      x[i] = exp2(x[i] - zero);
+      x[i + 2] = exp2(x[i + 2] - zero);
+      state.l[c][i] = state.l[c][i] * decay[i] + x[i] + x[i + 2];
+    }
+    weights[c][0] = transpose(pack(x[0], x[1]));
+    weights[c][1] = transpose(pack(x[2], x[3]));
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+      for (int i = 0; i < 4; i++) state.o[c][k][i] *= decay[i % 2];
+  }
+  const u32 valueLane = values + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) {
+    u32 matrix[4];
+    loadTransposed(matrix, valueLane + k * 32);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) multiply(state.o[c][k], matrix, weights[c]);
+  }
+}
+
+/** The warps of one head wait for each other. */
+__device__ __forceinline__ void team(int head) {
+  if (TOKEN_WARPS == 1) __syncwarp();
+  else asm volatile("bar.sync %0, %1;" ::"r"(1 + head), "n"(TOKEN_WARPS * 32) : "memory");
+}
+
+/** Merges the states of a head's warps into the first one's. */
+__device__ __forceinline__ void gather(State &state, float4 *area, int head, int member) {
+  if (TOKEN_WARPS == 1) return;
+  area += head * (TOKEN_WARPS - 1) * STATE * 32;
+  if (member > 0) state.store(area + (member - 1) * STATE * 32);
+  team(head);
+  for (int w = 1; w < TOKEN_WARPS && member == 0; w++) state.merge(area + (w - 1) * STATE * 32);
+  team(head);
+}
+
+__device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full, u32 empty,
+                                        float4 *area, volatile u32 *verdict) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int head = warp / TOKEN_WARPS, member = warp % TOKEN_WARPS;
+  const u32 keys = member * 16 * PITCH + head * HEAD_DIM * 2;
+  const u32 values = keys + ROW / 2;
+  const auto part = [&](int block, int second) {
+    return a.partial + (((u64)block * 2 + second) * HEAD_BLOCK + head) * STATE * 32;
+  };
+  Walk walk(a);
+  Piece p;
+  int stage = 0;
+  u32 parity = 0;
+  while (walk.next(p)) {
+    const int kvHead = p.block * HEAD_BLOCK + head;
+    const u64 group = ((u64)p.row * KV_HEADS + kvHead) * GROUP * HEAD_DIM;
+    u32 q[COLUMNS][STEPS][2];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      const int at = c * 8 + lane / 4;
+      const u32 *from = (const u32 *)(a.q + group + at * HEAD_DIM) + lane % 4;
+#pragma unroll
+      for (int k = 0; k < STEPS; k++)
+        for (int i = 0; i < 2; i++) q[c][k][i] = at < GROUP ? from[k * 8 + i * 4] : 0;
+    }
+    State state;
+    state.clear();
+    for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
+      barrierWait(full + stage * 8, parity);
+      const u32 base = stages + stage * STAGE;
+      const int count = p.length - p.first - tile * TILE - member * 16;
+      attend(a, state, base + keys, base + values, q, count);
+      __syncwarp();
+      if (lane == 0) barrierArrive(empty + stage * 8);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    state.total();
+    gather(state, area, head, member);
+    if (p.tiles < p.all) {
+      const int from = walk.blockOf(p.start), to = walk.blockOf(p.start + p.all - 1);
+      if (member == 0) {
+        state.store(part(blockIdx.x, blockIdx.x == from));
+        __threadfence();
+        __syncwarp();
+        if (lane == 0) {
+          u32 *const arrivals = a.arrivals + (u64)p.row * KV_HEADS + kvHead;
+          const bool last = atomicAdd(arrivals, 1) == to - from;
+          if (last) *arrivals = 0;
+          verdict[head] = last;
+        }
+      }
+      team(head);
+      const bool last = verdict[head];
+      team(head);
+      if (!last) continue;
+      __threadfence();
+      state.clear();
+      for (int b = from + member; b <= to; b += TOKEN_WARPS) state.merge(part(b, b == from));
+      gather(state, area, head, member);
+    }
+    if (member == 0) state.output(a.out + group);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 32)
+    attentionDecode(const bf16 *q, bf16 *out, const unsigned char *kv, const int *slots,
+                    const int *lengths, int rows, int window, u64 slotStride, u64 tokenStride,
+                    u64 keyOffset, float scale, float softcap, float4 *partial, u32 *arrivals) {
+  const Arguments a = {q, out, kv, slots, lengths, rows, window, slotStride, tokenStride,
+                       keyOffset, scale, softcap, partial, arrivals};
+  unsigned char *const ring = shared;
+  float4 *const area = (float4 *)(ring + STAGES * STAGE);
+  unsigned char *const tail = (unsigned char *)area + MERGE;
+  const u32 full = address(tail), empty = full + STAGES * 8;
+  u32 *const verdict = (u32 *)(tail + STAGES * 16);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrierInit(full + s * 8, __CUDA_ARCH__ >= 900 ? 1 : 32);
+      barrierInit(empty + s * 8, CONSUMERS);
+    }
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  __syncthreads();
+  if (threadIdx.x / 32 == CONSUMERS) produce(a, address(ring), full, empty);
+  else consume(a, address(ring), full, empty, area, verdict);
+}
