@@ -16,9 +16,7 @@
 //
 // -D HEAD_DIM GROUP KV_HEADS HEAD_BLOCK TOKEN_WARPS STAGES [SOFTCAP]
 
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "tensor-core.cuh"
 
 constexpr int HEAD_BLOCKS = KV_HEADS / HEAD_BLOCK;
 constexpr int COLUMNS = (GROUP + 7) / 8;       // tiles of 8 query heads
@@ -29,70 +27,16 @@ constexpr int ROW = 2 * HEAD_BLOCK * HEAD_DIM * 2;  // bytes of a token's keys a
 constexpr int PITCH = ROW + 16;                // 16 more: ldmatrix then meets every bank once
 constexpr int STAGE = TILE * PITCH;
 constexpr int STATE = COLUMNS * (STEPS + 1);   // float4 a lane: sums, then maxima and totals
-constexpr int MERGE = (TOKEN_WARPS - 1) * HEAD_BLOCK * STATE * 32 * 16;
-constexpr float LOG2E = 1.4426950408889634f;
-#define NONE __int_as_float(0xff800000)  // minus infinity
+constexpr int SHARE = (STEPS + TOKEN_WARPS - 1) / TOKEN_WARPS;  // steps that a warp merges
+constexpr int MERGE = TOKEN_WARPS > 1 ? CONSUMERS * STATE * 32 * 16 : 0;
 
 static_assert(HEAD_DIM % 16 == 0 && KV_HEADS % HEAD_BLOCK == 0, "shapes");
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrierInit(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void barrierArrive(u32 barrier) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrierWait(u32 barrier, u32 parity) {
-#if __CUDA_ARCH__ >= 900
-#define TEST_WAIT "mbarrier.try_wait.parity.shared.b64"
-#else
-#define TEST_WAIT "mbarrier.test_wait.parity.shared.b64"
-#endif
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; " TEST_WAIT " p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  } while (!done);
-}
-
-__device__ __forceinline__ void loadMatrices(u32 (&r)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void loadTransposed(u32 (&r)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-/** Two floats as bf16, the first in the low half. */
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-
 __device__ __forceinline__ u32 transpose(u32 x) {
   u32 r;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
-  return r;
-}
-
-__device__ __forceinline__ float exp2(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 
@@ -147,6 +91,7 @@ struct Walk {
     itemStart = (u64)__shfl_sync(~0u, sum - own, owner) * HEAD_BLOCKS;
     block = 0;
     if (at >= end) return;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(a.slots + row));
     for (;; row++) {
       const u64 whole = (u64)tilesOf(lengths[row]) * HEAD_BLOCKS;
       if (at < itemStart + whole) break;
@@ -181,17 +126,25 @@ struct Walk {
   }
 };
 
-/** One warp's part of a result: per column of query heads maxima, totals and weighted sums. */
-struct State {
-  float m[COLUMNS][2], l[COLUMNS][2], o[COLUMNS][STEPS][4];
+/**
+ * Part of a result in a warp: by column (query head) the maximum, the total of weights, and
+ * weighted sums of values for N steps of 16 dimensions, in fragments of the product O'.
+ */
+template <int N> struct Sums {
+  float m[COLUMNS][2], l[COLUMNS][2], o[COLUMNS][N][4];
 
   __device__ __forceinline__ void clear() {
+#pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
       m[c][0] = m[c][1] = NONE;
       l[c][0] = l[c][1] = 0;
 #pragma unroll
-      for (int s = 0; s < STEPS; s++) o[c][s][0] = o[c][s][1] = o[c][s][2] = o[c][s][3] = 0;
+      for (int s = 0; s < N; s++) o[c][s][0] = o[c][s][1] = o[c][s][2] = o[c][s][3] = 0;
     }
+  }
+
+  template <int M> __device__ __forceinline__ void adopt(const Sums<M> &other) {
+    if constexpr (M == N) *this = other;
   }
 
   /** Each lane has summed its own tokens: now all have the totals. */
@@ -202,58 +155,78 @@ struct State {
         for (int d = 4; d < 32; d *= 2) l[c][i] += __shfl_xor_sync(~0u, l[c][i], d);
   }
 
-  __device__ __forceinline__ void store(float4 *to) const {
+  /** Writes the steps, of which the first is `first`, into a whole piece's place. */
+  __device__ __forceinline__ void store(float4 *to, int first) const {
     to += threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
-      for (int s = 0; s < STEPS; s++, to += 32)
-        *to = make_float4(o[c][s][0], o[c][s][1], o[c][s][2], o[c][s][3]);
-      *to = make_float4(m[c][0], m[c][1], l[c][0], l[c][1]);
-      to += 32;
+#pragma unroll
+      for (int s = 0; s < N; s++)
+        if (first + s < STEPS)
+          to[(c * (STEPS + 1) + first + s) * 32] =
+              make_float4(o[c][s][0], o[c][s][1], o[c][s][2], o[c][s][3]);
+      if (first == 0)
+        to[(c * (STEPS + 1) + STEPS) * 32] = make_float4(m[c][0], m[c][1], l[c][0], l[c][1]);
     }
   }
 
-  __device__ __forceinline__ void merge(const float4 *from) {
-    from += threadIdx.x % 32;
+  /** Merges `count` pieces, a few at a time so that their reads overlap. */
+  template <typename Place> __device__ __forceinline__ void gather(int count, Place place, int first) {
+    constexpr int BATCH = 4;
+    clear();
+    for (int i = 0; i < count; i += BATCH) {
+      const float4 *from[BATCH];
+      float4 tail[BATCH];
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-      const float4 tail = from[(c * (STEPS + 1) + STEPS) * 32];
-      const float other[2] = {tail.x, tail.y}, totals[2] = {tail.z, tail.w};
-      float keep[2], take[2];
+      for (int b = 0; b < BATCH; b++) from[b] = place(min(i + b, count - 1)) + threadIdx.x % 32;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const float top = fmaxf(m[c][i], other[i]), zero = top == NONE ? 0 : top;
-        keep[i] = exp2(m[c][i] - zero);
-        take[i] = exp2(other[i] - zero);
-        l[c][i] = l[c][i] * keep[i] + totals[i] * take[i];
-        m[c][i] = top;
-      }
+      for (int c = 0; c < COLUMNS; c++) {
 #pragma unroll
-      for (int s = 0; s < STEPS; s++) {
-        const float4 x = from[(c * (STEPS + 1) + s) * 32];
-        o[c][s][0] = o[c][s][0] * keep[0] + x.x * take[0];
-        o[c][s][1] = o[c][s][1] * keep[1] + x.y * take[1];
-        o[c][s][2] = o[c][s][2] * keep[0] + x.z * take[0];
-        o[c][s][3] = o[c][s][3] * keep[1] + x.w * take[1];
+        for (int b = 0; b < BATCH; b++) {
+          tail[b] = from[b][(c * (STEPS + 1) + STEPS) * 32];
+          if (i + b >= count) tail[b].x = tail[b].y = NONE;
+        }
+        float top[2] = {m[c][0], m[c][1]};
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+          top[0] = fmaxf(top[0], tail[b].x), top[1] = fmaxf(top[1], tail[b].y);
+        const float zero[2] = {top[0] == NONE ? 0 : top[0], top[1] == NONE ? 0 : top[1]};
+        const float keep[2] = {exp2(m[c][0] - zero[0]), exp2(m[c][1] - zero[1])};
+        m[c][0] = top[0], m[c][1] = top[1];
+        l[c][0] *= keep[0], l[c][1] *= keep[1];
+#pragma unroll
+        for (int s = 0; s < N; s++)
+          o[c][s][0] *= keep[0], o[c][s][1] *= keep[1], o[c][s][2] *= keep[0], o[c][s][3] *= keep[1];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+          const float take[2] = {exp2(tail[b].x - zero[0]), exp2(tail[b].y - zero[1])};
+          l[c][0] += tail[b].z * take[0], l[c][1] += tail[b].w * take[1];
+#pragma unroll
+          for (int s = 0; s < N; s++) {
+            const float4 x = from[b][(c * (STEPS + 1) + min(first + s, STEPS - 1)) * 32];
+            o[c][s][0] += x.x * take[0], o[c][s][1] += x.y * take[1];
+            o[c][s][2] += x.z * take[0], o[c][s][3] += x.w * take[1];
+          }
+        }
       }
     }
   }
 
   /** `to`: the group's first head. */
-  __device__ __forceinline__ void output(bf16 *to) const {
+  __device__ __forceinline__ void output(bf16 *to, int first) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
       const bool some[2] = {l[c][0] > 0, l[c][1] > 0};
       const float by[2] = {1 / l[c][0], 1 / l[c][1]};
 #pragma unroll
-      for (int s = 0; s < STEPS; s++) {
+      for (int s = 0; s < N; s++) {
         const float x0 = some[0] ? o[c][s][0] * by[0] : 0, x1 = some[1] ? o[c][s][1] * by[1] : 0;
         const float x2 = some[0] ? o[c][s][2] * by[0] : 0, x3 = some[1] ? o[c][s][3] * by[1] : 0;
         const u32 low = transpose(pack(x0, x1)), high = transpose(pack(x2, x3));
         const int head = c * 8 + lane / 4;
-        if (head >= GROUP) continue;
-        u32 *const at = (u32 *)(to + head * HEAD_DIM + s * 16 + lane % 4 * 2);
+        if (head >= GROUP || first + s >= STEPS) continue;
+        u32 *const at = (u32 *)(to + head * HEAD_DIM + (first + s) * 16 + lane % 4 * 2);
         at[0] = low;
         at[4] = high;
       }
@@ -280,9 +253,7 @@ __device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full
 #if __CUDA_ARCH__ >= 900
       if (lane == 0) {
         if (last < 0) barrierArrive(filled);
-        else
-          asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::
-                       "r"(filled), "n"(TILE * ROW) : "memory");
+        else barrierExpect(filled, TILE * ROW);
       }
       __syncwarp();
 #pragma unroll
@@ -314,7 +285,7 @@ __device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full
 }
 
 /** Adds 16 tokens to the state; tokens from `count` on are hidden. */
-__device__ __forceinline__ void attend(const Arguments &a, State &state, u32 keys, u32 values,
+__device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u32 keys, u32 values,
                                        const u32 (&q)[COLUMNS][STEPS][2], int count) {
   const int lane = threadIdx.x % 32;
   float s[COLUMNS][2][4] = {};
@@ -324,7 +295,7 @@ __device__ __forceinline__ void attend(const Arguments &a, State &state, u32 key
     u32 matrix[4];
     loadMatrices(matrix, keyLane + k * 32);
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) multiply(s[c][k % 2], matrix, q[c][k]);
+    for (int c = 0; c < COLUMNS; c++) multiply(s[c][k % 2], matrix, q[c][k][0], q[c][k][1]);
   }
   u32 weights[COLUMNS][2];
   const bool hidden[2] = {lane / 4 >= count, lane / 4 + 8 >= count};
@@ -335,8 +306,7 @@ __device__ __forceinline__ void attend(const Arguments &a, State &state, u32 key
     for (int i = 0; i < 4; i++) {
       x[i] = (s[c][0][i] + s[c][1][i]) * (a.scale * LOG2E);
 #ifdef SOFTCAP
-      // cap · tanh(x / cap), tanh(y) = 1 - 2 / (1 + e^2y); x is in units of log2 e.
-      x[i] = a.softcap * LOG2E * (1 - 2 / (1 + exp2(x[i] * 2 / a.softcap)));
+      x[i] = softCap(x[i], a.softcap);
 #endif
       if (hidden[i / 2]) x[i] = NONE;
     }
@@ -364,7 +334,7 @@ __device__ __forceinline__ void attend(const Arguments &a, State &state, u32 key
     u32 matrix[4];
     loadTransposed(matrix, valueLane + k * 32);
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) multiply(state.o[c][k], matrix, weights[c]);
+    for (int c = 0; c < COLUMNS; c++) multiply(state.o[c][k], matrix, weights[c][0], weights[c][1]);
   }
 }
 
@@ -374,25 +344,13 @@ __device__ __forceinline__ void team(int head) {
   else asm volatile("bar.sync %0, %1;" ::"r"(1 + head), "n"(TOKEN_WARPS * 32) : "memory");
 }
 
-/** Merges the states of a head's warps into the first one's. */
-__device__ __forceinline__ void gather(State &state, float4 *area, int head, int member) {
-  if (TOKEN_WARPS == 1) return;
-  area += head * (TOKEN_WARPS - 1) * STATE * 32;
-  if (member > 0) state.store(area + (member - 1) * STATE * 32);
-  team(head);
-  for (int w = 1; w < TOKEN_WARPS && member == 0; w++) state.merge(area + (w - 1) * STATE * 32);
-  team(head);
-}
-
 __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full, u32 empty,
                                         float4 *area, volatile u32 *verdict) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int head = warp / TOKEN_WARPS, member = warp % TOKEN_WARPS;
   const u32 keys = member * 16 * PITCH + head * HEAD_DIM * 2;
   const u32 values = keys + ROW / 2;
-  const auto part = [&](int block, int second) {
-    return a.partial + (((u64)block * 2 + second) * HEAD_BLOCK + head) * STATE * 32;
-  };
+  const int first = member * SHARE;
   Walk walk(a);
   Piece p;
   int stage = 0;
@@ -409,7 +367,7 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
       for (int k = 0; k < STEPS; k++)
         for (int i = 0; i < 2; i++) q[c][k][i] = at < GROUP ? from[k * 8 + i * 4] : 0;
     }
-    State state;
+    Sums<STEPS> state;
     state.clear();
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
       barrierWait(full + stage * 8, parity);
@@ -421,30 +379,38 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     state.total();
-    gather(state, area, head, member);
+    // From here on each of the head's warps has all its tokens, for a share of the dimensions.
+    Sums<SHARE> sums;
+    if constexpr (TOKEN_WARPS == 1) {
+      sums.adopt(state);
+    } else {
+      const auto ofWarp = [&](int w) { return area + (head * TOKEN_WARPS + w) * STATE * 32; };
+      state.store(ofWarp(member), 0);
+      team(head);
+      sums.gather(TOKEN_WARPS, ofWarp, first);
+      team(head);
+    }
     if (p.tiles < p.all) {
       const int from = walk.blockOf(p.start), to = walk.blockOf(p.start + p.all - 1);
-      if (member == 0) {
-        state.store(part(blockIdx.x, blockIdx.x == from));
-        __threadfence();
-        __syncwarp();
-        if (lane == 0) {
-          u32 *const arrivals = a.arrivals + (u64)p.row * KV_HEADS + kvHead;
-          const bool last = atomicAdd(arrivals, 1) == to - from;
-          if (last) *arrivals = 0;
-          verdict[head] = last;
-        }
+      const auto part = [&](int i) {
+        const int second = i == 0;  // the item began at the end of that block's stretch
+        return a.partial + (((u64)(from + i) * 2 + second) * HEAD_BLOCK + head) * STATE * 32;
+      };
+      sums.store(part(blockIdx.x - from), first);
+      __threadfence();
+      team(head);
+      if (member == 0 && lane == 0) {
+        u32 *const arrivals = a.arrivals + (u64)p.row * KV_HEADS + kvHead;
+        const bool last = atomicAdd(arrivals, 1) == to - from;
+        if (last) *arrivals = 0;
+        verdict[head] = last;
       }
       team(head);
-      const bool last = verdict[head];
-      team(head);
-      if (!last) continue;
+      if (!verdict[head]) continue;
       __threadfence();
-      state.clear();
-      for (int b = from + member; b <= to; b += TOKEN_WARPS) state.merge(part(b, b == from));
-      gather(state, area, head, member);
+      sums.gather(to - from + 1, part, first);
     }
-    if (member == 0) state.output(a.out + group);
+    sums.output(a.out + group, first);
   }
 }
 
@@ -464,11 +430,9 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 32)
       barrierInit(full + s * 8, __CUDA_ARCH__ >= 900 ? 1 : 32);
       barrierInit(empty + s * 8, CONSUMERS);
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
   }
-  __syncthreads();
+  barriersReady();
+  awaitPredecessor();
   if (threadIdx.x / 32 == CONSUMERS) produce(a, address(ring), full, empty);
   else consume(a, address(ring), full, empty, area, verdict);
 }

@@ -15,23 +15,17 @@
 //
 // -D HEAD_DIM GROUP KV_HEADS KEYS (tokens a tile) [SOFTCAP]
 
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "tensor-core.cuh"
 
 constexpr int WARPS = 4;
 constexpr int ROWS = 16 * WARPS;
 constexpr int STEPS = HEAD_DIM / 16;      // tensor-core steps over a head
 constexpr int PITCH = HEAD_DIM * 2 + 16;  // 16 more: ldmatrix then meets every bank once
 constexpr int KEY_STAGE = KEYS * PITCH;
-constexpr float LOG2E = 1.4426950408889634f;
-#define NONE __int_as_float(0xff800000)  // minus infinity
 
 static_assert(HEAD_DIM % 16 == 0 && KEYS % 16 == 0, "shapes");
 
 extern __shared__ __align__(128) unsigned char shared[];
-
-__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void copy16(u32 to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -41,36 +35,6 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 
 template <int PENDING> __device__ __forceinline__ void waitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ void loadMatrices(u32 (&r)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void loadTransposed(u32 (&r)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/** Two floats as bf16, the first in the low half. */
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-
-__device__ __forceinline__ float exp2(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
 }
 
 struct Arguments {
@@ -187,8 +151,7 @@ __device__ __forceinline__ void attend(const Arguments &a, const Tile &tile) {
       for (int i = 0; i < 4; i++) {
         s[n][i] *= a.scale * LOG2E;
 #ifdef SOFTCAP
-        // cap · tanh(x / cap), tanh(y) = 1 - 2 / (1 + e^2y); x is in units of log2 e.
-        s[n][i] = a.softcap * LOG2E * (1 - 2 / (1 + exp2(s[n][i] * 2 / a.softcap)));
+        s[n][i] = softCap(s[n][i], a.softcap);
 #endif
         const int token = j * KEYS + n * 8 + lane % 4 * 2 + i % 2, p = position[i / 2];
         if (edge && (token > p || token <= p - a.window)) s[n][i] = NONE;
@@ -255,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
                      float softcap) {
   const Arguments a = {q, out, kv, firstRows, starts, counts, slots, segments, window,
                        slotStride, tokenStride, keyOffset, scale, softcap};
+  awaitPredecessor();
   Line line;
   Tile tile;
   for (int unit = blockIdx.x; line.find(a, unit, tile); unit += gridDim.x) attend(a, tile);

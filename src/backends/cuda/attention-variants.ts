@@ -55,7 +55,7 @@ export function decodeVariant(
   const group = groupOf(shape)
   // float4 a lane: the sums of 8 columns, then maxima and totals.
   const stateBytes = Math.ceil(group / 8) * (headDim / 16 + 1) * 32 * 16
-  const mergeBytes = (tokenWarps - 1) * heads * stateBytes
+  const mergeBytes = tokenWarps > 1 ? tokenWarps * heads * stateBytes : 0
   const stageBytes = 16 * tokenWarps * (heads * headDim * 4 + 16)
   const room = device.sharedBytesPerBlock - mergeBytes - 256
   const stages = Math.min(8, Math.floor(room / (stageBytes + 16)))
