@@ -3,11 +3,12 @@
 import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
+import type { DeviceOption } from '../engine/device.ts'
 import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
 
 export interface EngineOptions {
   model?: string
-  device: 'cpu' | 'auto'
+  device: DeviceOption
   threads?: number
   context?: number
   kvMemory?: number
@@ -36,7 +37,9 @@ export function addEngineOptions(command: Command): Command {
     .optionsGroup('Model and machine:')
     .option('-m, --model <MODEL>', 'a name from `lattice ls`, a source as for pull, or a path')
     .addOption(
-      new Option('--device <DEVICE>', 'what computes').choices(['auto', 'cpu']).default('auto'),
+      new Option('--device <DEVICE>', 'what computes; auto takes a GPU if there is one')
+        .choices(['auto', 'cpu', 'cuda'])
+        .default('auto'),
     )
     .option('--threads <N>', 'threads that compute (default: one a core)', parseCount(1, 1024))
     .option(

@@ -14,11 +14,12 @@ import { computeCpus } from '../os/cpus.ts'
 import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
 import { EngineClient } from './client.ts'
+import { chooseDevice, type DeviceOption } from './device.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
   modelId: string
-  device: 'cpu' | 'auto'
+  device: DeviceOption
   /** Compute threads, each on a core of its own. */
   threads?: number
   /** Longest sequence; the model's own by default. */
@@ -51,6 +52,12 @@ const CONTEXT_MIN = 2
  */
 export async function startEngine(path: string, options: EngineOptions): Promise<StartedEngine> {
   const { config } = openModel(path)
+  const { device, reason } = await chooseDevice(options.device)
+  if (device === 'cuda' && options.device === 'cuda') {
+    throw new LatticeError('backend_unavailable', 'This build of Lattice has no GPU kernels.', {
+      todo: 'Use --device cpu.',
+    })
+  }
   const cpus = computeCpus(allowedCpus(), options.threads)
   const budget = memoryBudget()
   const kvBytes = options.kvMemoryBytes ?? Math.floor(budget.availableBytes * KV_SHARE)
@@ -102,7 +109,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       : ''
   const report = [
     `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
-    `device   ${options.device === 'auto' ? 'cpu, the only one in this build' : 'cpu'}:` +
+    `device   ${device === 'cuda' ? 'cpu, since this build has no GPU kernels' : reason}:` +
       ` ${variant} kernels on cores ${cpus.join(',')}` +
       (repacked.length > 0 ? `; ${repacked.join(', ')}` : ''),
     `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +

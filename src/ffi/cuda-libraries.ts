@@ -84,7 +84,7 @@ export function cudaIncludeFolders(env: Environment = process.env): string[] {
 
 /**
  * Loads a library into this process.
- * @throws LatticeError `backend_unavailable`: what is missing, where it was looked for, how to get it
+ * @throws LatticeError `backend_unavailable`: what is missing, where it was looked for, what to do
  */
 export function openCudaLibrary(library: CudaLibrary): { handle: LibraryHandle; path: string } {
   const found = findCudaLibrary(library)

@@ -125,7 +125,7 @@ export class NativeCuda implements CudaDriver {
   private readonly access = new NativeBlock(16)
   private readonly tensorArrays = new NativeBlock(5 * 8 * 2 + 5 * 4 * 2)
 
-  /** @throws LatticeError `backend_unavailable` without a driver, `gpu_call_failed` without a GPU */
+  /** @throws LatticeError `backend_unavailable` without driver, `gpu_call_failed` without GPU */
   constructor() {
     const { handle, path } = openCudaLibrary('driver')
     this.calls = bind(handle)
@@ -456,7 +456,7 @@ export class NativeCuda implements CudaDriver {
     more: Record<string, number | string> = {},
   ): LatticeError {
     const known = this.name(result, this.at) === 0
-    const name = known ? (koffi.decode.string(BigInt(this.outNumber))) : `code ${result}`
+    const name = known ? koffi.decode.string(BigInt(this.outNumber)) : `code ${result}`
     const values = Object.entries(more).map(([key, value]) => `${key} ${value}`)
     const about = values.length > 0 ? ` (${values.join(', ')})` : ''
     return new LatticeError('gpu_call_failed', `${call} failed with ${name}${about}.`, {

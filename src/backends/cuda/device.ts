@@ -24,12 +24,11 @@ export class CudaDevice {
         { todo: 'Check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or use --device cpu.' },
       )
     }
-    if (!info.virtualMemory || info.capability < 80) {
-      throw new LatticeError(
-        'backend_unavailable',
-        `${info.name} (compute capability ${info.capability / 10}) is not supported.`,
-        { todo: 'Lattice needs virtual memory and compute capability 8.0: A100, L4, H100 …' },
-      )
+    const problem = unsupported(info)
+    if (problem !== undefined) {
+      throw new LatticeError('backend_unavailable', `${info.name} cannot be used: ${problem}.`, {
+        todo: 'Lattice runs on an A100, L4, RTX 3090 or anything later; or use --device cpu.',
+      })
     }
     const context = driver.retainContext(index)
     driver.setContext(context)
@@ -50,6 +49,14 @@ export class CudaDevice {
   close(): void {
     this.driver.releaseContext(this.info.index)
   }
+}
+
+/** Why Lattice cannot compute on a GPU; undefined if it can. */
+export function unsupported({ capability, virtualMemory }: GpuDevice): string | undefined {
+  if (capability < 80) {
+    return `its compute capability is ${(capability / 10).toFixed(1)}, 8.0 is needed`
+  }
+  return virtualMemory ? undefined : 'it has no virtual memory management'
 }
 
 export function architectureOf(capability: number): string {

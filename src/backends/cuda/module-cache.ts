@@ -5,12 +5,11 @@ import { createHash, randomUUID } from 'node:crypto'
 import { mkdirSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
 import { homedir } from 'node:os'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { cudaIncludeFolders } from '../../ffi/cuda-libraries.ts'
 import { loadNvrtc, type Nvrtc } from '../../ffi/nvrtc.ts'
 
 /** Where the sources lie. */
-export const KERNELS_FOLDER = fileURLToPath(new URL('../../../kernels/', import.meta.url))
+export const KERNELS_FOLDER = join(import.meta.dirname, '..', '..', '..', 'kernels')
 
 /** Options of every compile. */
 const OPTIONS = ['--std=c++17', '--default-device']
