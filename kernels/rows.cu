@@ -25,10 +25,10 @@ extern "C" __global__ void addRows(const bf16* a, const bf16* b, bf16* out, u64 
   ((uint4*)out)[i] = pack8(x);
 }
 
-/** out[row] += bias, for products whose library call takes no bias. */
-extern "C" __global__ void addBias(bf16* out, const float* bias, int width) {
+/** out[row] += bias, rows `stride` elements apart. */
+extern "C" __global__ void addBias(bf16* out, const float* bias, int width, int stride) {
   awaitInputs();
   releaseDependents();
-  bf16* row = out + (u64)blockIdx.x * width;
+  bf16* row = out + (u64)blockIdx.x * stride;
   for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = narrow(widen(row[i]) + bias[i]);
 }

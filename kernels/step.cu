@@ -17,30 +17,43 @@ struct Entry {
 };
 
 /**
- * ring: `entries` of a step in each place, `places` of them; counter: steps fetched so far. What
- * the other kernels read: token, position, slot's first byte (0 for padding), tokens in the slot
- * with this one (0 for padding), by row; row and slot (-1 for padding) by output.
+ * ring: `entries` of a step in each of `places`, rows first, from `segmentsAt` on its segments
+ * (first row, position, count, slot); counter: steps done so far. What the other kernels read, by
+ * row and by output: position, slot's first byte, slot, tokens in the slot with this one. Rows
+ * that pad have 0 for all of them; an output's slot for sampling is -1 then.
  */
-extern "C" __global__ void fetchStep(const Entry* ring, int places, int entries, const u64* counter,
-                                     const int* lastTokens, u64 kvBase, u64 slotStride, int* tokens,
-                                     int* positions, u64* slots, int* lengths, int* outputRows,
-                                     int* outputSlots, int rows) {
+extern "C" __global__ void fetchStep(const Entry* ring, int places, int entries, int segmentsAt,
+                                     const u64* counter, const int* lastTokens, u64 kvBase,
+                                     u64 slotStride, int rows, int segments, int* tokens,
+                                     int* positions, u64* bases, int* slots, int* lengths,
+                                     int* outPositions, u64* outBases, int* outSlots,
+                                     int* outLengths, int* outputRows, int* outputSlots,
+                                     int* firstRows, int* starts, int* counts,
+                                     int* segmentSlots) {
   awaitInputs();
   releaseDependents();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= rows) return;
+  const Entry* place = ring + *counter % places * entries;
   // The host wrote it since the last step: it may not come from a cache.
-  const volatile int* from = (const volatile int*)(ring + *counter % places * entries + i);
-  Entry e = {from[0], from[1], from[2], from[3]};
-  bool real = e.slot >= 0;
-  tokens[i] = !real ? 0 : e.token >= 0 ? e.token : lastTokens[e.slot];
-  positions[i] = real ? e.position : 0;
-  slots[i] = real ? kvBase + e.slot * slotStride : 0;
-  lengths[i] = real ? e.position + 1 : 0;
-  if (e.output >= 0) {
-    outputRows[e.output] = i;
-    outputSlots[e.output] = real ? e.slot : -1;
+  auto read = [&](int at) {
+    const volatile int* from = (const volatile int*)(place + at);
+    return Entry{from[0], from[1], from[2], from[3]};
+  };
+  if (i < segments) {
+    Entry e = read(segmentsAt + i);
+    firstRows[i] = e.token, starts[i] = e.position, counts[i] = e.slot, segmentSlots[i] = e.output;
   }
+  if (i >= rows) return;
+  Entry e = read(i);
+  bool real = e.slot >= 0;
+  int slot = real ? e.slot : 0, position = real ? e.position : 0, length = real ? position + 1 : 0;
+  u64 base = real ? kvBase + slot * slotStride : 0;
+  tokens[i] = !real ? 0 : e.token >= 0 ? e.token : lastTokens[slot];
+  positions[i] = position, bases[i] = base, slots[i] = slot, lengths[i] = length;
+  if (e.output < 0) return;
+  int o = e.output;
+  outPositions[o] = position, outBases[o] = base, outSlots[o] = slot, outLengths[o] = length;
+  outputRows[o] = i, outputSlots[o] = real ? slot : -1;
 }
 
 /** Hands the outputs to the host: first what they are, then that the step is done. */
