@@ -23,16 +23,31 @@ constexpr int COLUMNS = (GROUP + 7) / 8;       // tiles of 8 query heads
 constexpr int STEPS = HEAD_DIM / 16;           // tensor-core steps over a head
 constexpr int TILE = 16 * TOKEN_WARPS;         // tokens
 constexpr int CONSUMERS = HEAD_BLOCK * TOKEN_WARPS;
-constexpr int ROW = 2 * HEAD_BLOCK * HEAD_DIM * 2;  // bytes of a token's keys and values
-constexpr int PITCH = ROW + 16;                // 16 more: ldmatrix then meets every bank once
+#if defined(BOXES) && __CUDA_ARCH__ >= 900
+// A stage: [keys, values][head][panel of 64 dimensions][token] of 128 bytes, swizzled.
+constexpr int PANEL = TILE * 128;
+constexpr int HEAD_BYTES = (HEAD_DIM + 63) / 64 * PANEL;
+constexpr int VALUES = HEAD_BLOCK * HEAD_BYTES;
+constexpr int STAGE = 2 * VALUES;
+#else
+// A stage: [token][keys, values][head][dimension] and 16 bytes: ldmatrix then meets every bank once.
+constexpr int HEAD_BYTES = HEAD_DIM * 2;
+constexpr int VALUES = HEAD_BLOCK * HEAD_BYTES;
+constexpr int ROW = 2 * VALUES;
+constexpr int PITCH = ROW + 16;
 constexpr int STAGE = TILE * PITCH;
+#endif
 constexpr int STATE = COLUMNS * (STEPS + 1);   // float4 a lane: sums, then maxima and totals
 constexpr int SHARE = (STEPS + TOKEN_WARPS - 1) / TOKEN_WARPS;  // steps that a warp merges
 constexpr int MERGE = TOKEN_WARPS > 1 ? CONSUMERS * STATE * 32 * 16 : 0;
 
 static_assert(HEAD_DIM % 16 == 0 && KV_HEADS % HEAD_BLOCK == 0, "shapes");
 
-extern __shared__ __align__(128) unsigned char shared[];
+struct __align__(64) TensorMap {
+  u64 opaque[16];
+};
+
+extern __shared__ __align__(1024) unsigned char shared[];
 
 __device__ __forceinline__ u32 transpose(u32 x) {
   u32 r;
@@ -43,10 +58,11 @@ __device__ __forceinline__ u32 transpose(u32 x) {
 struct Arguments {
   const bf16 *q;
   bf16 *out;
+  const void *map;
   const unsigned char *kv;
   const int *slots, *lengths;
-  int rows, window;
-  u64 slotStride, tokenStride, keyOffset;
+  int rows, window, headRow;
+  u64 slotStride, tokenStride;
   float scale, softcap;
   float4 *partial;
   u32 *arrivals;
@@ -234,71 +250,96 @@ template <int N> struct Sums {
   }
 };
 
+#if __CUDA_ARCH__ >= 900 && defined(BOXES)
+/** A box for each head and panel; tokens before the first are outside the tensor: zeros. */
+__device__ __forceinline__ void copyTile(const Arguments &a, int slot, int headRow, int token,
+                                         const Piece &, u32 to, u32 filled) {
+  constexpr int BOXES_EACH = HEAD_BYTES / PANEL, COUNT = 2 * HEAD_BLOCK * BOXES_EACH;
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) barrierExpect(filled, STAGE);
+  __syncwarp();
+  for (int i = lane; i < COUNT; i += 32) {
+    const int panel = i % BOXES_EACH, head = i / BOXES_EACH % HEAD_BLOCK, value = i >= COUNT / 2;
+    loadBox(to + i * PANEL, a.map, panel * 64, headRow + head + value * KV_HEADS, token, slot, filled);
+  }
+}
+#else
+/**
+ * Whole rows. In place of tokens before the first that is seen, that one is copied again: shared
+ * memory never holds what was not written, and nothing else is touched.
+ */
+__device__ __forceinline__ void copyTile(const Arguments &a, int slot, int headRow, int token,
+                                         const Piece &p, u32 to, u32 filled) {
+  constexpr int APART = KV_HEADS * HEAD_BYTES;  // keys and values in global memory
+  const int lane = threadIdx.x % 32;
+  const unsigned char *keys = a.kv + (u64)slot * a.slotStride + (u64)headRow * HEAD_BYTES;
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) {
+    if (p.length == 0) barrierArrive(filled);
+    else barrierExpect(filled, TILE * ROW);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int t = lane; t < TILE && p.length > 0; t += 32) {
+    const unsigned char *from = keys + (u64)max(token + t, p.first) * a.tokenStride;
+    constexpr int RUNS = HEAD_BLOCKS == 1 ? 1 : 2;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++)
+      copyBulk(to + t * PITCH + run * VALUES, from + run * APART, ROW / RUNS, filled);
+  }
+#else
+  constexpr int CHUNKS = ROW / 16;
+  for (int i = lane; i < TILE * CHUNKS && p.length > 0; i += 32) {
+    const int t = i / CHUNKS, chunk = i % CHUNKS, value = chunk >= CHUNKS / 2;
+    const unsigned char *from = keys + (u64)max(token + t, p.first) * a.tokenStride;
+    copy16(to + t * PITCH + chunk * 16, from + value * APART + (chunk - value * (CHUNKS / 2)) * 16);
+  }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(filled) : "memory");
+#endif
+}
+#endif
+
 /** Copies the tiles of this block's pieces into the ring, one stage after another. */
 __device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full, u32 empty) {
-  const int lane = threadIdx.x % 32;
   Walk walk(a);
   Piece p;
   int stage = 0;
   u32 parity = 1;
   while (walk.next(p)) {
-    const unsigned char *slot = a.kv + (u64)a.slots[p.row] * a.slotStride + a.keyOffset;
-    slot += p.block * (ROW / 2);
+    const int slot = a.slots[p.row], headRow = a.headRow + p.block * HEAD_BLOCK;
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
       const u32 filled = full + stage * 8, to = stages + stage * STAGE;
       barrierWait(empty + stage * 8, parity);
-      // Past the end the last token is copied again: shared memory never holds what was not
-      // written, and no page beyond the sequence is touched.
-      const int token = p.first + tile * TILE, last = p.length - 1;
-#if __CUDA_ARCH__ >= 900
-      if (lane == 0) {
-        if (last < 0) barrierArrive(filled);
-        else barrierExpect(filled, TILE * ROW);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int t = lane; t < TILE; t += 32) {
-        if (last < 0) break;
-        const unsigned char *from = slot + (u64)min(token + t, last) * a.tokenStride;
-        constexpr int RUNS = HEAD_BLOCKS == 1 ? 1 : 2;
-#pragma unroll
-        for (int run = 0; run < RUNS; run++)
-          asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                       "[%0], [%1], %2, [%3];" ::"r"(to + t * PITCH + run * (ROW / 2)),
-                       "l"(from + run * (KV_HEADS * HEAD_DIM * 2)), "n"(ROW / RUNS), "r"(filled)
-                       : "memory");
-      }
-#else
-      constexpr int CHUNKS = ROW / 16;
-      for (int i = lane; i < TILE * CHUNKS && last >= 0; i += 32) {
-        const int t = i / CHUNKS, chunk = i % CHUNKS, value = chunk >= CHUNKS / 2;
-        const unsigned char *from = slot + (u64)min(token + t, last) * a.tokenStride;
-        from += value * (KV_HEADS * HEAD_DIM * 2) + (chunk - value * (CHUNKS / 2)) * 16;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + t * PITCH + chunk * 16),
-                     "l"(from) : "memory");
-      }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(filled) : "memory");
-#endif
+      const int token = p.length - (tile + 1) * TILE;  // the last tile's may be negative
+      copyTile(a, slot, headRow, token, p, to, filled);
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
   }
 }
 
-/** Adds 16 tokens to the state; tokens from `count` on are hidden. */
-__device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u32 keys, u32 values,
-                                       const u32 (&q)[COLUMNS][STEPS][2], int count) {
+/** Where ldmatrix finds step k of a head's dimensions; `half` is the lane's 16 bytes of 32. */
+__device__ __forceinline__ u32 stepAt(u32 head, int token, int half, int k) {
+#if defined(BOXES) && __CUDA_ARCH__ >= 900
+  return head + k / 4 * PANEL + token * 128 + ((k % 4 * 32) ^ ((half ^ (token & 7)) * 16));
+#else
+  return head + token * PITCH + half * 16 + k * 32;
+#endif
+}
+
+/** Adds 16 tokens from `token` of a stage on to the state; those below `begin` are hidden. */
+__device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u32 keys, int token,
+                                       const u32 (&q)[COLUMNS][STEPS][2], int begin) {
   const int lane = threadIdx.x % 32;
   float s[COLUMNS][2][4] = {};
-  const u32 keyLane = keys + lane % 16 * PITCH + lane / 16 * 16;
 #pragma unroll
   for (int k = 0; k < STEPS; k++) {
     u32 matrix[4];
-    loadMatrices(matrix, keyLane + k * 32);
+    loadMatrices(matrix, stepAt(keys, token + lane % 16, lane / 16, k));
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) multiply(s[c][k % 2], matrix, q[c][k][0], q[c][k][1]);
   }
   u32 weights[COLUMNS][2];
-  const bool hidden[2] = {lane / 4 >= count, lane / 4 + 8 >= count};
+  const bool hidden[2] = {token + lane / 4 < begin, token + lane / 4 + 8 < begin};
 #pragma unroll
   for (int c = 0; c < COLUMNS; c++) {
     float x[4], decay[2];
@@ -328,11 +369,11 @@ __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u
     for (int k = 0; k < STEPS; k++)
       for (int i = 0; i < 4; i++) state.o[c][k][i] *= decay[i % 2];
   }
-  const u32 valueLane = values + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16;
 #pragma unroll
   for (int k = 0; k < STEPS; k++) {
     u32 matrix[4];
-    loadTransposed(matrix, valueLane + k * 32);
+    const int row = token + lane % 8 + lane / 16 * 8;
+    loadTransposed(matrix, stepAt(keys + VALUES, row, lane / 8 % 2, k));
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) multiply(state.o[c][k], matrix, weights[c][0], weights[c][1]);
   }
@@ -348,8 +389,6 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
                                         float4 *area, volatile u32 *verdict) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int head = warp / TOKEN_WARPS, member = warp % TOKEN_WARPS;
-  const u32 keys = member * 16 * PITCH + head * HEAD_DIM * 2;
-  const u32 values = keys + ROW / 2;
   const int first = member * SHARE;
   Walk walk(a);
   Piece p;
@@ -371,9 +410,8 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
     state.clear();
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
       barrierWait(full + stage * 8, parity);
-      const u32 base = stages + stage * STAGE;
-      const int count = p.length - p.first - tile * TILE - member * 16;
-      attend(a, state, base + keys, base + values, q, count);
+      const int begin = p.first - (p.length - (tile + 1) * TILE);
+      attend(a, state, stages + stage * STAGE + head * HEAD_BYTES, member * 16, q, begin);
       __syncwarp();
       if (lane == 0) barrierArrive(empty + stage * 8);
       if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -415,11 +453,12 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
 }
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 32)
-    attentionDecode(const bf16 *q, bf16 *out, const unsigned char *kv, const int *slots,
-                    const int *lengths, int rows, int window, u64 slotStride, u64 tokenStride,
-                    u64 keyOffset, float scale, float softcap, float4 *partial, u32 *arrivals) {
-  const Arguments a = {q, out, kv, slots, lengths, rows, window, slotStride, tokenStride,
-                       keyOffset, scale, softcap, partial, arrivals};
+    attentionDecode(const bf16 *q, bf16 *out, const __grid_constant__ TensorMap map,
+                    const unsigned char *kv, const int *slots, const int *lengths, int rows,
+                    int window, int headRow, u64 slotStride, u64 tokenStride, float scale,
+                    float softcap, float4 *partial, u32 *arrivals) {
+  const Arguments a = {q, out, &map, kv, slots, lengths, rows, window, headRow, slotStride,
+                       tokenStride, scale, softcap, partial, arrivals};
   unsigned char *const ring = shared;
   float4 *const area = (float4 *)(ring + STAGES * STAGE);
   unsigned char *const tail = (unsigned char *)area + MERGE;

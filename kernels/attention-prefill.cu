@@ -27,10 +27,6 @@ static_assert(HEAD_DIM % 16 == 0 && KEYS % 16 == 0, "shapes");
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-__device__ __forceinline__ void copy16(u32 to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING> __device__ __forceinline__ void waitCopies() {

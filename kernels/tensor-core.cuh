@@ -76,7 +76,25 @@ __device__ __forceinline__ void barrierExpect(u32 barrier, u32 bytes) {
   asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(barrier),
                "r"(bytes) : "memory");
 }
+
+/** Copies to shared memory; the barrier counts the bytes. All are multiples of 16. */
+__device__ __forceinline__ void copyBulk(u32 to, const void *from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+               "[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+/** Copies a box of a tensor of four dimensions; what lies outside of it becomes zeros. */
+__device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, int z, int w,
+                                        u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z),
+               "r"(w), "r"(barrier) : "memory");
+}
 #endif
+
+__device__ __forceinline__ void copy16(u32 to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 
 /** Other threads and the copy engine see barriers that were initialised. */
 __device__ __forceinline__ void barriersReady() {

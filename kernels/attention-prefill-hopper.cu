@@ -1,0 +1,406 @@
+// Owns causal attention of stretches of sequences over their keys and values in strided memory, on
+// Hopper (9.0), with its copy engine and warpgroup products. Elsewhere: attention-prefill.cu.
+//
+// q, out  [rows, heads, HEAD_DIM] bf16; the GROUP query heads of a key/value head are neighbours.
+// kv      a tensor map of [slots, tokens, layers · 2 · KV_HEADS, HEAD_DIM] bf16 with boxes of
+//         [1, KEYS, 1, 64], swizzled by 128 bytes; headRow is the layer's first key.
+// firstRows, starts, counts, slots  [segments] int32, as in attention-prefill.cu.
+//
+// FlashAttention-3 (Shah et al. 2024): one warpgroup feeds the others, which take turns at the
+// tensor cores, one in its softmax while another multiplies, and each multiplies the last tile's
+// weights with values while it computes the next tile's scores. Tiles of keys are counted from the
+// last token that a tile of rows sees backwards, so that none reaches beyond it into memory that
+// may not be mapped; what would lie before token 0 is outside the tensor and comes as zeros.
+// Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
+//
+// -D HEAD_DIM GROUP KV_HEADS KEYS (tokens a tile) WORKERS (warpgroups) STAGES QUERY_STAGES [SOFTCAP]
+
+#include "wgmma.cuh"
+
+constexpr int ROWS = 64 * WORKERS;
+constexpr int TILE_TOKENS = (ROWS + GROUP - 1) / GROUP;
+constexpr int PANELS = (HEAD_DIM + 63) / 64;  // of 64 columns, 128 bytes
+constexpr int QUERY_PANEL = ROWS * 128;
+constexpr int KEY_PANEL = KEYS * 128;
+constexpr int QUERY_BYTES = PANELS * QUERY_PANEL;
+constexpr int KEY_BYTES = PANELS * KEY_PANEL;
+constexpr int LOADERS = 3 * 32;  // threads that bring queries
+#ifndef FEEDER_REGISTERS
+#define FEEDER_REGISTERS (WORKERS == 2 ? 40 : 32)
+#define WORKER_REGISTERS (WORKERS == 2 ? 232 : 160)
+#endif
+
+struct __align__(64) TensorMap {
+  u64 opaque[16];
+};
+
+struct Arguments {
+  const bf16 *q;
+  bf16 *out;
+  const int *firstRows, *starts, *counts, *slots;
+  int segments, window, headRow;
+  float scale, softcap;
+};
+
+/** ROWS rows of one segment's (token, head) pairs that share a key/value head. */
+struct Tile {
+  int kvHead, row, rows;  // the first pair; how many the segment has
+  int start, firstRow, slot;
+  int last, steps;  // the last position that a row has; tiles of keys
+};
+
+/**
+ * Tiles of all segments in one line, the longest first: tiles of all segments that begin about as
+ * many tiles after their sequences' start follow each other; of each, all heads. Blocks take turns
+ * along the line, there and back, so that none gets the longer of every turn. Warps walk it whole.
+ */
+struct Line {
+  int level, before, turn;
+
+  __device__ __forceinline__ Line(const Arguments &a) : before(0), turn(0) {
+    level = below(a, 0x7fffffff);
+  }
+
+  static __device__ __forceinline__ int tilesOf(const Arguments &a, int segment) {
+    return segment < a.segments ? (a.counts[segment] * GROUP + ROWS - 1) / ROWS : 0;
+  }
+
+  /** How many tiles' worth of tokens lie before a segment. */
+  static __device__ __forceinline__ int bottomOf(const Arguments &a, int segment) {
+    return segment < a.segments ? a.starts[segment] / TILE_TOKENS : 0;
+  }
+
+  /** The highest level under another that has tiles, or -1. */
+  static __device__ __forceinline__ int below(const Arguments &a, int level) {
+    int highest = -1;
+    for (int i = threadIdx.x % 32; i < a.segments; i += 32) {
+      const int tiles = tilesOf(a, i), bottom = bottomOf(a, i);
+      if (tiles > 0 && bottom < level) highest = max(highest, min(level, bottom + tiles) - 1);
+    }
+    return __reduce_max_sync(~0u, highest);
+  }
+
+  __device__ __forceinline__ bool next(const Arguments &a, Tile &tile) {
+    const int place = turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int unit = turn++ * gridDim.x + place;
+    for (; level >= 0; level = below(a, level)) {
+      for (int base = 0, passed = before;; base += 32) {
+        if (base >= a.segments) {
+          before = passed;
+          break;
+        }
+        const int segment = base + threadIdx.x % 32, index = level - bottomOf(a, segment);
+        u32 there = __ballot_sync(~0u, index >= 0 && index < tilesOf(a, segment));
+        const int at = unit - passed, rank = at / KV_HEADS;
+        passed += __popc(there) * KV_HEADS;
+        if (unit >= passed) continue;
+        for (int i = 0; i < rank; i++) there &= there - 1;
+        fill(a, tile, base + __ffs(there) - 1, at % KV_HEADS);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void fill(const Arguments &a, Tile &tile, int segment, int kvHead) {
+    tile.kvHead = kvHead;
+    tile.start = a.starts[segment];
+    tile.row = (level - tile.start / TILE_TOKENS) * ROWS;
+    tile.rows = a.counts[segment] * GROUP;
+    tile.firstRow = a.firstRows[segment];
+    tile.slot = a.slots[segment];
+    tile.last = tile.start + (min(tile.row + ROWS, tile.rows) - 1) / GROUP;
+    const int from = max(0, tile.start + tile.row / GROUP + 1 - a.window);
+    tile.steps = (tile.last - from) / KEYS + 1;
+  }
+};
+
+/** Where a pair's query lies, in elements of q and of out. */
+__device__ __forceinline__ u64 elementOf(const Tile &tile, int pair) {
+  const u64 row = tile.firstRow + pair / GROUP;
+  return (row * KV_HEADS * GROUP + tile.kvHead * GROUP + pair % GROUP) * HEAD_DIM;
+}
+
+/** Goes round a ring of stages with a full and an empty barrier each. */
+template <int COUNT> struct Ring {
+  u32 data, full, empty, bytes;
+  int stage;
+  u32 parity;
+
+  __device__ __forceinline__ Ring(u32 data, u32 barriers, u32 bytes)
+      : data(data), full(barriers), empty(barriers + COUNT * 8), bytes(bytes), stage(0), parity(0) {}
+
+  __device__ __forceinline__ u32 at() const { return data + stage * bytes; }
+  __device__ __forceinline__ u32 filled() const { return full + stage * 8; }
+  __device__ __forceinline__ void awaitFull() const { barrierWait(full + stage * 8, parity); }
+  __device__ __forceinline__ void awaitEmpty() const { barrierWait(empty + stage * 8, parity ^ 1); }
+  __device__ __forceinline__ void release() const {
+    if (threadIdx.x % 32 == 0) barrierArrive(empty + stage * 8);
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == COUNT) stage = 0, parity ^= 1;
+  }
+};
+
+using QueryRing = Ring<QUERY_STAGES>;
+using KeyRing = Ring<STAGES>;
+
+__device__ __forceinline__ void loadTokens(KeyRing &ring, const void *map, const Tile &tile, int row,
+                                           int step) {
+  ring.awaitEmpty();
+  barrierExpect(ring.filled(), KEY_BYTES);
+#pragma unroll
+  for (int p = 0; p < PANELS; p++)
+    loadBox(ring.at() + p * KEY_PANEL, map, p * 64, row, tile.last + 1 - (step + 1) * KEYS, tile.slot,
+            ring.filled());
+  ring.advance();
+}
+
+/** A warp's first thread asks for keys and, a tile behind them, values. */
+__device__ __forceinline__ void feedTokens(const Arguments &a, const void *map, KeyRing keys,
+                                           KeyRing values) {
+  Line line(a);
+  Tile tile;
+  while (line.next(a, tile)) {
+    if (threadIdx.x > 0) continue;
+    const int row = a.headRow + tile.kvHead;
+    for (int step = 0; step < tile.steps; step++) {
+      loadTokens(keys, map, tile, row, step);
+      if (step > 0) loadTokens(values, map, tile, row + KV_HEADS, step - 1);
+    }
+    loadTokens(values, map, tile, row + KV_HEADS, tile.steps - 1);
+  }
+}
+
+__device__ __forceinline__ void feedQueries(const Arguments &a, QueryRing ring, int thread) {
+  constexpr int CHUNKS = HEAD_DIM / 8;
+  Line line(a);
+  Tile tile;
+  while (line.next(a, tile)) {
+    ring.awaitEmpty();
+    for (int i = thread; i < ROWS * CHUNKS; i += LOADERS) {
+      const int r = i / CHUNKS, chunk = i % CHUNKS;
+      const bf16 *from = a.q + elementOf(tile, min(tile.row + r, tile.rows - 1)) + chunk * 8;
+      const u32 to = ring.at() + chunk / 8 * QUERY_PANEL + r * 128 + ((chunk ^ r) & 7) * 16;
+      copy16(to, from);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    publishShared();
+    barrierArrive(ring.filled());
+    ring.advance();
+  }
+}
+
+/** A worker's turn at the tensor cores, and passing it on. */
+__device__ __forceinline__ void turnAwait(int worker) {
+  asm volatile("bar.sync %0, 256;" ::"r"(1 + worker) : "memory");
+}
+__device__ __forceinline__ void turnPass(int worker) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(1 + (worker + 1) % WORKERS) : "memory");
+}
+
+/** What a thread knows of its two rows, 8 apart. */
+struct Rows {
+  int position[2];
+  float top[2], total[2];
+};
+
+/** Scores become weights relative to the new maximum; `decay` is what older sums shrink by. */
+__device__ __forceinline__ void softmax(const Arguments &a, float (&s)[KEYS / 2], Rows &rows,
+                                        float (&decay)[2], int firstToken, bool edge) {
+  const int lane = threadIdx.x % 32;
+#ifdef SOFTCAP
+  for (int i = 0; i < KEYS / 2; i++) s[i] = softCap(s[i] * (a.scale * LOG2E), a.softcap);
+  const float scale = 1;
+#else
+  const float scale = a.scale * LOG2E;
+#endif
+  if (edge) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) {
+      const int token = firstToken + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int position = rows.position[i / 2 % 2];
+      if (token > position || token <= position - a.window || token < 0) s[i] = NONE;
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float top = rows.top[h];
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(s[n * 4 + h * 2], s[n * 4 + h * 2 + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    const float zero = top == NONE ? 0 : top * scale;
+    decay[h] = exp2(rows.top[h] * scale - zero);
+    rows.top[h] = top;
+    float total = 0;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+      for (int i = n * 4 + h * 2; i < n * 4 + h * 2 + 2; i++) {
+        s[i] = exp2(s[i] * scale - zero);
+        total += s[i];
+      }
+    }
+    rows.total[h] = rows.total[h] * decay[h] + total;
+  }
+}
+
+/**
+ * Keeps the assembler from doing the whole softmax after the wait that follows: the sum of weights,
+ * which is never negative, decides whether shared memory is written.
+ */
+__device__ __forceinline__ void hold(float total, u32 anywhere) {
+  asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0; }" ::
+               "f"(total), "r"(anywhere) : "memory");
+}
+
+/** The weights as the left side of the next product. */
+__device__ __forceinline__ void packWeights(const float (&s)[KEYS / 2], u32 (&p)[KEYS / 16][4]) {
+#pragma unroll
+  for (int k = 0; k < KEYS / 16; k++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) p[k][i] = pack(s[k * 8 + i * 2], s[k * 8 + i * 2 + 1]);
+}
+
+__device__ __forceinline__ void scores(float (&s)[KEYS / 2], u32 queries, u32 keys) {
+  productsBegin();
+#pragma unroll
+  for (int k = 0; k < HEAD_DIM / 16; k++)
+    productShared(s, descriptor(queries + k / 4 * QUERY_PANEL + k % 4 * 32, 16),
+                  descriptor(keys + k / 4 * KEY_PANEL + k % 4 * 32, 16), k > 0);
+  productsCommit();
+}
+
+__device__ __forceinline__ void addValues(float (&o)[HEAD_DIM / 2], const u32 (&p)[KEYS / 16][4],
+                                          u32 values) {
+  productsBegin();
+#pragma unroll
+  for (int k = 0; k < KEYS / 16; k++)
+    productRegisters(o, p[k], descriptor(values + k * 2048, KEY_PANEL));
+  productsCommit();
+}
+
+__device__ __forceinline__ void writeOut(const Arguments &a, const Tile &tile, Rows &rows,
+                                         const float (&o)[HEAD_DIM / 2], int firstPair) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float total = rows.total[h];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    const int pair = firstPair + h * 8;
+    if (pair >= tile.rows) continue;
+    const float by = 1 / total;
+    u32 *const out = (u32 *)(a.out + elementOf(tile, pair)) + lane % 4;
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++)
+      out[n * 4] = pack(o[n * 4 + h * 2] * by, o[n * 4 + h * 2 + 1] * by);
+  }
+}
+
+__device__ __forceinline__ void work(const Arguments &a, QueryRing queries, KeyRing keys,
+                                     KeyRing values, int worker) {
+  const int row = worker * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  Line line(a);
+  Tile tile;
+  if (worker == WORKERS - 1) turnPass(worker);
+  while (line.next(a, tile)) {
+    const int first = tile.start + tile.row / GROUP;
+    const auto edge = [&](int token) {
+      return token + KEYS - 1 > first || token < 0 || token <= tile.last - a.window;
+    };
+    Rows rows;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      rows.position[h] = tile.start + (tile.row + row + h * 8) / GROUP;
+      rows.top[h] = NONE;
+      rows.total[h] = 0;
+    }
+    float o[HEAD_DIM / 2], s[KEYS / 2], decay[2];
+    u32 p[KEYS / 16][4];
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0;
+    queries.awaitFull();
+    const u32 mine = queries.at() + worker * 64 * 128;
+    keys.awaitFull();
+    scores(s, mine, keys.at());
+    productsWait<0>();
+    settle(s);
+    keys.release();
+    keys.advance();
+    int token = tile.last + 1 - KEYS;
+    softmax(a, s, rows, decay, token, true);
+    packWeights(s, p);
+    for (int step = 1; step < tile.steps; step++) {
+      token -= KEYS;
+      keys.awaitFull();
+      turnAwait(worker);
+      scores(s, mine, keys.at());
+      values.awaitFull();
+      addValues(o, p, values.at());
+      turnPass(worker);
+      productsWait<1>();
+      settle(s);
+      keys.release();
+      keys.advance();
+      softmax(a, s, rows, decay, token, edge(token));
+      hold(rows.total[0] + rows.total[1], keys.full);
+      productsWait<0>();
+      settle(o);
+      values.release();
+      values.advance();
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; i++) o[i] *= decay[i / 2 % 2];
+      packWeights(s, p);
+    }
+    queries.release();
+    queries.advance();
+    values.awaitFull();
+    addValues(o, p, values.at());
+    productsWait<0>();
+    settle(o);
+    values.release();
+    values.advance();
+    writeOut(a, tile, rows, o, tile.row + row);
+  }
+  // The turn that is still on its way to this worker must not be left behind.
+  if (worker == 0) turnAwait(worker);
+}
+
+extern __shared__ unsigned char shared[];
+
+extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1)
+    attentionPrefill(const bf16 *q, bf16 *out, const __grid_constant__ TensorMap kv,
+                     const int *firstRows, const int *starts, const int *counts, const int *slots,
+                     int segments, int window, int headRow, float scale, float softcap) {
+  const Arguments a = {q, out, firstRows, starts, counts, slots, segments, window, headRow,
+                       scale, softcap};
+  const u32 base = (address(shared) + 1023) / 1024 * 1024;
+  const u32 barriers = base + QUERY_STAGES * QUERY_BYTES + 2 * STAGES * KEY_BYTES;
+  const QueryRing queries(base, barriers, QUERY_BYTES);
+  const KeyRing keys(base + QUERY_STAGES * QUERY_BYTES, barriers + QUERY_STAGES * 16, KEY_BYTES);
+  const KeyRing values(keys.data + STAGES * KEY_BYTES, keys.full + STAGES * 16, KEY_BYTES);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < QUERY_STAGES; s++) {
+      barrierInit(queries.full + s * 8, LOADERS);
+      barrierInit(queries.empty + s * 8, WORKERS * 4);
+    }
+    for (int s = 0; s < STAGES; s++) {
+      barrierInit(keys.full + s * 8, 1);
+      barrierInit(values.full + s * 8, 1);
+      barrierInit(keys.empty + s * 8, WORKERS * 4);
+      barrierInit(values.empty + s * 8, WORKERS * 4);
+    }
+  }
+  barriersReady();
+  awaitPredecessor();
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEEDER_REGISTERS));
+    if (threadIdx.x < 32) feedTokens(a, &kv, keys, values);
+    else feedQueries(a, queries, threadIdx.x - 32);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));
+    work(a, queries, keys, values, threadIdx.x / 128 - 1);
+  }
+}
