@@ -30,11 +30,9 @@ export function bf16Converter(): Bf16Converter {
     'uintptr_t',
     'int64_t',
   ])
-  const copy = koffi.load('libc.so.6').func('memcpy', 'uintptr_t', [
-    'uintptr_t',
-    'uintptr_t',
-    'size_t',
-  ])
+  const copy = koffi
+    .load('libc.so.6')
+    .func('memcpy', 'uintptr_t', ['uintptr_t', 'uintptr_t', 'size_t'])
   const scratch = new NativeBlock(PIECE * 4)
 
   const widen = (type: GgmlType, from: number, to: number, elements: number): void => {

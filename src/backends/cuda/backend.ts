@@ -18,7 +18,6 @@ export interface CudaBackendOptions {
   /** Memory of `cudaKvLayout` for as many slots; the backend closes it. */
   kv: KvMemory & { readonly address: number; close(): void }
   tune?: boolean
-  prefetchBytes?: number
 }
 
 const BF16 = 2

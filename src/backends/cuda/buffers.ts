@@ -37,7 +37,8 @@ export class Buffers {
       const made = makes(node)
       if (made.length > 0) {
         const stride = made.reduce((sum, value) => sum + widthOf(value), 0)
-        const rows = rowsMax['rows' in node ? node.rows : node.kind === 'select' ? 'outputs' : 'tokens']
+        const rows =
+          rowsMax['rows' in node ? node.rows : node.kind === 'select' ? 'outputs' : 'tokens']
         const bytes = Math.ceil((stride * rows * BF16) / ALIGNMENT) * ALIGNMENT
         const hole = free.find((space) => space.bytes >= bytes)
         const offset = hole?.offset ?? end

@@ -3,7 +3,7 @@
 // prompts are among its tokens. Nothing waits here but who asks for a step's tokens.
 
 import { present } from '../../assert.ts'
-import { loadCublasLt } from '../../ffi/cublaslt.ts'
+import { type CublasLt, loadCublasLt } from '../../ffi/cublaslt.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import { addressOf } from '../../ffi/block.ts'
 import type { KvLayout } from '../../kv/layout.ts'
@@ -32,6 +32,10 @@ export interface ForwardOptions {
   /** Whether matrix products are measured before they are used. */
   tune?: boolean
   prefetchBytes?: number
+  /** Off only to measure what it brings. */
+  overlap?: boolean
+  /** The matrix library, if it is not the machine's. */
+  lt?: CublasLt
 }
 
 /** Decoding sequences that a graph is captured for; a step takes the next larger one. */
@@ -55,7 +59,7 @@ export class CudaForward {
   private readonly arena: number
   private readonly adjusted: number
   private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
-  private readonly decoding: Lowering
+  readonly decoding: Lowering
   private readonly mixed: Lowering
   private readonly graphs = new Map<number, number>()
   private readonly fetchLaunch: KernelLaunch
@@ -77,10 +81,16 @@ export class CudaForward {
     const nodes = { decoding: fuse(program, true), mixed: fuse(program, false) }
     const fill = (address: number, elements: number, seed: number, scale: number) =>
       this.fillRandom(address, elements, seed, scale)
-    this.weights = new DeviceWeights(driver, model, nodes.decoding, fill)
-    this.matmuls = new Matmuls(driver, loadCublasLt(), info, modules.folder)
+    this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
+    this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
     this.attention = this.makeAttention(program)
-    this.sampling = new SamplingTable(driver, this.kernels.find, maxSequences, this.vocab)
+    this.sampling = new SamplingTable(
+      driver,
+      this.kernels.find,
+      maxSequences,
+      this.vocab,
+      this.stream,
+    )
     const outputs = paddedRows(maxSequences)
     this.logits = driver.allocate(2 * outputs * this.vocab * 4)
     this.adjusted = this.logits + outputs * this.vocab * 4
@@ -96,6 +106,7 @@ export class CudaForward {
       logits: this.logits,
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
+      overlap: options.overlap ?? true,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
     const decodingRows = { tokens: maxSequences, outputs: maxSequences }
@@ -113,7 +124,13 @@ export class CudaForward {
 
   /** The bucket that a number of decoding sequences falls into. */
   bucketOf(rows: number): number {
-    return Math.min(present(BUCKETS.find((b) => b >= rows), 'a bucket'), this.rowsMax)
+    return Math.min(
+      present(
+        BUCKETS.find((b) => b >= rows),
+        'a bucket',
+      ),
+      this.rowsMax,
+    )
   }
 
   /**
@@ -176,7 +193,10 @@ export class CudaForward {
     const { driver } = this.options.device
     const { stream, tokens, outputs, segments } = shape
     const fetched = Math.max(tokens, segments)
-    this.fetchLaunch.set(8, tokens).set(9, segments).grid(Math.ceil(fetched / 256))
+    this.fetchLaunch
+      .set(8, tokens)
+      .set(9, segments)
+      .grid(Math.ceil(fetched / 256))
     driver.launch(this.fetchLaunch, stream)
     lowering.queue(shape)
     if (sample && outputs > 0) driver.launch(this.sampleLaunch.grid(outputs), stream)
@@ -257,18 +277,19 @@ export class CudaForward {
     const { driver } = this.options.device
     const { frequencies, magnitude } = ropeTable(rope)
     const address = driver.allocate(frequencies.byteLength)
-    driver.copyToDevice(address, addressOf(frequencies), frequencies.byteLength, 0)
-    driver.synchronize()
+    driver.copyToDevice(address, addressOf(frequencies), frequencies.byteLength, this.stream)
+    driver.synchronizeStream(this.stream)
     const table = { address, magnitude }
     this.ropes.set(rope, table)
     return table
   }
 
-  private fillRandom(address: number, elements: number, seed: number, scale: number): void {
+  /** Queues the filling of memory with numbers in ±scale; see step.cu. */
+  fillRandom(address: number, elements: number, seed: number, scale: number): void {
     const kinds: ArgumentKind[] = ['u64', 'u64', 'u32', 'f32']
     const launch = new KernelLaunch(this.kernels.find('step.cu', 'fillRandom'), kinds)
     launch.setAll(address, elements, seed, scale).grid(2048).threads(256)
-    this.options.device.driver.launch(launch, 0)
+    this.options.device.driver.launch(launch, this.stream)
   }
 
   /** Measures every product that a decode step of any bucket can ask for. */

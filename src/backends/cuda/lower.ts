@@ -40,6 +40,12 @@ export interface StepShape {
 
 export type Command = (step: StepShape) => void
 
+/** What a command does: its node's kind, and its matrix without the block's number. */
+export interface NamedCommand {
+  name: string
+  run: Command
+}
+
 /** What launches refer to. */
 export interface LowerContext {
   driver: CudaDriver
@@ -56,6 +62,8 @@ export interface LowerContext {
   ropeTable: (rope: RopeConfig) => { address: number; magnitude: number }
   /** Bytes that gemv.cu may bring into L2 ahead of its turn. */
   prefetchBytes: number
+  /** Whether kernels may start while the one before them ends. */
+  overlap: boolean
 }
 
 export class Lowering {
@@ -64,8 +72,8 @@ export class Lowering {
   private readonly program: Program
   private readonly nodes: readonly Node[]
   private arena = 0
-  private commands: readonly Command[] = []
-  private skinny: readonly Command[] = []
+  private commands: readonly NamedCommand[] = []
+  private skinny: readonly NamedCommand[] = []
   private readonly products: SkinnyProducts
 
   constructor(
@@ -85,14 +93,21 @@ export class Lowering {
   /** Lowers everything to an arena of `buffers.bytes` at this address. */
   build(arena: number): void {
     this.arena = arena
-    this.commands = this.nodes.map((node) => this.lower(node))
-    this.skinny = fuseSkinny(this.nodes).map((node) => this.lowerSkinny(node))
+    this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
+    this.skinny = fuseSkinny(this.nodes).map((node) => ({
+      name: nameOf(node.kind === 'skinny' ? node.linear : node),
+      run: this.lowerSkinny(node),
+    }))
+  }
+
+  /** What `queue` runs for so many tokens, one by one; for measurements. */
+  commandsFor(tokens: number): readonly NamedCommand[] {
+    return tokens <= GEMV_TOKENS_MAX ? this.skinny : this.commands
   }
 
   /** Queues the program, embedding to logits. */
   queue(step: StepShape): void {
-    const commands = step.tokens <= GEMV_TOKENS_MAX ? this.skinny : this.commands
-    for (const command of commands) command(step)
+    for (const { run } of this.commandsFor(step.tokens)) run(step)
   }
 
   /** The products of all nodes, each with the weights that are multiplied so. */
@@ -169,13 +184,7 @@ export class Lowering {
     const launch = this.kernel('norm.cu', 'normRow', kinds)
     const addresses = [address, this.addressOf(added), weights.vector(post?.weight)]
     const eps = present(norm ?? post, 'a norm').eps
-    launch.setAll(
-      ...addresses,
-      weights.vector(norm?.weight),
-      this.addressOf(out),
-      width,
-      eps,
-    )
+    launch.setAll(...addresses, weights.vector(norm?.weight), this.addressOf(out), width, eps)
     launch.threads(Math.min(1024, warps(width / 8)))
     return this.perRow(launch, rows)
   }
@@ -303,7 +312,8 @@ export class Lowering {
 
   /** A kernel that may start while the one before it ends; see `awaitInputs` in common.cuh. */
   private kernel(file: string, name: string, kinds: readonly ArgumentKind[]): KernelLaunch {
-    return new KernelLaunch(this.context.find(file, name), kinds).programmatic()
+    const launch = new KernelLaunch(this.context.find(file, name), kinds)
+    return this.context.overlap ? launch.programmatic() : launch
   }
 
   private perRow(launch: KernelLaunch, rows: Rows): Command {
@@ -323,6 +333,11 @@ export class Lowering {
 }
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
+
+function nameOf(node: Node): string {
+  const weight = node.kind === 'linear' ? node.weights[0] : 'weight' in node ? node.weight : ''
+  return `${node.kind} ${weight?.replace(/^blk\.\d+\./, '').replace(/\.weight$/, '')}`.trim()
+}
 
 /** Threads for `count` elements, a whole number of warps. */
 function warps(count: number): number {

@@ -35,14 +35,20 @@ export class SamplingTable {
   private readonly host: number
   private readonly markSeen: KernelLaunch
 
-  constructor(driver: CudaDriver, kernel: KernelFinder, slots: number, vocab: number) {
+  constructor(
+    driver: CudaDriver,
+    kernel: KernelFinder,
+    slots: number,
+    vocab: number,
+    stream: number,
+  ) {
     this.driver = driver
     this.vocab = vocab
     const biasBytes = slots * BIASES_MAX * 4
     const bytes = slots * PARAMS_BYTES + 2 * biasBytes + slots * vocab * 2
     this.device = driver.allocate(bytes)
-    driver.fill8(this.device, 0, bytes, 0)
-    driver.synchronize()
+    driver.fill8(this.device, 0, bytes, stream)
+    driver.synchronizeStream(stream)
     this.table = this.device
     this.biasTokens = this.table + slots * PARAMS_BYTES
     this.biases = this.biasTokens + biasBytes

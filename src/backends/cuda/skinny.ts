@@ -7,13 +7,7 @@ import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import type { SkinnyNode } from './fuse.ts'
-import {
-  gemvBlocks,
-  type GemvEpilogue,
-  gemvSharedBytes,
-
-  gemvVariant,
-} from './gemv.ts'
+import { gemvBlocks, type GemvEpilogue, gemvSharedBytes, gemvVariant } from './gemv.ts'
 import type { LowerContext } from './lower.ts'
 
 const KINDS: readonly ArgumentKind[] = [
@@ -59,7 +53,8 @@ export class SkinnyProducts {
     if (shared > DEFAULT_SHARED_BYTES) {
       driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, shared)
     }
-    const launch = new KernelLaunch(kernel, KINDS).programmatic()
+    const launch = new KernelLaunch(kernel, KINDS)
+    if (this.context.overlap) launch.programmatic()
     launch.grid(blocks).threads(variant.threads).sharedBytes(shared)
     const x = this.place(node.in)
     const out = this.outOf(node)
@@ -95,4 +90,3 @@ function epilogueOf({ linear, rope, glu }: SkinnyNode): GemvEpilogue {
   if (glu) return 'glu'
   return linear.accumulate ? 'add' : 'store'
 }
-

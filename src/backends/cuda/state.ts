@@ -97,8 +97,8 @@ export class StepState {
       counter: array(1, 8),
     }
     this.device = driver.allocate(bytes)
-    driver.fill8(this.device, 0, bytes, 0)
-    driver.synchronize()
+    driver.fill8(this.device, 0, bytes, stream)
+    driver.synchronizeStream(stream)
     const moved = <T extends object>(group: T): T =>
       Object.fromEntries(
         Object.entries(group).map(([name, offset]) => [name, this.device + (offset as number)]),

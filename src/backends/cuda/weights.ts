@@ -35,7 +35,13 @@ export class DeviceWeights {
   private readonly vectors = new Map<string, number>()
 
   /** @param nodes say which matrices are joined, and which vectors there are */
-  constructor(driver: CudaDriver, model: Model, nodes: readonly Node[], random: RandomFill) {
+  constructor(
+    driver: CudaDriver,
+    model: Model,
+    nodes: readonly Node[],
+    random: RandomFill,
+    stream: number,
+  ) {
     this.driver = driver
     this.model = model
     const groups = matrixGroups(nodes)
@@ -68,17 +74,17 @@ export class DeviceWeights {
     for (const name of vectors.keys()) {
       this.vectors.set(name, this.address + present(places.get(name), name))
     }
-    const upload = new Upload(driver, model)
+    const upload = new Upload(driver, model, stream)
     for (const [name, matrix] of this.matrices) {
       if (isDummy(model)) random(matrix.address, matrix.rows * matrix.k, seedOf(name), 0.02)
       else upload.matrix(this.reference(name), matrix.address)
     }
     for (const [name, address] of this.vectors) {
       const offset = vectors.get(name) === 'norm' ? model.normWeightOffset : 0
-      if (isDummy(model)) driver.fill32(address, ONE, elementsOf(this.reference(name)), 0)
+      if (isDummy(model)) driver.fill32(address, ONE, elementsOf(this.reference(name)), stream)
       else upload.vector(this.reference(name), address, offset)
     }
-    driver.synchronize()
+    driver.synchronizeStream(stream)
     upload.close()
   }
 
@@ -88,7 +94,10 @@ export class DeviceWeights {
     const first = present(parts[0], 'a matrix')
     let rows = 0
     for (const part of parts) {
-      assert(part.address === first.address + rows * part.k * BF16, 'joined matrices are neighbours')
+      assert(
+        part.address === first.address + rows * part.k * BF16,
+        'joined matrices are neighbours',
+      )
       rows += part.rows
     }
     return { address: first.address, rows, k: first.k }
@@ -114,13 +123,15 @@ const ONE = 0x3f800000
 /** Reads tensors of files, converts them, and copies them to the GPU through pinned memory. */
 class Upload {
   private readonly driver: CudaDriver
+  private readonly stream: number
   private readonly files: number[]
   private readonly raw: { address: number; bytes: Uint8Array }
   private readonly converted: number
   private converter: Bf16Converter | undefined
 
-  constructor(driver: CudaDriver, model: Model) {
+  constructor(driver: CudaDriver, model: Model, stream: number) {
     this.driver = driver
+    this.stream = stream
     this.files = model.files.map(({ path }) => openSync(path, 'r'))
     const address = driver.allocateHost(STAGING_BYTES)
     this.raw = { address, bytes: new Uint8Array(viewMemory(address, STAGING_BYTES)) }
@@ -133,7 +144,7 @@ class Upload {
       const bytes = elements * BF16
       const from = type === 'BF16' ? this.raw.address : this.converted
       if (type !== 'BF16') this.convert().convert(type, this.raw.address, this.converted, elements)
-      this.driver.copyToDevice(address + done * BF16, from, bytes, 0)
+      this.driver.copyToDevice(address + done * BF16, from, bytes, this.stream)
     })
   }
 
@@ -142,7 +153,7 @@ class Upload {
       this.convert().widen(reference.type, this.raw.address, this.converted, elements)
       const values = new Float32Array(viewMemory(this.converted, elements * 4))
       for (let i = 0; offset !== 0 && i < elements; i++) values[i]! += offset
-      this.driver.copyToDevice(address + done * 4, this.converted, elements * 4, 0)
+      this.driver.copyToDevice(address + done * 4, this.converted, elements * 4, this.stream)
     })
   }
 
@@ -164,9 +175,13 @@ class Upload {
     for (let done = 0; done < blocks; done += most) {
       const count = Math.min(most, blocks - done)
       const descriptor = present(this.files[file], 'an open file')
-      readFully(descriptor, this.raw.bytes.subarray(0, count * blockBytes), offset + done * blockBytes)
+      readFully(
+        descriptor,
+        this.raw.bytes.subarray(0, count * blockBytes),
+        offset + done * blockBytes,
+      )
       take(count * blockSize, done * blockSize)
-      this.driver.synchronizeStream(0)
+      this.driver.synchronizeStream(this.stream)
     }
   }
 
