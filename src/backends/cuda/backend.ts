@@ -1,0 +1,124 @@
+// Owns the CUDA backend as the engine sees it: a batch of segments becomes the rows of one step,
+// tokens that are alone first, and logits come back to the host for those who sample there.
+
+import { assert, present } from '../../assert.ts'
+import { viewMemory } from '../../ffi/libc.ts'
+import { type KvLayout, tokenMajor } from '../../kv/layout.ts'
+import type { Model, ModelConfig } from '../../model/model.ts'
+import type { Backend, KvMemory, StepBatch } from '../backend.ts'
+import type { CudaDevice } from './device.ts'
+import { CudaForward } from './forward.ts'
+import type { ModuleCache } from './module-cache.ts'
+
+export interface CudaBackendOptions {
+  device: CudaDevice
+  modules: ModuleCache
+  maxSequences: number
+  stepTokens: number
+  /** Memory of `cudaKvLayout` for as many slots; the backend closes it. */
+  kv: KvMemory & { readonly address: number; close(): void }
+  tune?: boolean
+}
+
+const BF16 = 2
+
+/** Of keys and values on a GPU: bf16, token by token, a page is the driver's. */
+export function cudaKvLayout(config: ModelConfig, maxTokens: number, pageBytes: number): KvLayout {
+  const { layers, kvHeads, headDim } = config
+  return tokenMajor({ layers, rowBytes: 2 * kvHeads * headDim * BF16, maxTokens, pageBytes })
+}
+
+export class CudaBackend implements Backend {
+  readonly vocab: number
+  readonly stepTokensMax: number
+  readonly chunkTokensMin = 1
+  readonly kv: CudaBackendOptions['kv']
+  readonly forward: CudaForward
+  private readonly device: CudaDevice
+  private readonly host: number
+  private readonly rows: readonly Float32Array[]
+  private outputs = 0
+  private step = -1
+
+  constructor(model: Model, options: CudaBackendOptions) {
+    const { device, kv, maxSequences, stepTokens } = options
+    this.device = device
+    this.kv = kv
+    this.vocab = model.config.vocab
+    this.stepTokensMax = stepTokens
+    this.forward = new CudaForward(model, { ...options, kv })
+    const bytes = maxSequences * this.vocab * 4
+    this.host = device.driver.allocateHost(bytes)
+    const view = viewMemory(this.host, bytes)
+    this.rows = Array.from(
+      { length: maxSequences },
+      (_, i) => new Float32Array(view, i * this.vocab * 4, this.vocab),
+    )
+  }
+
+  launch(batch: StepBatch): void {
+    this.step = this.queue(batch)
+    const { driver } = this.device
+    const bytes = this.outputs * this.vocab * 4
+    const { logits, stream } = this.forward
+    if (bytes > 0) driver.copyToHost(this.host, logits, bytes, stream)
+  }
+
+  collect(): readonly Float32Array[] {
+    assert(this.step >= 0, 'a step was launched')
+    this.device.driver.synchronizeStream(this.forward.stream)
+    return this.rows
+  }
+
+  close(): void {
+    this.forward.close()
+    this.kv.close()
+    this.device.driver.freeHost(this.host)
+  }
+
+  /** Queues a batch's step; its outputs are in the order of the segments that want them. */
+  private queue(batch: StepBatch): number {
+    const { segments, counts, wantsLogits } = batch
+    let singles = 0
+    let outputs = 0
+    for (let s = 0; s < segments; s++) {
+      if (counts[s] === 1) singles++
+      if (wantsLogits[s]) outputs++
+    }
+    this.outputs = outputs
+    const { forward } = this
+    const decodes = singles === segments && outputs === segments
+    this.fill(batch, singles)
+    if (decodes) {
+      const bucket = forward.bucketOf(segments)
+      for (let i = segments; i < bucket; i++) forward.state.setRow(i, 0, 0, -1, i)
+      return forward.decode(segments)
+    }
+    const shape = { tokens: batch.tokenCount, outputs, singles, segments: segments - singles }
+    return forward.step(shape, false)
+  }
+
+  private fill(batch: StepBatch, singles: number): void {
+    const { state } = this.forward
+    let single = 0
+    let row = singles
+    let segment = 0
+    let output = 0
+    let from = 0
+    for (let s = 0; s < batch.segments; s++) {
+      const count = present(batch.counts[s], 'a count')
+      const slot = present(batch.slots[s], 'a slot')
+      const start = present(batch.starts[s], 'a position')
+      const wanted = batch.wantsLogits[s] ? output++ : -1
+      const first = count === 1 ? single++ : row
+      if (count > 1) {
+        state.setSegment(segment++, row, start, count, slot)
+        row += count
+      }
+      for (let t = 0; t < count; t++) {
+        const token = present(batch.tokens[from++], 'a token')
+        state.setRow(first + t, token, start + t, slot, t === count - 1 ? wanted : -1)
+      }
+    }
+  }
+}
