@@ -7,6 +7,9 @@ import { LatticeError } from '../../errors.ts'
 export const HEAD_DIMS: readonly number[] = [64, 96, 128, 256]
 export const GROUP_MAX = 16
 
+/** Compute capability 9.0. */
+const HOPPER = 90
+
 /** Heads of every layer of one model; `headDim` elements each. */
 export interface AttentionShape {
   heads: number
@@ -49,10 +52,24 @@ function panelBytes(headDim: number): number {
 }
 
 /**
- * A block decodes one head with as many warps as leave room for two stages of 16 tokens each.
- * `room`: dynamic shared memory of a block.
+ * The kernels that a device of this compute capability takes for a shape.
+ * @param room dynamic shared memory that a block can have, in bytes
+ * @throws LatticeError `model_unsupported` for heads that no kernel takes
  */
-export function decodeVariant(shape: AttentionShape, room: number): DecodeVariant {
+export function attentionVariants(
+  shape: AttentionShape,
+  capability: number,
+  room: number,
+): { decode: DecodeVariant; prefill: AttentionVariant } {
+  const prefill =
+    capability === HOPPER ? hopperPrefillVariant(shape) : portablePrefillVariant(shape, room)
+  return { decode: decodeVariant(shape, room), prefill }
+}
+
+/**
+ * A block decodes one head with as many warps, of 16 tokens a tile, as leave room for two stages.
+ */
+function decodeVariant(shape: AttentionShape, room: number): DecodeVariant {
   const { headDim, kvHeads } = shape
   const columns = Math.ceil(groupOf(shape) / 8)
   for (const warps of [4, 2, 1]) {
@@ -77,8 +94,8 @@ export function decodeVariant(shape: AttentionShape, room: number): DecodeVarian
   throw tooLarge(shape, room)
 }
 
-/** Hopper's own way of attending to prompts. */
-export function hopperPrefillVariant(shape: AttentionShape): AttentionVariant {
+/** With warpgroup products. */
+function hopperPrefillVariant(shape: AttentionShape): AttentionVariant {
   const { headDim } = shape
   const [keys, queryStages] = headDim > 128 ? [80, 1] : [128, 2]
   const [workers, stages] = [2, 2]
@@ -97,7 +114,7 @@ export function hopperPrefillVariant(shape: AttentionShape): AttentionVariant {
 }
 
 /** What any GPU with bf16 tensor cores runs. */
-export function portablePrefillVariant(shape: AttentionShape, room: number): AttentionVariant {
+function portablePrefillVariant(shape: AttentionShape, room: number): AttentionVariant {
   for (const keys of shape.headDim > 128 ? [32, 16] : [64, 32]) {
     const sharedBytes = (64 + 4 * keys) * (shape.headDim * 2 + 16)
     if (sharedBytes > room) continue

@@ -7,9 +7,7 @@ import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import {
   type AttentionShape,
   type AttentionVariant,
-  decodeVariant,
-  hopperPrefillVariant,
-  portablePrefillVariant,
+  attentionVariants,
 } from './attention-variants.ts'
 import type { CudaDevice } from './device.ts'
 import type { ModuleCache } from './module-cache.ts'
@@ -163,13 +161,10 @@ export class CudaAttention {
     this.options = options
     const { shape, rowsMax } = options
     const { driver, info } = options.device
-    const room = info.sharedBytesPerBlock
-    const decode = decodeVariant(shape, room)
+    const variants = attentionVariants(shape, info.capability, info.sharedBytesPerBlock)
+    const { decode, prefill } = variants
     this.decoder = this.prepare(decode, DECODE)
-    this.prefiller =
-      info.capability === 90
-        ? this.prepare(hopperPrefillVariant(shape), HOPPER)
-        : this.prepare(portablePrefillVariant(shape, room), PORTABLE)
+    this.prefiller = this.prepare(prefill, prefill.boxTokens ? HOPPER : PORTABLE)
     const blocks = present(this.decoder.launch.shape[0], 'blocks of a grid')
     this.partial = driver.allocate(blocks * decode.scratchBytes)
     const counters = rowsMax * decode.counters
