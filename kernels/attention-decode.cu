@@ -1,51 +1,40 @@
 // Owns attention of one query token a row over its sequence's keys and values in strided memory.
 //
 // q, out  [rows, heads, HEAD_DIM] bf16; the GROUP query heads of a key/value head are neighbours.
-// kv      address(slot, token) = kv + slot·slotStride + token·tokenStride, in bytes; at keyOffset
-//         from there lie [KV_HEADS, HEAD_DIM] bf16 keys, directly behind them the values.
+// kv      address(slot, token) = kv + slot·slotStride + token·tokenStride, in bytes; row headRow of
+//         HEAD_DIM bf16 is there the layer's first key; KV_HEADS keys come before as many values.
+// map     the same memory as a tensor map (9.0 and later) of [slots, tokens, layers · 2 · KV_HEADS,
+//         HEAD_DIM] bf16 with boxes of [1, TILE, 1, 64], swizzled by 128 bytes.
 // slots, lengths  [rows] int32: row r sees tokens max(0, lengths[r] - window) … lengths[r] - 1 of
-//         slot slots[r]; nothing beyond them is read. A row of length 0 comes out as zeros.
-// partial float32 scratch, arrivals [rows · KV_HEADS] uint32 that are zero before and after.
+//         slot slots[r], and none beyond is read. A row of length 0 comes out as zeros.
+// partial float32 scratch, arrivals [rows · KV_HEADS · WARPS] uint32, zero before and after.
 //
-// Work is cut evenly whatever the lengths (stream-K, Osama et al. 2023): all tiles of all rows form
-// one line, every block takes an equal stretch of it, and the last block to finish a row's part
-// merges the parts (flash decoding, Dao et al. 2023). A tile holds whole rows of HEAD_BLOCK heads,
-// so that memory is read in long runs. Tokens are the long side of the tensor-core products
-// (S' = K·Q', O' = V'·P'), which pads the group to 8 or 16 columns.
+// Work is cut evenly whatever the lengths (stream-K, Osama et al. 2023): all tiles of all rows and
+// heads form one line, every block takes an equal stretch of it, and the last block to finish a
+// part of a row merges the parts (flash decoding, Dao et al. 2023). Tiles are counted backwards
+// from a row's last token; what would lie before token 0 is outside the tensor and comes as zeros.
+// Tokens are the long side of the tensor-core products (S' = K·Q', O' = V'·P'), which pads the
+// group to 8 or 16 columns. Each warp has 16 tokens of a tile; in merging, a share of dimensions.
 // Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
 //
-// -D HEAD_DIM GROUP KV_HEADS HEAD_BLOCK TOKEN_WARPS STAGES [SOFTCAP]
+// -D HEAD_DIM GROUP KV_HEADS WARPS STAGES [SOFTCAP]
 
 #include "tensor-core.cuh"
 
-constexpr int HEAD_BLOCKS = KV_HEADS / HEAD_BLOCK;
-constexpr int COLUMNS = (GROUP + 7) / 8;       // tiles of 8 query heads
-constexpr int STEPS = HEAD_DIM / 16;           // tensor-core steps over a head
-constexpr int TILE = 16 * TOKEN_WARPS;         // tokens
-constexpr int CONSUMERS = HEAD_BLOCK * TOKEN_WARPS;
-#if defined(BOXES) && __CUDA_ARCH__ >= 900
-// A stage: [keys, values][head][panel of 64 dimensions][token] of 128 bytes, swizzled.
+constexpr int COLUMNS = (GROUP + 7) / 8;  // tiles of 8 query heads
+constexpr int STEPS = HEAD_DIM / 16;      // tensor-core steps over a head
+constexpr int SHARE = (STEPS + WARPS - 1) / WARPS;
+constexpr int TILE = 16 * WARPS;          // tokens
+// A stage: [keys, values][panel of 64 dimensions][token] of 128 bytes, 16-byte pieces swizzled.
 constexpr int PANEL = TILE * 128;
-constexpr int HEAD_BYTES = (HEAD_DIM + 63) / 64 * PANEL;
-constexpr int VALUES = HEAD_BLOCK * HEAD_BYTES;
+constexpr int PANELS = (HEAD_DIM + 63) / 64;
+constexpr int VALUES = PANELS * PANEL;
 constexpr int STAGE = 2 * VALUES;
-#else
-// A stage: [token][keys, values][head][dimension] and 16 bytes: ldmatrix then meets every bank once.
-constexpr int HEAD_BYTES = HEAD_DIM * 2;
-constexpr int VALUES = HEAD_BLOCK * HEAD_BYTES;
-constexpr int ROW = 2 * VALUES;
-constexpr int PITCH = ROW + 16;
-constexpr int STAGE = TILE * PITCH;
-#endif
-constexpr int STATE = COLUMNS * (STEPS + 1);   // float4 a lane: sums, then maxima and totals
-constexpr int SHARE = (STEPS + TOKEN_WARPS - 1) / TOKEN_WARPS;  // steps that a warp merges
-constexpr int MERGE = TOKEN_WARPS > 1 ? CONSUMERS * STATE * 32 * 16 : 0;
+// float4 of a warp's sums: all steps in shared memory, its share in scratch; then maxima, totals.
+constexpr int WHOLE = COLUMNS * (STEPS + 1) * 32;
+constexpr int PART = COLUMNS * (SHARE + 1) * 32;
 
-static_assert(HEAD_DIM % 16 == 0 && KV_HEADS % HEAD_BLOCK == 0, "shapes");
-
-struct __align__(64) TensorMap {
-  u64 opaque[16];
-};
+static_assert(HEAD_DIM % 16 == 0, "tensor cores take steps of 16 dimensions");
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -68,77 +57,84 @@ struct Arguments {
   u32 *arrivals;
 };
 
-/** A stretch of one row's tiles for one block of heads; `all` are the row's tiles. */
+/** A stretch of the tiles of one row and head; `all` are all of these. */
 struct Piece {
-  int row, block, tile, tiles, all, first, length;
-  u64 start;  // where on the line of all tiles the row's part for this block of heads begins
+  int row, kvHead, tile, tiles, all, first, length;
+  u32 start;  // where on the line the tiles of this row and head begin
 };
 
 /** Walks the pieces of this block's stretch of the line; every warp walks it by itself. */
 struct Walk {
   const int *lengths;
-  int window;
-  u64 at, end, total, itemStart;
-  int row, block, blocks;
+  int window, row, kvHead;
+  u32 at, end, itemStart;
+  u32 blocks, each, longer;  // of `blocks` the first `longer` take each + 1 tiles, the others each
 
   __device__ __forceinline__ int tilesOf(int length) const {
-    const int seen = min(length, window);
-    return max(1, (seen + TILE - 1) / TILE);
+    return max(1, (min(length, window) + TILE - 1) / TILE);
+  }
+
+  __device__ __forceinline__ u32 startOf(u32 block) const {
+    return block * each + min(block, longer);
+  }
+
+  /** The block that has the tile at this place of the line. */
+  __device__ __forceinline__ u32 blockOf(u32 place) const {
+    const u32 first = longer * (each + 1);
+    return place < first ? place / (each + 1) : longer + (place - first) / each;
   }
 
   __device__ __forceinline__ Walk(const Arguments &a) : lengths(a.lengths), window(a.window) {
-    const int lane = threadIdx.x % 32, each = (a.rows + 31) / 32;
-    const int from = min(a.rows, lane * each), to = min(a.rows, from + each);
+    const int lane = threadIdx.x % 32, rows = (a.rows + 31) / 32;
+    const int from = min(a.rows, lane * rows), to = min(a.rows, from + rows);
     int own = 0;
-    for (int r = from; r < to; r++) own += tilesOf(lengths[r]);
+    for (int r = from; r < to; r++) {
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(a.slots + r));
+      own += tilesOf(lengths[r]);
+    }
     int sum = own;
     for (int d = 1; d < 32; d *= 2) {
       const int left = __shfl_up_sync(~0u, sum, d);
       if (lane >= d) sum += left;
     }
-    total = (u64)__shfl_sync(~0u, sum, 31) * HEAD_BLOCKS;
-    blocks = (int)min((u64)gridDim.x, total);
-    const u64 me = blockIdx.x;
-    at = me < blocks ? total * me / blocks : 0;
-    end = me < blocks ? total * (me + 1) / blocks : 0;
-    const u32 before = __ballot_sync(~0u, (u64)sum * HEAD_BLOCKS <= at);
+    const u32 total = (u32)__shfl_sync(~0u, sum, 31) * KV_HEADS;
+    blocks = min(gridDim.x, total);
+    each = total / max(1u, blocks);
+    longer = total - each * blocks;
+    at = startOf(min(blockIdx.x, blocks));
+    end = startOf(min(blockIdx.x + 1, blocks));
+    const u32 before = __ballot_sync(~0u, (u32)sum * KV_HEADS <= at);
     const int owner = min(31, __popc(before));
-    row = owner * each;
-    itemStart = (u64)__shfl_sync(~0u, sum - own, owner) * HEAD_BLOCKS;
-    block = 0;
+    row = owner * rows;
+    itemStart = (u32)__shfl_sync(~0u, sum - own, owner) * KV_HEADS;
+    kvHead = 0;
     if (at >= end) return;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(a.slots + row));
+    int tiles;
     for (;; row++) {
-      const u64 whole = (u64)tilesOf(lengths[row]) * HEAD_BLOCKS;
-      if (at < itemStart + whole) break;
-      itemStart += whole;
+      tiles = tilesOf(lengths[row]);
+      if (at < itemStart + (u32)tiles * KV_HEADS) break;
+      itemStart += (u32)tiles * KV_HEADS;
     }
-    const int tiles = tilesOf(lengths[row]);
-    block = (int)((at - itemStart) / tiles);
-    itemStart += (u64)block * tiles;
+    kvHead = (at - itemStart) / tiles;
+    itemStart += (u32)kvHead * tiles;
   }
 
   __device__ __forceinline__ bool next(Piece &p) {
     if (at >= end) return false;
     p.row = row;
-    p.block = block;
+    p.kvHead = kvHead;
     p.length = lengths[row];
     p.first = max(0, p.length - window);
     p.all = tilesOf(p.length);
-    p.tile = (int)(at - itemStart);
-    p.tiles = (int)min(end - at, (u64)(p.all - p.tile));
+    p.tile = at - itemStart;
+    p.tiles = min(end - at, (u32)(p.all - p.tile));
     p.start = itemStart;
     at += p.tiles;
     if (p.tile + p.tiles == p.all) {
       itemStart += p.all;
-      if (++block == HEAD_BLOCKS) block = 0, row++;
+      if (++kvHead == KV_HEADS) kvHead = 0, row++;
     }
     return true;
-  }
-
-  /** The block that has the tile at this place of the line. */
-  __device__ __forceinline__ int blockOf(u64 place) const {
-    return (int)(((place + 1) * blocks - 1) / total);
   }
 };
 
@@ -159,10 +155,6 @@ template <int N> struct Sums {
     }
   }
 
-  template <int M> __device__ __forceinline__ void adopt(const Sums<M> &other) {
-    if constexpr (M == N) *this = other;
-  }
-
   /** Each lane has summed its own tokens: now all have the totals. */
   __device__ __forceinline__ void total() {
 #pragma unroll
@@ -171,61 +163,66 @@ template <int N> struct Sums {
         for (int d = 4; d < 32; d *= 2) l[c][i] += __shfl_xor_sync(~0u, l[c][i], d);
   }
 
-  /** Writes the steps, of which the first is `first`, into a whole piece's place. */
-  __device__ __forceinline__ void store(float4 *to, int first) const {
+  __device__ __forceinline__ void store(float4 *to) const {
     to += threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
 #pragma unroll
-      for (int s = 0; s < N; s++)
-        if (first + s < STEPS)
-          to[(c * (STEPS + 1) + first + s) * 32] =
-              make_float4(o[c][s][0], o[c][s][1], o[c][s][2], o[c][s][3]);
-      if (first == 0)
-        to[(c * (STEPS + 1) + STEPS) * 32] = make_float4(m[c][0], m[c][1], l[c][0], l[c][1]);
+      for (int s = 0; s < N; s++, to += 32)
+        *to = make_float4(o[c][s][0], o[c][s][1], o[c][s][2], o[c][s][3]);
+      *to = make_float4(m[c][0], m[c][1], l[c][0], l[c][1]);
+      to += 32;
     }
   }
 
-  /** Merges `count` pieces, a few at a time so that their reads overlap. */
-  template <typename Place> __device__ __forceinline__ void gather(int count, Place place, int first) {
-    constexpr int BATCH = 4;
+  /**
+   * Merges `count` pieces of M steps each, from step `first` on; a batch at a time, all of whose
+   * reads are under way before the first is used.
+   */
+  template <int M, typename Place>
+  __device__ __forceinline__ void gather(int count, Place place, int first) {
+    constexpr int BATCH = N >= 8 ? 2 : 16 / N;
     clear();
     for (int i = 0; i < count; i += BATCH) {
-      const float4 *from[BATCH];
-      float4 tail[BATCH];
-#pragma unroll
-      for (int b = 0; b < BATCH; b++) from[b] = place(min(i + b, count - 1)) + threadIdx.x % 32;
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++) {
+        float4 tail[BATCH], x[BATCH][N];
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-          tail[b] = from[b][(c * (STEPS + 1) + STEPS) * 32];
-          if (i + b >= count) tail[b].x = tail[b].y = NONE;
+          const float4 *from = place(min(i + b, count - 1)) + c * (M + 1) * 32 + threadIdx.x % 32;
+          tail[b] = from[M * 32];
+#pragma unroll
+          for (int s = 0; s < N; s++) x[b][s] = from[min(first + s, M - 1) * 32];
         }
         float top[2] = {m[c][0], m[c][1]};
 #pragma unroll
-        for (int b = 0; b < BATCH; b++)
+        for (int b = 0; b < BATCH; b++) {
+          if (i + b >= count) tail[b].x = tail[b].y = NONE;
           top[0] = fmaxf(top[0], tail[b].x), top[1] = fmaxf(top[1], tail[b].y);
+        }
         const float zero[2] = {top[0] == NONE ? 0 : top[0], top[1] == NONE ? 0 : top[1]};
-        const float keep[2] = {exp2(m[c][0] - zero[0]), exp2(m[c][1] - zero[1])};
+        scale(c, exp2(m[c][0] - zero[0]), exp2(m[c][1] - zero[1]));
         m[c][0] = top[0], m[c][1] = top[1];
-        l[c][0] *= keep[0], l[c][1] *= keep[1];
-#pragma unroll
-        for (int s = 0; s < N; s++)
-          o[c][s][0] *= keep[0], o[c][s][1] *= keep[1], o[c][s][2] *= keep[0], o[c][s][3] *= keep[1];
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
           const float take[2] = {exp2(tail[b].x - zero[0]), exp2(tail[b].y - zero[1])};
           l[c][0] += tail[b].z * take[0], l[c][1] += tail[b].w * take[1];
 #pragma unroll
           for (int s = 0; s < N; s++) {
-            const float4 x = from[b][(c * (STEPS + 1) + min(first + s, STEPS - 1)) * 32];
-            o[c][s][0] += x.x * take[0], o[c][s][1] += x.y * take[1];
-            o[c][s][2] += x.z * take[0], o[c][s][3] += x.w * take[1];
+            o[c][s][0] += x[b][s].x * take[0], o[c][s][1] += x[b][s].y * take[1];
+            o[c][s][2] += x[b][s].z * take[0], o[c][s][3] += x[b][s].w * take[1];
           }
         }
       }
     }
+  }
+
+  /** What was summed relative to an older maximum shrinks. */
+  __device__ __forceinline__ void scale(int c, float even, float odd) {
+    l[c][0] *= even, l[c][1] *= odd;
+#pragma unroll
+    for (int s = 0; s < N; s++)
+      o[c][s][0] *= even, o[c][s][1] *= odd, o[c][s][2] *= even, o[c][s][3] *= odd;
   }
 
   /** `to`: the group's first head. */
@@ -250,54 +247,30 @@ template <int N> struct Sums {
   }
 };
 
-#if __CUDA_ARCH__ >= 900 && defined(BOXES)
-/** A box for each head and panel; tokens before the first are outside the tensor: zeros. */
-__device__ __forceinline__ void copyTile(const Arguments &a, int slot, int headRow, int token,
-                                         const Piece &, u32 to, u32 filled) {
-  constexpr int BOXES_EACH = HEAD_BYTES / PANEL, COUNT = 2 * HEAD_BLOCK * BOXES_EACH;
-  const int lane = threadIdx.x % 32;
+/** Starts filling a stage with a tile's keys and values; `token` may be negative. */
+__device__ __forceinline__ void copyTile(const Arguments &a, const Piece &p, int slot, int token,
+                                         u32 to, u32 filled) {
+  const int lane = threadIdx.x % 32, row = a.headRow + p.kvHead;
+#if __CUDA_ARCH__ >= 900
   if (lane == 0) barrierExpect(filled, STAGE);
   __syncwarp();
-  for (int i = lane; i < COUNT; i += 32) {
-    const int panel = i % BOXES_EACH, head = i / BOXES_EACH % HEAD_BLOCK, value = i >= COUNT / 2;
-    loadBox(to + i * PANEL, a.map, panel * 64, headRow + head + value * KV_HEADS, token, slot, filled);
-  }
-}
-#else
-/**
- * Whole rows. In place of tokens before the first that is seen, that one is copied again: shared
- * memory never holds what was not written, and nothing else is touched.
- */
-__device__ __forceinline__ void copyTile(const Arguments &a, int slot, int headRow, int token,
-                                         const Piece &p, u32 to, u32 filled) {
-  constexpr int APART = KV_HEADS * HEAD_BYTES;  // keys and values in global memory
-  const int lane = threadIdx.x % 32;
-  const unsigned char *keys = a.kv + (u64)slot * a.slotStride + (u64)headRow * HEAD_BYTES;
-#if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
-    if (p.length == 0) barrierArrive(filled);
-    else barrierExpect(filled, TILE * ROW);
-  }
-  __syncwarp();
-#pragma unroll
-  for (int t = lane; t < TILE && p.length > 0; t += 32) {
-    const unsigned char *from = keys + (u64)max(token + t, p.first) * a.tokenStride;
-    constexpr int RUNS = HEAD_BLOCKS == 1 ? 1 : 2;
-#pragma unroll
-    for (int run = 0; run < RUNS; run++)
-      copyBulk(to + t * PITCH + run * VALUES, from + run * APART, ROW / RUNS, filled);
+  if (lane < 2 * PANELS) {
+    const int values = lane >= PANELS;
+    loadBox(to + lane * PANEL, a.map, lane % PANELS * 64, row + values * KV_HEADS, token, slot, filled);
   }
 #else
-  constexpr int CHUNKS = ROW / 16;
-  for (int i = lane; i < TILE * CHUNKS && p.length > 0; i += 32) {
-    const int t = i / CHUNKS, chunk = i % CHUNKS, value = chunk >= CHUNKS / 2;
+  // Tokens before the first are hidden later; in their place it is copied again.
+  constexpr int CHUNKS = HEAD_DIM / 8;
+  const unsigned char *keys = a.kv + (u64)slot * a.slotStride + (u64)row * (HEAD_DIM * 2);
+  for (int i = lane; i < 2 * TILE * CHUNKS && p.length > 0; i += 32) {
+    const int chunk = i % CHUNKS, t = i / CHUNKS % TILE, values = i >= TILE * CHUNKS;
     const unsigned char *from = keys + (u64)max(token + t, p.first) * a.tokenStride;
-    copy16(to + t * PITCH + chunk * 16, from + value * APART + (chunk - value * (CHUNKS / 2)) * 16);
+    copy16(to + values * VALUES + chunk / 8 * PANEL + t * 128 + ((chunk ^ t) & 7) * 16,
+           from + values * (KV_HEADS * HEAD_DIM * 2) + chunk * 16);
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(filled) : "memory");
 #endif
 }
-#endif
 
 /** Copies the tiles of this block's pieces into the ring, one stage after another. */
 __device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full, u32 empty) {
@@ -306,24 +279,19 @@ __device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full
   int stage = 0;
   u32 parity = 1;
   while (walk.next(p)) {
-    const int slot = a.slots[p.row], headRow = a.headRow + p.block * HEAD_BLOCK;
+    const int slot = a.slots[p.row];
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
-      const u32 filled = full + stage * 8, to = stages + stage * STAGE;
       barrierWait(empty + stage * 8, parity);
-      const int token = p.length - (tile + 1) * TILE;  // the last tile's may be negative
-      copyTile(a, slot, headRow, token, p, to, filled);
+      const int token = p.length - (tile + 1) * TILE;
+      copyTile(a, p, slot, token, stages + stage * STAGE, full + stage * 8);
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
   }
 }
 
-/** Where ldmatrix finds step k of a head's dimensions; `half` is the lane's 16 bytes of 32. */
-__device__ __forceinline__ u32 stepAt(u32 head, int token, int half, int k) {
-#if defined(BOXES) && __CUDA_ARCH__ >= 900
-  return head + k / 4 * PANEL + token * 128 + ((k % 4 * 32) ^ ((half ^ (token & 7)) * 16));
-#else
-  return head + token * PITCH + half * 16 + k * 32;
-#endif
+/** Where ldmatrix finds step k of a token's dimensions; `half` is the lane's 16 bytes of 32. */
+__device__ __forceinline__ u32 stepAt(u32 panels, int token, int half, int k) {
+  return panels + k / 4 * PANEL + token * 128 + ((k % 4 * 32) ^ ((half ^ (token & 7)) * 16));
 }
 
 /** Adds 16 tokens from `token` of a stage on to the state; those below `begin` are hidden. */
@@ -361,13 +329,11 @@ __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u
       state.m[c][i] = top;
       x[i] = exp2(x[i] - zero);
       x[i + 2] = exp2(x[i + 2] - zero);
-      state.l[c][i] = state.l[c][i] * decay[i] + x[i] + x[i + 2];
     }
+    state.scale(c, decay[0], decay[1]);
+    state.l[c][0] += x[0] + x[2], state.l[c][1] += x[1] + x[3];
     weights[c][0] = transpose(pack(x[0], x[1]));
     weights[c][1] = transpose(pack(x[2], x[3]));
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-      for (int i = 0; i < 4; i++) state.o[c][k][i] *= decay[i % 2];
   }
 #pragma unroll
   for (int k = 0; k < STEPS; k++) {
@@ -379,24 +345,35 @@ __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u
   }
 }
 
-/** The warps of one head wait for each other. */
-__device__ __forceinline__ void team(int head) {
-  if (TOKEN_WARPS == 1) __syncwarp();
-  else asm volatile("bar.sync %0, %1;" ::"r"(1 + head), "n"(TOKEN_WARPS * 32) : "memory");
+/** The warps that attend wait for each other. */
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+}
+
+/** Whether all `count` parts of a warp's share of a result have been stored. */
+__device__ __forceinline__ bool arriveLast(u32 *arrivals, int count) {
+  __threadfence();
+  __syncwarp();
+  u32 before = 0;
+  if (threadIdx.x % 32 == 0) {
+    before = atomicAdd(arrivals, 1);
+    if (before == count - 1) *arrivals = 0;
+  }
+  before = __shfl_sync(~0u, before, 0);
+  __threadfence();
+  return before == count - 1;
 }
 
 __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full, u32 empty,
-                                        float4 *area, volatile u32 *verdict) {
+                                        float4 *area) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int head = warp / TOKEN_WARPS, member = warp % TOKEN_WARPS;
-  const int first = member * SHARE;
   Walk walk(a);
   Piece p;
   int stage = 0;
   u32 parity = 0;
   while (walk.next(p)) {
-    const int kvHead = p.block * HEAD_BLOCK + head;
-    const u64 group = ((u64)p.row * KV_HEADS + kvHead) * GROUP * HEAD_DIM;
+    const u64 item = (u64)p.row * KV_HEADS + p.kvHead;
+    const u64 group = item * GROUP * HEAD_DIM;
     u32 q[COLUMNS][STEPS][2];
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
@@ -411,67 +388,53 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
       barrierWait(full + stage * 8, parity);
       const int begin = p.first - (p.length - (tile + 1) * TILE);
-      attend(a, state, stages + stage * STAGE + head * HEAD_BYTES, member * 16, q, begin);
+      attend(a, state, stages + stage * STAGE, warp * 16, q, begin);
       __syncwarp();
       if (lane == 0) barrierArrive(empty + stage * 8);
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     state.total();
-    // From here on each of the head's warps has all its tokens, for a share of the dimensions.
+    // From here on a warp has all tokens, for its share of the dimensions.
     Sums<SHARE> sums;
-    if constexpr (TOKEN_WARPS == 1) {
-      sums.adopt(state);
-    } else {
-      const auto ofWarp = [&](int w) { return area + (head * TOKEN_WARPS + w) * STATE * 32; };
-      state.store(ofWarp(member), 0);
-      team(head);
-      sums.gather(TOKEN_WARPS, ofWarp, first);
-      team(head);
-    }
+    const int first = warp * SHARE;
+    state.store(area + warp * WHOLE);
+    meet();
+    sums.gather<STEPS>(WARPS, [&](int w) { return area + w * WHOLE; }, first);
+    meet();
     if (p.tiles < p.all) {
-      const int from = walk.blockOf(p.start), to = walk.blockOf(p.start + p.all - 1);
+      const u32 from = walk.blockOf(p.start), to = walk.blockOf(p.start + p.all - 1);
       const auto part = [&](int i) {
-        const int second = i == 0;  // the item began at the end of that block's stretch
-        return a.partial + (((u64)(from + i) * 2 + second) * HEAD_BLOCK + head) * STATE * 32;
+        // A block has at most a part of what began before its stretch, and one of what goes on.
+        const u32 place = (from + i) * 2 + (i == 0);
+        return a.partial + (place * WARPS + warp) * PART;
       };
-      sums.store(part(blockIdx.x - from), first);
-      __threadfence();
-      team(head);
-      if (member == 0 && lane == 0) {
-        u32 *const arrivals = a.arrivals + (u64)p.row * KV_HEADS + kvHead;
-        const bool last = atomicAdd(arrivals, 1) == to - from;
-        if (last) *arrivals = 0;
-        verdict[head] = last;
-      }
-      team(head);
-      if (!verdict[head]) continue;
-      __threadfence();
-      sums.gather(to - from + 1, part, first);
+      sums.store(part(blockIdx.x - from));
+      if (!arriveLast(a.arrivals + item * WARPS + warp, to - from + 1)) continue;
+      sums.gather<SHARE>(to - from + 1, part, 0);
     }
     sums.output(a.out + group, first);
   }
 }
 
-extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 32)
+extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32)
     attentionDecode(const bf16 *q, bf16 *out, const __grid_constant__ TensorMap map,
                     const unsigned char *kv, const int *slots, const int *lengths, int rows,
                     int window, int headRow, u64 slotStride, u64 tokenStride, float scale,
                     float softcap, float4 *partial, u32 *arrivals) {
   const Arguments a = {q, out, &map, kv, slots, lengths, rows, window, headRow, slotStride,
                        tokenStride, scale, softcap, partial, arrivals};
-  unsigned char *const ring = shared;
-  float4 *const area = (float4 *)(ring + STAGES * STAGE);
-  unsigned char *const tail = (unsigned char *)area + MERGE;
-  const u32 full = address(tail), empty = full + STAGES * 8;
-  u32 *const verdict = (u32 *)(tail + STAGES * 16);
+  const u32 stages = address(shared);
+  float4 *const area = (float4 *)(shared + STAGES * STAGE);
+  const u32 full = address(area + WARPS * WHOLE), empty = full + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrierInit(full + s * 8, __CUDA_ARCH__ >= 900 ? 1 : 32);
-      barrierInit(empty + s * 8, CONSUMERS);
+      barrierInit(empty + s * 8, WARPS);
     }
   }
+  if (threadIdx.x == 32) prefetchMap(&map);
   barriersReady();
   awaitPredecessor();
-  if (threadIdx.x / 32 == CONSUMERS) produce(a, address(ring), full, empty);
-  else consume(a, address(ring), full, empty, area, verdict);
+  if (threadIdx.x / 32 == WARPS) produce(a, stages, full, empty);
+  else consume(a, stages, full, empty, area);
 }

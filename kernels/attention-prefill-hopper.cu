@@ -26,13 +26,9 @@ constexpr int QUERY_BYTES = PANELS * QUERY_PANEL;
 constexpr int KEY_BYTES = PANELS * KEY_PANEL;
 constexpr int LOADERS = 3 * 32;  // threads that bring queries
 #ifndef FEEDER_REGISTERS
-#define FEEDER_REGISTERS (WORKERS == 2 ? 40 : 32)
-#define WORKER_REGISTERS (WORKERS == 2 ? 232 : 160)
+#define FEEDER_REGISTERS 56
+#define WORKER_REGISTERS 224
 #endif
-
-struct __align__(64) TensorMap {
-  u64 opaque[16];
-};
 
 struct Arguments {
   const bf16 *q;
@@ -50,59 +46,74 @@ struct Tile {
 };
 
 /**
- * Tiles of all segments in one line, the longest first: tiles of all segments that begin about as
- * many tiles after their sequences' start follow each other; of each, all heads. Blocks take turns
- * along the line, there and back, so that none gets the longer of every turn. Warps walk it whole.
+ * Tiles of all segments in one line, the longest first. A tile's level says how many tiles' worth
+ * of tokens come before it in its sequence; a level has tiles of some segments, in all heads. Runs
+ * of levels with the same segments are passed in one step. Blocks take turns along the line, there
+ * and back, so that none gets the longer of every turn. A warp walks it together.
  */
 struct Line {
-  int level, before, turn;
+  int before, turn;
+  int top, bottom, members;  // levels of the run, and how many segments each has
 
-  __device__ __forceinline__ Line(const Arguments &a) : before(0), turn(0) {
-    level = below(a, 0x7fffffff);
+  __device__ __forceinline__ Line(const Arguments &a) : before(0), turn(0), bottom(0x7fffffff) {
+    descend(a);
   }
 
-  static __device__ __forceinline__ int tilesOf(const Arguments &a, int segment) {
-    return segment < a.segments ? (a.counts[segment] * GROUP + ROWS - 1) / ROWS : 0;
+  /** Levels [from, to) that a segment has tiles of. */
+  static __device__ __forceinline__ int2 levelsOf(const Arguments &a, int segment) {
+    if (segment >= a.segments) return make_int2(0, 0);
+    const int from = a.starts[segment] / TILE_TOKENS;
+    return make_int2(from, from + (a.counts[segment] * GROUP + ROWS - 1) / ROWS);
   }
 
-  /** How many tiles' worth of tokens lie before a segment. */
-  static __device__ __forceinline__ int bottomOf(const Arguments &a, int segment) {
-    return segment < a.segments ? a.starts[segment] / TILE_TOKENS : 0;
-  }
-
-  /** The highest level under another that has tiles, or -1. */
-  static __device__ __forceinline__ int below(const Arguments &a, int level) {
-    int highest = -1;
+  /** Goes to the next run; `members` is 0 if there is none. */
+  __device__ __forceinline__ void descend(const Arguments &a) {
+    int highest = -1, lowest = 0;
+    members = 0;
     for (int i = threadIdx.x % 32; i < a.segments; i += 32) {
-      const int tiles = tilesOf(a, i), bottom = bottomOf(a, i);
-      if (tiles > 0 && bottom < level) highest = max(highest, min(level, bottom + tiles) - 1);
+      const int2 levels = levelsOf(a, i);
+      if (levels.x < levels.y && levels.x < bottom) highest = max(highest, min(bottom, levels.y) - 1);
     }
-    return __reduce_max_sync(~0u, highest);
+    top = __reduce_max_sync(~0u, highest);
+    for (int i = threadIdx.x % 32; i < a.segments; i += 32) {
+      const int2 levels = levelsOf(a, i);
+      if (levels.x >= levels.y || levels.x > top) continue;
+      members += levels.y > top;
+      lowest = max(lowest, levels.y > top ? levels.x : levels.y);
+    }
+    bottom = __reduce_max_sync(~0u, lowest);
+    members = __reduce_add_sync(~0u, members);
   }
 
   __device__ __forceinline__ bool next(const Arguments &a, Tile &tile) {
     const int place = turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int unit = turn++ * gridDim.x + place;
-    for (; level >= 0; level = below(a, level)) {
-      for (int base = 0, passed = before;; base += 32) {
-        if (base >= a.segments) {
-          before = passed;
-          break;
-        }
-        const int segment = base + threadIdx.x % 32, index = level - bottomOf(a, segment);
-        u32 there = __ballot_sync(~0u, index >= 0 && index < tilesOf(a, segment));
-        const int at = unit - passed, rank = at / KV_HEADS;
-        passed += __popc(there) * KV_HEADS;
-        if (unit >= passed) continue;
-        for (int i = 0; i < rank; i++) there &= there - 1;
-        fill(a, tile, base + __ffs(there) - 1, at % KV_HEADS);
+    for (; members > 0; descend(a)) {
+      const int width = members * KV_HEADS, at = unit - before;
+      if (at < (top - bottom + 1) * width) {
+        const int level = top - at / width, rank = at % width / KV_HEADS;
+        fill(a, tile, level, memberOf(a, level, rank), at % width % KV_HEADS);
         return true;
       }
+      before += (top - bottom + 1) * width;
     }
     return false;
   }
 
-  __device__ __forceinline__ void fill(const Arguments &a, Tile &tile, int segment, int kvHead) {
+  /** The segment of a level that has `rank` others of it before it. */
+  __device__ __forceinline__ int memberOf(const Arguments &a, int level, int rank) const {
+    for (int base = 0;; base += 32) {
+      const int2 levels = levelsOf(a, base + threadIdx.x % 32);
+      u32 there = __ballot_sync(~0u, level >= levels.x && level < levels.y);
+      const int count = __popc(there);
+      for (int i = 0; i < min(rank, count); i++) there &= there - 1;
+      if (rank < count) return base + __ffs(there) - 1;
+      rank -= count;
+    }
+  }
+
+  static __device__ __forceinline__ void fill(const Arguments &a, Tile &tile, int level, int segment,
+                                              int kvHead) {
     tile.kvHead = kvHead;
     tile.start = a.starts[segment];
     tile.row = (level - tile.start / TILE_TOKENS) * ROWS;

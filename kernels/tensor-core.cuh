@@ -9,6 +9,11 @@ typedef unsigned long long u64;
 constexpr float LOG2E = 1.4426950408889634f;
 #define NONE __int_as_float(0xff800000)  // minus infinity
 
+/** What the driver encodes for the copy engine. */
+struct __align__(64) TensorMap {
+  u64 opaque[16];
+};
+
 /** Where something in shared memory lies, as instructions take it. */
 __device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -77,12 +82,6 @@ __device__ __forceinline__ void barrierExpect(u32 barrier, u32 bytes) {
                "r"(bytes) : "memory");
 }
 
-/** Copies to shared memory; the barrier counts the bytes. All are multiples of 16. */
-__device__ __forceinline__ void copyBulk(u32 to, const void *from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-               "[%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
 /** Copies a box of a tensor of four dimensions; what lies outside of it becomes zeros. */
 __device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, int z, int w,
                                         u32 barrier) {
@@ -94,6 +93,12 @@ __device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, i
 
 __device__ __forceinline__ void copy16(u32 to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void prefetchMap(const TensorMap *map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
 }
 
 /** Other threads and the copy engine see barriers that were initialised. */

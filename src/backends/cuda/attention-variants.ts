@@ -1,13 +1,17 @@
 // Owns the choice of attention kernels: which of them a shape takes, specialised to which sizes.
 
 import { assert } from '../../assert.ts'
-import type { GpuDevice } from '../../ffi/cuda.ts'
+import { LatticeError } from '../../errors.ts'
+
+/** What the kernels take and their tests cover. */
+export const HEAD_DIMS: readonly number[] = [64, 96, 128, 256]
+export const GROUP_MAX = 16
 
 /** Heads of every layer of one model; `headDim` elements each. */
 export interface AttentionShape {
   heads: number
   kvHeads: number
-  /** 64, 96, 128 or 256; other multiples of 16 work, untuned. */
+  /** 64, 96, 128 or 256. */
   headDim: number
   /** Of q·k. */
   scale: number
@@ -23,68 +27,97 @@ export interface AttentionVariant {
   threads: number
   /** Dynamic shared memory of a block. */
   sharedBytes: number
+  /** Tokens that the copy engine brings at once, 64 dimensions of each; undefined if unused. */
+  boxTokens?: number
 }
 
 export interface DecodeVariant extends AttentionVariant {
-  /** Tells variants of one shape apart. */
-  name: string
-  /** Scratch memory for one unfinished piece of work. */
-  pieceBytes: number
+  /** Scratch memory of a block, for what it began or ended of other blocks' rows. */
+  scratchBytes: number
+  /** Counters of each row. */
+  counters: number
 }
 
-/** Unfinished pieces that a block can have: at the start and at the end of its stretch. */
-export const DECODE_PIECES = 2
+/** Bytes on their way to a multiprocessor that keep its memory busy. */
+const IN_FLIGHT = 96 * 2 ** 10
+/** What a block needs besides its tiles: barriers, alignment. */
+const BESIDES = 1280
 
-/** Rows times key/value heads up to which short splits matter more than long reads. */
-const FEW_HEADS = 64
+/** Bytes of 64-dimension panels of one token's head: a last one is filled up with zeros. */
+function panelBytes(headDim: number): number {
+  return Math.ceil(headDim / 64) * 128
+}
 
 /**
- * Many rows are read in long runs, a block taking all heads of its tokens that fit; with few rows
- * a block takes one head, so that even a short context fills the device.
+ * A block decodes one head with as many warps as leave room for two stages of 16 tokens each.
+ * `room`: dynamic shared memory of a block.
  */
-export function decodeVariant(
-  shape: AttentionShape,
-  rows: number,
-  device: GpuDevice,
-): DecodeVariant {
+export function decodeVariant(shape: AttentionShape, room: number): DecodeVariant {
   const { headDim, kvHeads } = shape
-  const few = rows * kvHeads <= FEW_HEADS
-  const heads = few ? 1 : headsOfBlock(shape)
-  const warps = Math.max(1, Math.min(Math.floor((few ? 4 : 8) / heads), 1024 / (heads * headDim)))
-  const tokenWarps = Math.floor(warps)
-  const group = groupOf(shape)
-  // float4 a lane: the sums of 8 columns, then maxima and totals.
-  const stateBytes = Math.ceil(group / 8) * (headDim / 16 + 1) * 32 * 16
-  const mergeBytes = tokenWarps > 1 ? tokenWarps * heads * stateBytes : 0
-  const stageBytes = 16 * tokenWarps * (heads * headDim * 4 + 16)
-  const room = device.sharedBytesPerBlock - mergeBytes - 256
-  const stages = Math.min(8, Math.floor(room / (stageBytes + 16)))
-  assert(stages >= 2, 'two stages fit')
+  const columns = Math.ceil(groupOf(shape) / 8)
+  for (const warps of [4, 2, 1]) {
+    const stageBytes = 2 * 16 * warps * panelBytes(headDim)
+    // float4 a lane: each warp's sums, then maxima and totals.
+    const mergeBytes = warps * columns * (headDim / 16 + 1) * 32 * 16
+    const fit = Math.floor((room - BESIDES - mergeBytes) / stageBytes)
+    if (fit < 2) continue
+    const stages = Math.min(fit, Math.max(2, Math.ceil(IN_FLIGHT / stageBytes)))
+    const share = Math.ceil(headDim / 16 / warps)
+    return {
+      file: 'attention-decode.cu',
+      kernel: 'attentionDecode',
+      defines: { ...definesOf(shape), WARPS: warps, STAGES: stages },
+      threads: (warps + 1) * 32,
+      sharedBytes: stages * stageBytes + mergeBytes + BESIDES,
+      boxTokens: 16 * warps,
+      scratchBytes: 2 * warps * columns * (share + 1) * 32 * 16,
+      counters: kvHeads * warps,
+    }
+  }
+  throw tooLarge(shape, room)
+}
+
+/** Hopper's own way of attending to prompts. */
+export function hopperPrefillVariant(shape: AttentionShape): AttentionVariant {
+  const { headDim } = shape
+  const [keys, queryStages] = headDim > 128 ? [80, 1] : [128, 2]
+  const [workers, stages] = [2, 2]
+  const tiles = queryStages * 64 * workers + 2 * stages * keys
   return {
-    name: few ? 'few' : 'many',
-    file: 'attention-decode.cu',
-    kernel: 'attentionDecode',
+    file: 'attention-prefill-hopper.cu',
+    kernel: 'attentionPrefill',
     defines: {
       ...definesOf(shape),
-      HEAD_BLOCK: heads,
-      TOKEN_WARPS: tokenWarps,
-      STAGES: stages,
+      ...{ KEYS: keys, WORKERS: workers, STAGES: stages, QUERY_STAGES: queryStages },
     },
-    threads: (heads * tokenWarps + 1) * 32,
-    sharedBytes: stages * (stageBytes + 16) + mergeBytes + heads * 4,
-    pieceBytes: heads * stateBytes,
+    threads: 128 * (workers + 1),
+    sharedBytes: tiles * panelBytes(headDim) + BESIDES,
+    boxTokens: keys,
   }
 }
 
-export function prefillVariant(shape: AttentionShape): AttentionVariant {
-  const keys = shape.headDim > 128 ? 32 : 64
-  return {
-    file: 'attention-prefill.cu',
-    kernel: 'attentionPrefill',
-    defines: { ...definesOf(shape), KEYS: keys },
-    threads: 128,
-    sharedBytes: (64 + 4 * keys) * (shape.headDim * 2 + 16),
+/** What any GPU with bf16 tensor cores runs. */
+export function portablePrefillVariant(shape: AttentionShape, room: number): AttentionVariant {
+  for (const keys of shape.headDim > 128 ? [32, 16] : [64, 32]) {
+    const sharedBytes = (64 + 4 * keys) * (shape.headDim * 2 + 16)
+    if (sharedBytes > room) continue
+    return {
+      file: 'attention-prefill.cu',
+      kernel: 'attentionPrefill',
+      defines: { ...definesOf(shape), KEYS: keys },
+      threads: 128,
+      sharedBytes,
+    }
   }
+  throw tooLarge(shape, room)
+}
+
+function tooLarge({ headDim }: AttentionShape, room: number): LatticeError {
+  return new LatticeError(
+    'model_unsupported',
+    `Heads of ${headDim} dimensions do not fit in ${room} bytes of shared memory.`,
+    { todo: 'Use a larger GPU, or --device cpu.' },
+  )
 }
 
 function groupOf(shape: AttentionShape): number {
@@ -93,16 +126,17 @@ function groupOf(shape: AttentionShape): number {
   return group
 }
 
+/** @throws LatticeError `model_unsupported` for heads that no kernel takes */
 function definesOf(shape: AttentionShape): Record<string, number> {
   const { headDim, kvHeads, softcap } = shape
-  assert(headDim % 16 === 0, 'tensor cores take heads of a multiple of 16')
-  const defines = { HEAD_DIM: headDim, GROUP: groupOf(shape), KV_HEADS: kvHeads }
+  const group = groupOf(shape)
+  if (!HEAD_DIMS.includes(headDim) || group > GROUP_MAX) {
+    throw new LatticeError(
+      'model_unsupported',
+      `The GPU has no attention for ${group} query heads of ${headDim} dimensions a KV head.`,
+      { todo: `It takes ${HEAD_DIMS.join(', ')} dimensions and ${GROUP_MAX} heads: --device cpu.` },
+    )
+  }
+  const defines = { HEAD_DIM: headDim, GROUP: group, KV_HEADS: kvHeads }
   return softcap === undefined ? defines : { ...defines, SOFTCAP: 1 }
-}
-
-/** The most heads, of those that divide them, that warps and shared memory have room for. */
-function headsOfBlock({ kvHeads, headDim }: AttentionShape): number {
-  let heads = 1
-  for (let n = 2; n <= 8; n++) if (kvHeads % n === 0 && n * headDim <= 1024) heads = n
-  return heads
 }

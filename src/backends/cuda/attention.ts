@@ -1,18 +1,18 @@
 // Owns the launches of attention over strided keys and values on the GPU: which kernel a shape
 // takes, with which sizes of blocks and scratch memory.
 
-import { present } from '../../assert.ts'
+import { assert, present } from '../../assert.ts'
 import { FUNCTION } from '../../ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import {
   type AttentionShape,
   type AttentionVariant,
-  DECODE_PIECES,
   decodeVariant,
-  prefillVariant,
+  hopperPrefillVariant,
+  portablePrefillVariant,
 } from './attention-variants.ts'
 import type { CudaDevice } from './device.ts'
-import type { KernelSource, ModuleCache } from './module-cache.ts'
+import type { ModuleCache } from './module-cache.ts'
 
 export type { AttentionShape } from './attention-variants.ts'
 
@@ -63,14 +63,84 @@ export interface AttentionOptions {
 /** "Everything" as a window: no position is further back. */
 const NO_WINDOW = 2 ** 31 - 1
 
-const DECODE_ARGUMENTS: readonly ArgumentKind[] = [
-  ...(['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'i32', 'u64', 'u64', 'u64'] as const),
-  ...(['f32', 'f32', 'u64', 'u64'] as const),
-]
-const PREFILL_ARGUMENTS: readonly ArgumentKind[] = [
-  ...(['u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'i32'] as const),
-  ...(['u64', 'u64', 'u64', 'f32', 'f32'] as const),
-]
+type Kinds = Readonly<Record<string, ArgumentKind>>
+
+/** Arguments of attentionDecode, in their order. */
+const DECODE: Kinds = {
+  q: 'u64',
+  out: 'u64',
+  map: 'bytes128',
+  kv: 'u64',
+  slots: 'u64',
+  lengths: 'u64',
+  rows: 'i32',
+  window: 'i32',
+  headRow: 'i32',
+  slotStride: 'u64',
+  tokenStride: 'u64',
+  scale: 'f32',
+  softcap: 'f32',
+  partial: 'u64',
+  arrivals: 'u64',
+}
+/** Arguments of attentionPrefill on Hopper, and elsewhere. */
+const HOPPER: Kinds = {
+  q: 'u64',
+  out: 'u64',
+  map: 'bytes128',
+  firstRows: 'u64',
+  starts: 'u64',
+  counts: 'u64',
+  slots: 'u64',
+  segments: 'i32',
+  window: 'i32',
+  headRow: 'i32',
+  scale: 'f32',
+  softcap: 'f32',
+}
+const PORTABLE: Kinds = {
+  q: 'u64',
+  out: 'u64',
+  kv: 'u64',
+  firstRows: 'u64',
+  starts: 'u64',
+  counts: 'u64',
+  slots: 'u64',
+  segments: 'i32',
+  window: 'i32',
+  slotStride: 'u64',
+  tokenStride: 'u64',
+  keyOffset: 'u64',
+  scale: 'f32',
+  softcap: 'f32',
+}
+
+/** cuTensorMapEncodeTiled's numbers (cuda.h). */
+const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
+
+/** A kernel whose arguments are set by name. */
+class NamedLaunch {
+  readonly launch: KernelLaunch
+  private readonly names: readonly string[]
+
+  constructor(kernel: number, kinds: Kinds) {
+    this.launch = new KernelLaunch(kernel, Object.values(kinds))
+    this.names = Object.keys(kinds)
+  }
+
+  /** Sets those that the kernel has. */
+  set(values: Readonly<Record<string, number>>): this {
+    this.names.forEach((name, i) => {
+      const value = values[name]
+      if (value !== undefined) this.launch.set(i, value)
+    })
+    return this
+  }
+
+  addressOf(name: string): number {
+    return this.launch.addressOfArgument(this.names.indexOf(name))
+  }
+}
 
 /**
  * Attention for one model on one device. Launches read what changes from step to step out of
@@ -80,31 +150,33 @@ const PREFILL_ARGUMENTS: readonly ArgumentKind[] = [
 export class CudaAttention {
   private readonly options: AttentionOptions
   private readonly modules: number[] = []
-  /** By variant name. */
-  private readonly decoders = new Map<string, KernelLaunch>()
-  private readonly prefiller: KernelLaunch
+  private readonly decoder: NamedLaunch
+  private readonly prefiller: NamedLaunch
   private readonly arrivals: number
   private readonly partial: number
 
-  /** Compiles, or finds compiled, every kernel that it will launch. */
+  /**
+   * Compiles, or finds compiled, every kernel that it will launch.
+   * @throws LatticeError `model_unsupported` for heads that no kernel takes; what ModuleCache does
+   */
   constructor(options: AttentionOptions) {
     this.options = options
-    const { device, shape, rowsMax } = options
-    const { driver, info } = device
-    this.prefiller = this.prepare(prefillVariant(shape), PREFILL_ARGUMENTS)
-    let partialBytes = 0
-    for (const rows of [1, rowsMax]) {
-      const variant = decodeVariant(shape, rows, info)
-      const launch = this.prepare(variant, DECODE_ARGUMENTS)
-      this.decoders.set(variant.name, launch)
-      const blocks = present(launch.shape[0], 'blocks of a grid')
-      partialBytes = Math.max(partialBytes, blocks * DECODE_PIECES * variant.pieceBytes)
-    }
-    this.partial = driver.allocate(partialBytes)
-    const counters = rowsMax * shape.kvHeads
+    const { shape, rowsMax } = options
+    const { driver, info } = options.device
+    const room = info.sharedBytesPerBlock
+    const decode = decodeVariant(shape, room)
+    this.decoder = this.prepare(decode, DECODE)
+    this.prefiller =
+      info.capability === 90
+        ? this.prepare(hopperPrefillVariant(shape), HOPPER)
+        : this.prepare(portablePrefillVariant(shape, room), PORTABLE)
+    const blocks = present(this.decoder.launch.shape[0], 'blocks of a grid')
+    this.partial = driver.allocate(blocks * decode.scratchBytes)
+    const counters = rowsMax * decode.counters
     this.arrivals = driver.allocate(counters * 4)
     driver.fill32(this.arrivals, 0, counters, 0)
     driver.synchronize()
+    this.decoder.set({ partial: this.partial, arrivals: this.arrivals })
   }
 
   /**
@@ -112,15 +184,8 @@ export class CudaAttention {
    * @param window tokens that a query sees, itself included; undefined for all
    */
   decode(stream: number, rows: DecodeRows, layer: number, window?: number): void {
-    const { device, shape, kv } = this.options
-    const { name } = decodeVariant(shape, rows.rows, device.info)
-    const launch = present(this.decoders.get(name), `the decode kernel of ${rows.rows} rows`)
-    launch.setAll(
-      ...[rows.q, rows.out, kv.base, rows.slots, rows.lengths, rows.rows],
-      ...[window ?? NO_WINDOW, kv.slotStride, kv.tokenStride, this.keyOffset(layer)],
-      ...[shape.scale, shape.softcap ?? 0, this.partial, this.arrivals],
-    )
-    device.driver.launch(launch, stream)
+    assert(rows.rows <= this.options.rowsMax, 'decode has counters for its rows')
+    this.launch(this.decoder, stream, { ...rows, ...this.placeOf(layer), ...windowOf(window) })
   }
 
   /**
@@ -128,13 +193,8 @@ export class CudaAttention {
    * @param window tokens that a query sees, itself included; undefined for all
    */
   prefill(stream: number, segments: PrefillSegments, layer: number, window?: number): void {
-    const { device, shape, kv } = this.options
-    this.prefiller.setAll(
-      ...[segments.q, segments.out, kv.base, segments.firstRows, segments.starts],
-      ...[segments.counts, segments.slots, segments.segments, window ?? NO_WINDOW],
-      ...[kv.slotStride, kv.tokenStride, this.keyOffset(layer), shape.scale, shape.softcap ?? 0],
-    )
-    device.driver.launch(this.prefiller, stream)
+    const place = this.placeOf(layer)
+    this.launch(this.prefiller, stream, { ...segments, ...place, ...windowOf(window) })
   }
 
   /** Nothing that was launched may still be running. */
@@ -145,26 +205,55 @@ export class CudaAttention {
     for (const module of this.modules) driver.unloadModule(module)
   }
 
-  /** Bytes from a token's start to its keys of a layer; its values follow them. */
-  private keyOffset(layer: number): number {
-    return layer * 2 * this.options.shape.kvHeads * this.options.shape.headDim * 2
+  private launch(kernel: NamedLaunch, stream: number, values: Readonly<Record<string, number>>) {
+    this.options.device.driver.launch(kernel.set(values).launch, stream)
   }
 
-  /** A launch on as many blocks as the device runs at once: each takes its share of the work. */
-  private prepare(variant: AttentionVariant, kinds: readonly ArgumentKind[]): KernelLaunch {
-    const { device, modules } = this.options
-    const { driver, info } = device
-    const source: KernelSource = { file: variant.file, defines: variant.defines }
-    const module = driver.loadModule(modules.get(source, device.architecture).image)
+  /** Where a token's first key of a layer lies: in bytes, and in rows of one head. */
+  private placeOf(layer: number): { keyOffset: number; headRow: number } {
+    const { kvHeads, headDim } = this.options.shape
+    const headRow = layer * 2 * kvHeads
+    return { keyOffset: headRow * headDim * 2, headRow }
+  }
+
+  private prepare(variant: AttentionVariant, kinds: Kinds): NamedLaunch {
+    const { device, modules, shape, kv } = this.options
+    const { driver, info, architecture } = device
+    const { file, defines, threads, sharedBytes } = variant
+    const module = driver.loadModule(modules.get({ file, defines }, architecture).image)
     this.modules.push(module)
     const kernel = driver.functionOf(module, variant.kernel)
-    driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
-    const { threads, sharedBytes } = variant
-    const each = driver.blocksPerMultiprocessor(kernel, threads, sharedBytes)
-    const launch = new KernelLaunch(kernel, kinds)
-    return launch
-      .grid(each * info.multiprocessors)
+    driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, sharedBytes)
+    const blocks = driver.blocksPerMultiprocessor(kernel, threads, sharedBytes)
+    const named = new NamedLaunch(kernel, kinds)
+    named.launch
+      .grid(blocks * info.multiprocessors)
       .threads(threads)
       .sharedBytes(sharedBytes)
+    if ('map' in kinds && info.capability >= 90) {
+      this.encodeMap(named.addressOf('map'), present(variant.boxTokens, 'tokens of a box'))
+    }
+    const { slotStride, tokenStride } = kv
+    const { scale, softcap = 0 } = shape
+    return named.set({ kv: kv.base, slotStride, tokenStride, scale, softcap })
   }
+
+  /** The whole reservation as a tensor; the copy engine reads only boxes that kernels ask for. */
+  private encodeMap(into: number, tokens: number): void {
+    const { device, shape, kv } = this.options
+    const headBytes = shape.headDim * 2
+    device.driver.encodeTensorMap(into, {
+      dataType: TENSOR_MAP.bfloat16,
+      address: kv.base,
+      dimensions: [shape.headDim, kv.tokenStride / headBytes, kv.slotTokens, kv.slots],
+      strides: [headBytes, kv.tokenStride, kv.slotStride],
+      box: [64, 1, tokens, 1],
+      swizzle: TENSOR_MAP.swizzle128,
+      l2Promotion: TENSOR_MAP.promotion256,
+    })
+  }
+}
+
+function windowOf(window = NO_WINDOW): { window: number } {
+  return { window }
 }
