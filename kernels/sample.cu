@@ -131,7 +131,7 @@ __device__ int nthEqual(const Row& row, u32 key, u64 nth, Shared& s) {
 __device__ Kept filter(const Row& row, const Sampling& p, Shared& s) {
   Kept kept = {0, row.vocab, INFINITY, 0.f};
   bool topK = p.topK > 0 && p.topK < row.vocab;
-  if (topK || p.topP < 1.f) {
+  if (topK || p.topP < 1) {
     for (int b = threadIdx.x; b < BUCKETS; b += SAMPLE_THREADS) s.mass[b] = s.count[b] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < row.vocab; i += SAMPLE_THREADS) {
@@ -145,13 +145,13 @@ __device__ Kept filter(const Row& row, const Sampling& p, Shared& s) {
   }
   u64 above;
   if (topK) kept.least = threshold(row, 0, true, p.topK, s, above);
-  if (p.topP < 1.f) {
+  if (p.topP < 1) {
     u64 sum = 0;
     for (int i = threadIdx.x; i < row.vocab; i += SAMPLE_THREADS) {
       float x = row.logits[i];
       if (keyOf(x) >= kept.least) sum += row.weight(x);
     }
-    u64 target = (u64)ceil((double)p.topP * (double)blockSum64(sum, s.sums));
+    u64 target = (u64)ceil(p.topP * (double)blockSum64(sum, s.sums));
     target = target > 0 ? target : 1;
     kept.least = threshold(row, kept.least, false, target, s, above);
     // Of equal logits at the border only as many stay as are needed, by id.
@@ -159,16 +159,16 @@ __device__ Kept filter(const Row& row, const Sampling& p, Shared& s) {
     u64 needed = each && target > above ? (target - above + each - 1) / each : 1;
     kept.lastId = nthEqual(row, kept.least, needed, s);
   }
-  if (p.minP > 0.f) {
+  if (p.minP > 0) {
     // The likeliest token weighs 1: the border is a logit.
-    u32 least = keyOf(row.max + __logf(p.minP) / row.inverse);
+    u32 least = keyOf(row.max + (float)log(p.minP) / row.inverse);
     if (least > kept.least) kept.least = least, kept.lastId = row.vocab;
   }
   return kept;
 }
 
 /** typical_p (Meister et al. 2023): the tokens nearest to the entropy that hold `share`. */
-__device__ void keepTypical(const Row& row, float share, Kept& kept, Shared& s) {
+__device__ void keepTypical(const Row& row, double share, Kept& kept, Shared& s) {
   u64 mass = 0;
   double moment = 0;
   for (int i = threadIdx.x; i < row.vocab; i += SAMPLE_THREADS) {
@@ -181,7 +181,7 @@ __device__ void keepTypical(const Row& row, float share, Kept& kept, Shared& s) 
   u64 total = blockSum64(mass, s.sums);
   // −ln p = distance + ln(total): its mean is the entropy, so distances are compared with theirs.
   float center = (float)(blockSumDouble(moment, s.sums) / (double)total);
-  u64 target = (u64)ceil((double)share * (double)total);
+  u64 target = (u64)ceil(share * (double)total);
   u32 key = reach(row.vocab, target, [&](int i, u32& k, u64& m) {
     float x = row.logits[i];
     k = keyOf(-fabsf(row.distance(x) - center));
@@ -265,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
         double x = to[i];
         x = x < 0 ? x * p.repetition : x / p.repetition;
         count &= 0x7fff;
-        if (count > 0) x -= (double)p.presence + (double)p.frequency * count;
+        if (count > 0) x -= p.presence + p.frequency * count;
         to[i] = (float)x;
       }
       __syncthreads();
@@ -284,16 +284,16 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   Row row = {from, vocab, ofKey((u32)(best >> 32)), 0.f};
   int token = (int)(0xffffffffu - (u32)best);
   if (!__syncthreads_and(usable) || row.max == -INFINITY) token = -1;
-  if (token >= 0 && p.temperature > 0.f) {
-    row.inverse = fminf(1.f / p.temperature, 3.0e38f);
+  if (token >= 0 && p.temperature > 0) {
+    row.inverse = (float)fmin(1 / p.temperature, 3.0e38);
     Kept kept = filter(row, p, s);
-    if (p.typicalP < 1.f) keepTypical(row, p.typicalP, kept, s);
+    if (p.typicalP < 1) keepTypical(row, p.typicalP, kept, s);
     token = draw(row, kept, uniform(p.seedLow, p.seedHigh, p.drawn), s);
   }
   if (threadIdx.x) return;
   tokens[blockIdx.x] = token;
   lastTokens[slot] = max(token, 0);
-  if (p.temperature > 0.f) table[slot].drawn = p.drawn + 1;
+  if (p.temperature > 0) table[slot].drawn = p.drawn + 1;
   if (p.penalised && token >= 0) {
     bf16* count = counts + (u64)slot * vocab + token;
     *count = 0x8000 | min((*count & 0x7fff) + 1, 0x7fff);

@@ -7,22 +7,21 @@
 #define SAMPLE_THREADS 1024
 #define WEIGHT_ONE 1099511627776.0f  // 2^40: 2^18 tokens sum to less than 2^58
 
-/** As src/backends/cuda/sampling.ts writes it, 64 bytes a slot. */
+/** As src/backends/cuda/sampling.ts writes it, 96 bytes a slot. float64, as the CPU has them. */
 struct Sampling {
   /** 0 is greedy. */
-  float temperature;
-  int topK;
-  float topP, minP, typicalP;
-  float repetition, presence, frequency;
+  double temperature;
+  double topP, minP, typicalP;
+  double repetition, presence, frequency;
+  int topK, biases;
   u32 seedLow, seedHigh;
   /** Draws so far: the counter of the generator. */
   u64 drawn;
-  int biases;
   /** Whether tokens are counted: any of the three penalties is on. */
   int penalised;
   /** Likeliest tokens to report; -1 for no log-probabilities at all. */
   int logprobs;
-  int unused;
+  u64 unused;
 };
 
 /** Larger floats have larger keys. */

@@ -9,7 +9,7 @@ import { viewMemory } from '../../ffi/libc.ts'
 import type { KernelFinder } from './kernels.ts'
 
 /** Of struct Sampling in sample.cuh. */
-const PARAMS_BYTES = 64
+const PARAMS_BYTES = 96
 
 /** Tokens that one sequence may bias; as sample.cu has it. */
 export const BIASES_MAX = 1024
@@ -71,16 +71,16 @@ export class SamplingTable {
     const view = new DataView(viewMemory(place, PARAMS_BYTES + BIASES_MAX * 8))
     const { repetitionPenalty, presencePenalty, frequencyPenalty, seed } = params
     const penalised = repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0
-    const floats = [params.temperature, 0, params.topP, params.minP, params.typicalP]
-    floats.push(repetitionPenalty, presencePenalty, frequencyPenalty)
-    floats.forEach((value, i) => view.setFloat32(i * 4, value, true))
-    view.setInt32(4, params.topK, true)
-    view.setUint32(32, seed >>> 0, true)
-    view.setUint32(36, Math.floor(seed / 2 ** 32) >>> 0, true)
-    view.setBigUint64(40, BigInt(output.length), true)
-    view.setInt32(48, bias.size, true)
-    view.setInt32(52, penalised ? 1 : 0, true)
-    view.setInt32(56, topLogprobs ?? -1, true)
+    const doubles = [params.temperature, params.topP, params.minP, params.typicalP]
+    doubles.push(repetitionPenalty, presencePenalty, frequencyPenalty)
+    doubles.forEach((value, i) => view.setFloat64(i * 8, value, true))
+    view.setInt32(56, params.topK, true)
+    view.setInt32(60, bias.size, true)
+    view.setUint32(64, seed >>> 0, true)
+    view.setUint32(68, Math.floor(seed / 2 ** 32) >>> 0, true)
+    view.setBigUint64(72, BigInt(output.length), true)
+    view.setInt32(80, penalised ? 1 : 0, true)
+    view.setInt32(84, topLogprobs ?? -1, true)
     this.driver.copyToDevice(this.table + slot * PARAMS_BYTES, place, PARAMS_BYTES, stream)
     if (bias.size > 0) this.copyBiases(slot, bias, place + PARAMS_BYTES, view, stream)
     if (penalised) {
