@@ -252,11 +252,16 @@ __device__ __forceinline__ void copyTile(const Arguments &a, const Piece &p, int
                                          u32 to, u32 filled) {
   const int lane = threadIdx.x % 32, row = a.headRow + p.kvHead;
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) barrierExpect(filled, STAGE);
+  // Nothing is asked for of a slot without tokens: even a box of zeros alone takes a mapped page.
+  if (lane == 0) {
+    if (p.length > 0) barrierExpect(filled, STAGE);
+    else barrierArrive(filled);
+  }
   __syncwarp();
-  if (lane < 2 * PANELS) {
+  if (lane < 2 * PANELS && p.length > 0) {
     const int values = lane >= PANELS;
-    loadBox(to + lane * PANEL, a.map, lane % PANELS * 64, row + values * KV_HEADS, token, slot, filled);
+    loadBox(to + lane * PANEL, a.map, lane % PANELS * 64, row + values * KV_HEADS, token, slot,
+            filled);
   }
 #else
   // Tokens before the first are hidden later; in their place it is copied again.

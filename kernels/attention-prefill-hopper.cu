@@ -13,7 +13,8 @@
 // may not be mapped; what would lie before token 0 is outside the tensor and comes as zeros.
 // Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
 //
-// -D HEAD_DIM GROUP KV_HEADS KEYS (tokens a tile) WORKERS (warpgroups) STAGES QUERY_STAGES [SOFTCAP]
+// -D HEAD_DIM GROUP KV_HEADS KEYS (tokens a tile) WORKERS (warpgroups) STAGES QUERY_STAGES
+//    [SOFTCAP]
 
 #include "wgmma.cuh"
 
@@ -72,7 +73,8 @@ struct Line {
     members = 0;
     for (int i = threadIdx.x % 32; i < a.segments; i += 32) {
       const int2 levels = levelsOf(a, i);
-      if (levels.x < levels.y && levels.x < bottom) highest = max(highest, min(bottom, levels.y) - 1);
+      if (levels.x >= levels.y || levels.x >= bottom) continue;
+      highest = max(highest, min(bottom, levels.y) - 1);
     }
     top = __reduce_max_sync(~0u, highest);
     for (int i = threadIdx.x % 32; i < a.segments; i += 32) {
@@ -112,8 +114,8 @@ struct Line {
     }
   }
 
-  static __device__ __forceinline__ void fill(const Arguments &a, Tile &tile, int level, int segment,
-                                              int kvHead) {
+  static __device__ __forceinline__ void fill(const Arguments &a, Tile &tile, int level,
+                                              int segment, int kvHead) {
     tile.kvHead = kvHead;
     tile.start = a.starts[segment];
     tile.row = (level - tile.start / TILE_TOKENS) * ROWS;
@@ -139,7 +141,8 @@ template <int COUNT> struct Ring {
   u32 parity;
 
   __device__ __forceinline__ Ring(u32 data, u32 barriers, u32 bytes)
-      : data(data), full(barriers), empty(barriers + COUNT * 8), bytes(bytes), stage(0), parity(0) {}
+      : data(data), full(barriers), empty(barriers + COUNT * 8), bytes(bytes), stage(0),
+        parity(0) {}
 
   __device__ __forceinline__ u32 at() const { return data + stage * bytes; }
   __device__ __forceinline__ u32 filled() const { return full + stage * 8; }
@@ -156,14 +159,14 @@ template <int COUNT> struct Ring {
 using QueryRing = Ring<QUERY_STAGES>;
 using KeyRing = Ring<STAGES>;
 
-__device__ __forceinline__ void loadTokens(KeyRing &ring, const void *map, const Tile &tile, int row,
-                                           int step) {
+__device__ __forceinline__ void loadTokens(KeyRing &ring, const void *map, const Tile &tile,
+                                           int row, int step) {
+  const int token = tile.last + 1 - (step + 1) * KEYS;
   ring.awaitEmpty();
   barrierExpect(ring.filled(), KEY_BYTES);
 #pragma unroll
   for (int p = 0; p < PANELS; p++)
-    loadBox(ring.at() + p * KEY_PANEL, map, p * 64, row, tile.last + 1 - (step + 1) * KEYS, tile.slot,
-            ring.filled());
+    loadBox(ring.at() + p * KEY_PANEL, map, p * 64, row, token, tile.slot, ring.filled());
   ring.advance();
 }
 
@@ -238,7 +241,8 @@ __device__ __forceinline__ void softmax(const Arguments &a, float (&s)[KEYS / 2]
   for (int h = 0; h < 2; h++) {
     float top = rows.top[h];
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(s[n * 4 + h * 2], s[n * 4 + h * 2 + 1]));
+    for (int n = 0; n < KEYS / 8; n++)
+      top = fmaxf(top, fmaxf(s[n * 4 + h * 2], s[n * 4 + h * 2 + 1]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     const float zero = top == NONE ? 0 : top * scale;
@@ -301,12 +305,29 @@ __device__ __forceinline__ void writeOut(const Arguments &a, const Tile &tile, R
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
     const int pair = firstPair + h * 8;
-    if (pair >= tile.rows) continue;
     const float by = 1 / total;
-    u32 *const out = (u32 *)(a.out + elementOf(tile, pair)) + lane % 4;
+    uint4 *const out = (uint4 *)(a.out + elementOf(tile, min(pair, tile.rows - 1)));
+    // Of four pieces of 16 bytes, each of the four threads of a row has a word: swap until each
+    // has a piece.
+    const bool odd = lane % 2, high = lane / 2 % 2;
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; n++)
-      out[n * 4] = pack(o[n * 4 + h * 2] * by, o[n * 4 + h * 2 + 1] * by);
+    for (int n = 0; n < HEAD_DIM / 8; n += 4) {
+      u32 w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        w[i] = pack(o[(n + i) * 4 + h * 2] * by, o[(n + i) * 4 + h * 2 + 1] * by);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const u32 got = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+        (odd ? w[i] : w[i + 1]) = got;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u32 got = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+        (high ? w[i] : w[i + 2]) = got;
+      }
+      if (pair < tile.rows) out[n + lane % 4] = make_uint4(w[0], w[1], w[2], w[3]);
+    }
   }
 }
 

@@ -5,7 +5,7 @@
 // kv      address(slot, token) = kv + slot·slotStride + token·tokenStride, in bytes; at keyOffset
 //         from there lie [KV_HEADS, HEAD_DIM] bf16 keys, directly behind them the values.
 // firstRows, starts, counts, slots  [segments] int32: rows firstRows[i] … + counts[i] - 1 are the
-//         tokens of slot slots[i] at positions starts[i] …, whose keys and values are there already.
+//         tokens of slot slots[i] at positions starts[i] …; keys and values are there already.
 //         A token at position p sees tokens max(0, p + 1 - window) … p; a count may be 0.
 //
 // FlashAttention-2 (Dao 2023): a warp keeps 16 rows' sums in registers while tiles of keys and
@@ -81,7 +81,7 @@ __device__ __forceinline__ u64 elementOf(const Tile &tile, int pair) {
   return (row * KV_HEADS * GROUP + tile.kvHead * GROUP + pair % GROUP) * HEAD_DIM;
 }
 
-/** Starts copying KEYS tokens' keys (or values) from `token` on; past `last` it repeats that one. */
+/** Starts copying KEYS tokens' keys (or values) from `token` on; past `last`, that one again. */
 __device__ __forceinline__ void copyTokens(const Arguments &a, const unsigned char *from, u32 to,
                                            int token, int last) {
   constexpr int CHUNKS = HEAD_DIM / 8;

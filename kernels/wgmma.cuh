@@ -1,12 +1,13 @@
-// Owns Hopper's warpgroup products and descriptors of swizzled tiles in shared memory. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+// Owns Hopper's warpgroup products and descriptors of swizzled tiles in shared memory. PTX
+// ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 
 #pragma once
 
 #include "tensor-core.cuh"
 
 /**
- * A tile of rows of 128 bytes, 16-byte pieces swizzled by row % 8 as the copy engine does it; 8 rows
- * lie 1024 bytes from the next 8. `across`: bytes to the next 64 columns where columns are the long
+ * A tile of rows of 128 bytes, 16-byte pieces swizzled by row % 8 as the copy engine does it; 8
+ * rows lie 1024 bytes from the next 8. `across`: bytes to the next 64 columns where columns are the long
  * side (a transposed operand).
  */
 __device__ __forceinline__ u64 descriptor(u32 at, u32 across) {
