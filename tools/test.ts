@@ -4,6 +4,7 @@
 import { spawn } from 'node:child_process'
 import { resolveModel } from '../src/model/registry.ts'
 import { globSync } from 'node:fs'
+import { findCudaLibrary } from '../src/ffi/cuda-libraries.ts'
 import { availableParallelism } from 'node:os'
 
 const TESTS = ['src/**/*.test.ts', 'test/**/*.test.ts']
@@ -31,9 +32,12 @@ if (process.env['LATTICE_TEST_MODEL'] === undefined) {
   }
 }
 
-const files = globSync(TESTS).filter(
-  (file) => patterns.length === 0 || patterns.some((pattern) => file.includes(pattern)),
-)
+/** They need a GPU; `npm run test:cuda` runs them wherever it is, and they say what is missing. */
+const CUDA_TESTS = 'test/cuda/'
+const gpu = findCudaLibrary('driver').path !== undefined
+const files = globSync(TESTS)
+  .filter((file) => patterns.length === 0 || patterns.some((pattern) => file.includes(pattern)))
+  .filter((file) => gpu || patterns.length > 0 || !file.startsWith(CUDA_TESTS))
 if (files.length === 0) {
   process.stderr.write(`error: no test file's path contains ${patterns.join(' or ')}\n`)
   process.exit(2)

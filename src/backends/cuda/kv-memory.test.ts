@@ -4,22 +4,13 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
-import { MockGpuBackend, type MockGpuOptions } from '../../../test/support/mock-gpu-backend.ts'
+import { HashingBackend, mockGpu } from '../../../test/support/hashing-backend.ts'
+import { MockCuda } from '../../../test/support/mock-cuda.ts'
 import { Bench, VOCAB } from '../../../test/support/null-engine.ts'
 import { loads, runLoad } from '../../../test/support/sharing-load.ts'
 
 /** 1.6 tokens a page: 80 tokens need 50 pages. */
 const KV = { layers: 2, rowBytes: 80, pageBytes: 256 }
-const SIZES = { vocab: VOCAB, contextLength: 80, maxSequences: 8, stepTokens: 64, kvPages: 200 }
-
-function bench(options: Partial<MockGpuOptions> & { prefixPages?: number } = {}): {
-  engine: Bench
-  gpu: MockGpuBackend
-} {
-  const all = { ...SIZES, kv: { ...KV, shareColumns: 4 }, ...options }
-  const gpu = new MockGpuBackend(all)
-  return { engine: new Bench(gpu, all), gpu }
-}
 
 for (const shareColumns of [1, 4, 8]) {
   test(`a token, a page or a mapping goes astray, in groups of ${shareColumns}`, () => {
@@ -31,7 +22,13 @@ for (const shareColumns of [1, 4, 8]) {
         const kvPages = load.kvPages + 2 * shareColumns
         const kv = { ...KV, shareColumns }
         const stepTokens = load.maxSequences + load.extraBudget
-        const { engine, gpu } = bench({ ...load, stepTokens, kvPages, kv, latePager, overlap })
+        const sizes = { vocab: VOCAB, contextLength: 80, maxSequences: load.maxSequences }
+        // The scratch memory for taking frames apart is beside the limit.
+        const totalBytes = (kvPages + shareColumns) * kv.pageBytes
+        const cuda = new MockCuda({ pageBytes: kv.pageBytes, totalBytes })
+        const options = { ...sizes, stepTokens, kvPages, kv, overlap }
+        const gpu = new HashingBackend(mockGpu(cuda, latePager), options)
+        const engine = new Bench(gpu, { ...load, kvPages })
         runLoad(engine, { ...load, kvPages }, seen, ({ residentBytes, pageBytes }) => {
           gpu.kv.check()
           assert.ok(residentBytes <= kvPages * pageBytes, 'memory keeps to its limit')
@@ -45,11 +42,11 @@ for (const shareColumns of [1, 4, 8]) {
           if (name in did) did[name as keyof typeof did] += count
         }
         gpu.close()
-        gpu.cuda.assertClean()
+        cuda.assertClean()
       }),
-      { seed: 17, numRuns: 200 },
+      { seed: 17, numRuns: 120 },
     )
-    assert.ok(seen.hits > 500 && seen.preemptions > 50, JSON.stringify(seen))
+    assert.ok(seen.hits > 300 && seen.preemptions > 50, JSON.stringify(seen))
     assert.ok(did.boundaryCopies > 100 && did.lateSteps > 100, JSON.stringify(did))
     assert.ok(did.fenceWaits > 10, JSON.stringify(did))
     if (shareColumns > 1) assert.ok(did.splits > 10, JSON.stringify(did))

@@ -238,6 +238,11 @@ export class CudaKvMemory implements KvMemory {
     return 0
   }
 
+  /** Waits until the driver has done all that was decided. */
+  drain(): void {
+    this.pager.wait(this.pager.ticket)
+  }
+
   residentBytes(): number {
     return this.pool.residentBytes
   }
