@@ -155,8 +155,11 @@ function forks({ stream, row }: GpuBench, { kv, slots }: Memory): void {
         kv.beforeStep(stream)
       })
       kv.afterStep(stream)
-      kv.fence.wait(kv.fence.queued)
       slots.retire(child, -Infinity)
+      // The next fork comes at a later step.
+      kv.fence.wait(kv.fence.queued)
+      kv.afterStep(stream)
+      kv.drain()
       return us
     })
     slots.retire(parent, -Infinity)

@@ -56,6 +56,8 @@ interface Region {
   frames: (Frame | undefined)[]
   /** By column: another region's frame that is mapped there. */
   foreign: Map<number, Frame>
+  /** Somebody reads what is foreign here. */
+  sharing: boolean
   /** By column: 1 if the policy counts it as used. */
   held: Uint8Array
   /** Steps that may read what is foreign here, once nobody shares it any more. */
@@ -87,6 +89,8 @@ export class CudaKvMemory implements KvMemory {
   /** Frames of which some columns are held and others not. */
   private readonly partial = new Set<Frame>()
   private copies: Copy[] = []
+  /** Regions that show others' frames which nobody reads there any more, longest first. */
+  private readonly stale: number[] = []
   /** Of the pager: what the next step needs. */
   private needed = 0
   private readonly counted = { lateSteps: 0, lateMs: 0, splits: 0, boundaryCopies: 0 }
@@ -136,6 +140,7 @@ export class CudaKvMemory implements KvMemory {
     this.own[slot] = region
     this.dropForeign(region)
     const into = this.region(region)
+    into.sharing = shared.length > 0
     for (const part of sharedColumns(this.layout, shared)) {
       for (let c = part.first; c < part.end;) {
         const frame = present(this.region(part.region).frames[c], 'a frame that is shared')
@@ -178,7 +183,10 @@ export class CudaKvMemory implements KvMemory {
   }
 
   unshare(region: number): void {
-    this.region(region).steps = this.fence.queued
+    const left = this.region(region)
+    left.sharing = false
+    left.steps = this.fence.queued
+    this.stale.push(region)
   }
 
   discard(region: number, first: number, end: number): void {
@@ -214,6 +222,13 @@ export class CudaKvMemory implements KvMemory {
   /** The step is queued on the stream: what it may touch stays until it is over. */
   afterStep(stream: number): void {
     this.fence.record(stream)
+    // While the step computes, regions are cleared for their next owner.
+    while (this.stale.length > 0) {
+      const region = present(this.stale[0], 'a region')
+      if (!this.fence.passed(this.region(region).steps)) break
+      this.stale.shift()
+      if (!this.region(region).sharing) this.dropForeign(region)
+    }
   }
 
   /**
@@ -405,6 +420,7 @@ export class CudaKvMemory implements KvMemory {
     return (this.table[index] ??= {
       frames: [],
       foreign: new Map(),
+      sharing: false,
       held: new Uint8Array(this.layout.rangeBytes / this.layout.shape.pageBytes),
       steps: 0,
     })
