@@ -1,20 +1,25 @@
 // Owns `npm test`: types, lint and format first, since they take a second, then every test.
-// With file patterns or node:test flags it runs the matching tests only.
+// With file patterns or node:test flags it runs the matching tests only; with --cuda those that
+// need a GPU, and no others.
 
 import { spawn } from 'node:child_process'
 import { resolveModel } from '../src/model/registry.ts'
 import { globSync } from 'node:fs'
-import { findCudaLibrary } from '../src/ffi/cuda-libraries.ts'
 import { availableParallelism } from 'node:os'
 
 const TESTS = ['src/**/*.test.ts', 'test/**/*.test.ts']
+/** They need a GPU, one at a time. */
+const GPU_TESTS = 'test/cuda/*.gpu.ts'
 /** A test that hangs fails after this long, with its name, instead of stopping CI mute. */
 const TEST_TIMEOUT_MS = 300_000
 
-const flags = process.argv.slice(2).filter((argument) => argument.startsWith('-'))
+const onGpu = process.argv.includes('--cuda')
+const flags = process.argv
+  .slice(2)
+  .filter((argument) => argument.startsWith('-') && argument !== '--cuda')
 const patterns = process.argv.slice(2).filter((argument) => !argument.startsWith('-'))
 
-if (patterns.length + flags.length === 0) {
+if (patterns.length + flags.length === 0 && !onGpu) {
   const checks = await Promise.all([
     check('types', 'node_modules/.bin/tsc', ['-p', '.']),
     check('lint', 'node_modules/.bin/oxlint', ['--deny-warnings']),
@@ -32,12 +37,9 @@ if (process.env['LATTICE_TEST_MODEL'] === undefined) {
   }
 }
 
-/** They need a GPU; `npm run test:cuda` runs them wherever it is, and they say what is missing. */
-const CUDA_TESTS = 'test/cuda/'
-const gpu = findCudaLibrary('driver').path !== undefined
-const files = globSync(TESTS)
-  .filter((file) => patterns.length === 0 || patterns.some((pattern) => file.includes(pattern)))
-  .filter((file) => gpu || patterns.length > 0 || !file.startsWith(CUDA_TESTS))
+const files = globSync(onGpu ? GPU_TESTS : TESTS).filter(
+  (file) => patterns.length === 0 || patterns.some((pattern) => file.includes(pattern)),
+)
 if (files.length === 0) {
   process.stderr.write(`error: no test file's path contains ${patterns.join(' or ')}\n`)
   process.exit(2)
@@ -47,7 +49,7 @@ const tests = spawn(
   [
     '--test',
     '--test-reporter=spec',
-    `--test-concurrency=${Math.max(2, availableParallelism() - 1)}`,
+    `--test-concurrency=${onGpu ? 1 : Math.max(2, availableParallelism() - 1)}`,
     `--test-timeout=${TEST_TIMEOUT_MS}`,
     ...flags,
     ...files.toSorted(),

@@ -41,7 +41,7 @@ export interface KvMover {
    * fills in at the first touch need not be told.
    */
   grow?(region: number, first: number, end: number): void
-  /** They are likely to be needed soon: a hint, which nothing accounts for and nobody has to take. */
+  /** They are likely to be needed soon: a hint, which nothing accounts for. */
   expect?(region: number, first: number, end: number): void
   /** Nobody reads any more what was mapped into a region from others. */
   unshare?(region: number): void

@@ -1,6 +1,6 @@
 // Owns a backend whose steps write and read GPU memory by address, as attention does, and notice
-// every byte that is not the sequence's own: on a mock GPU, where work waits as long as it may, or on
-// a real one. Its logits are those of the null backend, so the same tokens are expected.
+// every byte that is not the sequence's own: on a mock GPU, where work waits as long as it may, or
+// on a real one. Its logits are those of the null backend, so the same tokens are expected.
 
 import assert from 'node:assert/strict'
 import type { Backend, StepBatch } from '../../src/backends/backend.ts'
@@ -120,7 +120,7 @@ export class HashingBackend implements Backend {
     this.device.close()
   }
 
-  /** Reads all tokens before `start` and writes those from there on. @returns the last one's hash */
+  /** Reads all tokens before `start`, writes those from there on. @returns the last one's hash */
   private attend(address: number, start: number, tokens: Int32Array): number {
     const { tokenStride } = this.kv.layout
     const last = tokenStride - SAMPLE_BYTES

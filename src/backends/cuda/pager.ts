@@ -24,7 +24,7 @@ export interface Pager {
   /**
    * Returns when the first `ticket` commands have been carried out.
    * @returns whether that was not so already
-   * @throws LatticeError `gpu_call_failed` of a command that failed; nothing after it is carried out
+   * @throws LatticeError `gpu_call_failed` of the command that failed; none after it is carried out
    */
   wait(ticket: number): boolean
   close(): void
