@@ -10,7 +10,8 @@
 //
 // Compiled for one shape (src/backends/cuda/gemv.ts chooses):
 //   K; TOKENS 1|2|4; KWARPS warps along K; CHUNKS of 256 elements a warp; GROUPS of rows side by
-//   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1.
+//   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1; the next kernel may start RELEASE_ROUNDS of
+//   loads before the last one.
 // Error: float32 sums in a fixed order, one rounding. Oracle: test/cuda/gemv.test.ts.
 #include "rope.cuh"
 
@@ -30,8 +31,12 @@
 #define EPILOGUE ROPE
 #define INPUT_NORM 1
 #endif
+#ifndef RELEASE_ROUNDS
+#define RELEASE_ROUNDS 0
+#endif
 #define WARPS (KWARPS * GROUPS)
 #define VALUES (ROWS * TOKENS)
+#define WHOLE (K == 256 * KWARPS * CHUNKS)  // no lane is ever beyond a row's end
 // Half an SM's registers: the next kernel's blocks fit beside, and fetch weights early.
 #define BLOCKS_PER_SM (TOKENS == 1 ? 2 : 1)
 // A long x would take the registers that loads in flight need.
@@ -105,6 +110,15 @@ __device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
   return fmaf(high(w.w), high(x.w), fmaf(low(w.w), low(x.w), sum));
 }
 
+/** Where it stands: hoisted loads would take the registers of those from global memory. */
+__device__ __forceinline__ uint4 loadShared(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"((u32)__cvta_generic_to_shared(p)) : "memory");
+  return v;
+}
+
 /** COUNT sums over a warp in COUNT + log2(32 / COUNT) − 1 shuffles; lane l ends with the sum of
  *  value l / (32 / COUNT). Each step halves what a lane carries. */
 template <int COUNT, int D = 16>
@@ -163,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       int i = (c * KWARPS + kwarp) * 32 + lane;
-      w[r][c] = i < K / 8 ? loadStream(row + i) : make_uint4(0, 0, 0, 0);
+      w[r][c] = WHOLE || i < K / 8 ? loadStream(row + i) : make_uint4(0, 0, 0, 0);
     }
   };
 #pragma unroll
@@ -173,14 +187,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   }
 
   awaitInputs();
-  releaseDependents();
   uint4 in[TOKENS][CHUNKS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       int i = (c * KWARPS + kwarp) * 32 + lane;
-      in[t][c] = i < K / 8 ? __ldcg((const uint4*)(x + (u64)t * K) + i) : make_uint4(0, 0, 0, 0);
+      in[t][c] = WHOLE || i < K / 8 ? __ldcg((const uint4*)(x + (u64)t * K) + i) : make_uint4(0, 0, 0, 0);
     }
   }
   if (INPUT_NORM) {
@@ -201,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
         int i = (c * KWARPS + kwarp) * 32 + lane;
-        if (i >= K / 8) continue;
+        if (!WHOLE && i >= K / 8) continue;
         float v[8];
         unpack8(in[t][c], v);
         for (int j = 0; j < 8; j++) v[j] *= scale * normWeight[i * 8 + j];
@@ -219,6 +232,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   }
 
   for (int base = group * ROWS; base < count; base += GROUPS * ROWS) {
+    // Released at once, the next kernel would take bandwidth long before its turn.
+    if (base + RELEASE_ROUNDS * GROUPS * ROWS >= count) releaseDependents();
     float v[VALUES];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -228,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-          uint4 part = INPUT_SHARED ? shared[place(t, c)] : in[t][c];
+          uint4 part = INPUT_SHARED ? loadShared(shared + place(t, c)) : in[t][c];
           v[r * TOKENS + t] = dot8(w[r][c], part, v[r * TOKENS + t]);
         }
       }

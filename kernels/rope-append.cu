@@ -1,6 +1,6 @@
 // Owns the step from a row of projections to attention's inputs: each head of q and k is normed
 // (if its family does that) and rotated, q goes to rows of its own, k and v to the token's place
-// in its slot. One block a token, one warp a head. Reads 2·(heads + 2·kvHeads)·headDim bytes a
+// in its slot. One warp a head of a token. Reads 2·(heads + 2·kvHeads)·headDim bytes a
 // token and writes as many: 24 KiB for an 8B model, 64 tokens 1.6 MB, launch-bound (2–3 µs). One
 // rounding (two with a head norm). Oracle: test/cuda/rope.test.ts.
 #include "rope.cuh"
@@ -43,7 +43,8 @@ extern "C" __global__ void ropeAppend(const bf16* q, const bf16* k, const bf16* 
   if (slot == 0) return;
   bf16* place = (bf16*)(slot + position * tokenStride + layerOffset);
   int queries = q ? heads : 0, all = queries + (k ? 2 * kvHeads : 0);
-  for (int h = threadIdx.x >> 5; h < all; h += blockDim.x >> 5) {
+  int warps = blockDim.x >> 5;
+  for (int h = blockIdx.y * warps + (threadIdx.x >> 5); h < all; h += gridDim.y * warps) {
     int kind = h < queries ? 0 : h < queries + kvHeads ? 1 : 2;
     const bf16* from;
     bf16* to;

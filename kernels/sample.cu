@@ -232,6 +232,25 @@ __device__ int draw(const Row& row, const Kept& kept, double u, Shared& s) {
   return s.found;
 }
 
+/** This thread's largest logit as its key and the complement of its id: lower ids win ties. */
+__device__ __forceinline__ u64 largest(const float* row, int vocab, bool& usable) {
+  float best = -INFINITY;
+  int id = 0;
+  auto look = [&](float x, int i) {
+    usable = usable && x < INFINITY;
+    if (x > best) best = x, id = i;
+  };
+  // Whole rows begin at multiples of 16 bytes if their length is one.
+  int fours = vocab % 4 == 0 ? vocab / 4 : 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < fours; i += SAMPLE_THREADS) {
+    float4 x = __ldcs((const float4*)row + i);
+    look(x.x, 4 * i), look(x.y, 4 * i + 1), look(x.z, 4 * i + 2), look(x.w, 4 * i + 3);
+  }
+  for (int i = 4 * fours + threadIdx.x; i < vocab; i += SAMPLE_THREADS) look(row[i], i);
+  return (u64)keyOf(best) << 32 | (0xffffffffu - id);
+}
+
 /**
  * logits: [outputs, vocab]; slotOf: each output's slot, -1 for padding; table: by slot; biasTokens,
  * biases: [slot, BIASES_MAX]; counts: [slot, vocab], bit 15 says that the token has come up, the
@@ -272,15 +291,8 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     }
     from = to;
   }
-  u64 best = 0;
   bool usable = true;
-  for (int i = threadIdx.x; i < vocab; i += SAMPLE_THREADS) {
-    float x = from[i];
-    usable = usable && x == x && x != INFINITY;
-    u64 entry = (u64)keyOf(x) << 32 | (0xffffffffu - i);
-    best = entry > best ? entry : best;
-  }
-  best = blockMax64(best, s.sums);
+  u64 best = blockMax64(largest(from, vocab, usable), s.sums);
   Row row = {from, vocab, ofKey((u32)(best >> 32)), 0.f};
   int token = (int)(0xffffffffu - (u32)best);
   if (!__syncthreads_and(usable) || row.max == -INFINITY) token = -1;

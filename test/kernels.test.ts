@@ -1,38 +1,55 @@
-// Catches a kernel that does not compile for a GPU that Lattice runs on, or that nothing launches.
+// Catches a kernel that does not compile for a GPU that Lattice runs on.
 
 import assert from 'node:assert/strict'
 import { readdirSync } from 'node:fs'
-import { after, test } from 'node:test'
-import { join } from 'node:path'
-import { decodeVariant, prefillVariant } from '../src/backends/cuda/attention-variants.ts'
+import { test } from 'node:test'
+import {
+  type AttentionVariant,
+  decodeVariant,
+  hopperPrefillVariant,
+  portablePrefillVariant,
+} from '../src/backends/cuda/attention-variants.ts'
 import { gemvVariant } from '../src/backends/cuda/gemv.ts'
-import { KERNELS_FOLDER, type KernelSource, ModuleCache } from '../src/backends/cuda/module-cache.ts'
+import { KERNELS_FOLDER, ModuleCache } from '../src/backends/cuda/module-cache.ts'
 import { provideNvrtc } from './support/nvrtc.ts'
-import { temporaryFolder } from './support/temporary.ts'
+import { temporaryDirectory } from './support/temporary.ts'
 
-const ARCHITECTURES = ['sm_80', 'sm_90a', 'sm_100']
+/** Bytes of shared memory that a block may have there. */
+const ARCHITECTURES: Record<string, number> = {
+  sm_80: 163 << 10,
+  sm_90a: 227 << 10,
+  sm_100: 227 << 10,
+}
 
-/** Kernels that are specialised for a shape, each in the shapes that differ most. */
-const SPECIALISED: Record<string, () => Readonly<Record<string, number>>[]> = {
+type Defines = Readonly<Record<string, number>>
+
+const SHAPE = { heads: 32, kvHeads: 8, headDim: 128, scale: 1 }
+const of = ({ defines }: AttentionVariant): Defines[] => [defines]
+
+/** Kernels that are specialised for a shape, in shapes that differ much. */
+const SPECIALISED: Record<string, (architecture: string, sharedBytes: number) => Defines[]> = {
   'gemv.cu': () =>
-    (['store', 'add', 'glu', 'logits', 'rope'] as const).flatMap((epilogue) =>
-      [
-        gemvVariant(4096, 1, epilogue, true),
-        gemvVariant(14336, 1, epilogue, false),
-        gemvVariant(576, 4, epilogue, true),
-      ].flatMap((variant) => variant?.defines ?? []),
-    ),
+    [
+      gemvVariant(4096, 1, 'rope', true),
+      gemvVariant(4096, 2, 'glu', true),
+      gemvVariant(14336, 1, 'add', false),
+      gemvVariant(576, 4, 'logits', true),
+      gemvVariant(64, 1, 'store', false),
+    ].flatMap((variant) => variant?.defines ?? []),
+  'attention-decode.cu': (_, room) => of(decodeVariant(SHAPE, room)),
+  'attention-prefill.cu': (_, room) => of(portablePrefillVariant(SHAPE, room)),
+  'attention-prefill-hopper.cu': (architecture) =>
+    architecture === 'sm_90a' ? of(hopperPrefillVariant(SHAPE)) : [],
 }
 
 const skip = (await provideNvrtc()) ?? false
-const files = readdirSync(KERNELS_FOLDER).filter((file) => file.endsWith('.cu'))
 
-for (const file of files) {
-  test(`${file} does not compile`, { skip }, (t) => {
-    const modules = new ModuleCache(temporaryFolder(t))
-    for (const architecture of ARCHITECTURES) {
-      for (const source of sourcesOf(file, architecture)) {
-        assert.ok(modules.get(source, architecture).image.length > 0)
+for (const file of readdirSync(KERNELS_FOLDER).filter((name) => name.endsWith('.cu'))) {
+  test(`${file} does not compile`, { skip }, () => {
+    const modules = new ModuleCache(temporaryDirectory('kernels'))
+    for (const [architecture, room] of Object.entries(ARCHITECTURES)) {
+      for (const defines of SPECIALISED[file]?.(architecture, room) ?? [{}]) {
+        assert.ok(modules.get({ file, defines }, architecture).image.length > 0)
       }
     }
   })

@@ -61,6 +61,12 @@ export interface KvMemory extends KvMover {
   readonly regions: number
   /** Bytes that are physically present now, by the owner's own account (kernel or driver). */
   residentBytes(): number
+  /**
+   * Gives back memory that is kept ready and was idle for a while, if the kernel does not see to
+   * that by itself.
+   * @returns milliseconds until there is more to give back, or undefined if there is nothing
+   */
+  settle?(nowMs: number): number | undefined
 }
 
 export interface Backend {

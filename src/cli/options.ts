@@ -13,6 +13,7 @@ export interface EngineOptions {
   context?: number
   kvMemory?: number
   prefixCache?: number
+  kvIdleRelease?: number
 }
 
 export interface SamplingOptions {
@@ -56,6 +57,11 @@ export function addEngineOptions(command: Command): Command {
       '--prefix-cache <SIZE>',
       'how much of it may keep prompts for later ones that begin alike (default: none)',
       parseSize,
+    )
+    .option(
+      '--kv-idle-release <SECONDS>',
+      'when idle KV memory of a GPU is given back to the driver (default: 0.5)',
+      parseNumber(0, 86_400),
     )
 }
 

@@ -142,6 +142,7 @@ export class EngineCore {
     this.fill(parts)
     const computeStart = this.now()
     this.backend.launch(this.batch)
+    this.expectGrowth(parts)
     const rows = this.backend.collect()
     this.computeMs += this.now() - computeStart
     this.commit(parts, rows)
@@ -164,7 +165,10 @@ export class EngineCore {
     }
     this.releaseOverdue()
     const { warmSinceMs } = this.slots
-    return warmSinceMs === undefined ? undefined : Math.max(0, warmSinceMs + WARM_MS - this.now())
+    const warm = warmSinceMs === undefined ? Infinity : warmSinceMs + WARM_MS - this.now()
+    const idle = this.backend.kv.settle?.(this.now()) ?? Infinity
+    const wait = Math.min(warm, idle)
+    return wait === Infinity ? undefined : Math.max(0, wait)
   }
 
   /** Throws if the account of memory contradicts itself. */
@@ -217,6 +221,16 @@ export class EngineCore {
       const { slot, computed, tokens, length } = sequence
       this.start(sequence)
       this.batch.add(slot, computed, tokens, computed, count, computed + count === length)
+    }
+  }
+
+  /** While a step computes, memory can be made ready for the next. */
+  private expectGrowth(parts: readonly ScheduledPart<Sequence>[]): void {
+    const { maxTokens } = this.backend.kv.layout.shape
+    for (const { sequence, count } of parts) {
+      const after = sequence.computed + count
+      const chunk = Math.min(sequence.length - after, this.backend.stepTokensMax)
+      this.slots.expect(sequence.slot, Math.min(after + Math.max(1, chunk), maxTokens))
     }
   }
 

@@ -34,7 +34,7 @@ function machine(missing: PartReport['part'][], devices: DeviceReport[]): Descri
   return async () => ({ usable, parts, devices, includeFolders: [] })
 }
 
-test('the CPU that was asked for is not what computes, or a GPU is looked for in vain', async () => {
+test('the CPU was asked for and is not what computes, or a GPU is looked for', async () => {
   const choice = await chooseDevice('cpu', () => assert.fail('looked for a GPU'))
   assert.deepEqual(choice, { device: 'cpu', reason: 'cpu, as asked' })
 })

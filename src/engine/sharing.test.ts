@@ -5,6 +5,7 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
+import { loads, runLoad } from '../../test/support/sharing-load.ts'
 import { NullBackend } from '../backends/null/backend.ts'
 import { GREEDY, type SequenceRequest } from './api.ts'
 
@@ -25,87 +26,20 @@ function bench(options: Partial<Options> = {}): Bench {
   return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages })
 }
 
-/** Prompts of a few words, so that they begin alike. */
-const prompts = fc
-  .array(fc.constantFrom([1, 2, 3, 4, 5], [1, 2, 9], [6], [7, 8, 7, 8, 7, 8, 7]), {
-    minLength: 1,
-    maxLength: 6,
-  })
-  .map((words) => Int32Array.from(words.flat()))
-
-const loads = fc.record({
-  maxSequences: fc.integer({ min: 2, max: 6 }),
-  extraBudget: fc.nat(30),
-  // One sequence of 80 tokens needs 50 pages.
-  kvPages: fc.integer({ min: 50, max: 110 }),
-  prefixPages: fc.constantFrom(0, 12, 50, 50),
-  arrivals: fc.array(
-    fc.record({
-      prompt: prompts,
-      choices: fc.constantFrom(1, 1, 2, 5),
-      tenant: fc.constantFrom('a', 'a', 'b'),
-      maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
-      temperature: fc.constantFrom(0, 1),
-      seed: fc.nat(1000),
-      gap: fc.nat(4),
-      // A fifth of the choices is aborted.
-      abortAfter: fc.nat(40).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
-    }),
-    { minLength: 3, maxLength: 9 },
-  ),
-})
-
 test('sharing changes a token, exceeds the limit, or leaves a page behind', () => {
-  let [hits, preemptions, saved] = [0, 0, 0]
+  const seen = { hits: 0, preemptions: 0, saved: 0 }
   fc.assert(
-    fc.property(loads, ({ extraBudget, arrivals, ...options }) => {
-      const stepTokens = options.maxSequences + extraBudget
-      const engine = bench({ ...options, stepTokens })
-      const requests: SequenceRequest[] = []
-      const events: { at: number; act: () => void }[] = []
-      let at = 0
-      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }, index) => {
-        at += gap
-        for (let choice = 0; choice < choices; choice++) {
-          const sampling = { ...GREEDY, temperature, seed: seed + choice }
-          const group = choices > 1 ? { group: `${index}` } : {}
-          const request = sequenceRequest({ ...arrival, sampling, ...group })
-          const id = requests.push(request) - 1
-          events.push({ at, act: () => engine.submit(id, request) })
-          if (abortAfter === undefined || choice === 1) continue
-          events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
-        }
-      })
-      for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
-        for (const event of events.filter((event) => event.at === step)) {
-          events.splice(events.indexOf(event), 1)
-          event.act()
-        }
-        engine.step()
-        engine.core.check()
-        const { usedPages, pageBytes, residentBytes } = engine.core.snapshot().kv
-        assert.ok(usedPages <= options.kvPages, 'the limit is exceeded')
+    fc.property(loads, (load) => {
+      const engine = bench({ ...load, stepTokens: load.maxSequences + load.extraBudget })
+      runLoad(engine, load, seen, ({ usedPages, pageBytes, residentBytes }) => {
         assert.ok(residentBytes <= usedPages * pageBytes, 'memory is used that nobody counted')
-        assert.ok(step < 5000, 'it does not end')
-      }
-      engine.settle()
-      const { kv, prefixHits, preemptions: preempted, promptTokens } = engine.core.snapshot()
-      hits += prefixHits
-      preemptions += preempted
-      const all = requests.reduce((sum, { prompt }) => sum + prompt.length, 0)
-      if (promptTokens < all) saved++
-      assert.ok(kv.usedPages <= options.prefixPages, 'pages are left behind')
-      assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
-      requests.forEach((request, id) => {
-        const { tokens, reason, outputTokens } = engine.outcome(id)
-        const expected = expectedOutcome(request)
-        if (reason === 'abort') {
-          assert.deepEqual(tokens, expected.tokens.slice(0, tokens.length))
-        } else assert.deepEqual({ tokens, reason, outputTokens }, expected)
       })
+      const { kv } = engine.core.snapshot()
+      assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
     }),
     { seed: 17, numRuns: 600 },
   )
+  const { hits, preemptions, saved } = seen
   assert.ok(hits > 2000 && preemptions > 200 && saved > 300, `${hits} ${preemptions} ${saved}`)
 })
 

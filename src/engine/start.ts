@@ -28,6 +28,8 @@ export interface EngineOptions {
   kvMemoryBytes?: number
   /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
   prefixCacheBytes?: number
+  /** When idle KV memory of a GPU is given back to the driver. */
+  kvIdleReleaseMs?: number
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -56,6 +58,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   if (device === 'cuda' && options.device === 'cuda') {
     throw new LatticeError('backend_unavailable', 'This build of Lattice has no GPU kernels.', {
       todo: 'Use --device cpu.',
+    })
+  }
+  if (options.kvIdleReleaseMs !== undefined) {
+    throw new LatticeError('usage', '--kv-idle-release is for a GPU; the CPU computes here.', {
+      todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
     })
   }
   const cpus = computeCpus(allowedCpus(), options.threads)

@@ -139,8 +139,9 @@ export function loadCublasLt(): CublasLt {
   /** Zero and one as float32: alpha and beta are read when a product is queued. */
   const scalars = new NativeBlock(8)
   scalars.f32[1] = 1
-  const zero = scalars.address
-  const one = scalars.address + 4
+  // Functions, because they keep the memory alive: an address alone does not.
+  const zero = (): number => scalars.address
+  const one = (): number => scalars.address + 4
 
   const check = (result: number, call: string): void => {
     if (result === 0) return
@@ -247,12 +248,12 @@ export function loadCublasLt(): CublasLt {
       const result = calls.cublasLtMatmul(
         handle,
         plan.descriptor,
-        one,
+        one(),
         a,
         plan.a,
         b,
         plan.b,
-        accumulate ? one : zero,
+        accumulate ? one() : zero(),
         d,
         plan.d,
         d,

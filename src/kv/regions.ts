@@ -30,12 +30,21 @@ export interface KvColumns {
 export interface KvMover {
   /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
-   * there on lie in `region`. Whole columns are shared; what the shared tokens have of the column
-   * after them is copied. Whatever was mapped there before is no longer.
+   * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of
+   * the group after them is copied. Whatever was mapped there before is no longer.
    */
   map(slot: number, region: number, shared: readonly KvSpan[]): void
-  /** Gives pages back to the kernel; they read as zeros. */
+  /** Gives pages back; what they held is lost. They are written before they are read again. */
   discard(region: number, first: number, end: number): void
+  /**
+   * Columns [first, end) of a region will be written from the next step on. Memory that the kernel
+   * fills in at the first touch need not be told.
+   */
+  grow?(region: number, first: number, end: number): void
+  /** They are likely to be needed soon: a hint, which nothing accounts for. */
+  expect?(region: number, first: number, end: number): void
+  /** Nobody reads any more what was mapped into a region from others. */
+  unshare?(region: number): void
 }
 
 /**
@@ -54,19 +63,25 @@ export function fullColumns(layout: KvLayout, tokens: number): number {
   return Math.floor((tokens * layout.tokenStride) / layout.shape.pageBytes)
 }
 
+/** Columns of the first `tokens` tokens that can be shared: full ones, in whole groups. */
+export function shareableColumns(layout: KvLayout, tokens: number): number {
+  const full = fullColumns(layout, tokens)
+  return full - (full % layout.shareColumns)
+}
+
 /** Columns that hold a byte of the first `tokens` tokens. */
 export function columnsFor(layout: KvLayout, tokens: number): number {
   return pagesFor(layout, tokens) / layout.ranges
 }
 
-/** The columns of spans that can be mapped: all but the last one if it is not full. */
+/** The columns of spans that can be mapped: all but the last group if it is not full. */
 export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
-  // Where one span ends and the next begins within a column, the next one's region has all of it.
+  // Where one span ends and the next begins within a group, the next one's region has all of it.
   return spans
     .map(({ region, from, to }) => ({
       region,
-      first: fullColumns(layout, from),
-      end: fullColumns(layout, to),
+      first: shareableColumns(layout, from),
+      end: shareableColumns(layout, to),
     }))
     .filter(({ first, end }) => end > first)
 }
@@ -75,7 +90,7 @@ export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvCol
 export function spannedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
   return spans.map(({ region, from, to }) => ({
     region,
-    first: fullColumns(layout, from),
+    first: shareableColumns(layout, from),
     end: columnsFor(layout, to),
   }))
 }

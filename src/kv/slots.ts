@@ -14,10 +14,10 @@ import { type KvLayout, pagesFor } from './layout.ts'
 import {
   clipSpans,
   columnsFor,
-  fullColumns,
   type KvColumns,
   type KvSpan,
   type RegionTable,
+  shareableColumns,
   spannedColumns,
   spannedTokens,
 } from './regions.ts'
@@ -96,7 +96,7 @@ export class SlotTable {
    */
   fits(tokens: number, shared: readonly KvSpan[] = []): boolean {
     const columns = spannedColumns(this.layout, shared)
-    const shareable = fullColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
+    const shareable = shareableColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
     const available = this.availablePages() - this.regions.evictableIn(columns)
     return pagesFor(this.layout, tokens) - shareable <= available
   }
@@ -122,12 +122,12 @@ export class SlotTable {
 
   /**
    * Takes a free slot that begins with the tokens of `shared`, which are pinned: the pin passes to
-   * the slot. The column after the whole ones is copied, so it must be within the limit.
+   * the slot. What is not in whole groups of columns is copied, so it must be within the limit.
    * @returns -1, with nothing changed, if it is not, or no slot or region is free
    */
   acquireShared(shared: readonly KvSpan[]): number {
     const tokens = spannedTokens(shared)
-    const first = fullColumns(this.layout, tokens)
+    const first = shareableColumns(this.layout, tokens)
     const boundary = columnsFor(this.layout, tokens) - first
     if (this.usedPages + boundary * this.layout.ranges > this.limitPages) return -1
     const slot = this.acquireFree()
@@ -162,6 +162,14 @@ export class SlotTable {
     if (this.usedPages + (end - held.end) * this.layout.ranges > this.limitPages) return false
     this.extend(held, end)
     return true
+  }
+
+  /** A held slot is likely to hold `tokens` tokens soon; nothing is accounted for yet. */
+  expect(slot: number, tokens: number): void {
+    const { state, region, end } = this.slot(slot)
+    assert(state === 'held', 'only a held slot is expected to grow')
+    const soon = columnsFor(this.layout, tokens)
+    if (soon > end) this.regions.mover.expect?.(region, end, soon)
   }
 
   /**
@@ -201,7 +209,7 @@ export class SlotTable {
       if (state === 'free') return assert(first === end, `free slot ${slot} holds no pages`)
       assert(!regions.has(region), `region ${region} has one writer`)
       regions.add(region)
-      const from = fullColumns(this.layout, spannedTokens(shared))
+      const from = shareableColumns(this.layout, spannedTokens(shared))
       assert(first === from && end >= first, `slot ${slot} writes after what it shares`)
     })
     for (const { slot } of this.warm) {
@@ -225,6 +233,7 @@ export class SlotTable {
 
   private extend(slot: Slot, end: number): void {
     this.regions.hold({ region: slot.region, first: slot.end, end }, 'live')
+    this.regions.mover.grow?.(slot.region, slot.end, end)
     slot.end = end
   }
 
@@ -239,7 +248,10 @@ export class SlotTable {
     slot.first = 0
     slot.end = 0
     // With another's pages mapped into it, it is mapped anew for its next sequence.
-    if (shared.length > 0) slot.region = -1
+    if (shared.length > 0) {
+      this.regions.mover.unshare?.(region)
+      slot.region = -1
+    }
     slot.shared = []
   }
 

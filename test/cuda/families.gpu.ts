@@ -8,6 +8,7 @@ import { CudaBackend, cudaKvLayout } from '../../src/backends/cuda/backend.ts'
 import { FAMILIES, Golden } from '../arch/golden.ts'
 import { Gpu, Random } from './gpu.ts'
 import { PlainKv } from './plain-kv.ts'
+import { ReferenceAttention } from './reference-attention.ts'
 
 const gpu = new Gpu()
 after(() => gpu[Symbol.dispose]())
@@ -27,16 +28,33 @@ interface Part {
 const worst: Record<string, string> = {}
 after(() => console.log('largest relative error:', worst))
 
+/** Heads that the fast attention takes; every family also runs on the reference. */
+const FAST = [64, 96, 128, 256]
+
 for (const family of FAMILIES) {
-  describe(family, () => {
-    const golden = new Golden(family)
+  const golden = new Golden(family)
+  run(family, golden, 'reference attention')
+  if (FAST.includes(golden.model.config.headDim)) run(family, golden, 'fast attention')
+}
+
+function run(family: string, golden: Golden, kind: 'reference attention' | 'fast attention'): void {
+  const name = `${family}, ${kind}`
+  describe(name, () => {
     const longest = Math.max(...golden.sequences.map(({ tokens }) => tokens.length))
-    const layout = cudaKvLayout(golden.model.config, longest + 3, 1 << 16)
+    const layout = cudaKvLayout(golden.model.config, longest + 3, 2 << 20)
     const kv = new PlainKv(gpu.driver, layout, SLOTS)
     kv.fill(NAN_BF16, gpu.stream)
-    const options = { device: gpu.device, modules: gpu.modules, kv, tune: false }
     const backend = new CudaBackend(golden.model, {
-      ...options,
+      device: gpu.device,
+      modules: gpu.modules,
+      kv,
+      tune: false,
+      ...(kind === 'fast attention'
+        ? {}
+        : {
+            attention: (state, find) =>
+              new ReferenceAttention(gpu.driver, golden.model.config, layout, state, find),
+          }),
       maxSequences: SLOTS,
       stepTokens: STEP_TOKENS,
     })
@@ -44,7 +62,7 @@ for (const family of FAMILIES) {
     const held = new Map<number, { sequence: number; length: number }>()
     let largest = 0
     after(() => {
-      worst[family] = largest.toExponential(1)
+      worst[name] = largest.toExponential(1)
       backend.close()
     })
 

@@ -59,8 +59,14 @@ export abstract class MockGpuMemory {
     return parts[0]!
   }
 
-  read(address: number, bytes: number): Uint8Array {
-    return Buffer.concat(this.translate({ address, bytes }, 'read'))
+  read(address: number, bytes: number): Uint8Array<ArrayBuffer> {
+    const copy = new Uint8Array(bytes)
+    let at = 0
+    for (const part of this.translate({ address, bytes }, 'read')) {
+      copy.set(part, at)
+      at += part.length
+    }
+    return copy
   }
 
   write(address: number, data: Uint8Array): void {

@@ -20,7 +20,7 @@ import {
   unmap,
 } from '../../ffi/libc.ts'
 import { type KvLayout, layerMajor, tokenMajor } from '../../kv/layout.ts'
-import { fullColumns, type KvSpan, sharedColumns, spannedTokens } from '../../kv/regions.ts'
+import { shareableColumns, type KvSpan, sharedColumns, spannedTokens } from '../../kv/regions.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { KvMemory } from '../backend.ts'
 
@@ -120,7 +120,7 @@ export class HostKvMemory implements KvMemory {
   private copyBoundary(region: number, shared: readonly KvSpan[]): void {
     const { ranges, rangeBytes, slotBytes, tokenStride } = this.layout
     const tokens = spannedTokens(shared)
-    const first = fullColumns(this.layout, tokens) * this.layout.shape.pageBytes
+    const first = shareableColumns(this.layout, tokens) * this.layout.shape.pageBytes
     const bytes = tokens * tokenStride - first
     if (bytes === 0) return
     const from = (shared.at(-1)?.region ?? 0) * slotBytes + first

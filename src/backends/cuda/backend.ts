@@ -7,17 +7,11 @@ import { type KvLayout, tokenMajor } from '../../kv/layout.ts'
 import type { Model, ModelConfig } from '../../model/model.ts'
 import type { Backend, KvMemory, StepBatch } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
-import { CudaForward } from './forward.ts'
-import type { ModuleCache } from './module-cache.ts'
+import { CudaForward, type ForwardOptions } from './forward.ts'
 
-export interface CudaBackendOptions {
-  device: CudaDevice
-  modules: ModuleCache
-  maxSequences: number
-  stepTokens: number
+export interface CudaBackendOptions extends Omit<ForwardOptions, 'kv'> {
   /** Memory of `cudaKvLayout` for as many slots; the backend closes it. */
   kv: KvMemory & { readonly address: number; close(): void }
-  tune?: boolean
 }
 
 const BF16 = 2

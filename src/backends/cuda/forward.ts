@@ -5,7 +5,7 @@
 import { present } from '../../assert.ts'
 import { type CublasLt, loadCublasLt } from '../../ffi/cublaslt.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
-import { addressOf } from '../../ffi/block.ts'
+import { viewMemory } from '../../ffi/libc.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model, RopeConfig } from '../../model/model.ts'
@@ -13,8 +13,8 @@ import type { Program } from '../../model/program.ts'
 import { CudaAttention } from './attention.ts'
 import type { CudaDevice } from './device.ts'
 import { fuse } from './fuse.ts'
-import { Kernels } from './kernels.ts'
-import { type LowerContext, Lowering, type StepShape } from './lower.ts'
+import { type KernelFinder, Kernels } from './kernels.ts'
+import { type Attention, type LowerContext, Lowering, type StepShape } from './lower.ts'
 import { Matmuls, paddedRows } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
@@ -32,8 +32,12 @@ export interface ForwardOptions {
   /** Whether matrix products are measured before they are used. */
   tune?: boolean
   prefetchBytes?: number
+  /** Rounds of loads before its last that gemv.cu lets the next kernel start at. */
+  releaseRounds?: number
   /** Off only to measure what it brings. */
   overlap?: boolean
+  /** Attention, if it is not the kernels made for speed. */
+  attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
   lt?: CublasLt
 }
@@ -41,8 +45,14 @@ export interface ForwardOptions {
 /** Decoding sequences that a graph is captured for; a step takes the next larger one. */
 export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
-/** About what an SM's share of memory bandwidth brings while a kernel ends; see gemv.cu. */
-const PREFETCH_BYTES = 16 << 20
+/**
+ * What gemv.cu brings into L2 ahead of its turn, and how many rounds of loads before its last the
+ * next kernel may start: as measured on an H100 for an 8B model's single sequence. Prefetching
+ * 4–32 MiB costs 2–4 % (half of L2 is copies of the other half, and what is early is evicted);
+ * starting early costs 9 %, because blocks then crowd on the multiprocessors that end first.
+ */
+const PREFETCH_BYTES = 0
+const RELEASE_ROUNDS = 0
 
 export class CudaForward {
   readonly vocab: number
@@ -55,7 +65,7 @@ export class CudaForward {
   readonly matmuls: Matmuls
   private readonly options: ForwardOptions
   private readonly kernels: Kernels
-  private readonly attention: CudaAttention
+  private readonly attention: Attention
   private readonly arena: number
   private readonly adjusted: number
   private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
@@ -83,7 +93,8 @@ export class CudaForward {
       this.fillRandom(address, elements, seed, scale)
     this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
     this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
-    this.attention = this.makeAttention(program)
+    this.attention =
+      options.attention?.(this.state, this.kernels.find) ?? this.makeAttention(program)
     this.sampling = new SamplingTable(
       driver,
       this.kernels.find,
@@ -106,6 +117,7 @@ export class CudaForward {
       logits: this.logits,
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
+      releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
       overlap: options.overlap ?? true,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
@@ -277,8 +289,11 @@ export class CudaForward {
     const { driver } = this.options.device
     const { frequencies, magnitude } = ropeTable(rope)
     const address = driver.allocate(frequencies.byteLength)
-    driver.copyToDevice(address, addressOf(frequencies), frequencies.byteLength, this.stream)
+    const staging = driver.allocateHost(frequencies.byteLength)
+    new Float32Array(viewMemory(staging, frequencies.byteLength)).set(frequencies)
+    driver.copyToDevice(address, staging, frequencies.byteLength, this.stream)
     driver.synchronizeStream(this.stream)
+    driver.freeHost(staging)
     const table = { address, magnitude }
     this.ropes.set(rope, table)
     return table

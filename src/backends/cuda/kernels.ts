@@ -1,6 +1,7 @@
 // Owns the loaded kernels of one GPU: a function by file, name and definitions, compiled or taken
 // from the cache when it is first asked for.
 
+import { FUNCTION } from '../../ffi/cuda.ts'
 import type { CudaDevice } from './device.ts'
 import type { ModuleCache } from './module-cache.ts'
 
@@ -31,7 +32,11 @@ export class Kernels {
       module = driver.loadModule(image)
       this.modules.set(key, module)
     }
-    return driver.functionOf(module, kernel)
+    const found = driver.functionOf(module, kernel)
+    // One division of L1 for all: a multiprocessor changes it only when it is empty, which would
+    // keep a kernel from starting while the one before it ends.
+    driver.setFunctionAttribute(found, FUNCTION.sharedCarveoutPercent, 100)
+    return found
   }
 
   close(): void {

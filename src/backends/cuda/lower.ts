@@ -8,7 +8,7 @@ import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import type { RopeConfig } from '../../model/model.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
-import type { CudaAttention } from './attention.ts'
+import type { DecodeRows, PrefillSegments } from './attention.ts'
 import { Buffers } from './buffers.ts'
 import {
   type GluNode,
@@ -46,13 +46,20 @@ export interface NamedCommand {
   run: Command
 }
 
+/** Attention over KV memory, as CudaAttention does it; tests have another. */
+export interface Attention {
+  decode(stream: number, rows: DecodeRows, layer: number, window?: number): void
+  prefill(stream: number, segments: PrefillSegments, layer: number, window?: number): void
+  close(): void
+}
+
 /** What launches refer to. */
 export interface LowerContext {
   driver: CudaDriver
   find: KernelFinder
   matmuls: Matmuls
   weights: DeviceWeights
-  attention: CudaAttention
+  attention: Attention
   state: StepState
   layout: KvLayout
   multiprocessors: number
@@ -62,6 +69,7 @@ export interface LowerContext {
   ropeTable: (rope: RopeConfig) => { address: number; magnitude: number }
   /** Bytes that gemv.cu may bring into L2 ahead of its turn. */
   prefetchBytes: number
+  releaseRounds: number
   /** Whether kernels may start while the one before them ends. */
   overlap: boolean
 }
@@ -209,8 +217,11 @@ export class Lowering {
       ...[layout.tokenStride, layer * layout.layerStride],
     )
     const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
-    launch.threads(32 * Math.min(16, warpsOfRow))
-    return this.perRow(launch, rows)
+    launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
+    const blocks = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
+    return (step) => {
+      if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows], blocks), step.stream)
+    }
   }
 
   private attention({ q, out, layer, window, rows }: AttentionNode): Command {
@@ -331,6 +342,9 @@ export class Lowering {
     return value === undefined ? 0 : this.place(value).address
   }
 }
+
+/** Of the rotation: enough to fill a device with few tokens, too. */
+const WARPS_OF_BLOCK = 8
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
 

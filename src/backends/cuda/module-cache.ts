@@ -12,7 +12,7 @@ import { loadNvrtc, type Nvrtc } from '../../ffi/nvrtc.ts'
 export const KERNELS_FOLDER = join(import.meta.dirname, '..', '..', '..', 'kernels')
 
 /** Options of every compile. */
-const OPTIONS = ['--std=c++17', '--device-as-default-execution-space']
+const OPTIONS = ['--std=c++17']
 
 export interface KernelSource {
   /** A file of the sources' folder, such as `attention-decode.cu`. */

@@ -46,7 +46,8 @@ export class SkinnyProducts {
     const k = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights).k
     const variant = biased ? undefined : gemvVariant(k, tokens, epilogueOf(node), !!norm)
     if (!variant) return undefined
-    const kernel = this.context.find('gemv.cu', 'gemv', variant.defines)
+    const defines = { ...variant.defines, RELEASE_ROUNDS: this.context.releaseRounds }
+    const kernel = this.context.find('gemv.cu', 'gemv', defines)
     const matrix = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights)
     const blocks = gemvBlocks(variant, matrix.rows, multiprocessors)
     const shared = gemvSharedBytes(variant, matrix.rows, blocks)

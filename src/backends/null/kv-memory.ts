@@ -8,6 +8,7 @@ import {
   fullColumns,
   type KvColumns,
   type KvSpan,
+  shareableColumns,
   sharedColumns,
   spannedTokens,
 } from '../../kv/regions.ts'
@@ -20,6 +21,8 @@ interface Region {
   whole: Uint8Array
   /** By column: 1 if it is in memory. */
   touched: Uint8Array
+  /** By column: 1 if it was said that it will be written. */
+  grown: Uint8Array
 }
 
 export class NullKvMemory implements KvMemory {
@@ -78,7 +81,7 @@ export class NullKvMemory implements KvMemory {
     this.shared[slot] = sharedColumns(this.layout, shared)
     const tokens = spannedTokens(shared)
     this.written[slot] = tokens
-    const boundary = fullColumns(this.layout, tokens)
+    const boundary = shareableColumns(this.layout, tokens)
     const from = shared.at(-1)
     for (let position = tokens - 1; from && position >= 0; position--) {
       if (columnsFor(this.layout, position + 1) <= boundary) break
@@ -88,9 +91,14 @@ export class NullKvMemory implements KvMemory {
     }
   }
 
+  grow(region: number, first: number, end: number): void {
+    this.region(region).grown.fill(1, first, end)
+  }
+
   discard(region: number, first: number, end: number): void {
-    const { touched, whole } = this.region(region)
+    const { touched, whole, grown } = this.region(region)
     touched.fill(0, first, end)
+    grown.fill(0, first, end)
     for (let position = 0; position < whole.length; position++) {
       const inside =
         columnsFor(this.layout, position + 1) > first && fullColumns(this.layout, position) < end
@@ -106,12 +114,15 @@ export class NullKvMemory implements KvMemory {
 
   /** Writes a row, as far as it lies in `firstColumn` and after. */
   private put(region: number, position: number, hash: number, firstColumn = 0): void {
-    const { hashes, whole, touched } = this.region(region)
+    const { hashes, whole, touched, grown } = this.region(region)
     hashes[position] = hash
     whole[position] = 1
     const end = columnsFor(this.layout, position + 1)
     const first = Math.max(firstColumn, fullColumns(this.layout, position))
-    for (let c = first; c < end; c++) touched[c] = 1
+    for (let c = first; c < end; c++) {
+      assert(grown[c] === 1, `column ${c} of region ${region} was grown before it is written`)
+      touched[c] = 1
+    }
   }
 
   private region(index: number): Region {
@@ -121,6 +132,7 @@ export class NullKvMemory implements KvMemory {
       hashes: new Uint32Array(shape.maxTokens),
       whole: new Uint8Array(shape.maxTokens),
       touched: new Uint8Array(rangeBytes / shape.pageBytes),
+      grown: new Uint8Array(rangeBytes / shape.pageBytes),
     })
   }
 }

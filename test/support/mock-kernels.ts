@@ -1,0 +1,367 @@
+// Owns what the kernels of the forward path do, in plain JavaScript on the mocked GPU's memory: the
+// lowering of programs is tested without a GPU. bf16 is rounded where kernels store it.
+
+import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
+import type { CublasLt, MatrixLayout } from '../../src/ffi/cublaslt.ts'
+import { viewMemory } from '../../src/ffi/libc.ts'
+import type { MockCuda } from './mock-cuda.ts'
+
+/** Heads of the model that runs. */
+export interface MockModel {
+  heads: number
+  kvHeads: number
+  headDim: number
+}
+
+type Run = (a: readonly number[], grid: readonly number[]) => void
+
+export class MockKernels {
+  /** cuBLASLt, on the same memory. */
+  readonly lt: CublasLt
+  private readonly cuda: MockCuda
+  private readonly model: MockModel
+
+  constructor(cuda: MockCuda, model: MockModel) {
+    this.cuda = cuda
+    this.model = model
+    this.lt = this.mockLt()
+    const kernels: Record<string, Run> = {
+      fetchStep: (a) => this.fetchStep(a),
+      publishStep: (a) => this.publishStep(a),
+      embed: (a, [rows]) => this.embed(a, rows!),
+      normRow: (a, [rows]) => this.normRow(a, rows!),
+      glu: (a, [, rows]) => this.glu(a, rows!),
+      selectRows: (a, [rows]) => this.selectRows(a, rows!),
+      addBias: (a, [rows]) => this.addBias(a, rows!),
+      ropeAppend: (a, [rows]) => this.ropeAppend(a, rows!),
+      attentionDecode: (a) => this.attentionDecode(a),
+      attentionPrefill: (a) => this.attentionPrefill(a),
+      sample: () => {},
+    }
+    for (const [name, run] of Object.entries(kernels)) {
+      cuda.behaviours.set(name, (launch: KernelLaunch) => {
+        const args = launch.kinds.map((kind, i) => (kind === 'bytes128' ? 0 : launch.get(i)))
+        const grid = launch.shape.slice(0, 3)
+        return { touches: [], run: () => run(args, grid) }
+      })
+    }
+  }
+
+  private bytes(address: number, count: number): ArrayBuffer {
+    return Uint8Array.from(this.cuda.read(address, count)).buffer
+  }
+
+  private bf16(address: number, count: number): Float32Array {
+    const bits = new Uint16Array(this.bytes(address, count * 2))
+    return new Float32Array(Uint32Array.from(bits, (b) => b << 16).buffer)
+  }
+
+  private putBf16(address: number, values: ArrayLike<number>): void {
+    const bits = new Uint32Array(Float32Array.from(values).buffer)
+    const halves = Uint16Array.from(bits, (b) => (b + 0x7fff + ((b >>> 16) & 1)) >>> 16)
+    this.cuda.write(address, new Uint8Array(halves.buffer))
+  }
+
+  private f32(address: number, count: number): Float32Array {
+    return new Float32Array(this.bytes(address, count * 4))
+  }
+
+  private i32(address: number, count = 1): Int32Array {
+    return new Int32Array(this.bytes(address, count * 4))
+  }
+
+  private u64(address: number): number {
+    return Number(new BigUint64Array(this.bytes(address, 8))[0])
+  }
+
+  private put(address: number, i: number, value: number, bytes = 4): void {
+    const data = bytes === 8 ? BigUint64Array.of(BigInt(value)) : Int32Array.of(value)
+    this.cuda.write(address + i * bytes, new Uint8Array(data.buffer))
+  }
+
+  private fetchStep(args: readonly number[]): void {
+    const [ring, places, entries, segmentsAt, counter] = args as [
+      number,
+      number,
+      number,
+      number,
+      number,
+    ]
+    const [last, base, stride, rows, segments] = args.slice(5, 10) as [
+      number,
+      number,
+      number,
+      number,
+      number,
+    ]
+    const [tokens, positions, bases, slots, lengths] = args.slice(10, 15) as [
+      number,
+      number,
+      number,
+      number,
+      number,
+    ]
+    const o = args.slice(15, 21)
+    const s = args.slice(21, 25)
+    const start = ring + (this.u64(counter) % places) * entries * 16
+    const entry = (i: number) => new Int32Array(viewMemory(start + i * 16, 16)).slice()
+    for (let i = 0; i < segments; i++) {
+      entry(segmentsAt + i).forEach((value, j) => this.put(s[j]!, i, value))
+    }
+    for (let i = 0; i < rows; i++) {
+      const [token, position, slot, output] = entry(i) as unknown as [
+        number,
+        number,
+        number,
+        number,
+      ]
+      const real = slot >= 0
+      const row = [real ? position : 0, real ? base + slot * stride : 0, real ? slot : 0]
+      row.push(real ? position + 1 : 0)
+      this.put(tokens, i, real ? (token >= 0 ? token : this.i32(last + slot * 4)[0]!) : 0)
+      const to = [positions, bases, slots, lengths]
+      row.forEach((value, j) => this.put(to[j]!, i, value, j === 1 ? 8 : 4))
+      if (output < 0) continue
+      row.forEach((value, j) => this.put(o[j]!, output, value, j === 1 ? 8 : 4))
+      this.put(o[4]!, output, i)
+      this.put(o[5]!, output, slot)
+    }
+  }
+
+  private publishStep([, , , , , counter, done]: readonly number[]): void {
+    const next = this.u64(counter!) + 1
+    this.put(counter!, 0, next, 8)
+    new BigUint64Array(viewMemory(done!, 8))[0] = BigInt(next)
+  }
+
+  private embed([table, tokens, out, width, , scale]: readonly number[], rows: number): void {
+    for (let r = 0; r < rows; r++) {
+      const [token] = this.i32(tokens! + r * 4)
+      const row = this.bf16(table! + token! * width! * 2, width!)
+      this.putBf16(
+        out! + r * width! * 2,
+        row.map((x) => x * scale!),
+      )
+    }
+  }
+
+  private normRow(args: readonly number[], rows: number): void {
+    const [x, added, post, weight, out, width, eps] = args as [
+      number,
+      number,
+      number,
+      number,
+      number,
+      number,
+      number,
+    ]
+    for (let r = 0; r < rows; r++) {
+      const at = r * width * 2
+      let row = this.bf16(x + at, width)
+      if (added) {
+        let sum = this.bf16(added + at, width)
+        if (post) sum = normed(sum, this.f32(post, width), eps)
+        this.putBf16(
+          x + at,
+          row.map((v, i) => v + sum[i]!),
+        )
+        row = this.bf16(x + at, width)
+      }
+      if (out) this.putBf16(out + at, normed(row, this.f32(weight, width), eps))
+    }
+  }
+
+  private glu([input, out, width, gelu]: readonly number[], rows: number): void {
+    for (let r = 0; r < rows; r++) {
+      const row = this.bf16(input! + r * 2 * width! * 2, 2 * width!)
+      const made = row.subarray(0, width).map((g, i) => {
+        const inner = Math.sqrt(2 / Math.PI) * (g + 0.044715 * g ** 3)
+        const gate = gelu ? 0.5 * g * (1 + Math.tanh(inner)) : g / (1 + Math.exp(-g))
+        return gate * row[width! + i]!
+      })
+      this.putBf16(out! + r * width! * 2, made)
+    }
+  }
+
+  private selectRows([from, index, out, width]: readonly number[], rows: number): void {
+    for (let r = 0; r < rows; r++) {
+      const [row] = this.i32(index! + r * 4)
+      this.putBf16(out! + r * width! * 2, this.bf16(from! + row! * width! * 2, width!))
+    }
+  }
+
+  private addBias([out, bias, width, stride]: readonly number[], rows: number): void {
+    const by = this.f32(bias!, width!)
+    for (let r = 0; r < rows; r++) {
+      const at = out! + r * stride! * 2
+      this.putBf16(
+        at,
+        this.bf16(at, width!).map((x, i) => x + by[i]!),
+      )
+    }
+  }
+
+  private ropeAppend(a: readonly number[], rows: number): void {
+    const [q, k, v, qStride, kvStride, qOut, positions, bases, frequencies, dims] = a as number[]
+    const [interleaved, magnitude, qNorm, kNorm, eps, heads, kvHeads, headDim] = a.slice(
+      10,
+    ) as number[]
+    const [tokenStride, layerOffset] = a.slice(18) as number[]
+    for (let r = 0; r < rows; r++) {
+      const [position] = this.i32(positions! + r * 4)
+      const base = this.u64(bases! + r * 8)
+      if (base === 0) continue
+      const head = (from: number, norm: number, turns: boolean) => {
+        let x = this.bf16(from, headDim!)
+        if (norm) x = normed(x, this.f32(norm, headDim!), eps!)
+        if (!turns) return x
+        const by = this.f32(frequencies!, dims! / 2)
+        const out = x.slice()
+        for (let p = 0; p < dims! / 2; p++) {
+          const [i, j] = interleaved ? [2 * p, 2 * p + 1] : [p, p + dims! / 2]
+          const [c, s] = [Math.cos(position! * by[p]!), Math.sin(position! * by[p]!)]
+          out[i] = (x[i]! * c - x[j]! * s) * magnitude!
+          out[j] = (x[i]! * s + x[j]! * c) * magnitude!
+        }
+        return out
+      }
+      const row = headDim! * 2
+      for (let h = 0; q && h < heads!; h++) {
+        const to = qOut! + (r * heads! + h) * row
+        this.putBf16(to, head(q + r * qStride! * 2 + h * row, qNorm!, true))
+      }
+      const place = base + position! * tokenStride! + layerOffset!
+      for (let h = 0; k && h < kvHeads!; h++) {
+        this.putBf16(place + h * row, head(k + r * kvStride! * 2 + h * row, kNorm!, true))
+        const to = place + (kvHeads! + h) * row
+        this.putBf16(to, head(v! + r * kvStride! * 2 + h * row, 0, false))
+      }
+    }
+  }
+
+  /** One query row over tokens [first, length) of a slot's layer that starts at `keys`. */
+  private attend(
+    q: number,
+    out: number,
+    keys: number,
+    stride: number,
+    first: number,
+    length: number,
+    scale: number,
+  ): void {
+    const { heads, kvHeads, headDim } = this.model
+    const row = headDim * 2
+    for (let h = 0; h < heads; h++) {
+      const query = this.bf16(q + h * row, headDim)
+      const kv = Math.floor(h / (heads / kvHeads))
+      const scores: number[] = []
+      for (let t = first; t < length; t++) {
+        const key = this.bf16(keys + t * stride + kv * row, headDim)
+        scores.push(scale * key.reduce((sum, x, i) => sum + x * query[i]!, 0))
+      }
+      const max = Math.max(...scores)
+      const weights = scores.map((x) => Math.exp(x - max))
+      const total = weights.reduce((sum, w) => sum + w, 0)
+      const made = new Float64Array(headDim)
+      weights.forEach((w, t) => {
+        const value = this.bf16(keys + (first + t) * stride + (kvHeads + kv) * row, headDim)
+        value.forEach((x, i) => (made[i]! += (w / total) * x))
+      })
+      this.putBf16(out + h * row, made)
+    }
+  }
+
+  private attentionDecode(a: readonly number[]): void {
+    const [q, out, , kv, slots, lengths, rows, window, headRow] = a as number[]
+    const [slotStride, tokenStride, scale] = a.slice(9) as number[]
+    const { heads, headDim } = this.model
+    for (let r = 0; r < rows!; r++) {
+      const [slot] = this.i32(slots! + r * 4)
+      const [length] = this.i32(lengths! + r * 4)
+      const at = r * heads * headDim * 2
+      const keys = kv! + slot! * slotStride! + headRow! * headDim * 2
+      if (length === 0) this.putBf16(out! + at, new Float32Array(heads * headDim))
+      else {
+        const first = Math.max(0, length! - window!)
+        this.attend(q! + at, out! + at, keys, tokenStride!, first, length!, scale!)
+      }
+    }
+  }
+
+  private attentionPrefill(a: readonly number[]): void {
+    const [q, out, kv, firstRows, starts, counts, slots, segments, window] = a as number[]
+    const [slotStride, tokenStride, keyOffset, scale] = a.slice(9) as number[]
+    const { heads, headDim } = this.model
+    for (let s = 0; s < segments!; s++) {
+      const [row] = this.i32(firstRows! + s * 4)
+      const [start] = this.i32(starts! + s * 4)
+      const [count] = this.i32(counts! + s * 4)
+      const [slot] = this.i32(slots! + s * 4)
+      const keys = kv! + slot! * slotStride! + keyOffset!
+      for (let t = 0; t < count!; t++) {
+        const at = (row! + t) * heads * headDim * 2
+        const length = start! + t + 1
+        const first = Math.max(0, length - window!)
+        this.attend(q! + at, out! + at, keys, tokenStride!, first, length, scale!)
+      }
+    }
+  }
+
+  private mockLt(): CublasLt {
+    const plans = new Map<number, { a: MatrixLayout; b: MatrixLayout; d: MatrixLayout }>()
+    const algorithm = {
+      block: { bytes: new Uint8Array(64) },
+      address: 0,
+      workspaceBytes: 0,
+      waves: 1,
+    }
+    const lt = {
+      path: 'mock',
+      version: 1,
+      createHandle: () => 1,
+      destroyHandle: () => {},
+      plan: (a: MatrixLayout, b: MatrixLayout, d: MatrixLayout) => {
+        const descriptor = plans.size + 1
+        plans.set(descriptor, { a, b, d })
+        return { descriptor, a: 0, b: 0, d: 0 }
+      },
+      destroyPlan: () => {},
+      algorithms: () => [algorithm],
+      algorithm: () => algorithm,
+      matmul: (
+        _h: number,
+        plan: { descriptor: number },
+        _a: unknown,
+        w: number,
+        x: number,
+        out: number,
+        _ws: number,
+        stream: number,
+        accumulate = false,
+      ) => {
+        const { a, b, d } = plans.get(plan.descriptor)!
+        const run = () => {
+          for (let n = 0; n < b.columns; n++) {
+            const row = this.bf16(x + n * b.leading * 2, a.rows)
+            const wide = d.type === 0
+            const at = out + n * d.leading * (wide ? 4 : 2)
+            const before = accumulate ? this.bf16(at, d.rows) : new Float32Array(d.rows)
+            const made = before.map((sum, m) => {
+              const weight = this.bf16(w + m * a.leading * 2, a.rows)
+              return sum + weight.reduce((total, y, i) => total + y * row[i]!, 0)
+            })
+            if (wide) this.cuda.write(at, new Uint8Array(made.buffer))
+            else this.putBf16(at, made)
+          }
+        }
+        this.cuda.queue(stream, { name: 'matmul', touches: [], run })
+      },
+    }
+    return lt as unknown as CublasLt
+  }
+}
+
+function normed(row: Float32Array, weight: Float32Array, eps: number): Float32Array {
+  const rms = Math.sqrt(row.reduce((sum, x) => sum + x * x, 0) / row.length + eps)
+  return row.map((x, i) => (x / rms) * weight[i]!)
+}
