@@ -1,6 +1,9 @@
 // Owns what the kernels of the forward path do, in plain JavaScript on the mocked GPU's memory: the
 // lowering of programs is tested without a GPU. bf16 is rounded where kernels store it.
 
+import type { DecodeRows, PrefillSegments } from '../../src/backends/cuda/attention.ts'
+import type { Attention } from '../../src/backends/cuda/lower.ts'
+import type { KvLayout } from '../../src/kv/layout.ts'
 import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
 import type { CublasLt, MatrixLayout } from '../../src/ffi/cublaslt.ts'
 import { viewMemory } from '../../src/ffi/libc.ts'
@@ -11,6 +14,7 @@ export interface MockModel {
   heads: number
   kvHeads: number
   headDim: number
+  attentionScale: number
 }
 
 type Run = (a: readonly number[], grid: readonly number[]) => void
@@ -18,8 +22,8 @@ type Run = (a: readonly number[], grid: readonly number[]) => void
 export class MockKernels {
   /** cuBLASLt, on the same memory. */
   readonly lt: CublasLt
-  private readonly cuda: MockCuda
-  private readonly model: MockModel
+  readonly cuda: MockCuda
+  readonly model: MockModel
 
   constructor(cuda: MockCuda, model: MockModel) {
     this.cuda = cuda
@@ -34,8 +38,6 @@ export class MockKernels {
       selectRows: (a, [rows]) => this.selectRows(a, rows!),
       addBias: (a, [rows]) => this.addBias(a, rows!),
       ropeAppend: (a, [rows]) => this.ropeAppend(a, rows!),
-      attentionDecode: (a) => this.attentionDecode(a),
-      attentionPrefill: (a) => this.attentionPrefill(a),
       sample: () => {},
     }
     for (const [name, run] of Object.entries(kernels)) {
@@ -66,7 +68,7 @@ export class MockKernels {
     return new Float32Array(this.bytes(address, count * 4))
   }
 
-  private i32(address: number, count = 1): Int32Array {
+  i32(address: number, count = 1): Int32Array {
     return new Int32Array(this.bytes(address, count * 4))
   }
 
@@ -240,7 +242,7 @@ export class MockKernels {
   }
 
   /** One query row over tokens [first, length) of a slot's layer that starts at `keys`. */
-  private attend(
+  attend(
     q: number,
     out: number,
     keys: number,
@@ -268,42 +270,6 @@ export class MockKernels {
         value.forEach((x, i) => (made[i]! += (w / total) * x))
       })
       this.putBf16(out + h * row, made)
-    }
-  }
-
-  private attentionDecode(a: readonly number[]): void {
-    const [q, out, , kv, slots, lengths, rows, window, headRow] = a as number[]
-    const [slotStride, tokenStride, scale] = a.slice(9) as number[]
-    const { heads, headDim } = this.model
-    for (let r = 0; r < rows!; r++) {
-      const [slot] = this.i32(slots! + r * 4)
-      const [length] = this.i32(lengths! + r * 4)
-      const at = r * heads * headDim * 2
-      const keys = kv! + slot! * slotStride! + headRow! * headDim * 2
-      if (length === 0) this.putBf16(out! + at, new Float32Array(heads * headDim))
-      else {
-        const first = Math.max(0, length! - window!)
-        this.attend(q! + at, out! + at, keys, tokenStride!, first, length!, scale!)
-      }
-    }
-  }
-
-  private attentionPrefill(a: readonly number[]): void {
-    const [q, out, kv, firstRows, starts, counts, slots, segments, window] = a as number[]
-    const [slotStride, tokenStride, keyOffset, scale] = a.slice(9) as number[]
-    const { heads, headDim } = this.model
-    for (let s = 0; s < segments!; s++) {
-      const [row] = this.i32(firstRows! + s * 4)
-      const [start] = this.i32(starts! + s * 4)
-      const [count] = this.i32(counts! + s * 4)
-      const [slot] = this.i32(slots! + s * 4)
-      const keys = kv! + slot! * slotStride! + keyOffset!
-      for (let t = 0; t < count!; t++) {
-        const at = (row! + t) * heads * headDim * 2
-        const length = start! + t + 1
-        const first = Math.max(0, length - window!)
-        this.attend(q! + at, out! + at, keys, tokenStride!, first, length, scale!)
-      }
     }
   }
 
@@ -358,6 +324,64 @@ export class MockKernels {
       },
     }
     return lt as unknown as CublasLt
+  }
+}
+
+/** Attention over slots of a layout, one row at a time. */
+export class MockAttention implements Attention {
+  private readonly kernels: MockKernels
+  private readonly base: number
+  private readonly layout: KvLayout
+
+  constructor(kernels: MockKernels, base: number, layout: KvLayout) {
+    this.kernels = kernels
+    this.base = base
+    this.layout = layout
+  }
+
+  decode(stream: number, rows: DecodeRows, layer: number, window = Infinity): void {
+    this.queue(stream, () => {
+      for (let r = 0; r < rows.rows; r++) {
+        const [slot] = this.kernels.i32(rows.slots + r * 4)
+        const [length] = this.kernels.i32(rows.lengths + r * 4)
+        if (length! > 0) this.row(rows, r, slot!, length!, layer, window)
+      }
+    })
+  }
+
+  prefill(stream: number, segments: PrefillSegments, layer: number, window = Infinity): void {
+    this.queue(stream, () => {
+      for (let s = 0; s < segments.segments; s++) {
+        const { firstRows, starts, counts, slots } = segments
+        const at = [firstRows, starts, counts, slots].map((a) => this.kernels.i32(a + s * 4)[0]!)
+        const [row, start, count, slot] = at as [number, number, number, number]
+        for (let t = 0; t < count; t++) {
+          this.row(segments, row + t, slot, start + t + 1, layer, window)
+        }
+      }
+    })
+  }
+
+  close(): void {}
+
+  private row(
+    { q, out }: { q: number; out: number },
+    r: number,
+    slot: number,
+    length: number,
+    layer: number,
+    window: number,
+  ): void {
+    const { heads, headDim, attentionScale } = this.kernels.model
+    const { slotBytes, layerStride, tokenStride } = this.layout
+    const at = r * heads * headDim * 2
+    const keys = this.base + slot * slotBytes + layer * layerStride
+    const first = Math.max(0, length - window)
+    this.kernels.attend(q + at, out + at, keys, tokenStride, first, length, attentionScale)
+  }
+
+  private queue(stream: number, run: () => void): void {
+    this.kernels.cuda.queue(stream, { name: 'attention', touches: [], run })
   }
 }
 

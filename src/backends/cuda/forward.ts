@@ -36,6 +36,8 @@ export interface ForwardOptions {
   releaseRounds?: number
   /** Off only to measure what it brings. */
   overlap?: boolean
+  /** Off only where there is no gemv.cu: few tokens are multiplied by the matrix library, too. */
+  skinny?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
@@ -119,6 +121,7 @@ export class CudaForward {
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
       overlap: options.overlap ?? true,
+      skinny: options.skinny ?? true,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
     const decodingRows = { tokens: maxSequences, outputs: maxSequences }

@@ -72,6 +72,8 @@ export interface LowerContext {
   releaseRounds: number
   /** Whether kernels may start while the one before them ends. */
   overlap: boolean
+  /** Whether products of few tokens have kernels of their own. */
+  skinny: boolean
 }
 
 export class Lowering {
@@ -110,7 +112,8 @@ export class Lowering {
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
-    return tokens <= GEMV_TOKENS_MAX ? this.skinny : this.commands
+    const few = this.context.skinny && tokens <= GEMV_TOKENS_MAX
+    return few ? this.skinny : this.commands
   }
 
   /** Queues the program, embedding to logits. */
