@@ -96,7 +96,7 @@ export function benchDecode(
     const forward = new CudaForward(model, {
       device,
       modules,
-      kv: { address, layout },
+      kv: { address, layout, regions: of.batch },
       maxSequences: of.batch,
       stepTokens: of.batch,
       ...options,
@@ -121,7 +121,7 @@ function decode(device: CudaDevice, forward: CudaForward, { batch, context, step
   const queue = (): number => {
     for (let i = 0; i < bucket; i++) {
       const real = i < batch
-      state.setRow(i, real ? -1 : 0, position, real ? i : -1, i)
+      state.setRow(i, real ? -1 : 0, position, real ? i : -1, i, i)
     }
     position++
     return forward.decode(batch)

@@ -1,11 +1,11 @@
 // Owns KV memory on a GPU that is simply there: every slot's pages are allocated at once, nothing
 // is shared or given back. For tests and measurements of what reads it.
 
-import type { KvMemory } from '../../src/backends/backend.ts'
+import type { GpuKv } from '../../src/backends/cuda/backend.ts'
 import type { CudaDriver } from '../../src/ffi/cuda.ts'
 import type { KvLayout } from '../../src/kv/layout.ts'
 
-export class PlainKv implements KvMemory {
+export class PlainKv implements GpuKv {
   readonly layout: KvLayout
   readonly slots: number
   readonly regions: number
@@ -31,6 +31,14 @@ export class PlainKv implements KvMemory {
   }
 
   discard(): void {}
+
+  regionOf(slot: number): number {
+    return slot
+  }
+
+  beforeStep(): void {}
+
+  afterStep(): void {}
 
   residentBytes(): number {
     return this.layout.slotBytes * this.slots

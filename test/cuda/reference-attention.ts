@@ -39,7 +39,7 @@ export class ReferenceAttention implements Attention {
 
   decode(stream: number, rows: DecodeRows, layer: number, window = 0): void {
     const { tokens, outputs } = this.state.rows
-    const { positions, bases } = rows.slots === tokens.slots ? tokens : outputs
+    const { positions, bases } = rows.slots === tokens.regions ? tokens : outputs
     this.run(stream, rows.q, rows.out, positions, bases, rows.rows, layer, window)
   }
 

@@ -82,51 +82,32 @@ export class MockKernels {
   }
 
   private fetchStep(args: readonly number[]): void {
-    const [ring, places, entries, segmentsAt, counter] = args as [
-      number,
-      number,
-      number,
-      number,
-      number,
-    ]
-    const [last, base, stride, rows, segments] = args.slice(5, 10) as [
-      number,
-      number,
-      number,
-      number,
-      number,
-    ]
-    const [tokens, positions, bases, slots, lengths] = args.slice(10, 15) as [
-      number,
-      number,
-      number,
-      number,
-      number,
-    ]
-    const o = args.slice(15, 21)
-    const s = args.slice(21, 25)
-    const start = ring + (this.u64(counter) % places) * entries * 16
-    const entry = (i: number) => new Int32Array(viewMemory(start + i * 16, 16)).slice()
-    for (let i = 0; i < segments; i++) {
-      entry(segmentsAt + i).forEach((value, j) => this.put(s[j]!, i, value))
+    const [ring, places, entries, segmentsAt, counter, last, base, stride, rows, segments] =
+      args as number[]
+    const [tokens, ...rowArrays] = args.slice(10, 15) as [number, ...number[]]
+    const outArrays = args.slice(15, 19)
+    const [outputRows, outputSlots, ...segmentArrays] = args.slice(19, 25) as number[]
+    const start = ring! + (this.u64(counter!) % places!) * entries! * 20
+    const entry = (i: number) => {
+      const words = new Int32Array(viewMemory(start + i * 20, 20)).slice()
+      return [...words] as [number, number, number, number, number]
     }
-    for (let i = 0; i < rows; i++) {
-      const [token, position, slot, output] = entry(i) as unknown as [
-        number,
-        number,
-        number,
-        number,
-      ]
-      const real = slot >= 0
-      const row = [real ? position : 0, real ? base + slot * stride : 0, real ? slot : 0]
-      row.push(real ? position + 1 : 0)
-      this.put(tokens, i, real ? (token >= 0 ? token : this.i32(last + slot * 4)[0]!) : 0)
-      const to = [positions, bases, slots, lengths]
-      row.forEach((value, j) => this.put(to[j]!, i, value, j === 1 ? 8 : 4))
+    for (let i = 0; i < segments!; i++) {
+      const [firstRow, position, count, , region] = entry(segmentsAt! + i)
+      const values = [firstRow, position, count, region]
+      values.forEach((value, j) => this.put(segmentArrays[j]!, i, value))
+    }
+    for (let i = 0; i < rows!; i++) {
+      const [token, position, slot, output, region] = entry(i)
+      const row = slot < 0 ? [0, 0, 0, 0] : [position, base! + region * stride!, region]
+      if (slot >= 0) row.push(position + 1)
+      const sampled = slot < 0 ? 0 : this.i32(last! + slot * 4)[0]!
+      this.put(tokens, i, slot < 0 ? 0 : token >= 0 ? token : sampled)
+      row.forEach((value, j) => this.put(rowArrays[j]!, i, value, j === 1 ? 8 : 4))
       if (output < 0) continue
-      row.forEach((value, j) => this.put(o[j]!, output, value, j === 1 ? 8 : 4))
-      this.put(o[4]!, output, i)
-      this.put(o[5]!, output, slot)
+      row.forEach((value, j) => this.put(outArrays[j]!, output, value, j === 1 ? 8 : 4))
+      this.put(outputRows!, output, i)
+      this.put(outputSlots!, output, slot)
     }
   }
 

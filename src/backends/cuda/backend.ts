@@ -9,9 +9,21 @@ import type { Backend, KvMemory, StepBatch } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
 import { CudaForward, type ForwardOptions } from './forward.ts'
 
+/** KV memory as CudaKvMemory keeps it. */
+export interface GpuKv extends KvMemory {
+  /** Of region 0; region r lies r × slotBytes further. */
+  readonly address: number
+  /** Where a slot's sequence writes and reads now. */
+  regionOf(slot: number): number
+  /** Queues what a step needs before it; says that the step is queued. */
+  beforeStep(stream: number): void
+  afterStep(stream: number): void
+  close(): void
+}
+
 export interface CudaBackendOptions extends Omit<ForwardOptions, 'kv'> {
-  /** Memory of `cudaKvLayout` for as many slots; the backend closes it. */
-  kv: KvMemory & { readonly address: number; close(): void }
+  /** Memory of a token-major layout for as many slots; the backend closes it. */
+  kv: GpuKv
 }
 
 const BF16 = 2
@@ -26,7 +38,7 @@ export class CudaBackend implements Backend {
   readonly vocab: number
   readonly stepTokensMax: number
   readonly chunkTokensMin = 1
-  readonly kv: CudaBackendOptions['kv']
+  readonly kv: GpuKv
   readonly forward: CudaForward
   private readonly device: CudaDevice
   private readonly host: number
@@ -51,10 +63,12 @@ export class CudaBackend implements Backend {
   }
 
   launch(batch: StepBatch): void {
+    const { logits, stream } = this.forward
+    this.kv.beforeStep(stream)
     this.step = this.queue(batch)
+    this.kv.afterStep(stream)
     const { driver } = this.device
     const bytes = this.outputs * this.vocab * 4
-    const { logits, stream } = this.forward
     if (bytes > 0) driver.copyToHost(this.host, logits, bytes, stream)
   }
 
@@ -85,7 +99,7 @@ export class CudaBackend implements Backend {
     this.fill(batch, singles)
     if (decodes) {
       const bucket = forward.bucketOf(segments)
-      for (let i = segments; i < bucket; i++) forward.state.setRow(i, 0, 0, -1, i)
+      for (let i = segments; i < bucket; i++) forward.state.setRow(i, 0, 0, -1, i, 0)
       return forward.decode(segments)
     }
     const shape = { tokens: batch.tokenCount, outputs, singles, segments: segments - singles }
@@ -104,14 +118,16 @@ export class CudaBackend implements Backend {
       const slot = present(batch.slots[s], 'a slot')
       const start = present(batch.starts[s], 'a position')
       const wanted = batch.wantsLogits[s] ? output++ : -1
+      const region = this.kv.regionOf(slot)
       const first = count === 1 ? single++ : row
       if (count > 1) {
-        state.setSegment(segment++, row, start, count, slot)
+        state.setSegment(segment++, row, start, count, region)
         row += count
       }
       for (let t = 0; t < count; t++) {
         const token = present(batch.tokens[from++], 'a token')
-        state.setRow(first + t, token, start + t, slot, t === count - 1 ? wanted : -1)
+        const output = t === count - 1 ? wanted : -1
+        state.setRow(first + t, token, start + t, slot, output, region)
       }
     }
   }

@@ -25,8 +25,8 @@ import { DeviceWeights } from './weights.ts'
 export interface ForwardOptions {
   device: CudaDevice
   modules: ModuleCache
-  /** Where the first slot's first byte is mapped, and how slots follow. */
-  kv: { address: number; layout: KvLayout }
+  /** Where region 0 lies, how regions follow, and how many there are. */
+  kv: { address: number; layout: KvLayout; regions: number }
   maxSequences: number
   stepTokens: number
   /** Whether matrix products are measured before they are used. */
@@ -230,7 +230,7 @@ export class CudaForward {
         base: kv.address,
         slotStride: layout.slotBytes,
         tokenStride: layout.tokenStride,
-        slots: maxSequences,
+        slots: kv.regions,
         slotTokens: Math.floor(layout.slotBytes / layout.tokenStride),
       },
       rowsMax: maxSequences,
@@ -250,9 +250,9 @@ export class CudaForward {
       .setAll(
         ...[state.inputRing, PLACES, state.entriesOfPlace, state.limits.tokens, state.counter],
         ...[state.lastTokens, options.kv.address, options.kv.layout.slotBytes, 0, 0],
-        ...[state.tokens, t.positions, t.bases, t.slots, t.lengths],
-        ...[o.positions, o.bases, o.slots, o.lengths, state.outputRows, state.outputSlots],
-        ...[s.firstRows, s.starts, s.counts, s.slots],
+        ...[state.tokens, t.positions, t.bases, t.regions, t.lengths],
+        ...[o.positions, o.bases, o.regions, o.lengths, state.outputRows, state.outputSlots],
+        ...[s.firstRows, s.starts, s.counts, s.regions],
       )
       .threads(256)
       .programmatic()

@@ -230,7 +230,7 @@ export class Lowering {
   private attention({ q, out, layer, window, rows }: AttentionNode): Command {
     const { attention, state } = this.context
     const [from, to] = [this.place(q), this.place(out)]
-    const { slots, lengths } = state.rows[rows]
+    const { regions: slots, lengths } = state.rows[rows]
     const decode = (step: StepShape, count: number) =>
       attention.decode(
         step.stream,
@@ -242,7 +242,8 @@ export class Lowering {
     return (step) => {
       if (step.singles > 0) decode(step, step.singles)
       if (step.segments === 0) return
-      const segments = { ...state.segments, segments: step.segments }
+      const { firstRows, starts, counts, regions } = state.segments
+      const segments = { firstRows, starts, counts, slots: regions, segments: step.segments }
       attention.prefill(
         step.stream,
         { q: from.address, out: to.address, ...segments },

@@ -10,16 +10,16 @@ import { viewMemory } from '../../ffi/libc.ts'
 export const PLACES = 4
 
 /** int32 words of a row as step.cu's Entry has them. */
-const WORDS = 4
+const WORDS = 5
 
 /** Device arrays of one kind of rows: all tokens of a step, or its outputs. */
 export interface RowArrays {
   /** [rows] int32 */
   positions: number
-  /** [rows] u64: first byte of the row's slot, 0 for rows that pad */
+  /** [rows] u64: first byte of the row's region, 0 for rows that pad */
   bases: number
-  /** [rows] int32: 0 for rows that pad */
-  slots: number
+  /** [rows] int32: where the KV of the row's slot lies, 0 for rows that pad */
+  regions: number
   /** [rows] int32: tokens that the row sees, itself included; 0 for rows that pad */
   lengths: number
 }
@@ -28,7 +28,7 @@ export interface SegmentArrays {
   firstRows: number
   starts: number
   counts: number
-  slots: number
+  regions: number
 }
 
 export interface StepLimits {
@@ -78,7 +78,7 @@ export class StepState {
     const arrays = (count: number): RowArrays => ({
       positions: array(count),
       bases: array(count, 8),
-      slots: array(count),
+      regions: array(count),
       lengths: array(count),
     })
     const at = {
@@ -90,7 +90,7 @@ export class StepState {
         firstRows: array(slots),
         starts: array(slots),
         counts: array(slots),
-        slots: array(slots),
+        regions: array(slots),
       },
       sampled: array(outputs),
       lastTokens: array(slots),
@@ -133,20 +133,28 @@ export class StepState {
   }
 
   /** Row `i` of the next step; see step.cu's Entry. */
-  setRow(i: number, token: number, position: number, slot: number, output: number): void {
+  setRow(
+    i: number,
+    token: number,
+    position: number,
+    slot: number,
+    output: number,
+    region: number,
+  ): void {
     const at = this.place(i)
     this.input[at] = token
     this.input[at + 1] = position
     this.input[at + 2] = slot
     this.input[at + 3] = output
+    this.input[at + 4] = region
   }
 
-  setSegment(i: number, firstRow: number, start: number, count: number, slot: number): void {
+  setSegment(i: number, firstRow: number, start: number, count: number, region: number): void {
     const at = this.place(this.limits.tokens + i)
     this.input[at] = firstRow
     this.input[at + 1] = start
     this.input[at + 2] = count
-    this.input[at + 3] = slot
+    this.input[at + 4] = region
   }
 
   /** The next step's rows are complete: what comes after is the step after it. */
