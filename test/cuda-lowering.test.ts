@@ -4,7 +4,8 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { StepBatch } from '../src/backends/backend.ts'
-import { CudaBackend, cudaKvLayout } from '../src/backends/cuda/backend.ts'
+import { CudaBackend } from '../src/backends/cuda/backend.ts'
+import { gpuKvLayout } from '../src/backends/cuda/kv-memory.ts'
 import { CudaDevice } from '../src/backends/cuda/device.ts'
 import type { ModuleCache } from '../src/backends/cuda/module-cache.ts'
 import { FAMILIES, Golden } from './arch/golden.ts'
@@ -13,6 +14,7 @@ import { MockAttention, MockKernels } from './support/mock-kernels.ts'
 import { MockCuda } from './support/mock-cuda.ts'
 
 const SLOTS = 7
+const CONTEXT = 64
 const PAGE_BYTES = 1 << 16
 const NAN_BF16 = 0x7fc0
 /** bf16 is rounded as on the GPU. */
@@ -31,7 +33,7 @@ for (const family of FAMILIES) {
     const device = CudaDevice.open(0, cuda)
     const { config } = golden.model
     const kernels = new MockKernels(cuda, config)
-    const layout = cudaKvLayout(config, 64, PAGE_BYTES)
+    const layout = gpuKvLayout(config, CONTEXT, PAGE_BYTES)
     const kv = new PlainKv(cuda, layout, SLOTS)
     const stream = cuda.createStream()
     kv.fill(NAN_BF16, stream)
@@ -73,6 +75,29 @@ for (const family of FAMILIES) {
     step([2, 1])
     step([3, 20, false])
     step([3, 2], [0, 1, false], [2, 5])
+    chooseAhead(backend, cuda, tokens)
     backend.close()
   })
+}
+
+/** Steps queued before their tokens are known choose what steps one by one choose. */
+function chooseAhead(backend: CudaBackend, cuda: MockCuda, prompt: readonly number[]): void {
+  const batch = new StepBatch(48, SLOTS)
+  const { stream } = backend.forward
+  const run = (slot: number, ahead: boolean): number[] => {
+    const chosen: number[] = []
+    const steps: number[] = []
+    for (let i = 0; i < 5; i++) {
+      batch.clear()
+      if (i === 0) batch.add(slot, 0, prompt, 0, 9, true)
+      else batch.add(slot, 8 + i, [ahead ? -1 : chosen.at(-1)!], 0, 1, true)
+      steps.push(backend.launchSampled(batch))
+      if (ahead && i === 0) continue
+      cuda.synchronizeStream(stream)
+      chosen.push(backend.tokensOf(steps[ahead ? i - 1 : i]!)[0]!)
+    }
+    if (ahead) chosen.push(backend.tokensOf(steps.at(-1)!)[0]!)
+    return chosen
+  }
+  assert.deepEqual(run(1, true), run(4, false), 'tokens that were chosen ahead')
 }

@@ -3,7 +3,7 @@
 // the GPU waits between steps.
 
 import { present } from '../assert.ts'
-import { cudaKvLayout } from '../backends/cuda/backend.ts'
+import { gpuKvLayout } from '../backends/cuda/kv-memory.ts'
 import type { CudaDevice } from '../backends/cuda/device.ts'
 import { CudaForward } from '../backends/cuda/forward.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
@@ -90,7 +90,7 @@ export function benchDecode(
   const { driver } = device
   return cases.map((of) => {
     const tokens = of.context + 2 * of.steps + WARM_STEPS + 2
-    const layout = cudaKvLayout(model.config, tokens, PAGE_BYTES)
+    const layout = gpuKvLayout(model.config, tokens, PAGE_BYTES)
     const bytes = layout.slotBytes * of.batch
     const address = driver.allocate(bytes)
     const forward = new CudaForward(model, {

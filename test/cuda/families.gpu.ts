@@ -4,7 +4,8 @@
 import assert from 'node:assert/strict'
 import { after, describe, test } from 'node:test'
 import { StepBatch } from '../../src/backends/backend.ts'
-import { CudaBackend, cudaKvLayout } from '../../src/backends/cuda/backend.ts'
+import { CudaBackend } from '../../src/backends/cuda/backend.ts'
+import { gpuKvLayout } from '../../src/backends/cuda/kv-memory.ts'
 import { FAMILIES, Golden } from '../arch/golden.ts'
 import { Gpu, Random } from './gpu.ts'
 import { PlainKv } from './plain-kv.ts'
@@ -41,7 +42,7 @@ function run(family: string, golden: Golden, kind: 'reference attention' | 'fast
   const name = `${family}, ${kind}`
   describe(name, () => {
     const longest = Math.max(...golden.sequences.map(({ tokens }) => tokens.length))
-    const layout = cudaKvLayout(golden.model.config, longest + 3, 2 << 20)
+    const layout = gpuKvLayout(golden.model.config, longest + 3, 2 << 20)
     const kv = new PlainKv(gpu.driver, layout, SLOTS)
     kv.fill(NAN_BF16, gpu.stream)
     const backend = new CudaBackend(golden.model, {

@@ -38,7 +38,7 @@ export class MockKernels {
       selectRows: (a, [rows]) => this.selectRows(a, rows!),
       addBias: (a, [rows]) => this.addBias(a, rows!),
       ropeAppend: (a, [rows]) => this.ropeAppend(a, rows!),
-      sample: () => {},
+      sample: (a, [outputs]) => this.sample(a, outputs!),
     }
     for (const [name, run] of Object.entries(kernels)) {
       cuda.behaviours.set(name, (launch: KernelLaunch) => {
@@ -111,10 +111,26 @@ export class MockKernels {
     }
   }
 
-  private publishStep([, , , , , counter, done]: readonly number[]): void {
+  private publishStep(args: readonly number[]): void {
+    const [tokens, outputs, ring, places, entries, counter, done] = args as number[]
+    const place = ring! + (this.u64(counter!) % places!) * entries! * 4
+    new Int32Array(viewMemory(place, entries! * 4)).set(this.i32(tokens!, outputs))
     const next = this.u64(counter!) + 1
     this.put(counter!, 0, next, 8)
     new BigUint64Array(viewMemory(done!, 8))[0] = BigInt(next)
+  }
+
+  /** Greedily. */
+  private sample(args: readonly number[], outputs: number): void {
+    const [logits, vocab, slotOf, , , , , , tokens, last] = args as number[]
+    for (let o = 0; o < outputs; o++) {
+      const [slot] = this.i32(slotOf! + o * 4)
+      if (slot! < 0) continue
+      const row = this.f32(logits! + o * vocab! * 4, vocab!)
+      const best = row.indexOf(Math.max(...row))
+      this.put(tokens!, o, best)
+      this.put(last!, slot!, best)
+    }
   }
 
   private embed([table, tokens, out, width, , scale]: readonly number[], rows: number): void {

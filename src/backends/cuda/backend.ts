@@ -3,11 +3,11 @@
 
 import { assert, present } from '../../assert.ts'
 import { viewMemory } from '../../ffi/libc.ts'
-import { type KvLayout, tokenMajor } from '../../kv/layout.ts'
-import type { Model, ModelConfig } from '../../model/model.ts'
+import type { Model } from '../../model/model.ts'
 import type { Backend, KvMemory, StepBatch } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
 import { CudaForward, type ForwardOptions } from './forward.ts'
+import type { SlotSampling } from './sampling.ts'
 
 /** KV memory as CudaKvMemory keeps it. */
 export interface GpuKv extends KvMemory {
@@ -24,14 +24,6 @@ export interface GpuKv extends KvMemory {
 export interface CudaBackendOptions extends Omit<ForwardOptions, 'kv'> {
   /** Memory of a token-major layout for as many slots; the backend closes it. */
   kv: GpuKv
-}
-
-const BF16 = 2
-
-/** Of keys and values on a GPU: bf16, token by token, a page is the driver's. */
-export function cudaKvLayout(config: ModelConfig, maxTokens: number, pageBytes: number): KvLayout {
-  const { layers, kvHeads, headDim } = config
-  return tokenMajor({ layers, rowBytes: 2 * kvHeads * headDim * BF16, maxTokens, pageBytes })
 }
 
 export class CudaBackend implements Backend {
@@ -62,10 +54,42 @@ export class CudaBackend implements Backend {
     )
   }
 
+  /**
+   * Says how the tokens of a slot's sequence are to be chosen on the GPU, from its next step on.
+   * @throws LatticeError `invalid_request` for biases that cannot be
+   */
+  begin(slot: number, sampling: SlotSampling): void {
+    this.forward.sampling.begin(slot, sampling, this.forward.stream)
+  }
+
+  /**
+   * Queues a step whose tokens are chosen on the GPU. A token of -1 in the batch is the one that
+   * was chosen last for its slot: the step can be queued before the host has seen that.
+   * @returns the step's number, for `tokensOf`; up to PLACES − 2 may be under way
+   */
+  launchSampled(batch: StepBatch): number {
+    const { stream } = this.forward
+    this.kv.beforeStep(stream)
+    const step = this.queue(batch, true)
+    this.kv.afterStep(stream)
+    return step
+  }
+
+  /**
+   * Waits for a step: its tokens in the order of the segments that wanted one, -1 where none
+   * could be chosen. Valid until PLACES − 1 more steps were queued.
+   * @throws LatticeError `gpu_call_failed` if the GPU failed
+   */
+  tokensOf(step: number): Int32Array {
+    const { state } = this.forward
+    state.wait(step)
+    return state.tokensOf(step)
+  }
+
   launch(batch: StepBatch): void {
     const { logits, stream } = this.forward
     this.kv.beforeStep(stream)
-    this.step = this.queue(batch)
+    this.step = this.queue(batch, false)
     this.kv.afterStep(stream)
     const { driver } = this.device
     const bytes = this.outputs * this.vocab * 4
@@ -85,7 +109,7 @@ export class CudaBackend implements Backend {
   }
 
   /** Queues a batch's step; its outputs are in the order of the segments that want them. */
-  private queue(batch: StepBatch): number {
+  private queue(batch: StepBatch, sample: boolean): number {
     const { segments, counts, wantsLogits } = batch
     let singles = 0
     let outputs = 0
@@ -103,7 +127,7 @@ export class CudaBackend implements Backend {
       return forward.decode(segments)
     }
     const shape = { tokens: batch.tokenCount, outputs, singles, segments: segments - singles }
-    return forward.step(shape, false)
+    return forward.step(shape, sample)
   }
 
   private fill(batch: StepBatch, singles: number): void {
