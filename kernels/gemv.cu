@@ -10,8 +10,8 @@
 //
 // Compiled for one shape (src/backends/cuda/gemv.ts chooses):
 //   K; TOKENS 1|2|4; KWARPS warps along K; CHUNKS of 256 elements a warp; GROUPS of rows side by
-//   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1; the next kernel may start RELEASE_ROUNDS of
-//   loads before the last one.
+//   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1; the next kernel may start
+//   RELEASE_ROUNDS of loads before the last one.
 // Error: float32 sums in a fixed order, one rounding. Oracle: test/cuda/gemv.test.ts.
 #include "rope.cuh"
 
@@ -193,7 +193,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       int i = (c * KWARPS + kwarp) * 32 + lane;
-      in[t][c] = WHOLE || i < K / 8 ? __ldcg((const uint4*)(x + (u64)t * K) + i) : make_uint4(0, 0, 0, 0);
+      const uint4* from = (const uint4*)(x + (u64)t * K) + i;
+      in[t][c] = WHOLE || i < K / 8 ? __ldcg(from) : make_uint4(0, 0, 0, 0);
     }
   }
   if (INPUT_NORM) {

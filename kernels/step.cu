@@ -43,7 +43,8 @@ extern "C" __global__ void fetchStep(const Entry* ring, int places, int entries,
   };
   if (i < segments) {
     Entry e = read(segmentsAt + i);
-    firstRows[i] = e.token, starts[i] = e.position, counts[i] = e.slot, segmentRegions[i] = e.region;
+    firstRows[i] = e.token, starts[i] = e.position;
+    counts[i] = e.slot, segmentRegions[i] = e.region;
   }
   if (i >= rows) return;
   Entry e = read(i);

@@ -10,23 +10,25 @@ import { Kernels } from '../backends/cuda/kernels.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import { PLACES } from '../backends/cuda/state.ts'
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
+import { dummyModel } from '../model/dummy.ts'
 import type { Model } from '../model/model.ts'
+import { type GpuBench, median } from './gpu-measure.ts'
 
-export interface DecodeCase {
+interface DecodeCase {
   batch: number
   /** Tokens of each sequence before the first measured step. */
   context: number
   steps: number
 }
 
-export interface DecodeOptions {
+interface DecodeOptions {
   prefetchBytes?: number
   overlap?: boolean
   /** Also times each kind of kernel by itself. */
   profile?: boolean
 }
 
-export interface DecodeResult extends DecodeCase {
+interface DecodeResult extends DecodeCase {
   /** Median of the time between the ends of two steps. */
   stepUs: number
   /** The same steps queued without the host looking at any. */
@@ -42,6 +44,29 @@ export interface DecodeResult extends DecodeCase {
 const PAGE_BYTES = 2 << 20
 const WARM_STEPS = 5
 
+/** What fits 80 GB: an 8B model, and as much context as the rest of the memory holds. */
+const MODEL = 'dummy:llama-3.1-8b'
+const CASES: readonly DecodeCase[] = [
+  { batch: 1, context: 1024, steps: 60 },
+  { batch: 4, context: 1024, steps: 40 },
+  { batch: 64, context: 576, steps: 40 },
+  { batch: 256, context: 1856, steps: 24 },
+]
+
+/** The part `decode` of `lattice bench gpu`. */
+export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
+  const readGBs = readBandwidth(device, modules)
+  row('memory read by a plain kernel', readGBs, 'GB/s')
+  const model = dummyModel(MODEL)
+  for (const one of benchDecode(device, modules, model, CASES, readGBs, { profile: true })) {
+    const name = `${MODEL}, ${one.batch} × ${one.context}`
+    row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
+    row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
+    row(`${name}: CPU a step`, one.cpuUs, 'µs')
+    for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+  }
+}
+
 /** Bytes that a decode step reads of the weights: all but the embedding's other rows. */
 function weightBytes({ tensors }: Model): number {
   const tied = !tensors.has('output.weight')
@@ -51,7 +76,7 @@ function weightBytes({ tensors }: Model): number {
 }
 
 /** Gigabytes a second that a plain kernel reads, the best of a few grids. */
-export function readBandwidth(device: CudaDevice, modules: ModuleCache): number {
+function readBandwidth(device: CudaDevice, modules: ModuleCache): number {
   const { driver, info } = device
   const kernels = new Kernels(device, modules)
   const bytes = 8 * 2 ** 30
@@ -79,7 +104,7 @@ export function readBandwidth(device: CudaDevice, modules: ModuleCache): number 
 }
 
 /** Measures each case on one set of weights; KV is random and has room for the largest. */
-export function benchDecode(
+function benchDecode(
   device: CudaDevice,
   modules: ModuleCache,
   model: Model,
@@ -202,9 +227,4 @@ function medianMs(device: CudaDevice, stream: number, runs: number, run: () => v
   }
   for (const event of events) driver.destroyEvent(event)
   return median(times)
-}
-
-function median(values: readonly number[]): number {
-  const sorted = values.toSorted((a, b) => a - b)
-  return sorted[sorted.length >> 1] ?? Number.NaN
 }

@@ -12,7 +12,9 @@ export function benchGpuCommand(): Command {
   return new Command('gpu')
     .description('Measures the GPU backend, part by part, each value beside what bounds it.')
     .addOption(
-      new Option('--part <PART>', 'what is measured').choices(['all', 'memory']).default('all'),
+      new Option('--part <PART>', 'what is measured')
+        .choices(['all', 'decode', 'memory'])
+        .default('all'),
     )
     .option('--json', 'print one JSON object')
     .action(async ({ part, json }: GpuFlags) => {
