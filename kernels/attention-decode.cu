@@ -12,7 +12,7 @@
 // Work is cut evenly whatever the lengths (stream-K, Osama et al. 2023): all tiles of all rows and
 // heads form one line, every block takes an equal stretch of it, and the last block to finish a
 // part of a row merges the parts (flash decoding, Dao et al. 2023). Tiles are counted backwards
-// from a row's last token; what would lie before token 0 is outside the tensor and comes as zeros.
+// from a row's last token, so that none reaches beyond it into memory that may not be mapped.
 // Tokens are the long side of the tensor-core products (S' = K·Q', O' = V'·P'), which pads the
 // group to 8 or 16 columns. Each warp has 16 tokens of a tile; in merging, a share of dimensions.
 // Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
@@ -247,24 +247,26 @@ template <int N> struct Sums {
   }
 };
 
-/** Starts filling a stage with a tile's keys and values; `token` may be negative. */
+/**
+ * Starts filling a stage with a tile's keys and values. Tokens before the first that is seen are
+ * hidden later; in their place that one is copied again. The copy engine would do such a tile, too,
+ * and heads that end within a panel, but for what is outside of the tensor it touches the tensor's
+ * first address, which need not be mapped.
+ */
 __device__ __forceinline__ void copyTile(const Arguments &a, const Piece &p, int slot, int token,
                                          u32 to, u32 filled) {
   const int lane = threadIdx.x % 32, row = a.headRow + p.kvHead;
 #if __CUDA_ARCH__ >= 900
-  // Nothing is asked for of a slot without tokens: even a box of zeros alone takes a mapped page.
-  if (lane == 0) {
-    if (p.length > 0) barrierExpect(filled, STAGE);
+  if (token >= 0 && HEAD_DIM % 64 == 0) {
+    if (lane == 0) barrierExpect(filled, STAGE);
     else barrierArrive(filled);
+    __syncwarp();
+    if (lane >= 2 * PANELS) return;
+    const int headRow = row + lane / PANELS * KV_HEADS;
+    loadBox(to + lane * PANEL, a.map, lane % PANELS * 64, headRow, token, slot, filled);
+    return;
   }
-  __syncwarp();
-  if (lane < 2 * PANELS && p.length > 0) {
-    const int values = lane >= PANELS;
-    loadBox(to + lane * PANEL, a.map, lane % PANELS * 64, row + values * KV_HEADS, token, slot,
-            filled);
-  }
-#else
-  // Tokens before the first are hidden later; in their place it is copied again.
+#endif
   constexpr int CHUNKS = HEAD_DIM / 8;
   const unsigned char *keys = a.kv + (u64)slot * a.slotStride + (u64)row * (HEAD_DIM * 2);
   for (int i = lane; i < 2 * TILE * CHUNKS && p.length > 0; i += 32) {
@@ -274,7 +276,6 @@ __device__ __forceinline__ void copyTile(const Arguments &a, const Piece &p, int
            from + values * (KV_HEADS * HEAD_DIM * 2) + chunk * 16);
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(filled) : "memory");
-#endif
 }
 
 /** Copies the tiles of this block's pieces into the ring, one stage after another. */
@@ -433,7 +434,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32)
   const u32 full = address(area + WARPS * WHOLE), empty = full + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      barrierInit(full + s * 8, __CUDA_ARCH__ >= 900 ? 1 : 32);
+      barrierInit(full + s * 8, 32);
       barrierInit(empty + s * 8, WARPS);
     }
   }

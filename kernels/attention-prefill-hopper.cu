@@ -2,15 +2,16 @@
 // Hopper (9.0), with its copy engine and warpgroup products. Elsewhere: attention-prefill.cu.
 //
 // q, out  [rows, heads, HEAD_DIM] bf16; the GROUP query heads of a key/value head are neighbours.
-// kv      a tensor map of [slots, tokens, layers · 2 · KV_HEADS, HEAD_DIM] bf16 with boxes of
-//         [1, KEYS, 1, 64], swizzled by 128 bytes; headRow is the layer's first key.
+// kv      address(slot, token) = kv + slot·slotStride + token·tokenStride, in bytes; row headRow of
+//         HEAD_DIM bf16 is there the layer's first key; KV_HEADS keys come before as many values.
+// map     the same memory as a tensor map of [slots, tokens, layers · 2 · KV_HEADS, HEAD_DIM] bf16
+//         with boxes of [1, KEYS, 1, 64], swizzled by 128 bytes.
 // firstRows, starts, counts, slots  [segments] int32, as in attention-prefill.cu.
 //
 // FlashAttention-3 (Shah et al. 2024): one warpgroup feeds the others, which take turns at the
 // tensor cores, one in its softmax while another multiplies, and each multiplies the last tile's
-// weights with values while it computes the next tile's scores. Tiles of keys are counted from the
-// last token that a tile of rows sees backwards, so that none reaches beyond it into memory that
-// may not be mapped; what would lie before token 0 is outside the tensor and comes as zeros.
+// weights with values while it computes the next tile's scores. A tile of keys that reaches beyond
+// the segment's end, into memory that may not be mapped, is copied without the copy engine.
 // Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
 //
 // -D HEAD_DIM GROUP KV_HEADS KEYS (tokens a tile) WORKERS (warpgroups) STAGES QUERY_STAGES
@@ -18,9 +19,11 @@
 
 #include "wgmma.cuh"
 
+static_assert(HEAD_DIM % 64 == 0, "the copy engine takes whole panels");
+
 constexpr int ROWS = 64 * WORKERS;
 constexpr int TILE_TOKENS = (ROWS + GROUP - 1) / GROUP;
-constexpr int PANELS = (HEAD_DIM + 63) / 64;  // of 64 columns, 128 bytes
+constexpr int PANELS = HEAD_DIM / 64;  // of 64 columns, 128 bytes
 constexpr int QUERY_PANEL = ROWS * 128;
 constexpr int KEY_PANEL = KEYS * 128;
 constexpr int QUERY_BYTES = PANELS * QUERY_PANEL;
@@ -34,8 +37,11 @@ constexpr int LOADERS = 3 * 32;  // threads that bring queries
 struct Arguments {
   const bf16 *q;
   bf16 *out;
+  const void *map;
+  const unsigned char *kv;
   const int *firstRows, *starts, *counts, *slots;
   int segments, window, headRow;
+  u64 slotStride, tokenStride;
   float scale, softcap;
 };
 
@@ -43,7 +49,7 @@ struct Arguments {
 struct Tile {
   int kvHead, row, rows;  // the first pair; how many the segment has
   int start, firstRow, slot;
-  int last, steps;  // the last position that a row has; tiles of keys
+  int last, end, steps;  // the last position of a row, and behind the segment's; tiles of keys
 };
 
 /**
@@ -124,7 +130,8 @@ struct Line {
     tile.slot = a.slots[segment];
     tile.last = tile.start + (min(tile.row + ROWS, tile.rows) - 1) / GROUP;
     const int from = max(0, tile.start + tile.row / GROUP + 1 - a.window);
-    tile.steps = (tile.last - from) / KEYS + 1;
+    tile.end = tile.start + a.counts[segment];
+    tile.steps = tile.last / KEYS - from / KEYS + 1;
   }
 };
 
@@ -159,30 +166,45 @@ template <int COUNT> struct Ring {
 using QueryRing = Ring<QUERY_STAGES>;
 using KeyRing = Ring<STAGES>;
 
-__device__ __forceinline__ void loadTokens(KeyRing &ring, const void *map, const Tile &tile,
+/** A tile of one head's keys or values, of all tokens that there are; the last fills the rest. */
+__device__ __forceinline__ void loadTokens(const Arguments &a, KeyRing &ring, const Tile &tile,
                                            int row, int step) {
-  const int token = tile.last + 1 - (step + 1) * KEYS;
+  const int token = (tile.last / KEYS - step) * KEYS, lane = threadIdx.x % 32;
   ring.awaitEmpty();
-  barrierExpect(ring.filled(), KEY_BYTES);
+  if (token + KEYS <= tile.end) {
+    if (lane == 0) {
+      barrierExpect(ring.filled(), KEY_BYTES);
 #pragma unroll
-  for (int p = 0; p < PANELS; p++)
-    loadBox(ring.at() + p * KEY_PANEL, map, p * 64, row, token, tile.slot, ring.filled());
+      for (int p = 0; p < PANELS; p++)
+        loadBox(ring.at() + p * KEY_PANEL, a.map, p * 64, row, token, tile.slot, ring.filled());
+    }
+  } else {
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    const unsigned char *head = a.kv + tile.slot * a.slotStride + (u64)row * (HEAD_DIM * 2);
+    for (int i = lane; i < KEYS * CHUNKS; i += 32) {
+      const int t = i / CHUNKS, chunk = i % CHUNKS;
+      const u64 from = min(token + t, tile.end - 1) * a.tokenStride + chunk * 16;
+      copy16(ring.at() + chunk / 8 * KEY_PANEL + t * 128 + ((chunk ^ t) & 7) * 16, head + from);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    publishShared();
+    __syncwarp();
+    if (lane == 0) barrierArrive(ring.filled());
+  }
   ring.advance();
 }
 
-/** A warp's first thread asks for keys and, a tile behind them, values. */
-__device__ __forceinline__ void feedTokens(const Arguments &a, const void *map, KeyRing keys,
-                                           KeyRing values) {
+/** A warp brings keys and, a tile behind them, values. */
+__device__ __forceinline__ void feedTokens(const Arguments &a, KeyRing keys, KeyRing values) {
   Line line(a);
   Tile tile;
   while (line.next(a, tile)) {
-    if (threadIdx.x > 0) continue;
     const int row = a.headRow + tile.kvHead;
     for (int step = 0; step < tile.steps; step++) {
-      loadTokens(keys, map, tile, row, step);
-      if (step > 0) loadTokens(values, map, tile, row + KV_HEADS, step - 1);
+      loadTokens(a, keys, tile, row, step);
+      if (step > 0) loadTokens(a, values, tile, row + KV_HEADS, step - 1);
     }
-    loadTokens(values, map, tile, row + KV_HEADS, tile.steps - 1);
+    loadTokens(a, values, tile, row + KV_HEADS, tile.steps - 1);
   }
 }
 
@@ -234,7 +256,7 @@ __device__ __forceinline__ void softmax(const Arguments &a, float (&s)[KEYS / 2]
     for (int i = 0; i < KEYS / 2; i++) {
       const int token = firstToken + i / 4 * 8 + lane % 4 * 2 + i % 2;
       const int position = rows.position[i / 2 % 2];
-      if (token > position || token <= position - a.window || token < 0) s[i] = NONE;
+      if (token > position || token <= position - a.window) s[i] = NONE;
     }
   }
 #pragma unroll
@@ -340,7 +362,7 @@ __device__ __forceinline__ void work(const Arguments &a, QueryRing queries, KeyR
   while (line.next(a, tile)) {
     const int first = tile.start + tile.row / GROUP;
     const auto edge = [&](int token) {
-      return token + KEYS - 1 > first || token < 0 || token <= tile.last - a.window;
+      return token + KEYS - 1 > first || token <= tile.last - a.window;
     };
     Rows rows;
 #pragma unroll
@@ -361,7 +383,7 @@ __device__ __forceinline__ void work(const Arguments &a, QueryRing queries, KeyR
     settle(s);
     keys.release();
     keys.advance();
-    int token = tile.last + 1 - KEYS;
+    int token = tile.last / KEYS * KEYS;
     softmax(a, s, rows, decay, token, true);
     packWeights(s, p);
     for (int step = 1; step < tile.steps; step++) {
@@ -403,11 +425,12 @@ __device__ __forceinline__ void work(const Arguments &a, QueryRing queries, KeyR
 extern __shared__ unsigned char shared[];
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1)
-    attentionPrefill(const bf16 *q, bf16 *out, const __grid_constant__ TensorMap kv,
-                     const int *firstRows, const int *starts, const int *counts, const int *slots,
-                     int segments, int window, int headRow, float scale, float softcap) {
-  const Arguments a = {q, out, firstRows, starts, counts, slots, segments, window, headRow,
-                       scale, softcap};
+    attentionPrefill(const bf16 *q, bf16 *out, const __grid_constant__ TensorMap map,
+                     const unsigned char *kv, const int *firstRows, const int *starts,
+                     const int *counts, const int *slots, int segments, int window, int headRow,
+                     u64 slotStride, u64 tokenStride, float scale, float softcap) {
+  const Arguments a = {q, out, &map, kv, firstRows, starts, counts, slots, segments, window,
+                       headRow, slotStride, tokenStride, scale, softcap};
   const u32 base = (address(shared) + 1023) / 1024 * 1024;
   const u32 barriers = base + QUERY_STAGES * QUERY_BYTES + 2 * STAGES * KEY_BYTES;
   const QueryRing queries(base, barriers, QUERY_BYTES);
@@ -429,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1)
   awaitPredecessor();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEEDER_REGISTERS));
-    if (threadIdx.x < 32) feedTokens(a, &kv, keys, values);
+    if (threadIdx.x < 32) feedTokens(a, keys, values);
     else feedQueries(a, queries, threadIdx.x - 32);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));

@@ -82,7 +82,10 @@ __device__ __forceinline__ void barrierExpect(u32 barrier, u32 bytes) {
                "r"(bytes) : "memory");
 }
 
-/** Copies a box of a tensor of four dimensions; what lies outside of it becomes zeros. */
+/**
+ * Copies a box of a tensor of four dimensions. What lies outside of it becomes zeros, but not
+ * without the tensor's first address being touched.
+ */
 __device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, int z, int w,
                                         u32 barrier) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "

@@ -7,8 +7,8 @@
 
 /**
  * A tile of rows of 128 bytes, 16-byte pieces swizzled by row % 8 as the copy engine does it; 8
- * rows lie 1024 bytes from the next 8. `across`: bytes to the next 64 columns where columns are the long
- * side (a transposed operand).
+ * rows lie 1024 bytes from the next 8. `across`: bytes to the next 64 columns where columns are
+ * the long side (a transposed operand).
  */
 __device__ __forceinline__ u64 descriptor(u32 at, u32 across) {
   return (u64)(at >> 4) | (u64)(across >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;

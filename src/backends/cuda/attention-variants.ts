@@ -61,8 +61,9 @@ export function attentionVariants(
   capability: number,
   room: number,
 ): { decode: DecodeVariant; prefill: AttentionVariant } {
-  const prefill =
-    capability === HOPPER ? hopperPrefillVariant(shape) : portablePrefillVariant(shape, room)
+  // The copy engine brings 64 dimensions at a time.
+  const hopper = capability === HOPPER && shape.headDim % 64 === 0
+  const prefill = hopper ? hopperPrefillVariant(shape) : portablePrefillVariant(shape, room)
   return { decode: decodeVariant(shape, room), prefill }
 }
 

@@ -86,6 +86,7 @@ const HOPPER: Kinds = {
   q: 'u64',
   out: 'u64',
   map: 'bytes128',
+  kv: 'u64',
   firstRows: 'u64',
   starts: 'u64',
   counts: 'u64',
@@ -93,6 +94,8 @@ const HOPPER: Kinds = {
   segments: 'i32',
   window: 'i32',
   headRow: 'i32',
+  slotStride: 'u64',
+  tokenStride: 'u64',
   scale: 'f32',
   softcap: 'f32',
 }
