@@ -165,3 +165,14 @@ test("a failure does not name its call, CUDA's code and what to do", { skip }, (
       /--kv-memory/.test(thrown.todo ?? ''),
   )
 })
+
+test('a launch costs more than the call itself', { skip }, (t) => {
+  const launch = new KernelLaunch(0x7f00000000f0, ['u64', 'i32', 'f32', 'u64']).set(0, 8)
+  const repeat = 20_000
+  for (let i = 0; i < repeat; i++) driver.launch(launch, 9)
+  const start = performance.now()
+  for (let i = 0; i < repeat; i++) driver.launch(launch.set(1, i), 9)
+  // A note, not a bound: other work on the machine must not fail it.
+  t.diagnostic(`${(((performance.now() - start) / repeat) * 1e6).toFixed(0)} ns a launch`)
+  assert.equal(noted(11)[10], repeat - 1, 'the last argument was seen')
+})

@@ -20,7 +20,7 @@ import type { Pager } from './pager.ts'
 
 /** A fork of this many tokens maps this many frames at most: 25 µs each. */
 const FORK_TOKENS = 4096
-const FORK_FRAMES = 32
+const FORK_FRAMES = 16
 
 /** Where a model's keys and values (bfloat16) lie in slots of up to `maxTokens` tokens. */
 export function gpuKvLayout(config: ModelConfig, maxTokens: number, pageBytes = 2 << 20): KvLayout {
