@@ -12,6 +12,8 @@ const TESTS = ['src/**/*.test.ts', 'test/**/*.test.ts']
 const GPU_TESTS = 'test/cuda/*.gpu.ts'
 /** A test that hangs fails after this long, with its name, instead of stopping CI mute. */
 const TEST_TIMEOUT_MS = 300_000
+/** All of them take two minutes; a file that blocks its own timers must not stop CI either. */
+const RUN_TIMEOUT_MS = 2_400_000
 
 const onGpu = process.argv.includes('--cuda')
 const flags = process.argv
@@ -51,10 +53,16 @@ const tests = spawn(
     '--test-reporter=spec',
     `--test-concurrency=${onGpu ? 1 : Math.max(2, availableParallelism() - 1)}`,
     `--test-timeout=${TEST_TIMEOUT_MS}`,
+    '--import=./tools/left-open.ts',
     ...flags,
     ...files.toSorted(),
   ],
-  { stdio: 'inherit', env: { LATTICE_LOG: 'off', ...process.env } },
+  {
+    stdio: 'inherit',
+    env: { LATTICE_LOG: 'off', ...process.env },
+    timeout: RUN_TIMEOUT_MS,
+    killSignal: 'SIGKILL',
+  },
 )
 for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => tests.kill(signal))
 tests.on('exit', (code) => process.exit(code ?? 1))

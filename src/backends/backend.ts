@@ -4,6 +4,7 @@
 import { assert } from '../assert.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type { KvMover } from '../kv/regions.ts'
+import type { KvTier } from '../kv/tier.ts'
 
 /**
  * One step's work, in arrays that are filled again for every step. Segment i is `counts[i]`
@@ -67,6 +68,8 @@ export interface KvMemory extends KvMover {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing
    */
   settle?(nowMs: number): number | undefined
+  /** Where columns can go, if anywhere. */
+  readonly tier?: KvTier
 }
 
 export interface Backend {

@@ -4,7 +4,15 @@ import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
 import type { DeviceOption } from '../engine/device.ts'
-import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
+import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
+import {
+  collect,
+  parseCount,
+  parseNumber,
+  parsePlace,
+  parseSize,
+  parseWatermarks,
+} from './parse.ts'
 
 export interface EngineOptions {
   model?: string
@@ -14,6 +22,12 @@ export interface EngineOptions {
   kvMemory?: number
   prefixCache?: number
   kvIdleRelease?: number
+  prefixEviction?: EvictionName
+  prefixCacheOutput: 'on' | 'off'
+  kvOffload?: { bytes: number; path?: string }
+  kvWatermark?: { high: number; low: number }
+  kvStore?: string
+  kvStoreKey?: string
 }
 
 export interface SamplingOptions {
@@ -63,6 +77,38 @@ export function addEngineOptions(command: Command): Command {
       'when idle KV memory of a GPU is given back to the driver (default: 0.5)',
       parseNumber(0, 86_400),
     )
+    .addOption(
+      new Option(
+        '--prefix-eviction <POLICY>',
+        'which of those go first: longest unused, least used, or cheapest to compute again' +
+          ` for what it frees (default: ${EVICTION_DEFAULT})`,
+      ).choices(EVICTION_NAMES),
+    )
+    .addOption(
+      new Option(
+        '--prefix-cache-output <WHETHER>',
+        'keep answers too, so that the next turn of a chat computes only what is new; that turn' +
+          ' may then be answered otherwise than by a server that has just started',
+      )
+        .choices(['on', 'off'])
+        .default('off'),
+    )
+    .option(
+      '--kv-offload <SIZE[:DIR]>',
+      'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
+      parsePlace,
+    )
+    .option(
+      '--kv-watermark <HIGH:LOW>',
+      'percent of --kv-memory: above HIGH, cached prompts go to that file until LOW is in use' +
+        ' (default: 90:80)',
+      parseWatermarks,
+    )
+    .option(
+      '--kv-store <DIR>',
+      'keep prompts there, encrypted, beyond a restart; with --kv-offload SIZE (default: none)',
+    )
+    .option('--kv-store-key <KEY>', 'its key: a file with 32 bytes, or keyring:NAME')
 }
 
 export function addSamplingOptions(command: Command): Command {

@@ -2,6 +2,7 @@
 // Everything in a request survives structured clone: the engine may live on another thread.
 
 import type { LatticeError } from '../errors.ts'
+import type { KvMap } from '../kv/map.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {
@@ -40,7 +41,7 @@ export const GREEDY: SamplingParams = {
   seed: 0,
 }
 
-/** One sequence to generate. A request with `n` choices is n of these. */
+/** One sequence to generate. */
 export interface SequenceRequest {
   /** Shown in `lattice ps`; sequences of one request share it. */
   requestId: string
@@ -52,10 +53,26 @@ export interface SequenceRequest {
   maxTokens: number
   /** Token ids that end the sequence (end-of-sequence ids; empty when they are ignored). */
   stopTokens: readonly number[]
-  /** Sequences of a group have the same prompt: it is computed once if they come together. */
-  group?: string
   /** Alternatives to report with each token; undefined reports none, 0 only the chosen one. */
   topLogprobs: number | undefined
+  /**
+   * Keeps the prompt in the prefix cache, under this name of the tenant's, until it is unpinned.
+   * The sequence ends with `prefix_memory_exhausted` if it cannot be kept, `invalid_request` if it
+   * is too short to be cached.
+   */
+  pin?: string
+  /** Beam search instead of sampling, which must be greedy then: the choices are its best. */
+  beams?: BeamParams
+}
+
+/** A beam search, with the meaning that HF transformers' `generate` gives each. */
+export interface BeamParams {
+  /** Beams that run side by side (num_beams), ≥ 2; choices of the request at most. */
+  width: number
+  /** A score is the sum of log-probabilities over the tokens to the power of this. */
+  lengthPenalty: number
+  /** When to stop. true: at `width` finished; false: no better is likely; 'never': possible. */
+  earlyStopping: boolean | 'never'
 }
 
 /** Natural logarithms of probabilities under the model's own distribution (before sampling). */
@@ -76,8 +93,23 @@ export interface SequenceSink {
   onStart?(cachedTokens: number): void
   /** A stop token that ends the sequence is counted but not delivered here. */
   onToken(token: number, logprobs: TokenLogprobs | undefined): void
-  /** Called once, last. `outputTokens` includes the stop token. */
-  onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void
+  /**
+   * Called once, last. `outputTokens` includes the stop token, and so does `score`: of a beam what
+   * it was ranked by, else the mean log-probability of a token; known if log-probabilities are.
+   */
+  onFinish(
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+    score?: number,
+  ): void
+}
+
+/** One of several answers to the same prompt. */
+export interface SequenceChoice {
+  /** Instead of the request's own. */
+  sampling: SamplingParams
+  sink: SequenceSink
 }
 
 export interface SequenceHandle {
@@ -85,11 +117,24 @@ export interface SequenceHandle {
   abort(): void
 }
 
+/**
+ * A preempted sequence waits again, then is in prefill until its output is computed again too. Or
+ * it is offloading until its memory is free, offloaded while it waits, loading until it is back.
+ */
+export type SequenceState =
+  | 'waiting'
+  | 'prefill'
+  | 'decode'
+  | 'offloading'
+  | 'offloaded'
+  | 'loading'
+
 export interface SequenceSnapshot {
+  /** No other sequence of this engine has had it. */
+  id: number
   requestId: string
   tenant: string
-  /** A preempted sequence waits again, then is in prefill until its output is recomputed too. */
-  state: 'waiting' | 'prefill' | 'decode'
+  state: SequenceState
   promptTokens: number
   /** Tokens whose KV is in memory. */
   kvTokens: number
@@ -99,6 +144,81 @@ export interface SequenceSnapshot {
   /** Bytes of the keys and values in memory, without page rounding. */
   bytes: number
   ageMs: number
+}
+
+/** KV outside of memory. */
+export interface TierSnapshot {
+  capacityBytes: number
+  usedBytes: number
+  /** Written and read since the start. */
+  savedBytes: number
+  loadedBytes: number
+  /** Preempted sequences that were moved out; the others were computed again. */
+  offloads: number
+  /** Cached prefixes that went out of memory. */
+  demotions: number
+  /** Prompts for which some came back. */
+  fetches: number
+  /** Sequences and prefixes computed again in the end because writing or reading failed. */
+  lost: number
+}
+
+/** A prefix that stays in memory until it is unpinned. */
+export interface PinnedPrefix {
+  id: string
+  tenant: string
+  tokens: number
+  /** Pages that it refers to, whoever else does. */
+  pages: number
+  bytes: number
+  /** Prompts that began with it since, its own not counted. */
+  uses: number
+  ageMs: number
+}
+
+/** What is cached of a conversation, from its first token on. */
+export interface SessionSnapshot {
+  id: string
+  tokens: number
+  /** In memory, those of other sessions with the same beginning included. */
+  pages: number
+  /** Outside of memory. */
+  outPages: number
+  /** Of all of them. */
+  bytes: number
+  where: 'memory' | 'disk' | 'both'
+  /** Since it was last used. */
+  idleMs: number
+}
+
+/**
+ * moving: it is on its way; busy: a sequence uses it, or there is no room; unknown: there is no
+ * such session; impossible: there is nowhere to move it.
+ */
+export type SessionMove = 'done' | 'moving' | 'busy' | 'unknown' | 'impossible'
+
+/** What an engine is asked, or told to do with its memory, between two steps. */
+export type EngineQuestion =
+  | { kind: 'pinned'; tenant: string }
+  /** The prefix stays cached for a while. */
+  | { kind: 'unpin'; tenant: string; id: string }
+  | { kind: 'sessions'; tenant: string }
+  /** Begins to move a session's KV out of memory, or back. */
+  | { kind: 'offload' | 'reload'; tenant: string; id: string }
+  /** Every page in use; takes longer than a snapshot. */
+  | { kind: 'map' }
+
+/** The answer to each kind of question. */
+export interface EngineAnswers {
+  /** Of this tenant's. */
+  pinned: PinnedPrefix[]
+  /** False if the tenant has no such prefix. */
+  unpin: boolean
+  /** Of this tenant's, the latest used first. */
+  sessions: SessionSnapshot[]
+  offload: SessionMove
+  reload: SessionMove
+  map: { snapshot: EngineSnapshot; map: KvMap }
 }
 
 /** Counters only grow; gauges are of now. */
@@ -112,16 +232,27 @@ export interface EngineSnapshot {
     limitPages: number
     /** What the kernel says is resident in the memfd; asked for this snapshot. */
     residentBytes: number
+    /** Of the used pages, those that cached prefixes refer to, whoever else does. */
+    cachedPages: number
+    /** Of the used pages, those that pinned prefixes refer to. */
+    pinnedPages: number
   }
   /** Prompt tokens looked up in the prefix cache, and found there. */
   prefixQueries: number
   prefixHits: number
+  /** Ends of cached prefixes that were forgotten to make room. */
+  prefixEvictions: number
   steps: number
   /** Computed, that is: not found in the prefix cache or shared with another choice. */
   promptTokens: number
   outputTokens: number
   finished: Record<FinishReason, number>
+  /** Sequences that made room for others. */
   preemptions: number
+  /** Absent if there is no memory but the one. */
+  tier?: TierSnapshot
+  /** Forks of beams that were copied in part, because their tokens lay in too many places. */
+  beamCopies: number
   /** Wall time inside the backend's compute and in whole steps, in milliseconds. */
   computeMs: number
   stepMs: number
@@ -143,10 +274,19 @@ export interface Engine {
    *   `draining`, `engine_stopped`, `kv_memory_exhausted` (could never fit).
    */
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
+  /**
+   * Queues several sequences that share a prompt, which is computed once: all of them or none.
+   * Those of a beam search get all of their tokens at its end, the best hypothesis first.
+   * @returns a handle for each, in order
+   * @throws LatticeError as `submit` does
+   */
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[]
   /** Free places in the queue now: how many submits would not throw `queue_full`. */
   queueRoom(): number
   /** What is now or, while a long step is computed, what was shortly before that step began. */
   snapshot(): Promise<EngineSnapshot>
+  /** Answered between two steps, so after the one that is computed now. */
+  ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]>
   /** Refuses new sequences, resolves when the last one has ended. */
   drain(): Promise<void>
   /** Ends everything at once. */

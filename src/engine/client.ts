@@ -2,12 +2,17 @@
 // to their sinks. Whatever happens to that thread, every sequence gets its finish.
 
 import { Worker } from 'node:worker_threads'
+import { present } from '../assert.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { pagesFor } from '../kv/layout.ts'
+import { PagerHost } from '../tier/pager-host.ts'
 import type {
   Engine,
+  EngineAnswers,
   EngineModel,
+  EngineQuestion,
   EngineSnapshot,
+  SequenceChoice,
   SequenceHandle,
   SequenceRequest,
   SequenceSink,
@@ -40,6 +45,7 @@ export class EngineClient implements Engine {
   private readonly limits: ClientLimits
   private readonly live = new Map<number, LiveSequence>()
   private readonly snapshots = new Map<number, PromiseWithResolvers<EngineSnapshot>>()
+  private readonly questions = new Map<number, PromiseWithResolvers<never>>()
   private latest: { snapshot: EngineSnapshot; atMs: number } | undefined
   private readonly drained: (() => void)[] = []
   private nextId = 1
@@ -48,6 +54,7 @@ export class EngineClient implements Engine {
 
   private constructor(
     worker: Worker,
+    pager: PagerHost | undefined,
     signal: Int32Array,
     model: EngineModel,
     facts: EngineFacts,
@@ -60,7 +67,13 @@ export class EngineClient implements Engine {
     this.limits = limits
     worker.on('message', (message: FromEngine) => this.receive(message))
     worker.on('error', (thrown) => this.stop(toLatticeError(thrown)))
-    worker.on('exit', () => this.stop(stopped()))
+    worker.on('exit', () => {
+      this.stop(stopped())
+      void pager?.terminate()
+    })
+    if (!pager) return
+    pager.onDeath = (why) => this.stop(why)
+    if (pager.death) this.stop(pager.death)
   }
 
   /**
@@ -75,29 +88,41 @@ export class EngineClient implements Engine {
     const signal = new SharedArrayBuffer(4)
     const workerData: EngineThreadOptions = { ...options, signal }
     const worker = new Worker(new URL('./thread.ts', import.meta.url), { workerData })
+    let pager: PagerHost | undefined
     const facts = await new Promise<EngineFacts>((resolve, reject) => {
-      worker.once('message', (message: FromEngine) => {
+      worker.on('message', (message: FromEngine) => {
         if (message.kind === 'ready') resolve(message.facts)
+        else if (message.kind === 'pager') pager = new PagerHost(message.start)
         else if (message.kind === 'failed') reject(LatticeError.fromJSON(message.error))
       })
       worker.once('error', (thrown) => reject(toLatticeError(thrown)))
       worker.once('exit', () => reject(stopped()))
+    }).catch((thrown: unknown) => {
+      void pager?.terminate()
+      throw thrown
     })
     // Each by name: the worker keeps internal listeners that deliver its messages.
     for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
-    return new EngineClient(worker, new Int32Array(signal), model, facts, limits)
+    return new EngineClient(worker, pager, new Int32Array(signal), model, facts, limits)
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
-    this.check(request)
-    const id = this.nextId++
-    this.send({ kind: 'submit', id, request })
-    this.live.set(id, { sink, outputTokens: 0 })
-    return {
+    return present(this.submitChoices(request, [{ sampling: request.sampling, sink }])[0], 'one')
+  }
+
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
+    this.check(request, choices.length)
+    const ids = choices.map(() => this.nextId++)
+    const samplings = choices.map(({ sampling }) => sampling)
+    this.send({ kind: 'submit', ids, request, samplings })
+    choices.forEach(({ sink }, i) => {
+      this.live.set(present(ids[i], 'an id'), { sink, outputTokens: 0 })
+    })
+    return ids.map((id) => ({
       abort: () => {
         if (this.live.has(id)) this.send({ kind: 'abort', id })
       },
-    }
+    }))
   }
 
   queueRoom(): number {
@@ -117,6 +142,15 @@ export class EngineClient implements Engine {
     return answer.promise.finally(() => clearTimeout(timer))
   }
 
+  ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
+    if (this.stopped) return Promise.reject(stopped(this.stopped))
+    const ticket = this.nextId++
+    const answer = Promise.withResolvers<never>()
+    this.questions.set(ticket, answer)
+    this.send({ kind: 'ask', ticket, question })
+    return answer.promise
+  }
+
   async drain(): Promise<void> {
     this.draining = true
     if (this.live.size === 0) return
@@ -131,7 +165,7 @@ export class EngineClient implements Engine {
     await exited
   }
 
-  private check({ prompt, maxTokens }: SequenceRequest): void {
+  private check({ prompt, maxTokens }: SequenceRequest, choices: number): void {
     if (this.stopped) throw stopped(this.stopped)
     if (this.draining) {
       throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
@@ -163,7 +197,7 @@ export class EngineClient implements Engine {
         { todo: 'Ask for fewer tokens or start with a larger --kv-memory.' },
       )
     }
-    if (this.queueRoom() === 0) {
+    if (this.queueRoom() < choices) {
       throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
         todo: 'Retry later, or start with a larger --max-queue.',
       })
@@ -198,6 +232,9 @@ export class EngineClient implements Engine {
       this.latest = { snapshot: message.snapshot, atMs: performance.now() }
       this.snapshots.get(message.ticket)?.resolve(message.snapshot)
       this.snapshots.delete(message.ticket)
+    } else if (message.kind === 'answer') {
+      this.questions.get(message.ticket)?.resolve(message.answer as never)
+      this.questions.delete(message.ticket)
     } else if (message.kind === 'failed') this.stop(LatticeError.fromJSON(message.error))
   }
 
@@ -208,10 +245,10 @@ export class EngineClient implements Engine {
       sequence.outputTokens++
       sequence.sink.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
     }
-    for (const { id, reason, outputTokens, error } of finished) {
+    for (const { id, reason, outputTokens, error, score } of finished) {
       const sequence = this.live.get(id)
       this.live.delete(id)
-      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error))
+      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error), score)
     }
     if (this.live.size === 0) for (const resolve of this.drained.splice(0)) resolve()
   }
@@ -220,8 +257,10 @@ export class EngineClient implements Engine {
   private stop(why: LatticeError): void {
     if (this.stopped) return
     this.stopped = why
-    for (const answer of this.snapshots.values()) answer.reject(stopped(why))
-    this.snapshots.clear()
+    for (const asked of [this.snapshots, this.questions]) {
+      for (const answer of asked.values()) answer.reject(stopped(why))
+      asked.clear()
+    }
     for (const { sink, outputTokens } of this.live.values()) {
       sink.onFinish('error', outputTokens, why)
     }

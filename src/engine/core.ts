@@ -5,30 +5,48 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { KvHistory, watched } from '../kv/history.ts'
 import { liveBytes } from '../kv/layout.ts'
+import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
+import { Transfers } from '../kv/transfers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
+import { Costs } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
+  SamplingParams,
   SequenceRequest,
   SequenceSnapshot,
   TokenLogprobs,
 } from './api.ts'
+import { BeamGroup } from './beam-group.ts'
+import type { Hypothesis } from './beams.ts'
+import { Offload, type OffloadOptions } from './offload.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
+import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
 
-export interface CoreOptions {
+export interface CoreOptions extends OffloadOptions {
   maxSequences: number
   /** Hard limit on physical KV pages. */
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
+  greedy?: boolean
+  /** Which of them go first; 'cost' unless told. */
+  prefixEviction?: EvictionName | undefined
+  /** Whether answers are cached as prompts are. */
+  prefixOutput?: boolean | undefined
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
@@ -41,6 +59,7 @@ export interface CoreSink {
     reason: FinishReason,
     outputTokens: number,
     error: LatticeError | undefined,
+    score: number | undefined,
   ): void
 }
 
@@ -51,6 +70,9 @@ export interface CoreSink {
  */
 const WARM_MS = 20
 
+/** How soon to look again for what is on its way, when there is nothing else to do. */
+const TIER_WAIT_MS = 1
+
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
 
@@ -60,10 +82,14 @@ export class EngineCore {
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
+  private readonly history: KvHistory
   private readonly scheduler: Scheduler<Sequence>
+  private readonly offload: Offload | undefined
+  private readonly sessions: Sessions | undefined
+  private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
-  /** Sequences that share their prompt, as long as one of them lives. */
-  private readonly groups = new Map<string, Sequence[]>()
+  /** Regions besides its own that a slot's tokens may lie in. */
+  private readonly spansMax: number
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
@@ -86,17 +112,35 @@ export class EngineCore {
     this.sink = sink
     this.now = now
     const { kv, chunkTokensMin } = backend
-    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
+    this.history = new KvHistory(now)
+    const mover = watched(kv, kv.layout, this.history)
+    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, mover)
     this.slots = new SlotTable(regions, kv.slots)
-    const cache = options.prefixPages ? new PrefixCache(regions, options.prefixPages) : undefined
-    this.sharing = new PromptSharing(this.slots, cache, {
+    this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
+    const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
+    const { pageBytes } = kv.layout.shape
+    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
+    const transfers = kv.tier && new Transfers(kv.tier)
+    const places = transfers && { places: transfers.places }
+    const cache = prefixPages
+      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
+      : undefined
+    this.costs = new Costs(kv.layout.shape.pageBytes)
+    this.offload =
+      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
+    this.sessions = cache && new Sessions(this.slots, cache, this.offload)
+    this.sharing = new PromptSharing(this.slots, cache, this.offload, {
+      output: options.prefixOutput ?? false,
+      onPreempt: (pages) => this.history.add('preempt', pages * pageBytes),
       computeMin: Math.max(1, chunkTokensMin),
-      spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
+      spansMax: this.spansMax,
     })
+    const { maxSequences, greedy = false } = options
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences, chunkTokensMin },
+      { stepTokens: backend.stepTokensMax, maxSequences, chunkTokensMin, greedy },
       this.sharing,
+      this.offload,
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -109,34 +153,52 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    try {
-      const group = this.groupOf(request)
-      const sequence = new Sequence(id, request, group, this.now())
-      this.sequences.set(id, sequence)
-      if (group && request.group !== undefined) {
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    if (request.beams) return this.submitBeams(ids, request)
+    const group: Sequence[] = []
+    ids.forEach((id, i) => {
+      try {
+        this.sharing.checkPin(request)
+        const sampling = present(samplings[i], 'sampling of a choice')
+        const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
-        this.groups.set(request.group, group)
+        this.sequences.set(id, sequence)
+        this.scheduler.waiting.push(sequence)
+      } catch (thrown) {
+        if (!(thrown instanceof LatticeError)) throw thrown
+        this.report(id, 'error', 0, thrown)
       }
-      this.scheduler.waiting.push(sequence)
-    } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      this.finished.error++
-      this.sink.onFinish(id, 'error', 0, thrown)
-    }
+    })
   }
 
   abort(id: number): void {
     const sequence = this.sequences.get(id)
-    if (sequence) this.finish(sequence, 'abort')
+    if (!sequence) return
+    const { unit } = sequence
+    if (!unit) return this.finish(sequence, 'abort')
+    unit.ids[unit.ids.indexOf(id)] = undefined
+    this.report(id, 'abort', 0)
+    if (unit.abandoned) this.endBeams(unit, -Infinity)
   }
 
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
-   * @returns false if there was nothing to do.
+   * @returns false if there was nothing to do, or all wait for what comes from outside of memory.
    * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
+    this.scheduler.settle(start)
+    this.offload?.keepRoom()
+    this.offload?.keep(start)
     const parts = this.scheduler.plan()
     if (parts.length === 0) return false
     this.fill(parts)
@@ -144,7 +206,11 @@ export class EngineCore {
     this.backend.launch(this.batch)
     this.expectGrowth(parts)
     const rows = this.backend.collect()
-    this.computeMs += this.now() - computeStart
+    // What a step read after the pager's death is not what was there: nothing of it is told.
+    this.backend.kv.tier?.check()
+    const computeMs = this.now() - computeStart
+    this.computeMs += computeMs
+    this.learn(parts, computeMs)
     this.commit(parts, rows)
     this.releaseOverdue()
     this.steps++
@@ -158,6 +224,15 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
+    const wait = this.giveBack()
+    this.offload?.keepRoom()
+    const keep = this.offload?.keep(this.now())
+    if (!this.offload?.busy) return keep === undefined ? wait : Math.min(wait ?? Infinity, keep)
+    if (this.idle) this.scheduler.settle(this.now())
+    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  private giveBack(): number | undefined {
     const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
     if (this.idle && bytes > WARM_IDLE_BYTES) {
       this.slots.reclaim(Infinity)
@@ -173,18 +248,27 @@ export class EngineCore {
 
   /** Throws if the account of memory contradicts itself. */
   check(): void {
-    this.sharing.check()
+    this.offload?.check()
+    this.sharing.check(this.offload?.holds())
+  }
+
+  /** The machine has too little memory: cached prefixes go out of it. */
+  relieve(): void {
+    this.offload?.relieve()
   }
 
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
+    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
-    const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
+    const all = [...this.scheduler.running, ...this.scheduler.waiting]
+    const sequences = all.map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
       return {
+        id: sequence.id,
         requestId: request.requestId,
         tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
+        state: sequence.state,
         promptTokens: request.prompt.length,
         kvTokens: computed,
         outputTokens: sequence.outputTokens,
@@ -193,6 +277,7 @@ export class EngineCore {
         ageMs: now - sequence.arrivedMs,
       }
     })
+    const { offload, recompute } = this.scheduler.preemptions
     return {
       sequences,
       running: this.scheduler.running.length,
@@ -202,17 +287,50 @@ export class EngineCore {
         usedPages: this.slots.usedPages,
         limitPages: this.slots.limitPages,
         residentBytes: this.backend.kv.residentBytes(),
+        cachedPages,
+        pinnedPages,
       },
       prefixQueries: this.sharing.queries,
       prefixHits: this.sharing.hits,
+      prefixEvictions: evictions,
       steps: this.steps,
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
       finished: { ...this.finished },
-      preemptions: this.scheduler.preemptions,
+      preemptions: offload + recompute,
+      ...(this.offload && { tier: this.offload.snapshot(offload, this.scheduler.imagesLost) }),
+      beamCopies: this.slots.compactions,
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  private learn(parts: readonly ScheduledPart<Sequence>[], ms: number): void {
+    let decodes = 0
+    let promptTokens = 0
+    for (const { sequence, count } of parts) {
+      if (isDecoding(sequence)) decodes++
+      else promptTokens += count
+    }
+    this.costs.stepped(promptTokens, decodes, ms)
+  }
+
+  /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
+  answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    const { kind } = question
+    if (kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    const { tenant } = question
+    if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
+    if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
+    if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
+    if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
+    return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
+  }
+
+  private map(): KvMap {
+    const { slots, history, scheduler } = this
+    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {
@@ -241,18 +359,29 @@ export class EngineCore {
       if (sequence.outputTokens === 0) this.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
-      if (sequence.outputTokens === 0) this.share(sequence, logits)
-      this.advance(sequence, logits)
+      if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
+      if (sequence.unit) this.advanceBeam(sequence.unit, sequence, logits)
+      else this.advance(sequence, logits)
     }
   }
 
-  /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
-  private share(sequence: Sequence, logits: Float32Array): void {
-    this.sharing.computed(sequence)
+  /**
+   * A prompt is in memory: it is kept for later, and others that wait for it start from here.
+   * False if it was to be pinned and could not be: then the sequence has ended.
+   */
+  private share(sequence: Sequence, logits: Float32Array): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
+      if (!full) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
     for (;;) {
       const next = this.scheduler.waiting[0]
-      if (!next || !this.sharing.continues(next, sequence)) return
-      if (!this.scheduler.fork(sequence)) return
+      if (!next || !this.sharing.continues(next, sequence)) return true
+      if (!this.scheduler.fork(sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -264,34 +393,103 @@ export class EngineCore {
     if (sequence.started) return
     this.sharing.started(sequence)
     sequence.started = true
-    this.sink.onStart(sequence.id, sequence.cachedTokens)
+    for (const id of sequence.unit?.ids ?? [sequence.id]) {
+      if (id !== undefined) this.sink.onStart(id, sequence.cachedTokens)
+    }
   }
 
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
     const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    let token: number
     try {
-      const token = this.sampler.sample(logits, sequence.sampler)
-      sequence.push(token)
-      this.outputTokens++
-      if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
-      const logprobs =
-        topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-      this.sink.onToken(sequence.id, token, logprobs)
-      if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
+      token = this.sampler.sample(logits, sequence.sampler)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
-      this.finish(sequence, 'error', thrown)
+      return this.finish(sequence, 'error', thrown)
     }
+    sequence.push(token)
+    this.outputTokens++
+    const logprobs =
+      topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+    sequence.logprobs += logprobs?.logprob ?? 0
+    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
+    this.sink.onToken(sequence.id, token, logprobs)
+    if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
-    this.sequences.delete(sequence.id)
-    this.leaveGroup(sequence)
+    const { id, outputTokens, logprobs, request } = sequence
+    const scored = request.topLogprobs !== undefined && outputTokens > 0
+    this.report(id, reason, outputTokens, error, scored ? logprobs / outputTokens : undefined)
+  }
+
+  private report(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error?: LatticeError,
+    score?: number,
+  ): void {
+    this.sequences.delete(id)
     this.finished[reason]++
-    this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
+    this.sink.onFinish(id, reason, outputTokens, error, score)
+  }
+
+  private submitBeams(ids: readonly number[], request: SequenceRequest): void {
+    try {
+      const group = new BeamGroup(ids, request, this.backend.kv.layout, this.now())
+      this.scheduler.checkUnit(group)
+      for (const id of ids) this.sequences.set(id, group.lead)
+      this.scheduler.waiting.push(group.lead)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      for (const id of ids) this.report(id, 'error', 0, thrown)
+    }
+  }
+
+  /** Takes a beam's logits in; once those of all are there, their search goes on by a token. */
+  private advanceBeam(group: BeamGroup, member: Sequence, logits: Float32Array): void {
+    if (group.abandoned) return
+    try {
+      if (!group.offer(member, logits, this.sampler)) return
+      const hypotheses = group.advance(this.scheduler, this.spansMax)
+      if (hypotheses) this.deliver(group, hypotheses)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.endBeams(group, -Infinity, thrown)
+    }
+  }
+
+  /** Hands out what a beam search has found, the best to its first choice. */
+  private deliver(group: BeamGroup, hypotheses: readonly Hypothesis[]): void {
+    const { topLogprobs } = group.lead.request
+    hypotheses.forEach(({ tokens, logprobs, score, stopped }, i) => {
+      const id = group.ids[i]
+      if (id === undefined) return
+      const shown = stopped ? tokens.slice(0, -1) : tokens
+      shown.forEach((token, at) => {
+        this.sink.onToken(id, token, topLogprobs === undefined ? undefined : logprobs[at])
+      })
+      this.outputTokens += tokens.length
+      group.ids[i] = undefined
+      this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
+    })
+    this.endBeams(group, this.now(), tooFew(hypotheses.length))
+  }
+
+  /** Takes all beams out; who still waits for a hypothesis gets the error. */
+  private endBeams(group: BeamGroup, sinceMs: number, error?: LatticeError): void {
+    const running = this.scheduler.running.filter(({ unit }) => unit === group)
+    for (const member of new Set([...running, group.lead])) this.scheduler.remove(member, sinceMs)
+    group.ids.forEach((id, i) => {
+      if (id === undefined) return
+      group.ids[i] = undefined
+      this.report(id, 'error', 0, error)
+    })
   }
 
   /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
@@ -299,26 +497,11 @@ export class EngineCore {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
   }
+}
 
-  /**
-   * The sequences that this one shares its prompt with so far.
-   * @throws LatticeError `invalid_request` if their prompt is another
-   */
-  private groupOf({ group, prompt }: SequenceRequest): Sequence[] | undefined {
-    if (group === undefined) return undefined
-    const members = this.groups.get(group) ?? []
-    const other = members[0]?.request.prompt
-    if (other && (other.length !== prompt.length || prompt.some((t, i) => t !== other[i]))) {
-      throw new LatticeError('invalid_request', 'A group of sequences has different prompts.', {
-        todo: 'Give sequences the same group only if they have the same prompt.',
-      })
-    }
-    return members
-  }
-
-  /** Forgets a group whose last sequence has ended. */
-  private leaveGroup({ request, group }: Sequence): void {
-    if (request.group === undefined || !group) return
-    if (!group.some(({ id }) => this.sequences.has(id))) this.groups.delete(request.group)
-  }
+function tooFew(found: number): LatticeError {
+  return new LatticeError('invalid_request', `The beam search found only ${found} answers.`, {
+    todo: 'Ask for fewer answers: there are not as many that are possible.',
+    details: { param: 'n' },
+  })
 }

@@ -1,6 +1,8 @@
 // Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
 
-import type { SequenceRequest } from './api.ts'
+import type { Image } from '../kv/tiers.ts'
+import type { SequenceRequest, SequenceState } from './api.ts'
+import type { BeamGroup } from './beam-group.ts'
 import { SamplerState } from './sampler.ts'
 
 export class Sequence {
@@ -13,16 +15,31 @@ export class Sequence {
   length: number
   computed = 0
   slot = -1
+  image: Image | undefined
+  preemptions = 0
+  /** What is cached of its prompt outside of memory: on its way, or no matter any more. */
+  fetched: 'coming' | 'done' | undefined
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
-  /** Those it shares its prompt with, itself too; undefined if it is alone. */
-  readonly group: Sequence[] | undefined
+  /** The choices of its request, which share its prompt; itself too. */
+  readonly group: readonly Sequence[]
+  /** The beam search that it is a part of. */
+  readonly unit: BeamGroup | undefined
+  /** Sum of its tokens' log-probabilities, the stop token's too, if any were asked for. */
+  logprobs = 0
   /** It has left the queue once; it may wait again if it is preempted. */
   started = false
 
-  constructor(id: number, request: SequenceRequest, group: Sequence[] | undefined, nowMs: number) {
+  constructor(
+    id: number,
+    request: SequenceRequest,
+    group: readonly Sequence[],
+    nowMs: number,
+    unit?: BeamGroup,
+  ) {
     this.id = id
     this.group = group
+    this.unit = unit
     this.request = request
     this.arrivedMs = nowMs
     this.sampler = new SamplerState(request.sampling, request.prompt)
@@ -31,8 +48,24 @@ export class Sequence {
     this.length = request.prompt.length
   }
 
+  get promptLength(): number {
+    return this.request.prompt.length
+  }
+
+  get lengthMax(): number {
+    return this.tokens.length
+  }
+
   get outputTokens(): number {
-    return this.length - this.request.prompt.length
+    return this.length - this.promptLength
+  }
+
+  get state(): SequenceState {
+    if (this.image?.state === 'leaving') return 'offloading'
+    if (this.image) return this.image.state === 'out' ? 'offloaded' : 'loading'
+    if (this.slot < 0) return 'waiting'
+    const decodes = this.outputTokens > 0 && this.computed === this.length - 1
+    return decodes ? 'decode' : 'prefill'
   }
 
   push(token: number): void {

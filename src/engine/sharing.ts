@@ -1,10 +1,13 @@
 // Owns what sequences share of their prompts: choices of one request among each other, and any
 // request with the cached prefixes of its tenant.
 
-import type { KvSpan } from '../kv/regions.ts'
+import { LatticeError } from '../errors.ts'
+import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
-import type { SlotTable } from '../kv/slots.ts'
+import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
+import type { PinnedPrefix, SequenceRequest } from './api.ts'
+import type { Offload } from './offload.ts'
 import type { Sequence } from './sequence.ts'
 
 export interface SharingOptions {
@@ -12,6 +15,10 @@ export interface SharingOptions {
   computeMin: number
   /** Other regions that a slot's tokens may lie in, at most. */
   spansMax: number
+  /** Answers are cached too; what follows one then has other bits than computed anew. */
+  output: boolean
+  /** Told of each sequence that makes room, with the pages of its own that go. */
+  onPreempt?: (pages: number) => void
 }
 
 export class PromptSharing implements Sharing<Sequence> {
@@ -19,41 +26,77 @@ export class PromptSharing implements Sharing<Sequence> {
   queries = 0
   hits = 0
   private readonly slots: SlotTable
-  private readonly cache: PrefixCache | undefined
+  readonly cache: PrefixCache | undefined
+  private readonly offload: Offload | undefined
   private readonly options: SharingOptions
 
-  constructor(slots: SlotTable, cache: PrefixCache | undefined, options: SharingOptions) {
+  constructor(
+    slots: SlotTable,
+    cache: PrefixCache | undefined,
+    offload: Offload | undefined,
+    options: SharingOptions,
+  ) {
     this.slots = slots
     this.cache = cache
+    this.offload = offload
     this.options = options
   }
 
-  /**
-   * Never so much that fewer than `computeMin` tokens are left: their chunk would be too short, and
-   * another kernel's bits could change an answer. So it never depends on what was cached.
-   */
-  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
-    const { tokens, request } = sequence
-    const length = Math.min(sequence.length - this.options.computeMin, request.prompt.length)
+  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' | 'coming' {
+    const { tokens, promptLength, request, unit } = sequence
+    if (unit?.restarted) return []
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
     if (sibling) {
-      if (sibling.computed < request.prompt.length) return 'wait'
-      spans = length > 0 ? this.slots.spansOf(sibling.slot, length) : []
-    } else if (this.cache && length > 0) {
-      spans = this.cache.lookup(request.tenant, tokens, length)
+      if (sibling.computed < promptLength) return 'wait'
+      spans = this.slots.spansOf(sibling.slot, promptLength)
+    } else if (this.cache) {
+      if (this.comes(sequence)) return 'coming'
+      spans = this.cache.lookup(request.tenant, tokens, promptLength)
     }
-    return spans.slice(0, this.options.spansMax)
+    // Beams lie in more and more regions; of those that they may, a prompt gets less than half.
+    const spansMax = unit ? beamSpansKept(this.options.spansMax) - 1 : this.options.spansMax
+    return this.usable(sequence, spans.slice(0, spansMax))
+  }
+
+  /**
+   * All of a prompt, if nothing is sampled from its end any more. Else never so much that fewer
+   * than `computeMin` tokens are left: their chunk would be too short, and another kernel's bits
+   * could change an answer. So it never depends on what was cached.
+   */
+  private usable({ promptLength, outputTokens }: Sequence, spans: KvSpan[]): KvSpan[] {
+    if (outputTokens > 0 && spannedTokens(spans) === promptLength) return spans
+    return clipSpans(spans, promptLength - this.options.computeMin)
+  }
+
+  /**
+   * What is cached outside of memory of its prompt is on its way. It waits for that once: if memory
+   * is short it may have to go again, and a sequence must not wait for ever.
+   */
+  private comes(sequence: Sequence): boolean {
+    const { tokens, promptLength, request } = sequence
+    if (sequence.fetched === 'done') return false
+    const length = promptLength - (sequence.outputTokens > 0 ? 0 : this.options.computeMin)
+    const comes =
+      sequence.fetched === 'coming'
+        ? this.cache?.cold(request.tenant, tokens, length) === 'coming'
+        : this.offload?.fetch(request.tenant, tokens, length)
+    sequence.fetched = comes ? 'coming' : 'done'
+    return comes ?? false
   }
 
   evict(): boolean {
     return this.cache?.evict() ?? false
   }
 
+  preempted({ slot }: Sequence): void {
+    this.options.onPreempt?.(this.slots.pagesOf(slot))
+  }
+
   /** A sequence leaves the queue for the first time, its slot beginning with what it shares. */
   started(sequence: Sequence): void {
     const { group, request, computed } = sequence
-    const first = group?.find(({ started }) => started)
+    const first = group.find(({ started }) => started)
     if (first) {
       sequence.cachedTokens = first.cachedTokens
       return
@@ -64,31 +107,101 @@ export class PromptSharing implements Sharing<Sequence> {
     this.hits += computed
   }
 
-  /** A sequence's prompt is in memory. */
+  /**
+   * A sequence's prompt is in memory.
+   * @throws LatticeError `prefix_memory_exhausted` if it is to be pinned and cannot be
+   */
   computed(sequence: Sequence): void {
-    const { prompt, tenant } = sequence.request
-    // Shorter ones are computed by another kernel: no other prompt may find its bits here.
-    if (!this.cache || prompt.length < this.options.computeMin) return
-    this.cache.insert(tenant, prompt, this.slots.spansOf(sequence.slot, prompt.length))
+    const { prompt, tenant, pin } = sequence.request
+    this.keep(sequence, prompt)
+    if (pin !== undefined) this.cache?.pin(tenant, pin, prompt)
+  }
+
+  /** A sequence ends; what it has in memory is still there. */
+  ended(sequence: Sequence): void {
+    if (!this.options.output || sequence.outputTokens === 0) return
+    this.keep(sequence, sequence.tokens.subarray(0, sequence.computed))
+  }
+
+  /** @throws LatticeError if a sequence wants its prompt pinned, and that can never be */
+  checkPin({ pin, prompt }: SequenceRequest): void {
+    if (pin === undefined) return
+    if (!this.cache) {
+      throw new LatticeError('prefix_memory_exhausted', 'There is no prefix cache to pin in.', {
+        todo: 'Start with --prefix-cache SIZE.',
+      })
+    }
+    const { computeMin } = this.options
+    if (prompt.length < computeMin) {
+      throw new LatticeError(
+        'invalid_request',
+        `A prefix of ${prompt.length} tokens is too short: shorter ones than ${computeMin} are` +
+          ' not cached.',
+        { todo: 'Leave it: computing it takes no time.' },
+      )
+    }
+    this.cache.pins.checkFits(prompt.length)
+  }
+
+  /** Of every tenant unless one is named. */
+  pinned(now: number, tenant?: string): PinnedPrefix[] {
+    const { cache } = this
+    const list = cache?.pins.list.filter((pin) => tenant === undefined || pin.tenant === tenant)
+    return (list ?? []).map((pin) => {
+      const pages = cache?.pins.pagesOf(pin) ?? 0
+      return {
+        id: pin.id,
+        tenant: pin.tenant,
+        tokens: pin.tokens.length,
+        pages,
+        bytes: pages * this.slots.layout.shape.pageBytes,
+        uses: cache?.usesOf(pin) ?? 0,
+        ageMs: now - pin.pinnedMs,
+      }
+    })
+  }
+
+  unpin(tenant: string, id: string): boolean {
+    return this.cache?.unpin(tenant, id) ?? false
+  }
+
+  get gauges(): { cachedPages: number; pinnedPages: number; evictions: number } {
+    const { cachedPages } = this.slots.regions
+    const { pins, evictions = 0 } = this.cache ?? {}
+    return { cachedPages, pinnedPages: pins?.pages ?? 0, evictions }
   }
 
   /** A sequence in the queue can start where this one, whose prompt was just computed, is. */
   continues(waiting: Sequence | undefined, source: Sequence): boolean {
-    if (!source.group || waiting?.group !== source.group) return false
+    if (waiting?.group !== source.group) return false
     const spans = this.slots.spansOf(source.slot, source.computed)
     return !waiting.started && spans.length <= this.options.spansMax
   }
 
-  check(): void {
-    this.slots.check()
-    this.cache?.check()
+  /**
+   * Throws if the account of memory contradicts itself or those who hold it.
+   * @param kept what is held besides by neither slots nor the cache
+   */
+  check(kept: Iterable<KvColumns> = []): void {
+    const { slots, cache } = this
+    slots.check()
+    cache?.check()
+    const live = [...slots.holds(), ...(cache?.pins.holds() ?? []), ...kept]
+    slots.regions.checkHolders('live', live)
+    slots.regions.checkHolders('cache', cache?.holds() ?? [])
+  }
+
+  private keep({ request, slot }: Sequence, tokens: Int32Array): void {
+    // Shorter ones are computed by another kernel: no other prompt may find its bits here.
+    if (!this.cache || tokens.length < this.options.computeMin) return
+    this.cache.insert(request.tenant, tokens, this.slots.spansOf(slot, tokens.length))
   }
 }
 
 /** Another one of a sequence's group that has a slot, the furthest one. */
 function inMemory({ group }: Sequence): Sequence | undefined {
   let found: Sequence | undefined
-  for (const member of group ?? []) {
+  for (const member of group) {
     if (member.slot >= 0 && member.computed > (found?.computed ?? -1)) found = member
   }
   return found

@@ -6,47 +6,96 @@
 //                region 0           └─ "Summarise: …" ─ …  region 5
 
 import { assert, present } from '../assert.ts'
-import { type KvColumns, type KvSpan, type RegionTable, spannedColumns } from './regions.ts'
+import { EVICTION_DEFAULT, type EvictionName, EVICTION_POLICIES } from './eviction.ts'
+import { columnsOf, type Evictable, EvictionQueue } from './eviction-queue.ts'
+import { tokensIn } from './layout.ts'
+import type { PlaceTable } from './places.ts'
+import { type Pin, pinLimitPages, PinTable } from './pins.ts'
+import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
 
-interface Node {
-  parent: Node | undefined
+export interface PrefixNode extends Evictable {
+  /** No other node has had it. */
+  id: number
+  parent: PrefixNode | undefined
+  tenant: string
   /** What leads here from the parent. */
   tokens: Int32Array
   /** Position of the first of them. */
   from: number
+  /** -1: outside of memory, as all that follows it is. */
   region: number
+  /** Where its columns are outside of memory, if they are; in memory too if it has a region. */
+  places: Uint32Array | undefined
+  /** Its region is being filled: nobody may use it yet. */
+  coming: boolean
+  /** Children that have a region. */
+  warm: number
   /** By their first token. */
-  children: Map<number, Node>
-  /** Of the cache's own clock, which ticks with every use. */
-  usedAt: number
+  children: Map<number, PrefixNode>
+  /** When it was last used, in milliseconds; it decides nothing. */
+  usedMs: number
+  /** Pinned prefixes that end here. */
+  pins: number
+  /** Its id where it outlives the process; 0 if it does not. */
+  kept: number
+  /** Forgotten. */
+  gone: boolean
+}
+
+export interface PrefixCacheOptions {
+  /** 'cost' unless told. */
+  eviction?: EvictionName
+  /** Milliseconds that never go back; for what is shown only. */
+  now?: () => number
+  /** What is kept outside of memory has places there. */
+  places?: PlaceTable
+  /** Told of each end that is forgotten, with the pages that came back. */
+  onEvict?: (pages: number) => void
 }
 
 export class PrefixCache {
+  evictions = 0
+  /** Told of what need not outlive the process any more, with all that continues it. */
+  onUnkeep: (id: number) => void = () => {}
+  /** Those that went out of memory, and are cached still. */
+  demotions = 0
+  readonly pins: PinTable
   private readonly regions: RegionTable
   private readonly budgetPages: number
+  private readonly queue: EvictionQueue<PrefixNode>
+  private readonly now: () => number
+  private readonly places: PlaceTable | undefined
+  private readonly onEvict: (pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
-  private readonly roots = new Map<string, Node>()
+  private readonly roots = new Map<string, PrefixNode>()
   private clock = 0
+  private nextId = 1
 
   /** @param budgetPages that cached prefixes may refer to, at most */
-  constructor(regions: RegionTable, budgetPages: number) {
+  constructor(regions: RegionTable, budgetPages: number, options: PrefixCacheOptions = {}) {
     this.regions = regions
     this.budgetPages = budgetPages
+    this.now = options.now ?? (() => 0)
+    this.places = options.places
+    this.onEvict = options.onEvict ?? (() => {})
+    this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
+    this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
   }
 
-  /** Where the longest cached prefix of the first `length` tokens lies. */
+  /** Where the longest prefix of the first `length` tokens lies that is cached in memory. */
   lookup(tenant: string, tokens: Int32Array, length: number): KvSpan[] {
     const spans: KvSpan[] = []
     let node = this.roots.get(tenant)
     let at = 0
     this.clock++
     while (node) {
-      node.usedAt = this.clock
-      const child: Node | undefined =
+      this.touch(node)
+      const child: PrefixNode | undefined =
         at < length ? node.children.get(present(tokens[at], 'a token')) : undefined
       if (!child) break
       const common = commonLength(child.tokens, tokens.subarray(at, length))
-      child.usedAt = this.clock
+      this.touch(child)
+      if (child.region < 0 || child.coming) break
       addSpan(spans, { region: child.region, from: at, to: at + common })
       at += common
       node = common === child.tokens.length ? child : undefined
@@ -54,50 +103,216 @@ export class PrefixCache {
     return spans
   }
 
-  /** Takes in a sequence's tokens, which lie in `spans`; what is cached already stays as it is. */
+  /**
+   * Takes in a sequence's tokens, which lie in `spans`; what is cached already stays as it is. Of
+   * more tokens than the budget holds, the first ones: else they would drive out all others.
+   */
   insert(tenant: string, tokens: Int32Array, spans: readonly KvSpan[]): void {
+    const room = this.budgetPages - this.pins.pages
+    const length = Math.min(tokens.length, tokensIn(this.regions.layout, room))
+    this.clock++
     let node = this.root(tenant)
+    this.touch(node)
     let at = 0
-    node.usedAt = ++this.clock
-    while (at < tokens.length) {
+    while (at < length) {
       const child = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
-      const common = commonLength(child.tokens, tokens.subarray(at))
+      if (child.coming) return this.keepBudget()
+      const span = child.region < 0 ? spans.find(({ to }) => to > at) : undefined
+      const end = Math.min(length, span?.to ?? length)
+      const common = commonLength(child.tokens, tokens.subarray(at, end))
       node = common === child.tokens.length ? child : this.split(child, common)
-      node.usedAt = this.clock
+      // What is outside of memory was computed again meanwhile.
+      if (span) this.warmUp(node, span.region)
+      node.uses++
+      this.touch(node)
       at += common
     }
     for (const { region, from, to } of spans) {
-      if (to <= at) continue
       const start = Math.max(at, from)
-      node = this.add(node, tokens.slice(start, to), start, region)
+      const end = Math.min(to, length)
+      if (start >= end) continue
+      node = this.add(node, tokens.slice(start, end), start, region)
     }
-    while (this.regions.cachedPages > this.budgetPages) this.evict()
-    if (node.children.size === 0 && !node.parent) this.roots.delete(tenant)
+    this.keepBudget()
+    this.forgetIfEmpty(this.root(tenant))
   }
 
-  /** Forgets the end of the prefix that was not used for longest. False if there is none. */
+  /**
+   * Takes ends of prefixes out of memory, those worth least, until memory comes back: they are
+   * forgotten unless they are outside of memory too. False, with nothing changed, if none would
+   * come back: sequences use whatever is cached, or it is pinned.
+   */
   evict(): boolean {
-    let oldest: Node | undefined
-    for (const root of this.roots.values()) {
-      for (const leaf of leaves(root)) {
-        if (leaf.parent && (!oldest || leaf.usedAt < oldest.usedAt)) oldest = leaf
-      }
-    }
-    if (!oldest) return false
-    const parent = present(oldest.parent, 'a parent')
-    parent.children.delete(present(oldest.tokens[0], 'a token'))
-    this.regions.drop(this.columns(oldest), 'cache')
-    if (!parent.parent && parent.children.size === 0) {
-      for (const [tenant, root] of this.roots) if (root === parent) this.roots.delete(tenant)
+    if (this.regions.evictablePages === 0) return false
+    const before = this.regions.usedPages
+    while (this.regions.usedPages === before) this.yield(this.queue.firstToFree())
+    return true
+  }
+
+  /** What `evict` would take out of memory first. */
+  get coldest(): PrefixNode | undefined {
+    return this.regions.evictablePages === 0 ? undefined : this.queue.firstToFree()
+  }
+
+  /** Takes out of memory what is in its places too. */
+  demote(node: PrefixNode): void {
+    assert(node.region >= 0 && node.places && node.warm === 0, 'the end of what is in memory goes')
+    const parent = present(node.parent, 'a parent')
+    if (this.queue.has(node)) this.queue.remove(node)
+    this.queue.went(node)
+    const before = this.regions.usedPages
+    this.regions.drop(columnsOf(this.regions, node), 'cache')
+    node.region = -1
+    parent.warm--
+    this.demotions++
+    this.onEvict(before - this.regions.usedPages)
+    if (mayGo(parent)) this.queue.add(parent)
+  }
+
+  /** Makes room for `pages` more in the budget. False, having forgotten in vain, if it cannot. */
+  reserve(pages: number): boolean {
+    while (this.regions.cachedPages + pages > this.budgetPages) {
+      if (!this.queue.first) return false
+      this.yield(this.queue.first)
     }
     return true
+  }
+
+  /** Keeps a node from going, or lets it go again. */
+  hold(node: PrefixNode, held: boolean): void {
+    if (held) {
+      if (this.queue.has(node)) this.queue.remove(node)
+    } else if (mayGo(node) && !this.queue.has(node)) this.queue.add(node)
+  }
+
+  /** A node that is out has its content in `region`, or will when it is no longer `coming`. */
+  warmUp(node: PrefixNode, region: number, coming = false): void {
+    const parent = present(node.parent, 'a parent')
+    assert(node.region < 0, 'what is brought back was out')
+    node.region = region
+    node.coming = coming
+    parent.warm++
+    if (this.queue.has(parent)) this.queue.remove(parent)
+    this.regions.hold(columnsOf(this.regions, node), 'cache')
+    if (mayGo(node)) this.queue.add(node)
+  }
+
+  /**
+   * The nodes that follow what is in memory of the first `length` tokens, outside of memory, and
+   * 'coming' if they are on their way. The last is made to end where these tokens leave it.
+   */
+  cold(tenant: string, tokens: Int32Array, length: number): PrefixNode[] | 'coming' {
+    const found: PrefixNode[] = []
+    let node = this.roots.get(tenant)
+    for (let at = 0; node && at < length;) {
+      const child: PrefixNode | undefined = node.children.get(present(tokens[at], 'a token'))
+      if (!child) break
+      if (child.coming) return 'coming'
+      const common = commonLength(child.tokens, tokens.subarray(at, length))
+      const whole = common === child.tokens.length
+      node = whole || child.region >= 0 ? child : this.split(child, common)
+      if (node.region < 0) found.push(node)
+      if (!whole) break
+      at += common
+    }
+    return found
+  }
+
+  /** What is outside of memory of a node is of no more use. */
+  dropPlaces(node: PrefixNode): void {
+    this.unkeep(node)
+    if (node.places) this.places?.give(node.places)
+    node.places = undefined
+  }
+
+  /** Takes in what is outside of memory: after `parent`, or at the begin of a tenant's prompts. */
+  addCold(
+    tenant: string,
+    parent: PrefixNode | undefined,
+    tokens: Int32Array,
+    places: Uint32Array,
+  ): PrefixNode | undefined {
+    const above = parent ?? this.root(tenant)
+    const first = present(tokens[0], 'a token')
+    if (above.children.has(first)) return undefined
+    const from = above.from + above.tokens.length
+    const node = this.node({ parent: above, tenant, tokens, from, region: -1 })
+    node.places = places
+    above.children.set(first, node)
+    return node
+  }
+
+  /** Forgets a node and all that follows it. */
+  forgetAll(node: PrefixNode): void {
+    for (const child of node.children.values()) this.forgetAll(child)
+    this.forget(node)
+  }
+
+  /**
+   * Keeps a prefix that was taken in until it is unpinned, whatever else needs memory. Its pages
+   * count as used by a sequence. Once more for the same tokens changes nothing.
+   * @throws LatticeError `prefix_memory_exhausted`, with nothing changed
+   */
+  pin(tenant: string, id: string, tokens: Int32Array): void {
+    if (this.pins.find(tenant, id)) return
+    const spans = this.lookup(tenant, tokens, tokens.length)
+    const whole = spannedTokens(spans) === tokens.length
+    const pin = { tenant, id, tokens, spans, pinnedMs: this.now(), usesBefore: 0 }
+    this.pins.add(pin, whole)
+    const node = this.end(tenant, tokens)
+    node.pins++
+    pin.usesBefore = node.uses
+    if (this.queue.has(node)) this.queue.remove(node)
+  }
+
+  /** False if the tenant has no such pinned prefix. From now on it is a cached one. */
+  unpin(tenant: string, id: string): boolean {
+    const pin = this.pins.find(tenant, id)
+    if (!pin) return false
+    const node = this.end(tenant, pin.tokens)
+    this.pins.remove(pin)
+    node.pins--
+    if (mayGo(node)) this.queue.add(node)
+    return true
+  }
+
+  /** Prompts that a pinned prefix served since it was pinned. */
+  usesOf({ tenant, tokens, usesBefore }: Pin): number {
+    return this.end(tenant, tokens).uses - usesBefore
+  }
+
+  /** Nodes there ever were. */
+  get made(): number {
+    return this.nextId
+  }
+
+  /** All of them, parents before children. */
+  *nodes(): Generator<PrefixNode> {
+    const visit = function* (node: PrefixNode): Generator<PrefixNode> {
+      if (node.parent) yield node
+      for (const child of node.children.values()) yield* visit(child)
+    }
+    for (const root of this.roots.values()) yield* visit(root)
+  }
+
+  /** What the nodes hold. */
+  *holds(): Generator<KvColumns> {
+    for (const node of this.nodes()) if (node.region >= 0) yield columnsOf(this.regions, node)
   }
 
   /** Throws if the tree contradicts itself. */
   check(): void {
     assert(this.regions.cachedPages <= this.budgetPages, 'cached pages keep to their budget')
-    const visit = (node: Node): void => {
+    this.queue.check()
+    let ends = 0
+    const visit = (node: PrefixNode): void => {
+      const warm = [...node.children.values()].filter(({ region }) => region >= 0).length
+      assert(node.warm === warm, 'a node knows how many that follow are in memory')
+      assert(warm === 0 || node.region >= 0 || !node.parent, 'what leads to memory is in memory')
+      assert(node.region >= 0 || node.places || !node.parent, 'what is not in memory has places')
+      assert(this.queue.has(node) === mayGo(node), 'ends that are not pinned can go, only they')
+      if (mayGo(node)) ends++
       for (const [token, child] of node.children) {
         assert(child.parent === node && child.tokens[0] === token, 'a child knows its place')
         assert(child.from === node.from + node.tokens.length, 'positions go on without gaps')
@@ -106,49 +321,169 @@ export class PrefixCache {
       }
     }
     for (const root of this.roots.values()) visit(root)
+    assert(this.queue.size === ends, 'nothing is queued that has gone')
+    this.pins.check()
+    for (const pin of this.pins.list) {
+      assert(this.end(pin.tenant, pin.tokens).pins > 0, 'a pinned prefix stays')
+    }
   }
 
-  private root(tenant: string): Node {
+  private keepBudget(): void {
+    while (this.regions.cachedPages > this.budgetPages) {
+      this.yield(present(this.queue.first, 'a prefix that is not pinned'))
+    }
+  }
+
+  /** The end of what is in memory goes from there. */
+  private yield(end: PrefixNode): void {
+    if (end.places) this.demote(end)
+    else this.forgetAll(end)
+  }
+
+  private forget(leaf: PrefixNode): void {
+    const parent = present(leaf.parent, 'a parent')
+    const before = this.regions.usedPages
+    if (this.queue.has(leaf)) {
+      this.queue.remove(leaf)
+      this.queue.went(leaf)
+    }
+    parent.children.delete(present(leaf.tokens[0], 'a token'))
+    this.dropPlaces(leaf)
+    if (leaf.region >= 0) {
+      parent.warm--
+      this.regions.drop(columnsOf(this.regions, leaf), 'cache')
+    }
+    leaf.gone = true
+    this.evictions++
+    this.onEvict(before - this.regions.usedPages)
+    if (!parent.parent) this.forgetIfEmpty(parent)
+    else if (mayGo(parent) && !this.queue.has(parent)) this.queue.add(parent)
+  }
+
+  private forgetIfEmpty(root: PrefixNode): void {
+    if (root.children.size === 0) this.roots.delete(root.tenant)
+  }
+
+  private root(tenant: string): PrefixNode {
     let root = this.roots.get(tenant)
     if (!root) {
-      const tokens = new Int32Array(0)
-      root = { parent: undefined, tokens, from: 0, region: -1, children: new Map(), usedAt: 0 }
+      root = this.node({
+        parent: undefined,
+        tenant,
+        tokens: new Int32Array(0),
+        from: 0,
+        region: -1,
+      })
       this.roots.set(tenant, root)
     }
     return root
   }
 
-  private add(parent: Node, tokens: Int32Array, from: number, region: number): Node {
-    const node = { parent, tokens, from, region, children: new Map(), usedAt: this.clock }
+  private add(parent: PrefixNode, tokens: Int32Array, from: number, region: number): PrefixNode {
+    const node = this.node({ parent, tenant: parent.tenant, tokens, from, region })
     parent.children.set(present(tokens[0], 'a token'), node)
-    this.regions.hold(this.columns(node), 'cache')
+    if (this.queue.has(parent)) this.queue.remove(parent)
+    parent.warm++
+    this.regions.hold(columnsOf(this.regions, node), 'cache')
+    this.touch(node)
+    this.queue.add(node)
     return node
   }
 
   /** Puts a node of its own above a node for its first `count` tokens. */
-  private split(node: Node, count: number): Node {
-    const before = this.columns(node)
-    const upper: Node = { ...node, tokens: node.tokens.slice(0, count), children: new Map() }
+  private split(node: PrefixNode, count: number): PrefixNode {
+    // As two it is kept anew.
+    this.unkeep(node)
+    const before = columnsOf(this.regions, node)
+    const { tenant, from, region, uses, usedAt, usedMs, base } = node
+    const tokens = node.tokens.slice(0, count)
+    const upper = this.node({ parent: node.parent, tenant, tokens, from, region })
+    Object.assign(upper, { uses, usedAt, usedMs, base })
     upper.parent!.children.set(present(node.tokens[0], 'a token'), upper)
     node.parent = upper
     node.tokens = node.tokens.slice(count)
     node.from += count
     upper.children.set(present(node.tokens[0], 'a token'), node)
-    this.regions.hold(this.columns(upper), 'cache')
-    this.regions.hold(this.columns(node), 'cache')
+    if (node.places) this.splitPlaces(upper, node, node.places)
+    if (region < 0) return upper
+    upper.warm = 1
+    this.regions.hold(columnsOf(this.regions, upper), 'cache')
+    this.regions.hold(columnsOf(this.regions, node), 'cache')
     this.regions.drop(before, 'cache')
+    this.queue.revalue(upper)
+    this.queue.revalue(node)
     return upper
   }
 
-  private columns({ region, from, tokens }: Node): KvColumns {
-    const span = { region, from, to: from + tokens.length }
-    return present(spannedColumns(this.regions.layout, [span])[0], 'columns')
+  private unkeep(node: PrefixNode): void {
+    if (node.kept === 0) return
+    this.onUnkeep(node.kept)
+    const visit = (below: PrefixNode): void => {
+      below.kept = 0
+      for (const child of below.children.values()) visit(child)
+    }
+    visit(node)
+  }
+
+  /** A column that both have bytes of has a place that both hold. */
+  private splitPlaces(upper: PrefixNode, lower: PrefixNode, places: Uint32Array): void {
+    const above = columnsOf(this.regions, upper)
+    const below = columnsOf(this.regions, lower)
+    upper.places = places.slice(0, above.end - above.first)
+    lower.places = places.slice(below.first - above.first)
+    const shared = above.end > below.first ? present(lower.places[0], 'a place') : -1
+    if (shared >= 0) this.places?.share(shared)
+  }
+
+  private node(
+    place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
+  ): PrefixNode {
+    const { parent, tenant, tokens, from, region } = place
+    return {
+      id: this.nextId++,
+      parent,
+      tenant,
+      tokens,
+      from,
+      region,
+      children: new Map(),
+      usedAt: 0,
+      usedMs: 0,
+      uses: 1,
+      base: 0,
+      value: 0,
+      heapIndex: -1,
+      pins: 0,
+      places: undefined,
+      coming: false,
+      warm: 0,
+      gone: false,
+      kept: 0,
+    }
+  }
+
+  private touch(node: PrefixNode): void {
+    node.usedAt = this.clock
+    node.usedMs = this.now()
+    if (node.parent) this.queue.used(node)
+  }
+
+  /** The node at which these tokens end; a node is made to end there if need be. */
+  private end(tenant: string, tokens: Int32Array): PrefixNode {
+    let node = present(this.roots.get(tenant), "a tenant's prefixes")
+    while (node.from + node.tokens.length < tokens.length) {
+      const at = node.from + node.tokens.length
+      const child = present(node.children.get(present(tokens[at], 'a token')), 'a cached prefix')
+      const count = tokens.length - at
+      node = child.tokens.length > count ? this.split(child, count) : child
+    }
+    return node
   }
 }
 
-function* leaves(node: Node): Generator<Node> {
-  if (node.children.size === 0) yield node
-  for (const child of node.children.values()) yield* leaves(child)
+/** An end of what is in memory that no pinned prefix needs. */
+function mayGo({ parent, region, coming, warm, pins }: PrefixNode): boolean {
+  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0
 }
 
 function addSpan(spans: KvSpan[], span: KvSpan): void {

@@ -39,7 +39,22 @@ export class ServerMetrics {
   readonly #engineUp = this.#r.gauge('lattice_engine_up', '1 while the engine answers, else 0.')
   readonly #preemptions = this.#r.counter(
     'lattice_num_preemptions_total',
-    'Sequences set back to the queue to make room.',
+    'Sequences that made room, by how they come back: offload or recompute.',
+    ['how'],
+  )
+  readonly #offloadBytes = this.#r.gauge('lattice_kv_offload_bytes', 'KV outside of memory.')
+  readonly #offloadLimit = this.#r.gauge(
+    'lattice_kv_offload_limit_bytes',
+    'KV that may be outside of memory.',
+  )
+  readonly #offloadMoved = this.#r.counter(
+    'lattice_kv_offload_moved_bytes_total',
+    'KV written to outside of memory (out) and read back (in).',
+    ['direction'],
+  )
+  readonly #offloadLost = this.#r.counter(
+    'lattice_kv_offload_lost_total',
+    'Sequences and prefixes whose KV could not be written or read back.',
   )
   readonly #prefixQueries = this.#r.counter(
     'lattice_prefix_cache_queries_total',
@@ -48,6 +63,14 @@ export class ServerMetrics {
   readonly #prefixHits = this.#r.counter(
     'lattice_prefix_cache_hits_total',
     'Prompt tokens found in the prefix cache.',
+  )
+  readonly #prefixEvictions = this.#r.counter(
+    'lattice_prefix_cache_evictions_total',
+    'Ends of cached prefixes that were forgotten to make room.',
+  )
+  readonly #prefixPages = this.#r.gauge(
+    'lattice_prefix_cache_pages',
+    'KV pages that cached prefixes refer to, pinned ones included.',
   )
   readonly #promptTokens = this.#r.counter('lattice_prompt_tokens_total', 'Prompt tokens computed.')
   readonly #generationTokens = this.#r.counter(
@@ -167,9 +190,18 @@ export class ServerMetrics {
     this.#kvUsedPages.set(kv.usedPages)
     this.#kvLimitPages.set(kv.limitPages)
     this.#kvResident.set(kv.residentBytes)
-    this.#preemptions.set(snapshot.preemptions)
+    const { tier } = snapshot
+    this.#preemptions.set(tier?.offloads ?? 0, ['offload'])
+    this.#preemptions.set(snapshot.preemptions - (tier?.offloads ?? 0), ['recompute'])
+    this.#offloadBytes.set(tier?.usedBytes ?? 0)
+    this.#offloadLimit.set(tier?.capacityBytes ?? 0)
+    this.#offloadMoved.set(tier?.savedBytes ?? 0, ['out'])
+    this.#offloadMoved.set(tier?.loadedBytes ?? 0, ['in'])
+    this.#offloadLost.set(tier?.lost ?? 0)
     this.#prefixQueries.set(snapshot.prefixQueries)
     this.#prefixHits.set(snapshot.prefixHits)
+    this.#prefixEvictions.set(snapshot.prefixEvictions)
+    this.#prefixPages.set(kv.cachedPages)
     this.#promptTokens.set(snapshot.promptTokens)
     this.#generationTokens.set(snapshot.outputTokens)
     this.#steps.set(snapshot.steps)

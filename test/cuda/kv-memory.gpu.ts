@@ -55,7 +55,7 @@ for (const shareColumns of [1, 8]) {
         const sizes = { vocab: VOCAB, contextLength: 80, maxSequences, stepTokens, kvPages, kv }
         const gpu = new HashingBackend(realGpu(cuda), sizes)
         try {
-          const engine = new Bench(gpu, { ...load, kvPages })
+          const engine = new Bench(gpu, { ...load, kvPages, greedy: true })
           freeBefore.push(cuda.memoryInfo().freeBytes)
           runLoad(engine, { ...load, kvPages }, seen, ({ residentBytes, pageBytes }) => {
             gpu.kv.check()

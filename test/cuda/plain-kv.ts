@@ -30,6 +30,10 @@ export class PlainKv implements GpuKv {
     throw new Error('nothing is shared here')
   }
 
+  copy(): void {
+    throw new Error('nothing is shared here')
+  }
+
   discard(): void {}
 
   regionOf(slot: number): number {

@@ -5,6 +5,7 @@ import type {
   Engine,
   EngineSnapshot,
   FinishReason,
+  SequenceChoice,
   SequenceHandle,
   SequenceRequest,
   SequenceSink,
@@ -73,9 +74,14 @@ export class FakeEngine implements Engine {
     this.#script = script
   }
 
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
+    const last = this.sequences.length + choices.length - 1
+    if (this.failure && this.failure.at <= last) throw this.failure.error
+    return choices.map(({ sampling, sink }) => this.submit({ ...request, sampling }, sink))
+  }
+
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
     const index = this.sequences.length
-    if (this.failure?.at === index) throw this.failure.error
     const tokens = this.#script(index)
     const sequence = { request, sink, tokens, next: 0, aborted: false, ended: false }
     this.sequences.push(sequence)
@@ -120,6 +126,10 @@ export class FakeEngine implements Engine {
 
   snapshot(): Promise<EngineSnapshot> {
     throw new Error('the fake engine has no snapshot')
+  }
+
+  ask(): Promise<never> {
+    throw new Error('the fake engine has no answers')
   }
 
   async drain(): Promise<void> {}

@@ -2,8 +2,11 @@
 
 import type {
   Engine,
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
+  SequenceChoice,
   SequenceHandle,
   SequenceRequest,
   SequenceSink,
@@ -22,6 +25,8 @@ export interface FakeEngineOptions {
   reply?: (request: SequenceRequest) => string
   /** Tokens of each prompt that were in memory already. Default: 0. */
   cachedTokens?: number
+  /** The mean log-probability of an answer's tokens. Default: that of probability 1/2. */
+  score?: (request: SequenceRequest) => number
   /** Ends each sequence with this error after so many tokens. */
   failure?: { afterTokens: number; error: LatticeError }
 }
@@ -42,6 +47,8 @@ export class FakeEngine implements Engine {
   /** Every call of a handle's abort, with when it came. */
   readonly aborts: { requestId: string; atMs: number }[] = []
   readonly requests: SequenceRequest[] = []
+  /** How many sequences came together, by call. */
+  readonly groups: number[] = []
   readonly #options: Required<Omit<FakeEngineOptions, 'failure'>> & FakeEngineOptions
   readonly #waiting: Sequence[] = []
   readonly #running: Sequence[] = []
@@ -61,6 +68,7 @@ export class FakeEngine implements Engine {
       stepMs: 0,
       reply: () => 'Hello!',
       cachedTokens: 0,
+      score: () => -Math.LN2,
       ...options,
     }
     this.model = {
@@ -72,8 +80,19 @@ export class FakeEngine implements Engine {
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
+    return this.submitChoices(request, [{ sampling: request.sampling, sink }])[0]!
+  }
+
+  submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
     if (this.#draining) throw new LatticeError('draining', 'The engine is draining.')
-    if (this.queueRoom() === 0) throw new LatticeError('queue_full', 'The queue is full.')
+    if (this.queueRoom() < choices.length) {
+      throw new LatticeError('queue_full', 'The queue is full.')
+    }
+    this.groups.push(choices.length)
+    return choices.map(({ sampling, sink }) => this.#submit({ ...request, sampling }, sink))
+  }
+
+  #submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
     const reply = fakeTokenizer().encode(this.#options.reply(request), {
       addSpecial: false,
       parseSpecial: false,
@@ -99,7 +118,8 @@ export class FakeEngine implements Engine {
   async snapshot(): Promise<EngineSnapshot> {
     const usedPages = this.#running.reduce((sum, sequence) => sum + pages(sequence), 0)
     return {
-      sequences: [...this.#waiting, ...this.#running].map((sequence) => ({
+      sequences: [...this.#waiting, ...this.#running].map((sequence, id) => ({
+        id,
         requestId: sequence.request.requestId,
         tenant: sequence.request.tenant,
         state: this.#running.includes(sequence) ? 'decode' : 'waiting',
@@ -112,17 +132,30 @@ export class FakeEngine implements Engine {
       })),
       running: this.#running.length,
       waiting: this.#waiting.length,
-      kv: { pageBytes: 4096, usedPages, limitPages: 1 << 20, residentBytes: usedPages * 4096 },
+      kv: {
+        pageBytes: 4096,
+        usedPages,
+        limitPages: 1 << 20,
+        residentBytes: usedPages * 4096,
+        cachedPages: 0,
+        pinnedPages: 0,
+      },
       steps: this.#steps,
       promptTokens: this.#promptTokens,
       outputTokens: this.#outputTokens,
       finished: { ...this.#finished },
       preemptions: 0,
+      beamCopies: 0,
       prefixQueries: 0,
       prefixHits: 0,
+      prefixEvictions: 0,
       computeMs: this.#steps,
       stepMs: this.#steps * 2,
     }
+  }
+
+  async ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
+    return (question.kind === 'pinned' ? [] : false) as EngineAnswers[Q['kind']]
   }
 
   async drain(): Promise<void> {
@@ -181,7 +214,9 @@ export class FakeEngine implements Engine {
   #end(from: Sequence[], sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
     from.splice(from.indexOf(sequence), 1)
     this.#finished[reason]++
-    sequence.sink.onFinish(reason, sequence.outputs, error)
+    const { request } = sequence
+    const score = request.topLogprobs === undefined ? undefined : this.#options.score(request)
+    sequence.sink.onFinish(reason, sequence.outputs, error, score)
   }
 }
 

@@ -1,9 +1,14 @@
 // Owns what engine tests share: an engine core over a backend, driven step by step with a clock of
 // its own, and what a sequence's tokens must be, found without any engine.
 
-import type { FinishReason, SequenceRequest, TokenLogprobs } from '../../src/engine/api.ts'
+import type {
+  FinishReason,
+  SamplingParams,
+  SequenceRequest,
+  TokenLogprobs,
+} from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
-import { EngineCore } from '../../src/engine/core.ts'
+import { type CoreOptions, EngineCore } from '../../src/engine/core.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
@@ -34,6 +39,7 @@ export interface Outcome {
   reason: FinishReason | undefined
   outputTokens: number
   error: LatticeError | undefined
+  score: number | undefined
 }
 
 /** An engine core whose clock moves a millisecond a step. */
@@ -43,10 +49,7 @@ export class Bench {
   readonly outcomes = new Map<number, Outcome>()
   nowMs = 0
 
-  constructor(
-    backend: Backend,
-    options: { maxSequences: number; kvPages: number; prefixPages?: number },
-  ) {
+  constructor(backend: Backend, options: CoreOptions) {
     this.backend = backend
     const of = (id: number): Outcome => {
       const outcome = this.outcomes.get(id)
@@ -62,24 +65,41 @@ export class Bench {
         of(id).tokens.push(token)
         of(id).logprobs.push(logprobs)
       },
-      onFinish: (id: number, reason: FinishReason, count: number, error?: LatticeError) => {
-        Object.assign(of(id), { reason, outputTokens: count, error })
+      onFinish: (
+        id: number,
+        reason: FinishReason,
+        count: number,
+        error: LatticeError | undefined,
+        score: number | undefined,
+      ) => {
+        Object.assign(of(id), { reason, outputTokens: count, error, score })
       },
     }
     this.core = new EngineCore(backend, options, sink, () => this.nowMs)
   }
 
   submit(id: number, request: SequenceRequest): void {
-    this.outcomes.set(id, {
-      started: 0,
-      cachedTokens: 0,
-      tokens: [],
-      logprobs: [],
-      reason: undefined,
-      outputTokens: 0,
-      error: undefined,
-    })
-    this.core.submit(id, request)
+    this.submitChoices([id], request, [request.sampling])
+  }
+
+  submitChoices(
+    ids: readonly number[],
+    request: SequenceRequest,
+    samplings: readonly SamplingParams[],
+  ): void {
+    for (const id of ids) {
+      this.outcomes.set(id, {
+        started: 0,
+        cachedTokens: 0,
+        tokens: [],
+        logprobs: [],
+        reason: undefined,
+        outputTokens: 0,
+        error: undefined,
+        score: undefined,
+      })
+    }
+    this.core.submitChoices(ids, request, samplings)
   }
 
   step(): boolean {
@@ -89,7 +109,8 @@ export class Bench {
 
   /** Steps until nothing is left to do. */
   runAll(stepsMax = 100_000): void {
-    for (let i = 0; this.step(); i++) if (i > stepsMax) throw new Error('the engine never ends')
+    for (let i = 0; this.step() || !this.core.idle; i++)
+      if (i > stepsMax) throw new Error('the engine never ends')
   }
 
   /** Lets time pass until all memory is back. */

@@ -55,15 +55,16 @@ export function runLoad(
   const requests: SequenceRequest[] = []
   const events: { at: number; act: () => void }[] = []
   let at = 0
-  arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }, index) => {
+  arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }) => {
     at += gap
-    for (let choice = 0; choice < choices; choice++) {
-      const sampling = { ...GREEDY, temperature, seed: seed + choice }
-      const group = choices > 1 ? { group: `${index}` } : {}
-      const request = sequenceRequest({ ...arrival, sampling, ...group })
-      const id = requests.push(request) - 1
-      events.push({ at, act: () => engine.submit(id, request) })
-      if (abortAfter === undefined || choice === 1) continue
+    const request = sequenceRequest(arrival)
+    const first = requests.length
+    const ids = Array.from({ length: choices }, (_, choice) => first + choice)
+    const samplings = ids.map((_, i) => ({ ...GREEDY, temperature, seed: seed + i }))
+    for (const sampling of samplings) requests.push({ ...request, sampling })
+    events.push({ at, act: () => engine.submitChoices(ids, request, samplings) })
+    if (abortAfter === undefined) return
+    for (const id of ids.filter((_, i) => i !== 1)) {
       events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
     }
   })

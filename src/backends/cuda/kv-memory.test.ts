@@ -28,7 +28,7 @@ for (const shareColumns of [1, 4, 8]) {
         const cuda = new MockCuda({ pageBytes: kv.pageBytes, totalBytes })
         const options = { ...sizes, stepTokens, kvPages, kv, overlap }
         const gpu = new HashingBackend(mockGpu(cuda, latePager), options)
-        const engine = new Bench(gpu, { ...load, kvPages })
+        const engine = new Bench(gpu, { ...load, kvPages, greedy: true })
         runLoad(engine, { ...load, kvPages }, seen, ({ residentBytes, pageBytes }) => {
           gpu.kv.check()
           assert.ok(residentBytes <= kvPages * pageBytes, 'memory keeps to its limit')

@@ -10,7 +10,7 @@
 
 import { assert, present } from '../../assert.ts'
 import { type KvLayout, tokenMajor } from '../../kv/layout.ts'
-import { type KvSpan, shareableColumns, sharedColumns, spannedTokens } from '../../kv/regions.ts'
+import { copiedColumns, type KvSpan, sharedColumns, spannedTokens } from '../../kv/regions.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { KvMemory } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
@@ -68,7 +68,6 @@ interface Copy {
   to: number
   from: number
   bytes: number
-  region: number
 }
 
 export class CudaKvMemory implements KvMemory {
@@ -99,6 +98,8 @@ export class CudaKvMemory implements KvMemory {
   /** For taking a frame apart when no memory is left. */
   private readonly scratch: number
   private readonly stream: number
+  /** Where steps are queued. */
+  private lastStream: number
 
   constructor(device: CudaDevice, layout: KvLayout, pager: Pager, options: CudaKvOptions) {
     assert(layout.ranges === 1, "the GPU's layout has all layers in one range")
@@ -119,6 +120,7 @@ export class CudaKvMemory implements KvMemory {
     this.table = Array.from({ length: options.regions }, () => undefined)
     this.own = Int32Array.from({ length: options.slots }, (_, slot) => slot)
     this.stream = driver.createStream()
+    this.lastStream = this.stream
     this.scratch = groupColumns > 1 ? driver.allocate(groupColumns * pageBytes) : 0
   }
 
@@ -138,8 +140,9 @@ export class CudaKvMemory implements KvMemory {
 
   map(slot: number, region: number, shared: readonly KvSpan[]): void {
     this.own[slot] = region
-    this.dropForeign(region)
     const into = this.region(region)
+    if (into.sharing) into.steps = this.fence.queued
+    this.dropForeign(region)
     into.sharing = shared.length > 0
     for (const part of sharedColumns(this.layout, shared)) {
       for (let c = part.first; c < part.end;) {
@@ -155,7 +158,18 @@ export class CudaKvMemory implements KvMemory {
         this.needed = this.pager.ticket
       }
     }
-    this.copyBoundary(region, shared)
+  }
+
+  /** Queued before the next step, when all of it is there. */
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+    const { pageBytes } = this.layout.shape
+    const region = this.regionOf(slot)
+    const all = spannedTokens(shared) * this.layout.tokenStride
+    for (const part of copiedColumns(this.layout, shared, first)) {
+      const bytes = Math.min(part.end * pageBytes, all) - part.first * pageBytes
+      const from = this.columnAddress(part.region, part.first)
+      this.copies.push({ to: this.columnAddress(region, part.first), from, bytes })
+    }
   }
 
   grow(region: number, first: number, end: number): void {
@@ -190,6 +204,7 @@ export class CudaKvMemory implements KvMemory {
   }
 
   discard(region: number, first: number, end: number): void {
+    this.settleCopies(region, first, end)
     const { frames, held } = this.region(region)
     for (let c = first; c < Math.min(end, frames.length); c++) {
       const frame = frames[c]
@@ -199,9 +214,6 @@ export class CudaKvMemory implements KvMemory {
       this.notePartial(frame)
       if (frame.held === 0) this.pool.lapse(frame)
     }
-    if (this.copies.length === 0) return
-    const [from, to] = [this.columnAddress(region, first), this.columnAddress(region, end)]
-    this.copies = this.copies.filter((copy) => copy.to < from || copy.to >= to)
   }
 
   /** Makes sure that all pages of the step are there; queues copies that it reads from. */
@@ -212,11 +224,8 @@ export class CudaKvMemory implements KvMemory {
       this.counted.lateSteps++
       this.counted.lateMs += performance.now() - start
     } else this.pager.wait(this.needed)
-    for (const { to, from, bytes } of this.copies) {
-      this.device.driver.copyOnDevice(to, from, bytes, stream)
-    }
-    this.counted.boundaryCopies += this.copies.length
-    this.copies.length = 0
+    this.lastStream = stream
+    this.queueCopies(stream)
   }
 
   /** The step is queued on the stream: what it may touch stays until it is over. */
@@ -318,14 +327,23 @@ export class CudaKvMemory implements KvMemory {
     return frame
   }
 
-  /** What of the shared tokens is not in whole groups is copied before the next step. */
-  private copyBoundary(region: number, shared: readonly KvSpan[]): void {
-    const tokens = spannedTokens(shared)
-    const first = shareableColumns(this.layout, tokens)
-    const bytes = tokens * this.layout.tokenStride - first * this.layout.shape.pageBytes
-    if (bytes === 0) return
-    const from = this.columnAddress(present(shared.at(-1), 'a span').region, first)
-    this.copies.push({ to: this.columnAddress(region, first), from, bytes, region })
+  private queueCopies(stream: number): void {
+    for (const { to, from, bytes } of this.copies) {
+      this.device.driver.copyOnDevice(to, from, bytes, stream)
+    }
+    this.counted.boundaryCopies += this.copies.length
+    this.copies.length = 0
+  }
+
+  /** Columns go: nobody needs what was to be copied there; what is copied from there, stays. */
+  private settleCopies(region: number, first: number, end: number): void {
+    if (this.copies.length === 0) return
+    const [from, to] = [this.columnAddress(region, first), this.columnAddress(region, end)]
+    this.copies = this.copies.filter((copy) => copy.to < from || copy.to >= to)
+    if (!this.copies.some((copy) => copy.from < to && copy.from + copy.bytes > from)) return
+    this.pager.wait(this.needed)
+    this.queueCopies(this.lastStream)
+    this.fence.record(this.lastStream)
   }
 
   private dropForeign(region: number): void {

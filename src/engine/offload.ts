@@ -1,0 +1,167 @@
+// Owns what an engine has outside of memory: the sequences that made room and the cached prefixes
+// that were used least, what moving them costs, and how much was moved.
+
+import { ColdPrefixes } from '../kv/cold.ts'
+import { KeptPrefixes } from '../kv/kept.ts'
+import type { PrefixCache } from '../kv/prefix.ts'
+import type { KvColumns } from '../kv/regions.ts'
+import type { SlotTable } from '../kv/slots.ts'
+import type { KvStore } from '../kv/tier.ts'
+import { Tiers } from '../kv/tiers.ts'
+import type { Transfers } from '../kv/transfers.ts'
+import type { Costs } from '../scheduler/costs.ts'
+import type { Preemption } from '../scheduler/scheduler.ts'
+import type { TierSnapshot } from './api.ts'
+
+/** Fractions of the KV memory. */
+export interface Watermarks {
+  /** Above it, cached prefixes go out of memory. */
+  high: number
+  /** Until no more than this is in use. */
+  low: number
+}
+
+export const WATERMARKS_DEFAULT: Watermarks = { high: 0.9, low: 0.8 }
+
+export interface OffloadOptions {
+  watermarks?: Watermarks | undefined
+  /** How sequences that made room come back; unless told, in the way that takes less time. */
+  comeBack?: 'moved' | 'computed' | undefined
+}
+
+/** How long to wait before looking again for prefixes that could be kept now. */
+const KEEP_MS = 50
+
+/** Share of the memory that goes out at a time when the machine has too little. */
+const PRESSED_SHARE = 0.1
+
+export class Offload implements Preemption {
+  readonly tiers: Tiers
+  readonly cold: ColdPrefixes | undefined
+  private readonly transfers: Transfers
+  private readonly slots: SlotTable
+  private readonly cache: PrefixCache | undefined
+  private readonly costs: Costs
+  private readonly options: OffloadOptions
+  private readonly kept: KeptPrefixes | undefined
+  /** When to look again for what is to be kept. */
+  private keepMs = -Infinity
+  private keepWaits = false
+  private keptMade = 0
+  private readonly moved = { save: 0, load: 0 }
+
+  constructor(
+    transfers: Transfers,
+    slots: SlotTable,
+    cache: PrefixCache | undefined,
+    costs: Costs,
+    options: OffloadOptions,
+    store?: KvStore,
+  ) {
+    this.transfers = transfers
+    this.slots = slots
+    this.cache = cache
+    this.costs = costs
+    this.options = options
+    this.tiers = new Tiers(transfers, slots)
+    this.cold = cache && new ColdPrefixes(cache, slots.regions, transfers)
+    const { regions } = slots
+    this.kept =
+      store && cache && this.cold && new KeptPrefixes(cache, this.cold, regions, transfers, store)
+    transfers.onMoved = (kind, columns, ms) => {
+      this.moved[kind] += columns
+      // What was moved teaches what moving costs.
+      costs.moved(kind, columns * slots.layout.ranges, ms)
+    }
+  }
+
+  get busy(): boolean {
+    return this.transfers.busy
+  }
+
+  get leavingPages(): number {
+    return this.tiers.leavingPages + (this.cold?.leavingPages ?? 0)
+  }
+
+  preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean {
+    const { comeBack } = this.options
+    if (comeBack) return comeBack === 'moved'
+    return this.costs.preferMoving(pages, promptTokens, outputTokens)
+  }
+
+  /** Takes cached prefixes out of memory before somebody has to wait for it. */
+  keepRoom(): void {
+    const { high, low } = this.options.watermarks ?? WATERMARKS_DEFAULT
+    const { usedPages, limitPages } = this.slots
+    if (usedPages > high * limitPages) this.cold?.demote(low * limitPages)
+  }
+
+  /**
+   * Begins to write what shall outlive the process, every now and then.
+   * @returns milliseconds until there may be more to write; undefined if there is nothing
+   */
+  keep(nowMs: number): number | undefined {
+    const { kept, cache } = this
+    if (!kept || !cache || (!this.keepWaits && cache.made === this.keptMade)) return undefined
+    if (nowMs < this.keepMs) return this.keepMs - nowMs
+    this.keptMade = cache.made
+    this.keepMs = nowMs + KEEP_MS
+    this.keepWaits = kept.keep()
+    return this.keepWaits ? KEEP_MS : undefined
+  }
+
+  /** The machine has too little memory: some of what is only cached goes. */
+  relieve(): void {
+    const { usedPages, limitPages } = this.slots
+    this.cold?.demote(usedPages - PRESSED_SHARE * limitPages)
+  }
+
+  /**
+   * Begins to bring back what of a prompt is cached outside of memory.
+   * @param always even if it is computed sooner
+   * @returns whether it is on its way
+   */
+  fetch(tenant: string, tokens: Int32Array, length: number, always = false): boolean {
+    const worth = (pages: number, count: number) => always || this.costs.preferLoading(pages, count)
+    const makeRoom = (pages: number) => this.makeRoom(pages)
+    return this.cold?.fetch(tenant, tokens, length, worth, makeRoom) ?? false
+  }
+
+  /** What is held in memory besides by slots and the cache. */
+  *holds(): Generator<KvColumns> {
+    yield* this.tiers.holds()
+    if (this.cold) yield* this.cold.holds()
+  }
+
+  /** Throws if places contradict those who hold them. */
+  check(): void {
+    const held = [...this.tiers.placesHeld(), ...(this.cold?.placesHeld() ?? [])]
+    this.transfers.places.check(held)
+  }
+
+  /** @param imagesLost sequences that could not be moved after all */
+  snapshot(offloads: number, imagesLost: number): TierSnapshot {
+    const { layout } = this.slots
+    const columnBytes = layout.ranges * layout.shape.pageBytes
+    const { capacity, used } = this.transfers.places
+    return {
+      capacityBytes: capacity * columnBytes,
+      usedBytes: used * columnBytes,
+      savedBytes: this.moved.save * columnBytes,
+      loadedBytes: this.moved.load * columnBytes,
+      offloads,
+      demotions: this.cache?.demotions ?? 0,
+      fetches: this.cold?.fetches ?? 0,
+      lost: imagesLost + (this.cold?.lost ?? 0),
+    }
+  }
+
+  private makeRoom(pages: number): boolean {
+    const { slots, cache } = this
+    if (slots.availablePages() < pages) return false
+    while (slots.usedPages + pages > slots.limitPages) {
+      if (slots.reclaim(Infinity) < 0 && !cache?.evict()) return false
+    }
+    return true
+  }
+}

@@ -1,0 +1,60 @@
+// Owns which places of a tier are free. Neighbours are handed out together where they can be: what
+// lies together on a disk is read in one go.
+
+import { assert, present } from '../assert.ts'
+
+export class PlaceTable {
+  readonly capacity: number
+  used = 0
+  /** Frees places that somebody can do without, so many if it can; set by whoever has such. */
+  makeRoom: (count: number) => void = () => {}
+  private readonly holders: Uint16Array
+  /** Where the last search ended. */
+  private next = 0
+
+  constructor(capacity: number) {
+    this.capacity = capacity
+    this.holders = new Uint16Array(capacity)
+  }
+
+  /** Takes `count` places. Undefined, with nothing taken, if fewer can be had. */
+  take(count: number): Uint32Array | undefined {
+    const missing = count - (this.capacity - this.used)
+    if (missing > 0 && count <= this.capacity) this.makeRoom(missing)
+    if (count > this.capacity - this.used) return undefined
+    const places = new Uint32Array(count)
+    for (let i = 0; i < count; this.next++) {
+      if (this.next >= this.capacity) this.next = 0
+      if (this.holders[this.next] !== 0) continue
+      this.holders[this.next] = 1
+      places[i++] = this.next
+    }
+    this.used += count
+    return places
+  }
+
+  /** Another one holds a place, too; or the first, of what was there before. */
+  share(place: number): void {
+    const count = present(this.holders[place], 'a place')
+    assert(count < 2 ** 16 - 1, `place ${place} has fewer holders than its counter counts`)
+    this.holders[place] = count + 1
+    if (count === 0) this.used++
+  }
+
+  give(places: Uint32Array): void {
+    for (const place of places) {
+      const count = present(this.holders[place], 'a place')
+      assert(count > 0, `place ${place} is taken`)
+      this.holders[place] = count - 1
+      if (count === 1) this.used--
+    }
+  }
+
+  /** Throws unless these are all that is held, each as often as it is given here. */
+  check(held: Iterable<Uint32Array>): void {
+    const counts = new Uint16Array(this.capacity)
+    for (const places of held) for (const place of places) counts[place]!++
+    const wrong = counts.findIndex((count, place) => count !== this.holders[place])
+    assert(wrong < 0, `place ${wrong} is held as often as it is counted`)
+  }
+}
