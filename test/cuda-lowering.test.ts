@@ -91,7 +91,7 @@ function chooseAhead(backend: CudaBackend, cuda: MockCuda, prompt: readonly numb
       batch.clear()
       if (i === 0) batch.add(slot, 0, prompt, 0, 9, true)
       else batch.add(slot, 8 + i, [ahead ? -1 : chosen.at(-1)!], 0, 1, true)
-      steps.push(backend.launchSampled(batch))
+      steps.push(backend.launchChoosing(batch, false))
       if (ahead && i === 0) continue
       cuda.synchronizeStream(stream)
       chosen.push(backend.tokensOf(steps[ahead ? i - 1 : i]!)[0]!)

@@ -5,9 +5,8 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
-import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { EVICTION_DEFAULT } from '../kv/eviction.ts'
 import { KvHistory, watched } from '../kv/history.ts'
-import { liveBytes } from '../kv/layout.ts'
 import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
@@ -15,7 +14,7 @@ import { SlotTable } from '../kv/slots.ts'
 import { Transfers } from '../kv/transfers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
 import { Costs } from '../scheduler/costs.ts'
-import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
+import { type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
   EngineAnswers,
@@ -24,44 +23,20 @@ import type {
   FinishReason,
   SamplingParams,
   SequenceRequest,
-  SequenceSnapshot,
   TokenLogprobs,
 } from './api.ts'
+import { type Flight, StepsAhead, workOf } from './ahead.ts'
 import { BeamGroup } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
-import { Offload, type OffloadOptions } from './offload.ts'
+import type { CoreOptions, CoreSink } from './core-options.ts'
+import { Offload } from './offload.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
 import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
+import { EngineCounts, snapshotOf } from './snapshot.ts'
 
-export interface CoreOptions extends OffloadOptions {
-  maxSequences: number
-  /** Hard limit on physical KV pages. */
-  kvPages: number
-  /** How many of them cached prefixes may keep; 0 is no prefix cache. */
-  prefixPages?: number
-  /** Lets in whoever fits, whatever those that run will need; else who is expected to fit. */
-  greedy?: boolean
-  /** Which of them go first; 'cost' unless told. */
-  prefixEviction?: EvictionName | undefined
-  /** Whether answers are cached as prompts are. */
-  prefixOutput?: boolean | undefined
-}
-
-/** Where the core's news go, while one of its methods runs. It must not call back into the core. */
-export interface CoreSink {
-  /** The sequence has left the queue; the step that begins its prompt is about to be computed. */
-  onStart(id: number, cachedTokens: number): void
-  onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void
-  onFinish(
-    id: number,
-    reason: FinishReason,
-    outputTokens: number,
-    error: LatticeError | undefined,
-    score: number | undefined,
-  ): void
-}
+export type { CoreOptions, CoreSink } from './core-options.ts'
 
 /**
  * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
@@ -90,21 +65,13 @@ export class EngineCore {
   private readonly sequences = new Map<number, Sequence>()
   /** Regions besides its own that a slot's tokens may lie in. */
   private readonly spansMax: number
+  private readonly ahead: StepsAhead | undefined
+  private landedMs = -Infinity
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
   private readonly row: Float32Array
-  private steps = 0
-  private promptTokens = 0
-  private outputTokens = 0
-  private computeMs = 0
-  private stepMs = 0
-  private readonly finished: Record<FinishReason, number> = {
-    stop: 0,
-    length: 0,
-    abort: 0,
-    error: 0,
-  }
+  private readonly counts = new EngineCounts()
 
   /** @param now milliseconds that never go back. */
   constructor(backend: Backend, options: CoreOptions, sink: CoreSink, now: () => number) {
@@ -142,13 +109,14 @@ export class EngineCore {
       this.sharing,
       this.offload,
     )
+    this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
     this.row = new Float32Array(backend.vocab)
   }
 
   get idle(): boolean {
-    return this.sequences.size === 0
+    return this.sequences.size === 0 && !this.ahead?.flight
   }
 
   /** Takes a sequence in; its first token comes from a later step. */
@@ -200,22 +168,76 @@ export class EngineCore {
     this.offload?.keepRoom()
     this.offload?.keep(start)
     const parts = this.scheduler.plan()
-    if (parts.length === 0) return false
+    if (parts.length === 0 && !this.ahead?.flight) return false
+    if (this.ahead) this.stepAhead(this.ahead, parts)
+    else this.stepAlone(parts)
+    this.releaseOverdue()
+    this.counts.stepMs += this.now() - start
+    return true
+  }
+
+  /** A step from its launch to its tokens. */
+  private stepAlone(parts: readonly ScheduledPart<Sequence>[]): void {
     this.fill(parts)
-    const computeStart = this.now()
+    const start = this.now()
     this.backend.launch(this.batch)
     this.expectGrowth(parts)
     const rows = this.backend.collect()
     // What a step read after the pager's death is not what was there: nothing of it is told.
     this.backend.kv.tier?.check()
-    const computeMs = this.now() - computeStart
-    this.computeMs += computeMs
-    this.learn(parts, computeMs)
+    const ms = this.now() - start
+    this.costs.stepped(workOf(parts), ms)
     this.commit(parts, rows)
-    this.releaseOverdue()
-    this.steps++
-    this.stepMs += this.now() - start
-    return true
+    this.counts.stepped(ms)
+  }
+
+  /** Queues a step, then takes in the one before it: while this runs, that one computes. */
+  private stepAhead(ahead: StepsAhead, parts: readonly ScheduledPart<Sequence>[]): void {
+    const before = ahead.take()
+    if (parts.length > 0) {
+      this.fill(parts)
+      ahead.launch(parts, this.batch, this.now())
+      this.expectGrowth(parts)
+      for (const { sequence, count } of parts) this.goOn(ahead, sequence, count)
+    }
+    if (before) this.land(ahead, before)
+    if (ahead.flight?.hosted) this.land(ahead, present(ahead.take(), 'a step'))
+  }
+
+  /** A sequence's tokens are as good as computed: whoever is planned next follows them. */
+  private goOn(ahead: StepsAhead, sequence: Sequence, count: number): void {
+    const first = sequence.length === sequence.promptLength
+    sequence.computed += count
+    if (first) this.counts.promptTokens += count
+    if (sequence.computed < sequence.length) return
+    if (first && !this.keepPrompt(sequence)) return
+    if (!ahead.isHosted(sequence)) sequence.pushUnknown()
+  }
+
+  /** Waits for a step that was queued, and takes its tokens in. */
+  private land(ahead: StepsAhead, flight: Flight): void {
+    const rows = ahead.wait(flight)
+    this.backend.kv.tier?.check()
+    const now = this.now()
+    const ms = now - Math.max(flight.startMs, this.landedMs)
+    this.landedMs = now
+    this.costs.stepped(flight.work, ms)
+    this.counts.stepped(ms)
+    flight.awaited.forEach(({ sequence, position }, output) => {
+      const { id, unit } = sequence
+      const row = rows[output]
+      if (unit) this.advanceBeam(unit, sequence, present(row, 'a row of logits'))
+      else if (this.sequences.get(id) !== sequence) return
+      else if (position < 0) this.advance(sequence, present(row, 'a row of logits'))
+      else this.takeIn(sequence, present(sequence.tokens[position], 'a token'))
+    })
+  }
+
+  /** The first unknown token of a sequence is known. */
+  private takeIn(sequence: Sequence, token: number): void {
+    if (token < 0) return this.finish(sequence, 'error', notANumber())
+    sequence.unknown--
+    this.tell(sequence, token, undefined)
   }
 
   /**
@@ -258,61 +280,8 @@ export class EngineCore {
   }
 
   snapshot(): EngineSnapshot {
-    const { layout } = this.backend.kv
-    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
-    const now = this.now()
-    const all = [...this.scheduler.running, ...this.scheduler.waiting]
-    const sequences = all.map((sequence): SequenceSnapshot => {
-      const { request, computed, slot } = sequence
-      return {
-        id: sequence.id,
-        requestId: request.requestId,
-        tenant: request.tenant,
-        state: sequence.state,
-        promptTokens: request.prompt.length,
-        kvTokens: computed,
-        outputTokens: sequence.outputTokens,
-        pages: slot < 0 ? 0 : this.slots.pagesOf(slot),
-        bytes: liveBytes(layout, computed),
-        ageMs: now - sequence.arrivedMs,
-      }
-    })
-    const { offload, recompute } = this.scheduler.preemptions
-    return {
-      sequences,
-      running: this.scheduler.running.length,
-      waiting: this.scheduler.waiting.length,
-      kv: {
-        pageBytes: layout.shape.pageBytes,
-        usedPages: this.slots.usedPages,
-        limitPages: this.slots.limitPages,
-        residentBytes: this.backend.kv.residentBytes(),
-        cachedPages,
-        pinnedPages,
-      },
-      prefixQueries: this.sharing.queries,
-      prefixHits: this.sharing.hits,
-      prefixEvictions: evictions,
-      steps: this.steps,
-      promptTokens: this.promptTokens,
-      outputTokens: this.outputTokens,
-      finished: { ...this.finished },
-      preemptions: offload + recompute,
-      ...(this.offload && { tier: this.offload.snapshot(offload, this.scheduler.imagesLost) }),
-      beamCopies: this.slots.compactions,
-      computeMs: this.computeMs,
-      stepMs: this.stepMs,
-    }
-  }
-
-  private learn(parts: readonly ScheduledPart<Sequence>[], ms: number): void {
-    let decodes = 0
-    let promptTokens = 0
-    for (const { sequence, count } of parts) {
-      if (isDecoding(sequence)) decodes++
-      else promptTokens += count
-    }
-    this.costs.stepped(promptTokens, decodes, ms)
+    const { backend, slots, scheduler, sharing, offload, counts } = this
+    return snapshotOf({ kv: backend.kv, slots, scheduler, sharing, offload, counts }, this.now())
   }
 
   /** Answers what was asked, or does what was told, between two steps. */
@@ -356,7 +325,7 @@ export class EngineCore {
     let row = 0
     for (const { sequence, count } of parts) {
       sequence.computed += count
-      if (sequence.outputTokens === 0) this.promptTokens += count
+      if (sequence.outputTokens === 0) this.counts.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
       if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
@@ -370,14 +339,7 @@ export class EngineCore {
    * False if it was to be pinned and could not be: then the sequence has ended.
    */
   private share(sequence: Sequence, logits: Float32Array): boolean {
-    try {
-      this.sharing.computed(sequence)
-    } catch (thrown) {
-      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
-      if (!full) throw thrown
-      this.finish(sequence, 'error', thrown)
-      return false
-    }
+    if (!this.keepPrompt(sequence)) return false
     for (;;) {
       const next = this.scheduler.waiting[0]
       if (!next || !this.sharing.continues(next, sequence)) return true
@@ -387,6 +349,18 @@ export class EngineCore {
       this.row.set(logits)
       this.advance(next, this.row)
     }
+  }
+
+  private keepPrompt(sequence: Sequence): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
+      if (!full) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
+    return true
   }
 
   private start(sequence: Sequence): void {
@@ -400,7 +374,7 @@ export class EngineCore {
 
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
-    const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    const { topLogprobs } = sequence.request
     let token: number
     try {
       token = this.sampler.sample(logits, sequence.sampler)
@@ -409,16 +383,23 @@ export class EngineCore {
       return this.finish(sequence, 'error', thrown)
     }
     sequence.push(token)
-    this.outputTokens++
     const logprobs =
       topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
     sequence.logprobs += logprobs?.logprob ?? 0
+    this.tell(sequence, token, logprobs)
+  }
+
+  /** A sequence has a new token, which may be its last. */
+  private tell(sequence: Sequence, token: number, logprobs: TokenLogprobs | undefined): void {
+    const { stopTokens, maxTokens } = sequence.request
+    this.counts.outputTokens++
     if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
     this.sink.onToken(sequence.id, token, logprobs)
     if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    sequence.dropUnknown()
     if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
@@ -435,7 +416,7 @@ export class EngineCore {
     score?: number,
   ): void {
     this.sequences.delete(id)
-    this.finished[reason]++
+    this.counts.finished[reason]++
     this.sink.onFinish(id, reason, outputTokens, error, score)
   }
 
@@ -474,7 +455,7 @@ export class EngineCore {
       shown.forEach((token, at) => {
         this.sink.onToken(id, token, topLogprobs === undefined ? undefined : logprobs[at])
       })
-      this.outputTokens += tokens.length
+      this.counts.outputTokens += tokens.length
       group.ids[i] = undefined
       this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
     })
@@ -497,6 +478,12 @@ export class EngineCore {
     while (this.slots.reclaim(-Infinity) >= 0);
     this.slots.reclaim(this.now() - WARM_MS)
   }
+}
+
+function notANumber(): LatticeError {
+  return new LatticeError('backend_failed', 'A logit is not a number.', {
+    todo: 'Check the model file; `lattice inspect` reads it.',
+  })
 }
 
 function tooFew(found: number): LatticeError {

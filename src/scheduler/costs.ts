@@ -34,6 +34,12 @@ class Rate {
   }
 }
 
+/** What a step computes. */
+export interface StepWork {
+  promptTokens: number
+  decodes: number
+}
+
 export class Costs {
   private readonly prefillTokenMs = new Rate(PREFILL_TOKEN_MS)
   private readonly decodeTokenMs = new Rate(DECODE_TOKEN_MS)
@@ -46,8 +52,8 @@ export class Costs {
     }
   }
 
-  /** A step of so many prompt tokens and decodes took this long. */
-  stepped(promptTokens: number, decodes: number, ms: number): void {
+  /** A step took this long. */
+  stepped({ promptTokens, decodes }: StepWork, ms: number): void {
     if (promptTokens === 0) this.decodeTokenMs.add(ms, decodes)
     // With few decodes beside them, prompts are what the time went to.
     else if (promptTokens > 4 * decodes) this.prefillTokenMs.add(ms, promptTokens + decodes)

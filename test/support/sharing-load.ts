@@ -27,6 +27,7 @@ export const loads = fc.record({
       tenant: fc.constantFrom('a', 'a', 'b'),
       maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
       temperature: fc.constantFrom(0, 1),
+      stopTokens: fc.constantFrom([], [], [7, 21, 33]),
       seed: fc.nat(1000),
       gap: fc.nat(4),
       // A fifth of the choices is aborted.

@@ -1,13 +1,13 @@
 // Owns the CUDA backend as the engine sees it: a batch of segments becomes the rows of one step,
 // tokens that are alone first, and logits come back to the host for those who sample there.
 
-import { assert, present } from '../../assert.ts'
+import { present } from '../../assert.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 import type { Model } from '../../model/model.ts'
-import type { Backend, KvMemory, StepBatch } from '../backend.ts'
+import type { SamplingParams } from '../../engine/api.ts'
+import type { Backend, KvMemory, SlotSampling, StepBatch, TokenChooser } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
 import { CudaForward, type ForwardOptions } from './forward.ts'
-import type { SlotSampling } from './sampling.ts'
 
 /** KV memory as CudaKvMemory keeps it. */
 export interface GpuKv extends KvMemory {
@@ -26,17 +26,16 @@ export interface CudaBackendOptions extends Omit<ForwardOptions, 'kv'> {
   kv: GpuKv
 }
 
-export class CudaBackend implements Backend {
+export class CudaBackend implements Backend, TokenChooser {
   readonly vocab: number
   readonly stepTokensMax: number
   readonly chunkTokensMin = 1
   readonly kv: GpuKv
+  readonly chooser = this
   readonly forward: CudaForward
   private readonly device: CudaDevice
   private readonly host: number
   private readonly rows: readonly Float32Array[]
-  private outputs = 0
-  private step = -1
 
   constructor(model: Model, options: CudaBackendOptions) {
     const { device, kv, maxSequences, stepTokens } = options
@@ -54,32 +53,18 @@ export class CudaBackend implements Backend {
     )
   }
 
-  /**
-   * Says how the tokens of a slot's sequence are to be chosen on the GPU, from its next step on.
-   * @throws LatticeError `invalid_request` for biases that cannot be
-   */
+  takes(params: SamplingParams): boolean {
+    return this.forward.sampling.takes(params)
+  }
+
   begin(slot: number, sampling: SlotSampling): void {
     this.forward.sampling.begin(slot, sampling, this.forward.stream)
   }
 
-  /**
-   * Queues a step whose tokens are chosen on the GPU. A token of -1 in the batch is the one that
-   * was chosen last for its slot: the step can be queued before the host has seen that.
-   * @returns the step's number, for `tokensOf`; up to PLACES − 2 may be under way
-   */
-  launchSampled(batch: StepBatch): number {
-    const { stream } = this.forward
-    this.kv.beforeStep(stream)
-    const step = this.queue(batch, true)
-    this.kv.afterStep(stream)
-    return step
+  launchChoosing(batch: StepBatch, logits: boolean): number {
+    return this.queue(batch, true, logits)
   }
 
-  /**
-   * Waits for a step: its tokens in the order of the segments that wanted one, -1 where none
-   * could be chosen. Valid until PLACES − 1 more steps were queued.
-   * @throws LatticeError `gpu_call_failed` if the GPU failed
-   */
   tokensOf(step: number): Int32Array {
     const { state } = this.forward
     state.wait(step)
@@ -87,17 +72,10 @@ export class CudaBackend implements Backend {
   }
 
   launch(batch: StepBatch): void {
-    const { logits, stream } = this.forward
-    this.kv.beforeStep(stream)
-    this.step = this.queue(batch, false)
-    this.kv.afterStep(stream)
-    const { driver } = this.device
-    const bytes = this.outputs * this.vocab * 4
-    if (bytes > 0) driver.copyToHost(this.host, logits, bytes, stream)
+    this.queue(batch, false, true)
   }
 
   collect(): readonly Float32Array[] {
-    assert(this.step >= 0, 'a step was launched')
     this.device.driver.synchronizeStream(this.forward.stream)
     return this.rows
   }
@@ -109,7 +87,7 @@ export class CudaBackend implements Backend {
   }
 
   /** Queues a batch's step; its outputs are in the order of the segments that want them. */
-  private queue(batch: StepBatch, sample: boolean): number {
+  private queue(batch: StepBatch, sample: boolean, toHost: boolean): number {
     const { segments, counts, wantsLogits } = batch
     let singles = 0
     let outputs = 0
@@ -117,17 +95,24 @@ export class CudaBackend implements Backend {
       if (counts[s] === 1) singles++
       if (wantsLogits[s]) outputs++
     }
-    this.outputs = outputs
-    const { forward } = this
-    const decodes = singles === segments && outputs === segments
+    const { forward, kv } = this
+    const { logits, stream } = forward
+    kv.beforeStep(stream)
     this.fill(batch, singles)
-    if (decodes) {
-      const bucket = forward.bucketOf(segments)
-      for (let i = segments; i < bucket; i++) forward.state.setRow(i, 0, 0, -1, i, 0)
-      return forward.decode(segments)
-    }
     const shape = { tokens: batch.tokenCount, outputs, singles, segments: segments - singles }
-    return forward.step(shape, sample)
+    const decodes = singles === segments && outputs === segments
+    const step = decodes ? this.decode(segments) : forward.step(shape, sample)
+    kv.afterStep(stream)
+    const bytes = outputs * this.vocab * 4
+    if (toHost && bytes > 0) this.device.driver.copyToHost(this.host, logits, bytes, stream)
+    return step
+  }
+
+  private decode(rows: number): number {
+    const { forward } = this
+    const bucket = forward.bucketOf(rows)
+    for (let i = rows; i < bucket; i++) forward.state.setRow(i, 0, 0, -1, i, 0)
+    return forward.decode(rows)
   }
 
   private fill(batch: StepBatch, singles: number): void {

@@ -6,6 +6,7 @@ import type { SamplingParams } from '../../engine/api.ts'
 import type { CudaDriver } from '../../ffi/cuda.ts'
 import { KernelLaunch } from '../../ffi/kernel-launch.ts'
 import { viewMemory } from '../../ffi/libc.ts'
+import type { SlotSampling } from '../backend.ts'
 import type { KernelFinder } from './kernels.ts'
 
 /** Of struct Sampling in sample.cuh. */
@@ -13,16 +14,6 @@ const PARAMS_BYTES = 96
 
 /** Tokens that one sequence may bias; as sample.cu has it. */
 export const BIASES_MAX = 1024
-
-/** What a sequence asks of sampling. */
-export interface SlotSampling {
-  params: SamplingParams
-  /** Counted for the repetition penalty. */
-  prompt: Int32Array
-  /** What it generated already, if it comes back after being preempted. */
-  output: Int32Array
-  topLogprobs: number | undefined
-}
 
 export class SamplingTable {
   readonly table: number
@@ -57,6 +48,12 @@ export class SamplingTable {
     this.host = driver.allocateHost(slots * (PARAMS_BYTES + BIASES_MAX * 8))
     this.markSeen = new KernelLaunch(kernel('step.cu', 'markSeen', {}), ['u64', 'u64', 'i32'])
     this.markSeen.grid(16).threads(256)
+  }
+
+  /** Whether biases are of known tokens, and no more than there is room for. */
+  takes({ logitBias }: SamplingParams): boolean {
+    const known = logitBias.every(([token]) => token < this.vocab)
+    return known && logitBias.length <= BIASES_MAX
   }
 
   /**
