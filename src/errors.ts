@@ -32,6 +32,8 @@ export const ERROR_CODES = {
   template_invalid: { status: 400, exit: 1 },
   backend_unavailable: { status: 500, exit: 1 },
   backend_failed: { status: 500, exit: 1 },
+  gpu_call_failed: { status: 500, exit: 1 },
+  kernel_compile_failed: { status: 500, exit: 1 },
   pager_failed: { status: 503, exit: 1 },
   os_call_failed: { status: 500, exit: 1 },
 } as const satisfies Record<string, { status: number; exit: number }>

@@ -1,5 +1,6 @@
 // Owns `npm test`: types, lint and format first, since they take a second, then every test.
-// With file patterns or node:test flags it runs the matching tests only.
+// With file patterns or node:test flags it runs the matching tests only; with --cuda those that
+// need a GPU, and no others.
 
 import { spawn } from 'node:child_process'
 import { resolveModel } from '../src/model/registry.ts'
@@ -7,15 +8,20 @@ import { globSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 
 const TESTS = ['src/**/*.test.ts', 'test/**/*.test.ts']
+/** They need a GPU, one at a time. */
+const GPU_TESTS = 'test/cuda/*.gpu.ts'
 /** A test that hangs fails after this long, with its name, instead of stopping CI mute. */
 const TEST_TIMEOUT_MS = 300_000
 /** All of them take two minutes; a file that blocks its own timers must not stop CI either. */
 const RUN_TIMEOUT_MS = 2_400_000
 
-const flags = process.argv.slice(2).filter((argument) => argument.startsWith('-'))
+const onGpu = process.argv.includes('--cuda')
+const flags = process.argv
+  .slice(2)
+  .filter((argument) => argument.startsWith('-') && argument !== '--cuda')
 const patterns = process.argv.slice(2).filter((argument) => !argument.startsWith('-'))
 
-if (patterns.length + flags.length === 0) {
+if (patterns.length + flags.length === 0 && !onGpu) {
   const checks = await Promise.all([
     check('types', 'node_modules/.bin/tsc', ['-p', '.']),
     check('lint', 'node_modules/.bin/oxlint', ['--deny-warnings']),
@@ -33,7 +39,7 @@ if (process.env['LATTICE_TEST_MODEL'] === undefined) {
   }
 }
 
-const files = globSync(TESTS).filter(
+const files = globSync(onGpu ? GPU_TESTS : TESTS).filter(
   (file) => patterns.length === 0 || patterns.some((pattern) => file.includes(pattern)),
 )
 if (files.length === 0) {
@@ -45,7 +51,7 @@ const tests = spawn(
   [
     '--test',
     '--test-reporter=spec',
-    `--test-concurrency=${Math.max(2, availableParallelism() - 1)}`,
+    `--test-concurrency=${onGpu ? 1 : Math.max(2, availableParallelism() - 1)}`,
     `--test-timeout=${TEST_TIMEOUT_MS}`,
     '--import=./tools/left-open.ts',
     ...flags,

@@ -2,6 +2,7 @@
 // logits come out, keys and values land in slots. CPU, null and (later) CUDA fulfil it.
 
 import { assert } from '../assert.ts'
+import type { SamplingParams } from '../engine/api.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type { KvMover } from '../kv/regions.ts'
 import type { KvTier } from '../kv/tier.ts'
@@ -62,8 +63,49 @@ export interface KvMemory extends KvMover {
   readonly regions: number
   /** Bytes that are physically present now, by the owner's own account (kernel or driver). */
   residentBytes(): number
+  /**
+   * Gives back memory that is kept ready and was idle for a while, if the kernel does not see to
+   * that by itself.
+   * @returns milliseconds until there is more to give back, or undefined if there is nothing
+   */
+  settle?(nowMs: number): number | undefined
   /** Where columns can go, if anywhere. */
   readonly tier?: KvTier
+}
+
+/** What a sequence asks of whoever chooses its tokens. */
+export interface SlotSampling {
+  params: SamplingParams
+  /** Counted for the repetition penalty. */
+  prompt: Int32Array
+  /** What it generated already, if it comes back after being preempted. */
+  output: Int32Array
+  /** Log-probabilities to find for each token, if any. */
+  topLogprobs?: number | undefined
+}
+
+/**
+ * A backend that chooses tokens where it computes logits. Steps queue up behind each other: what is
+ * done to KV memory after a step was queued, happens after that step.
+ */
+export interface TokenChooser {
+  /** Whether tokens can be chosen so; if not, whoever asks chooses from logits. */
+  takes(params: SamplingParams): boolean
+  /** From its next step on, the tokens of a slot's sequence are chosen so. */
+  begin(slot: number, sampling: SlotSampling): void
+  /**
+   * Queues a step. A token of -1 in the batch is the one that was chosen last for its slot: the
+   * host need not know it yet.
+   * @param logits whether `collect` will be called for the step, before another one is queued
+   * @returns the step's number; two may be under way
+   */
+  launchChoosing(batch: StepBatch, logits: boolean): number
+  /**
+   * Waits for a step: its tokens in the order of the segments that wanted one, -1 where logits were
+   * no numbers. Valid until one more step is queued.
+   * @throws LatticeError `backend_failed` or `gpu_call_failed`
+   */
+  tokensOf(step: number): Int32Array
 }
 
 export interface Backend {
@@ -77,6 +119,7 @@ export interface Backend {
    */
   readonly chunkTokensMin: number
   readonly kv: KvMemory
+  readonly chooser?: TokenChooser
   /** Starts a step. Pages that its tokens need must be within the limit already. */
   launch(batch: StepBatch): void
   /**

@@ -1,9 +1,10 @@
-// Owns `lattice inspect`: what a model file holds, what this CPU can run, which errors there are.
+// Owns `lattice inspect`: what a model file holds, what this machine runs, which errors exist.
 
 import { Command } from 'commander'
 import type { CpuReport } from '../backends/cpu/variant.ts'
 import { ERROR_CODES } from '../errors.ts'
 import type { Model, TensorRef } from '../model/model.ts'
+import { inspectGpu } from './inspect-gpu.ts'
 import { formatBytes, formatTable } from './table.ts'
 
 interface JsonOption {
@@ -12,7 +13,7 @@ interface JsonOption {
 
 export function inspectCommand(): Command {
   const inspect = new Command('inspect').description(
-    'Describes a model file, this CPU, or the error codes.',
+    'Describes a model file, this CPU or GPU, or the error codes.',
   )
   inspect
     .command('model')
@@ -28,6 +29,14 @@ export function inspectCommand(): Command {
     .description('Prints which build of the compute library this CPU runs, and why that one.')
     .option('--json', 'print JSON')
     .action(inspectCpu)
+  inspect
+    .command('gpu')
+    .summary('the GPUs, and the libraries that computing on them needs')
+    .description(
+      'Prints the GPUs and CUDA libraries that were found, or what is missing and how to get it.',
+    )
+    .option('--json', 'print JSON')
+    .action(inspectGpu)
   inspect
     .command('errors')
     .summary('every error code with its HTTP status and exit code')

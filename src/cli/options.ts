@@ -3,6 +3,7 @@
 import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
+import type { DeviceOption } from '../engine/device.ts'
 import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
 import {
   collect,
@@ -15,11 +16,12 @@ import {
 
 export interface EngineOptions {
   model?: string
-  device: 'cpu' | 'auto'
+  device: DeviceOption
   threads?: number
   context?: number
   kvMemory?: number
   prefixCache?: number
+  kvIdleRelease?: number
   prefixEviction?: EvictionName
   prefixCacheOutput: 'on' | 'off'
   kvOffload?: { bytes: number; path?: string }
@@ -50,7 +52,9 @@ export function addEngineOptions(command: Command): Command {
     .optionsGroup('Model and machine:')
     .option('-m, --model <MODEL>', 'a name from `lattice ls`, a source as for pull, or a path')
     .addOption(
-      new Option('--device <DEVICE>', 'what computes').choices(['auto', 'cpu']).default('auto'),
+      new Option('--device <DEVICE>', 'what computes; auto takes a GPU if there is one')
+        .choices(['auto', 'cpu', 'cuda'])
+        .default('auto'),
     )
     .option('--threads <N>', 'threads that compute (default: one a core)', parseCount(1, 1024))
     .option(
@@ -67,6 +71,11 @@ export function addEngineOptions(command: Command): Command {
       '--prefix-cache <SIZE>',
       'how much of it may keep prompts for later ones that begin alike (default: none)',
       parseSize,
+    )
+    .option(
+      '--kv-idle-release <SECONDS>',
+      'when idle KV memory of a GPU is given back to the driver (default: 0.5)',
+      parseNumber(0, 86_400),
     )
     .addOption(
       new Option(

@@ -74,6 +74,8 @@ export async function openSession(
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
       prefixCacheBytes: options.prefixCache,
+      kvIdleReleaseMs:
+        options.kvIdleRelease === undefined ? undefined : options.kvIdleRelease * 1000,
       prefixEviction: options.prefixEviction,
       prefixCacheOutput: options.prefixCacheOutput === 'on',
       kvOffload: options.kvOffload,

@@ -5,15 +5,10 @@
 
 import { present } from '../assert.ts'
 import { type ErrorCode, LatticeError } from '../errors.ts'
-import { EVICTION_DEFAULT } from '../kv/eviction.ts'
-import { KvHistory, watched } from '../kv/history.ts'
+import type { KvHistory } from '../kv/history.ts'
 import { type KvMap, kvMap } from '../kv/map.ts'
-import { PrefixCache } from '../kv/prefix.ts'
-import { RegionTable } from '../kv/regions.ts'
-import { SlotTable } from '../kv/slots.ts'
-import { Transfers } from '../kv/transfers.ts'
-import { KV_MAPPINGS_MAX } from '../limits.ts'
-import { Costs } from '../scheduler/costs.ts'
+import type { SlotTable } from '../kv/slots.ts'
+import type { Costs } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
@@ -23,32 +18,26 @@ import type {
   FinishReason,
   SamplingParams,
   SequenceRequest,
+  TokenLogprobs,
 } from './api.ts'
+import { type Flight, notANumber, StepsAhead, workOf } from './ahead.ts'
 import { BeamGroup, beamsFork, tooFew } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
 import type { CoreOptions, CoreSink } from './core-contract.ts'
-import { Offload } from './offload.ts'
+import { engineMemory, giveBack, releaseOverdue } from './memory.ts'
+import type { Offload } from './offload.ts'
 import { sequenceEnded } from './messages.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
-import { Sessions } from './sessions.ts'
-import { PromptSharing } from './sharing.ts'
-
-/**
- * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
- * between a client's requests in a closed loop; short, because idle memory must be back with the
- * kernel within 100 ms and the kernel takes 50 ms a GiB.
- */
-const WARM_MS = 20
+import type { Sessions } from './sessions.ts'
+import type { PromptSharing } from './sharing.ts'
+import { EngineCounts, snapshotOf } from './snapshot.ts'
 
 /** How soon to look again for what is on its way, when there is nothing else to do. */
 const TIER_WAIT_MS = 1
 
 /** How soon to look again whether what shall outlive the process can be written. */
 const KEEP_WAIT_MS = 50
-
-/** An idle engine keeps no more than this warm; the rest goes back at once. */
-const WARM_IDLE_BYTES = 64 << 20
 
 export class EngineCore {
   private readonly backend: Backend
@@ -64,52 +53,29 @@ export class EngineCore {
   private readonly sequences = new Map<number, Sequence>()
   /** Regions besides its own that a slot's tokens may lie in. */
   private readonly spansMax: number
+  private readonly ahead: StepsAhead | undefined
+  private landedMs = -Infinity
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
   private readonly row: Float32Array
-  private steps = 0
-  private promptTokens = 0
-  private outputTokens = 0
-  private computeMs = 0
-  private stepMs = 0
+  private readonly counts = new EngineCounts()
   private keptMs = 0
-  private readonly finished: Record<FinishReason, number> = {
-    stop: 0,
-    length: 0,
-    abort: 0,
-    error: 0,
-  }
 
   /** @param now milliseconds that never go back. */
   constructor(backend: Backend, options: CoreOptions, sink: CoreSink, now: () => number) {
     this.backend = backend
     this.sink = sink
     this.now = now
-    const { kv, chunkTokensMin } = backend
-    this.history = new KvHistory(now)
-    const mover = watched(kv, kv.layout, this.history)
-    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, mover)
-    this.slots = new SlotTable(regions, kv.slots)
-    this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
-    const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
-    const { pageBytes } = kv.layout.shape
-    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
-    const transfers = kv.tier && new Transfers(kv.tier)
-    const places = transfers && { places: transfers.places }
-    const cache = prefixPages
-      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
-      : undefined
-    this.costs = new Costs(kv.layout.shape.pageBytes)
-    this.offload =
-      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
-    this.sessions = cache && new Sessions(this.slots, cache, this.offload)
-    this.sharing = new PromptSharing(this.slots, cache, this.offload, {
-      output: options.prefixOutput ?? false,
-      onPreempt: (pages) => this.history.add('preempt', pages * pageBytes),
-      computeMin: Math.max(1, chunkTokensMin),
-      spansMax: this.spansMax,
-    })
+    const memory = engineMemory(backend, options, now)
+    this.slots = memory.slots
+    this.spansMax = memory.spansMax
+    this.history = memory.history
+    this.costs = memory.costs
+    this.offload = memory.offload
+    this.sessions = memory.sessions
+    this.sharing = memory.sharing
+    const { chunkTokensMin } = backend
     const { maxSequences, greedy = false } = options
     this.scheduler = new Scheduler(
       this.slots,
@@ -117,13 +83,14 @@ export class EngineCore {
       this.sharing,
       this.offload,
     )
+    this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
     this.row = new Float32Array(backend.vocab)
   }
 
   get idle(): boolean {
-    return this.sequences.size === 0
+    return this.sequences.size === 0 && !this.ahead?.flight
   }
 
   /** Takes a sequence in; its first token comes from a later step. */
@@ -157,6 +124,8 @@ export class EngineCore {
   /** Takes in a sequence that begins with the tokens that another one has now. */
   fork(parent: number, id: number, sampling: SamplingParams): void {
     try {
+      // Its tokens are to be known.
+      if (this.ahead?.flight) this.land(this.ahead, present(this.ahead.take(), 'a step'))
       const source = this.sequences.get(parent)
       if (!source) throw sequenceEnded()
       if (source.unit) throw beamsFork()
@@ -196,21 +165,76 @@ export class EngineCore {
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
     if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
-    if (parts.length === 0) return this.giveUpStuck()
+    if (parts.length === 0 && !this.ahead?.flight) return this.giveUpStuck()
+    if (this.ahead) this.stepAhead(this.ahead, parts)
+    else this.stepAlone(parts)
+    releaseOverdue(this.slots, this.now())
+    this.counts.stepMs += this.now() - start
+    return true
+  }
+
+  /** A step from its launch to its tokens. */
+  private stepAlone(parts: readonly ScheduledPart<Sequence>[]): void {
     this.fill(parts)
-    const computeStart = this.now()
+    const start = this.now()
     this.backend.launch(this.batch)
+    this.expectGrowth(parts)
     const rows = this.backend.collect()
     // What a step read after the pager's death is not what was there: nothing of it is told.
     this.backend.kv.tier?.check()
-    const computeMs = this.now() - computeStart
-    this.computeMs += computeMs
-    this.costs.stepped(parts, computeMs)
+    const ms = this.now() - start
+    this.costs.stepped(workOf(parts), ms)
     this.commit(parts, rows)
-    this.releaseOverdue()
-    this.steps++
-    this.stepMs += this.now() - start
-    return true
+    this.counts.stepped(ms)
+  }
+
+  /** Queues a step, then takes in the one before it: while this runs, that one computes. */
+  private stepAhead(ahead: StepsAhead, parts: readonly ScheduledPart<Sequence>[]): void {
+    const before = ahead.take()
+    if (parts.length > 0) {
+      this.fill(parts)
+      ahead.launch(parts, this.batch, this.now())
+      this.expectGrowth(parts)
+      for (const { sequence, count } of parts) this.goOn(ahead, sequence, count)
+    }
+    if (before) this.land(ahead, before)
+    if (ahead.flight?.hosted) this.land(ahead, present(ahead.take(), 'a step'))
+  }
+
+  /** A sequence's tokens are as good as computed: whoever is planned next follows them. */
+  private goOn(ahead: StepsAhead, sequence: Sequence, count: number): void {
+    const first = sequence.length === sequence.promptLength
+    sequence.computed += count
+    if (first) this.counts.promptTokens += count
+    if (sequence.computed < sequence.length) return
+    if (first && !this.keepPrompt(sequence)) return
+    if (!ahead.isHosted(sequence)) sequence.pushUnknown()
+  }
+
+  /** Waits for a step that was queued, and takes its tokens in. */
+  private land(ahead: StepsAhead, flight: Flight): void {
+    const rows = ahead.wait(flight)
+    this.backend.kv.tier?.check()
+    const now = this.now()
+    const ms = now - Math.max(flight.startMs, this.landedMs)
+    this.landedMs = now
+    this.costs.stepped(flight.work, ms)
+    this.counts.stepped(ms)
+    flight.awaited.forEach(({ sequence, position }, output) => {
+      const { id, unit } = sequence
+      const row = rows[output]
+      if (unit) this.advanceBeam(unit, sequence, present(row, 'a row of logits'))
+      else if (this.sequences.get(id) !== sequence) return
+      else if (position < 0) this.advance(sequence, present(row, 'a row of logits'))
+      else this.takeIn(sequence, present(sequence.tokens[position], 'a token'))
+    })
+  }
+
+  /** The first unknown token of a sequence is known. */
+  private takeIn(sequence: Sequence, token: number): void {
+    if (token < 0) return this.finish(sequence, 'error', notANumber())
+    sequence.unknown--
+    this.tell(sequence, token, undefined)
   }
 
   /**
@@ -219,7 +243,7 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
-    const wait = this.giveBack()
+    const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now())
     this.offload?.keepRoom()
     this.keep()
     if (!this.offload?.busy) {
@@ -242,17 +266,6 @@ export class EngineCore {
     this.offload?.keep()
   }
 
-  private giveBack(): number | undefined {
-    const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
-    if (this.idle && bytes > WARM_IDLE_BYTES) {
-      this.slots.reclaim(Infinity)
-      return 0
-    }
-    this.releaseOverdue()
-    const { warmSinceMs } = this.slots
-    return warmSinceMs === undefined ? undefined : Math.max(0, warmSinceMs + WARM_MS - this.now())
-  }
-
   /** Throws if the account of memory contradicts itself. */
   check(): void {
     this.offload?.check()
@@ -265,36 +278,8 @@ export class EngineCore {
   }
 
   snapshot(): EngineSnapshot {
-    const { layout } = this.backend.kv
-    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
-    const now = this.now()
-    const { running, waiting } = this.scheduler
-    const { offload, recompute } = this.scheduler.preemptions
-    return {
-      sequences: [...running, ...waiting].map((sequence) => sequence.snapshot(this.slots, now)),
-      running: running.length,
-      waiting: waiting.length,
-      kv: {
-        pageBytes: layout.shape.pageBytes,
-        usedPages: this.slots.usedPages,
-        limitPages: this.slots.limitPages,
-        residentBytes: this.backend.kv.residentBytes(),
-        cachedPages,
-        pinnedPages,
-      },
-      prefixQueries: this.sharing.queries,
-      prefixHits: this.sharing.hits,
-      prefixEvictions: evictions,
-      steps: this.steps,
-      promptTokens: this.promptTokens,
-      outputTokens: this.outputTokens,
-      finished: { ...this.finished },
-      preemptions: offload + recompute,
-      ...(this.offload && { tier: this.offload.snapshot(offload, this.scheduler.imagesLost) }),
-      beamCopies: this.slots.compactions,
-      computeMs: this.computeMs,
-      stepMs: this.stepMs,
-    }
+    const { backend, slots, scheduler, sharing, offload, counts } = this
+    return snapshotOf({ kv: backend.kv, slots, scheduler, sharing, offload, counts }, this.now())
   }
 
   /** Answers what was asked, or does what was told, between two steps. */
@@ -324,11 +309,21 @@ export class EngineCore {
     }
   }
 
+  /** While a step computes, memory can be made ready for the next. */
+  private expectGrowth(parts: readonly ScheduledPart<Sequence>[]): void {
+    const { maxTokens } = this.backend.kv.layout.shape
+    for (const { sequence, count } of parts) {
+      const after = sequence.computed + count
+      const chunk = Math.min(sequence.length - after, this.backend.stepTokensMax)
+      this.slots.expect(sequence.slot, Math.min(after + Math.max(1, chunk), maxTokens))
+    }
+  }
+
   private commit(parts: readonly ScheduledPart<Sequence>[], rows: readonly Float32Array[]): void {
     let row = 0
     for (const { sequence, count } of parts) {
       sequence.computed += count
-      if (sequence.outputTokens === 0) this.promptTokens += count
+      if (sequence.outputTokens === 0) this.counts.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
       if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
@@ -342,14 +337,7 @@ export class EngineCore {
    * False if it was to be pinned and could not be: then the sequence has ended.
    */
   private share(sequence: Sequence, logits: Float32Array): boolean {
-    try {
-      this.sharing.computed(sequence)
-    } catch (thrown) {
-      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
-      if (!full) throw thrown
-      this.finish(sequence, 'error', thrown)
-      return false
-    }
+    if (!this.keepPrompt(sequence)) return false
     for (;;) {
       const next = this.scheduler.waiting[0]
       if (!next || !this.sharing.continues(next, sequence)) return true
@@ -359,6 +347,18 @@ export class EngineCore {
       this.row.set(logits)
       this.advance(next, this.row)
     }
+  }
+
+  private keepPrompt(sequence: Sequence): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
+      if (!full) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
+    return true
   }
 
   private start(sequence: Sequence): void {
@@ -378,7 +378,7 @@ export class EngineCore {
 
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
-    const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    const { topLogprobs } = sequence.request
     let token: number
     try {
       token = this.sampler.sample(logits, sequence.sampler)
@@ -387,16 +387,23 @@ export class EngineCore {
       return this.finish(sequence, 'error', thrown)
     }
     sequence.push(token)
-    this.outputTokens++
     const logprobs =
       topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
     sequence.logprobs += logprobs?.logprob ?? 0
+    this.tell(sequence, token, logprobs)
+  }
+
+  /** A sequence has a new token, which may be its last. */
+  private tell(sequence: Sequence, token: number, logprobs: TokenLogprobs | undefined): void {
+    const { stopTokens, maxTokens } = sequence.request
+    this.counts.outputTokens++
     if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
     this.sink.onToken(sequence.id, token, logprobs)
     if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    sequence.dropUnknown()
     if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
@@ -413,7 +420,7 @@ export class EngineCore {
     score?: number,
   ): void {
     this.sequences.delete(id)
-    this.finished[reason]++
+    this.counts.finished[reason]++
     this.sink.onFinish(id, reason, outputTokens, error, score)
   }
 
@@ -454,7 +461,7 @@ export class EngineCore {
       shown.forEach((token, at) => {
         this.sink.onToken(id, token, topLogprobs === undefined ? undefined : logprobs[at])
       })
-      this.outputTokens += tokens.length
+      this.counts.outputTokens += tokens.length
       group.ids[i] = undefined
       this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
     })
@@ -478,12 +485,6 @@ export class EngineCore {
       group.ids[i] = undefined
       this.report(id, 'error', 0, error)
     })
-  }
-
-  /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
-  private releaseOverdue(): void {
-    while (this.slots.reclaim(-Infinity) >= 0);
-    this.slots.reclaim(this.now() - WARM_MS)
   }
 }
 

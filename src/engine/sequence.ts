@@ -15,6 +15,8 @@ export class Sequence {
   /** Prompt, then output. */
   readonly tokens: Int32Array
   length: number
+  /** The last of them that were chosen, but are not known here yet. */
+  unknown = 0
   computed = 0
   slot = -1
   image: Image | undefined
@@ -71,8 +73,9 @@ export class Sequence {
     return fork
   }
 
+  /** Tokens that it generated, as far as they are known. */
   get outputTokens(): number {
-    return this.length - this.promptLength
+    return this.length - this.unknown - this.promptLength
   }
 
   get state(): SequenceState {
@@ -97,6 +100,19 @@ export class Sequence {
       bytes: liveBytes(slots.layout, computed),
       ageMs: nowMs - this.arrivedMs,
     }
+  }
+
+  /** A token follows that is not known yet. */
+  pushUnknown(): void {
+    this.tokens[this.length++] = -1
+    this.unknown++
+  }
+
+  /** It has ended: what was computed for tokens beyond the known ones is nobody's. */
+  dropUnknown(): void {
+    this.length -= this.unknown
+    this.unknown = 0
+    this.computed = Math.min(this.computed, this.length)
   }
 
   push(token: number): void {

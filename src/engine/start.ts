@@ -16,13 +16,14 @@ import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
 import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
+import { chooseDevice, type DeviceOption } from './device.ts'
 import type { Watermarks } from './offload.ts'
 import type { OffloadPlace, StorePlace } from './messages.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
   modelId: string
-  device: 'cpu' | 'auto'
+  device: DeviceOption
   /** Compute threads, each on a core of its own. */
   threads?: number
   /** Longest sequence; the model's own by default. */
@@ -31,6 +32,8 @@ export interface EngineOptions {
   kvMemoryBytes?: number
   /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
   prefixCacheBytes?: number
+  /** When idle KV memory of a GPU is given back to the driver. */
+  kvIdleReleaseMs?: number
   prefixEviction?: EvictionName
   /** Answers are cached as prompts are. */
   prefixCacheOutput?: boolean
@@ -64,6 +67,17 @@ const CONTEXT_MIN = 2
  */
 export async function startEngine(path: string, options: EngineOptions): Promise<StartedEngine> {
   const { config } = openModel(path)
+  const { device, reason } = await chooseDevice(options.device)
+  if (device === 'cuda' && options.device === 'cuda') {
+    throw new LatticeError('backend_unavailable', 'This build of Lattice has no GPU kernels.', {
+      todo: 'Use --device cpu.',
+    })
+  }
+  if (options.kvIdleReleaseMs !== undefined) {
+    throw new LatticeError('usage', '--kv-idle-release is for a GPU; the CPU computes here.', {
+      todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
+    })
+  }
   const cpus = computeCpus(allowedCpus(), options.threads)
   const budget = memoryBudget()
   const kvBytes = options.kvMemoryBytes ?? Math.floor(budget.availableBytes * KV_SHARE)
@@ -125,7 +139,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   const answers = options.prefixCacheOutput ? ' and answers' : ''
   const report = [
     `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
-    `device   ${options.device === 'auto' ? 'cpu, the only one in this build' : 'cpu'}:` +
+    `device   ${device === 'cuda' ? 'cpu, since this build has no GPU kernels' : reason}:` +
       ` ${variant} kernels on cores ${cpus.join(',')}` +
       (repacked.length > 0 ? `; ${repacked.join(', ')}` : ''),
     `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +

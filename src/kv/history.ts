@@ -2,7 +2,7 @@
 // totals since the start. Events of a kind that follow each other closely are one.
 
 import { type KvLayout } from './layout.ts'
-import { fullColumns, type KvMover, type KvSpan, spannedTokens } from './regions.ts'
+import { type KvMover, type KvSpan, shareableColumns, spannedTokens } from './regions.ts'
 
 /**
  * fork: a slot begins with others' pages, so many bytes of which it shares; copy: what it copied of
@@ -75,7 +75,7 @@ export function watched(mover: KvMover, layout: KvLayout, history: KvHistory): K
       const tokens = spannedTokens(shared)
       if (tokens === 0) return
       const { pageBytes } = layout.shape
-      const whole = fullColumns(layout, tokens) * pageBytes
+      const whole = shareableColumns(layout, tokens) * pageBytes
       history.add('fork', whole * layout.ranges)
     },
     copy(slot: number, first: number, shared: readonly KvSpan[]): void {
@@ -84,5 +84,8 @@ export function watched(mover: KvMover, layout: KvLayout, history: KvHistory): K
       history.add('copy', (spannedTokens(shared) * layout.tokenStride - from) * layout.ranges)
     },
     discard: (region, first, end) => mover.discard(region, first, end),
+    grow: (region, first, end) => mover.grow?.(region, first, end),
+    expect: (region, first, end) => mover.expect?.(region, first, end),
+    unshare: (region) => mover.unshare?.(region),
   }
 }

@@ -16,6 +16,8 @@ export interface KvShape {
   rowBytes: number
   maxTokens: number
   pageBytes: number
+  /** 1 unless told: memory that is mapped in larger pieces shares larger pieces. */
+  shareColumns?: number
 }
 
 export interface KvLayout {
@@ -30,6 +32,8 @@ export interface KvLayout {
   rangeBytes: number
   /** From a slot to the next; a multiple of the token stride: rows count on across slots. */
   slotBytes: number
+  /** Columns (pages of each range) are shared in groups of this many, aligned to as many. */
+  shareColumns: number
 }
 
 /** One range for each layer: what reads best on a CPU, whose prefetcher stops at a page. */
@@ -43,12 +47,13 @@ export function tokenMajor(shape: KvShape): KvLayout {
 }
 
 function layout(shape: KvShape, ranges: number, tokenStride: number): KvLayout {
-  const unit = leastCommonMultiple(shape.pageBytes, tokenStride)
+  const { shareColumns = 1 } = shape
+  const unit = leastCommonMultiple(shape.pageBytes * shareColumns, tokenStride)
   const rangeBytes = Math.ceil((shape.maxTokens * tokenStride) / unit) * unit
   const slotBytes = rangeBytes * ranges
   const layerStride = ranges === 1 ? shape.rowBytes : rangeBytes
   assert(Number.isSafeInteger(slotBytes), 'a slot fits the address arithmetic')
-  return { shape, ranges, tokenStride, layerStride, rangeBytes, slotBytes }
+  return { shape, ranges, tokenStride, layerStride, rangeBytes, slotBytes, shareColumns }
 }
 
 /** Pages that hold `tokens` tokens of one sequence: exact, not an estimate. */

@@ -30,7 +30,7 @@ export interface KvColumns {
 export interface KvMover {
   /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
-   * there on lie in `region`. Whole columns are shared; what the shared tokens have of the column
+   * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of the group
    * after them is nobody's to read until `copy`. Whatever was mapped there before is no longer.
    */
   map(slot: number, region: number, shared: readonly KvSpan[]): void
@@ -39,8 +39,17 @@ export interface KvMover {
    * them is copied into its region.
    */
   copy(slot: number, first: number, shared: readonly KvSpan[]): void
-  /** Gives pages back to the kernel; they read as zeros. */
+  /** Gives pages back; what they held is lost. They are written before they are read again. */
   discard(region: number, first: number, end: number): void
+  /**
+   * Columns [first, end) of a region will be written from the next step on. Memory that the kernel
+   * fills in at the first touch need not be told.
+   */
+  grow?(region: number, first: number, end: number): void
+  /** They are likely to be needed soon: a hint, which nothing accounts for. */
+  expect?(region: number, first: number, end: number): void
+  /** Nobody reads any more what was mapped into a region from others. */
+  unshare?(region: number): void
 }
 
 /**
@@ -63,14 +72,20 @@ export function fullColumns(layout: KvLayout, tokens: number): number {
   return Math.floor((tokens * layout.tokenStride) / layout.shape.pageBytes)
 }
 
+/** Columns of the first `tokens` tokens that can be shared: full ones, in whole groups. */
+export function shareableColumns(layout: KvLayout, tokens: number): number {
+  const full = fullColumns(layout, tokens)
+  return full - (full % layout.shareColumns)
+}
+
 /** Columns that hold a byte of the first `tokens` tokens. */
 export function columnsFor(layout: KvLayout, tokens: number): number {
   return pagesFor(layout, tokens) / layout.ranges
 }
 
 /**
- * Spans of which each has a column of its own, for the same tokens: one that lies within a column
- * goes to the next, whose region has all of that column. The last stays as it is.
+ * Spans of which each has a group of its own, for the same tokens: one that lies within a group goes
+ * to the next, whose region has all of that group. The last stays as it is.
  */
 export function mergeSpans(layout: KvLayout, spans: readonly KvSpan[]): KvSpan[] {
   const merged: KvSpan[] = []
@@ -78,7 +93,10 @@ export function mergeSpans(layout: KvLayout, spans: readonly KvSpan[]): KvSpan[]
   spans.forEach(({ region, to }, i) => {
     const last = merged.at(-1)
     if (last?.region === region && last.to === from) last.to = to
-    else if (i === spans.length - 1 || fullColumns(layout, from) < fullColumns(layout, to)) {
+    else if (
+      i === spans.length - 1 ||
+      shareableColumns(layout, from) < shareableColumns(layout, to)
+    ) {
       merged.push({ region, from, to })
     } else return
     from = to
@@ -86,14 +104,14 @@ export function mergeSpans(layout: KvLayout, spans: readonly KvSpan[]): KvSpan[]
   return merged
 }
 
-/** The columns of spans that can be mapped: all but the last one if it is not full. */
+/** The columns of spans that can be mapped: all but the last group if it is not full. */
 export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
-  // Where one span ends and the next begins within a column, the next one's region has all of it.
+  // Where one span ends and the next begins within a group, the next one's region has all of it.
   return spans
     .map(({ region, from, to }) => ({
       region,
-      first: fullColumns(layout, from),
-      end: fullColumns(layout, to),
+      first: shareableColumns(layout, from),
+      end: shareableColumns(layout, to),
     }))
     .filter(({ first, end }) => end > first)
 }
@@ -107,8 +125,8 @@ export function copiedColumns(
   return spans
     .map(({ region, from, to }, i) => ({
       region,
-      first: Math.max(first, fullColumns(layout, from)),
-      end: i === spans.length - 1 ? columnsFor(layout, to) : fullColumns(layout, to),
+      first: Math.max(first, shareableColumns(layout, from)),
+      end: i === spans.length - 1 ? columnsFor(layout, to) : shareableColumns(layout, to),
     }))
     .filter((columns) => columns.end > columns.first)
 }
@@ -117,7 +135,7 @@ export function copiedColumns(
 export function spannedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvColumns[] {
   return spans.map(({ region, from, to }) => ({
     region,
-    first: fullColumns(layout, from),
+    first: shareableColumns(layout, from),
     end: columnsFor(layout, to),
   }))
 }

@@ -18,11 +18,11 @@ import {
   clipSpans,
   columnsFor,
   copiedColumns,
-  fullColumns,
   type KvColumns,
   type KvSpan,
   mergeSpans,
   type RegionTable,
+  shareableColumns,
   sharedColumns,
   spannedColumns,
   spannedTokens,
@@ -154,7 +154,7 @@ export class SlotTable {
 
   /** Pages that a slot of `tokens` tokens has of its own if it begins with `shared`. */
   pagesBeside(tokens: number, shared: readonly KvSpan[]): number {
-    const shareable = fullColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
+    const shareable = shareableColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
     return pagesFor(this.layout, tokens) - shareable
   }
 
@@ -250,10 +250,19 @@ export class SlotTable {
     if (more > 0) {
       if (this.usedPages + more * this.layout.ranges > this.limitPages) return false
       this.regions.hold({ region: held.region, first: held.end, end }, 'live')
+      this.regions.mover.grow?.(held.region, held.end, end)
       held.end = end
     }
     if (held.pending) this.copyPending(slot, held.pending)
     return true
+  }
+
+  /** A held slot is likely to hold `tokens` tokens soon; nothing is accounted for yet. */
+  expect(slot: number, tokens: number): void {
+    const { state, region, end } = this.slot(slot)
+    assert(state === 'held', 'only a held slot is expected to grow')
+    const soon = columnsFor(this.layout, tokens)
+    if (soon > end) this.regions.mover.expect?.(region, end, soon)
   }
 
   /**
@@ -302,7 +311,7 @@ export class SlotTable {
       if (state === 'free') return assert(first === end, `free slot ${slot} holds no pages`)
       assert(!regions.has(region), `region ${region} has one writer`)
       regions.add(region)
-      const from = fullColumns(this.layout, spannedTokens(shared))
+      const from = shareableColumns(this.layout, spannedTokens(shared))
       assert(first === from && end >= first, `slot ${slot} writes after what it shares`)
     })
     const promised = this.slots.reduce((sum, slot) => sum + slot.promised, 0)
@@ -332,7 +341,7 @@ export class SlotTable {
    */
   private giveUp(index: number, shared: readonly KvSpan[], tokens: number): number {
     const slot = this.slot(index)
-    const from = fullColumns(this.layout, spannedTokens(shared))
+    const from = shareableColumns(this.layout, spannedTokens(shared))
     const { region } = slot
     const own = { region, first: slot.first, end: slot.end }
     if (this.regions.isHeldFrom(own, from)) {
@@ -340,6 +349,7 @@ export class SlotTable {
       if (other < 0) return -1
       this.regions.leave(region)
       this.regions.drop(own, 'live')
+      if (slot.shared.length > 0) this.regions.mover.unshare?.(region)
       slot.region = other
       slot.end = 0
     } else {
@@ -357,7 +367,7 @@ export class SlotTable {
   /** Notes what a slot begins with: the tokens of `spans`, as far as `shared` goes by mapping. */
   private share(slot: Slot, shared: readonly KvSpan[], spans: readonly KvSpan[]): void {
     slot.shared = shared
-    slot.first = fullColumns(this.layout, spannedTokens(shared))
+    slot.first = shareableColumns(this.layout, spannedTokens(shared))
     slot.end = Math.max(slot.first, slot.end)
     slot.pending = spans
     const needed = columnsFor(this.layout, spannedTokens(spans) + 1)
@@ -392,6 +402,7 @@ export class SlotTable {
     this.regions.drop(own, 'live')
     for (const columns of held) this.regions.drop(columns, 'live')
     // With another's pages mapped into it, it is mapped anew for its next sequence.
+    if (shared.length > 0) this.regions.mover.unshare?.(region)
     Object.assign(slot, NOTHING, { state: 'free', region: shared.length > 0 ? -1 : region })
   }
 

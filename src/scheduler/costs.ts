@@ -1,8 +1,6 @@
 // Owns what it takes to bring a preempted sequence back: computing it again, or writing and reading
 // its pages. Measured as the engine goes; until then it is an ordinary disk and a small model.
 
-import { isDecoding, type Schedulable, type ScheduledPart } from './scheduler.ts'
-
 /** Before the first measurement. */
 const PREFILL_TOKEN_MS = 2
 const DECODE_TOKEN_MS = 10
@@ -36,6 +34,12 @@ class Rate {
   }
 }
 
+/** What a step computes. */
+export interface StepWork {
+  promptTokens: number
+  decodes: number
+}
+
 export class Costs {
   private readonly prefillTokenMs = new Rate(PREFILL_TOKEN_MS)
   private readonly decodeTokenMs = new Rate(DECODE_TOKEN_MS)
@@ -48,14 +52,8 @@ export class Costs {
     }
   }
 
-  /** A step of these parts took this long; they are not counted as computed yet. */
-  stepped(parts: readonly ScheduledPart<Schedulable>[], ms: number): void {
-    let promptTokens = 0
-    let decodes = 0
-    for (const { sequence, count } of parts) {
-      if (isDecoding(sequence)) decodes++
-      else promptTokens += count
-    }
+  /** A step took this long. */
+  stepped({ promptTokens, decodes }: StepWork, ms: number): void {
     if (promptTokens === 0) this.decodeTokenMs.add(ms, decodes)
     // With few decodes beside them, prompts are what the time went to.
     else if (promptTokens > 4 * decodes) this.prefillTokenMs.add(ms, promptTokens + decodes)

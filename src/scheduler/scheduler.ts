@@ -181,6 +181,7 @@ export class Scheduler<S extends Schedulable> {
     for (let i = 0; i < this.running.length; i++) {
       const sequence = present(this.running[i], 'a running sequence')
       if (sequence.image || !isDecoding(sequence) || isStalled(sequence, stalled)) continue
+      if (hasAll(sequence)) continue
       if (this.makeRoom(sequence)) {
         this.addPart(sequence, 1)
         this.sortLastPart()
@@ -451,6 +452,11 @@ export class Scheduler<S extends Schedulable> {
  */
 export function isDecoding(sequence: Schedulable): boolean {
   return sequence.computed >= sequence.promptLength
+}
+
+/** Its last token is chosen, and only to be taken in. */
+function hasAll({ unit, length, lengthMax }: Schedulable): boolean {
+  return unit === undefined && length === lengthMax
 }
 
 /** A unit runs as a whole or not at all. */

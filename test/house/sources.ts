@@ -22,10 +22,13 @@ export interface Import {
   lazy: boolean
 }
 
-/** All code: src, test, tools, bench. */
-export const sources: readonly Source[] = globSync('{src,test,tools,bench}/**/*.{ts,mjs}', {
-  cwd: ROOT,
-})
+/** All code: src, test, tools, bench, kernels. */
+export const sources: readonly Source[] = globSync(
+  ['{src,test,tools,bench}/**/*.{ts,mjs}', 'kernels/*.{cu,cuh}'],
+  {
+    cwd: ROOT,
+  },
+)
   .toSorted()
   .map((path) => {
     const text = read(path)
@@ -66,7 +69,7 @@ export function textFiles(): string[] {
       })
         .split('\n')
         .filter((path) => path !== '' && existsSync(join(ROOT, path)))
-    : globSync('{*.md,*.json,bin/*,{src,test,tools,bench,docs}/**/*.*}', { cwd: ROOT })
+    : globSync('{*.md,*.json,bin/*,{src,test,tools,bench,docs,kernels}/**/*.*}', { cwd: ROOT })
   return listed.filter((path) => !path.startsWith('node_modules') && !read(path).includes('\0'))
 }
 

@@ -32,7 +32,7 @@ test(`no line is longer than ${COLUMNS_MAX} columns`, () => {
 test('every file says what it owns', () => {
   complain(
     sources
-      .filter(({ path }) => !path.endsWith('.test.ts'))
+      .filter(({ path }) => !/\.(test|gpu)\.ts$/.test(path))
       .filter(({ text }) => !/^(#!.*\n)?\/\/ Owns \S/.test(text))
       .map(({ path }) => path),
     'Open it with one sentence: "// Owns the …".',
@@ -45,7 +45,8 @@ test('no file is dead', { skip: UNTIL_BUILT }, () => {
   const roots = [
     'src/main.ts',
     ...[...exported].map((match) => match[1]!),
-    ...sources.map(({ path }) => path).filter((path) => path.endsWith('.test.ts')),
+    ...sources.map(({ path }) => path).filter((path) => /\.(test|gpu)\.ts$/.test(path)),
+    ...sources.map(({ path }) => path).filter(isNamedKernel),
     ...sources.map(({ path }) => path).filter((path) => /^(tools|bench|test\/soak)\//.test(path)),
   ]
   // x.test.ts does not vouch for the x.ts beside it: code that only its test runs is dead.
@@ -57,6 +58,13 @@ test('no file is dead', { skip: UNTIL_BUILT }, () => {
     'Delete it, or import it where it was meant to be used (its own test does not count).',
   )
 })
+
+/** Kernels are not imported: product code names their files, and they include headers. */
+function isNamedKernel(path: string): boolean {
+  const file = path.replace(/^kernels\//, '')
+  if (file === path) return false
+  return sources.some(({ path: by, text }) => by !== path && text.includes(file))
+}
 
 test('nothing is left for later in a comment', () => {
   const later = /\b(TODO|FIXME|XXX|HACK)\b/

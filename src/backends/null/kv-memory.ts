@@ -25,6 +25,8 @@ export interface NullRegion {
   present: Uint8Array
   /** By column: 1 if it is in memory. */
   touched: Uint8Array
+  /** By column: 1 if it was said that it will be written. */
+  grown: Uint8Array
   /** By column: 1 if a step that reads it is in flight. */
   reading: Uint8Array
 }
@@ -128,14 +130,19 @@ export class NullKvMemory implements KvMemory {
     this.written[slot] = tokens
   }
 
+  grow(region: number, first: number, end: number): void {
+    this.region(region).grown.fill(1, first, end)
+  }
+
   discard(region: number, first: number, end: number): void {
-    const { touched, present, reading } = this.region(region)
+    const { touched, grown, present, reading } = this.region(region)
     const read = reading.indexOf(1, first)
     assert(
       read < 0 || read >= end,
       `column ${read} of region ${region} goes while no step reads it`,
     )
     touched.fill(0, first, end)
+    grown.fill(0, first, end)
     for (let c = first; c < end; c++) this.partsOf(c, (part) => (present[part] = 0))
   }
 
@@ -246,6 +253,7 @@ export class NullKvMemory implements KvMemory {
       hashes: new Uint32Array(parts),
       present: new Uint8Array(parts),
       touched: new Uint8Array(this.columns),
+      grown: new Uint8Array(this.columns),
       reading: new Uint8Array(this.columns),
     })
   }
@@ -270,6 +278,7 @@ export class NullKvMemory implements KvMemory {
       !overwritten,
       `column ${column} of region ${index} is overwritten while no step reads it`,
     )
+    assert(region.grown[column] === 1, `column ${column} of region ${index} was grown first`)
     region.hashes[part] = hash
     region.present[part] = 1
     region.touched[column] = 1

@@ -1,0 +1,51 @@
+// Owns knowing which steps the GPU has finished: memory that a step in flight may still read or
+// write is neither unmapped nor handed on.
+
+import { present } from '../../assert.ts'
+import type { CudaDriver } from '../../ffi/cuda.ts'
+
+/** Steps in flight at once, at most; two are in flight when the next is prepared early. */
+const STEPS_IN_FLIGHT = 8
+
+export class StepFence {
+  /** Steps that were queued, and of them those that are finished. */
+  queued = 0
+  private finished = 0
+  private readonly driver: CudaDriver
+  private readonly events: readonly number[]
+
+  constructor(driver: CudaDriver) {
+    this.driver = driver
+    this.events = Array.from({ length: STEPS_IN_FLIGHT }, () => driver.createEvent())
+  }
+
+  /** A step has been queued on the stream. */
+  record(stream: number): void {
+    if (this.queued - this.finished >= STEPS_IN_FLIGHT) this.wait(this.queued - STEPS_IN_FLIGHT + 1)
+    this.driver.recordEvent(this.event(this.queued), stream)
+    this.queued++
+  }
+
+  /** Whether the first `steps` steps are finished. */
+  passed(steps: number): boolean {
+    while (this.finished < this.queued && this.driver.eventDone(this.event(this.finished))) {
+      this.finished++
+    }
+    return this.finished >= steps
+  }
+
+  /** Returns when the first `steps` steps are finished. */
+  wait(steps: number): void {
+    if (steps > this.finished) this.driver.synchronizeEvent(this.event(steps - 1))
+    this.finished = Math.max(this.finished, steps)
+  }
+
+  close(): void {
+    this.wait(this.queued)
+    for (const event of this.events) this.driver.destroyEvent(event)
+  }
+
+  private event(step: number): number {
+    return present(this.events[step % STEPS_IN_FLIGHT], 'an event')
+  }
+}

@@ -1,0 +1,330 @@
+// Owns a model on a GPU: weights, activations, step state, and the two ways a step is queued: as a
+// graph that was captured once for a number of decoding sequences, or kernel by kernel when
+// prompts are among its tokens. Nothing waits here but who asks for a step's tokens.
+
+import { present } from '../../assert.ts'
+import { type CublasLt, loadCublasLt } from '../../ffi/cublaslt.ts'
+import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
+import { viewMemory } from '../../ffi/libc.ts'
+import type { KvLayout } from '../../kv/layout.ts'
+import { programFor } from '../../model/arch/programs.ts'
+import type { Model, RopeConfig } from '../../model/model.ts'
+import type { Program } from '../../model/program.ts'
+import { CudaAttention } from './attention.ts'
+import type { CudaDevice } from './device.ts'
+import { fuse } from './fuse.ts'
+import { type KernelFinder, Kernels } from './kernels.ts'
+import { type Attention, type LowerContext, Lowering, type StepShape } from './lower.ts'
+import { Matmuls, paddedRows } from './matmul.ts'
+import type { ModuleCache } from './module-cache.ts'
+import { ropeTable } from './rope-table.ts'
+import { SamplingTable } from './sampling.ts'
+import { PLACES, StepState } from './state.ts'
+import { DeviceWeights } from './weights.ts'
+
+export interface ForwardOptions {
+  device: CudaDevice
+  modules: ModuleCache
+  /** Where region 0 lies, how regions follow, and how many there are. */
+  kv: { address: number; layout: KvLayout; regions: number }
+  maxSequences: number
+  stepTokens: number
+  /** Whether matrix products are measured before they are used. */
+  tune?: boolean
+  prefetchBytes?: number
+  /** Rounds of loads before its last that gemv.cu lets the next kernel start at. */
+  releaseRounds?: number
+  /** Off only to measure what it brings. */
+  overlap?: boolean
+  /** Off only where there is no gemv.cu: few tokens are multiplied by the matrix library, too. */
+  skinny?: boolean
+  /** Attention, if it is not the kernels made for speed. */
+  attention?: (state: StepState, find: KernelFinder) => Attention
+  /** The matrix library, if it is not the machine's. */
+  lt?: CublasLt
+}
+
+/** Decoding sequences that a graph is captured for; a step takes the next larger one. */
+export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
+
+/**
+ * What gemv.cu brings into L2 ahead of its turn, and how many rounds of loads before its last the
+ * next kernel may start: as measured on an H100 for an 8B model's single sequence. Prefetching
+ * 4–32 MiB costs 2–4 % (half of L2 is copies of the other half, and what is early is evicted);
+ * starting early costs 9 %, because blocks then crowd on the multiprocessors that end first.
+ */
+const PREFETCH_BYTES = 0
+const RELEASE_ROUNDS = 0
+
+export class CudaForward {
+  readonly vocab: number
+  readonly state: StepState
+  readonly sampling: SamplingTable
+  readonly weights: DeviceWeights
+  readonly stream: number
+  /** [outputs, vocab] float32 of the last step. */
+  readonly logits: number
+  readonly matmuls: Matmuls
+  private readonly options: ForwardOptions
+  private readonly kernels: Kernels
+  private readonly attention: Attention
+  private readonly arena: number
+  private readonly adjusted: number
+  private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
+  readonly decoding: Lowering
+  private readonly mixed: Lowering
+  private readonly graphs = new Map<number, number>()
+  private readonly fetchLaunch: KernelLaunch
+  private readonly sampleLaunch: KernelLaunch
+  private readonly publishLaunch: KernelLaunch
+
+  /** @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed` */
+  constructor(model: Model, options: ForwardOptions) {
+    this.options = options
+    const { device, modules, kv, maxSequences, stepTokens } = options
+    const { driver, info } = device
+    const { config } = model
+    this.vocab = config.vocab
+    this.stream = driver.createStream()
+    this.kernels = new Kernels(device, modules)
+    const limits = { tokens: stepTokens, outputs: maxSequences, slots: maxSequences }
+    this.state = new StepState(driver, limits, this.stream)
+    const program = programFor(model)
+    const nodes = { decoding: fuse(program, true), mixed: fuse(program, false) }
+    const fill = (address: number, elements: number, seed: number, scale: number) =>
+      this.fillRandom(address, elements, seed, scale)
+    this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
+    this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
+    this.attention =
+      options.attention?.(this.state, this.kernels.find) ?? this.makeAttention(program)
+    this.sampling = new SamplingTable(
+      driver,
+      this.kernels.find,
+      maxSequences,
+      this.vocab,
+      this.stream,
+    )
+    const outputs = paddedRows(maxSequences)
+    this.logits = driver.allocate(2 * outputs * this.vocab * 4)
+    this.adjusted = this.logits + outputs * this.vocab * 4
+    const context: LowerContext = {
+      driver,
+      find: this.kernels.find,
+      matmuls: this.matmuls,
+      weights: this.weights,
+      attention: this.attention,
+      state: this.state,
+      layout: kv.layout,
+      multiprocessors: info.multiprocessors,
+      logits: this.logits,
+      ropeTable: (rope) => this.ropeTable(rope),
+      prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
+      releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
+      overlap: options.overlap ?? true,
+      skinny: options.skinny ?? true,
+    }
+    const rows = { tokens: stepTokens, outputs: maxSequences }
+    const decodingRows = { tokens: maxSequences, outputs: maxSequences }
+    this.decoding = new Lowering(program, nodes.decoding, context, decodingRows)
+    this.mixed = new Lowering(program, nodes.mixed, context, rows)
+    // Steps follow each other on one stream: both kinds may use the same memory.
+    this.arena = driver.allocate(Math.max(this.decoding.buffers.bytes, this.mixed.buffers.bytes))
+    this.decoding.build(this.arena)
+    this.mixed.build(this.arena)
+    this.fetchLaunch = this.makeFetch()
+    this.sampleLaunch = this.makeSample()
+    this.publishLaunch = this.makePublish()
+    if (options.tune ?? true) this.tune()
+  }
+
+  /** The bucket that a number of decoding sequences falls into. */
+  bucketOf(rows: number): number {
+    return Math.min(
+      present(
+        BUCKETS.find((b) => b >= rows),
+        'a bucket',
+      ),
+      this.rowsMax,
+    )
+  }
+
+  /**
+   * Queues a decode step whose first `bucketOf(rows)` rows were set, those beyond `rows` as
+   * padding (slot -1), each with its own number as output.
+   * @returns the step's number, for `state.wait` and `state.tokensOf`
+   */
+  decode(rows: number): number {
+    const bucket = this.bucketOf(rows)
+    const graph = this.graphs.get(bucket) ?? this.capture(bucket)
+    this.options.device.driver.launchGraph(graph, this.stream)
+    this.state.begin()
+    return this.state.steps - 1
+  }
+
+  /**
+   * Queues a step of any tokens. Without `sample` its logits are computed and nothing drawn.
+   * @returns the step's number
+   */
+  step(shape: Omit<StepShape, 'stream'>, sample: boolean): number {
+    this.queue(this.mixed, { ...shape, stream: this.stream }, sample)
+    this.state.begin()
+    return this.state.steps - 1
+  }
+
+  close(): void {
+    const { driver } = this.options.device
+    driver.synchronize()
+    for (const graph of this.graphs.values()) driver.destroyExecutable(graph)
+    for (const { address } of this.ropes.values()) driver.free(address)
+    driver.free(this.arena)
+    driver.free(this.logits)
+    this.attention.close()
+    this.sampling.close()
+    this.matmuls.close()
+    this.weights.close()
+    this.state.close()
+    this.kernels.close()
+    driver.destroyStream(this.stream)
+  }
+
+  private get rowsMax(): number {
+    return this.options.maxSequences
+  }
+
+  private capture(bucket: number): number {
+    const { driver } = this.options.device
+    const { stream } = this
+    const shape = { stream, tokens: bucket, outputs: bucket, singles: bucket, segments: 0 }
+    driver.beginCapture(stream)
+    this.queue(this.decoding, shape, true)
+    const graph = driver.endCapture(stream)
+    const executable = driver.instantiate(graph)
+    driver.destroyGraph(graph)
+    this.graphs.set(bucket, executable)
+    return executable
+  }
+
+  private queue(lowering: Lowering, shape: StepShape, sample: boolean): void {
+    const { driver } = this.options.device
+    const { stream, tokens, outputs, segments } = shape
+    const fetched = Math.max(tokens, segments)
+    this.fetchLaunch
+      .set(8, tokens)
+      .set(9, segments)
+      .grid(Math.ceil(fetched / 256))
+    driver.launch(this.fetchLaunch, stream)
+    lowering.queue(shape)
+    if (sample && outputs > 0) driver.launch(this.sampleLaunch.grid(outputs), stream)
+    driver.launch(this.publishLaunch.set(1, outputs), stream)
+  }
+
+  private makeAttention(program: Program): CudaAttention {
+    const { device, modules, kv, maxSequences } = this.options
+    const { heads, kvHeads, headDim, attentionScale } = program.config
+    const { layout } = kv
+    return new CudaAttention({
+      device,
+      modules,
+      shape: { heads, kvHeads, headDim, scale: attentionScale },
+      kv: {
+        base: kv.address,
+        slotStride: layout.slotBytes,
+        tokenStride: layout.tokenStride,
+        slots: kv.regions,
+        slotTokens: Math.floor(layout.slotBytes / layout.tokenStride),
+      },
+      rowsMax: maxSequences,
+    })
+  }
+
+  private makeFetch(): KernelLaunch {
+    const { state, options } = this
+    const kinds: ArgumentKind[] = [
+      ...(['u64', 'i32', 'i32', 'i32', 'u64', 'u64', 'u64', 'u64', 'i32', 'i32'] as const),
+      ...Array.from({ length: 15 }, () => 'u64' as const),
+    ]
+    const { tokens: t, outputs: o } = state.rows
+    const { segments: s } = state
+    const launch = new KernelLaunch(this.kernels.find('step.cu', 'fetchStep'), kinds)
+    return launch
+      .setAll(
+        ...[state.inputRing, PLACES, state.entriesOfPlace, state.limits.tokens, state.counter],
+        ...[state.lastTokens, options.kv.address, options.kv.layout.slotBytes, 0, 0],
+        ...[state.tokens, t.positions, t.bases, t.regions, t.lengths],
+        ...[o.positions, o.bases, o.regions, o.lengths, state.outputRows, state.outputSlots],
+        ...[s.firstRows, s.starts, s.counts, s.regions],
+      )
+      .threads(256)
+      .programmatic()
+  }
+
+  private makeSample(): KernelLaunch {
+    const { state, sampling } = this
+    const kinds: ArgumentKind[] = [
+      ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64'] as const),
+    ]
+    const launch = new KernelLaunch(this.kernels.find('sample.cu', 'sample'), kinds)
+    return launch
+      .setAll(
+        ...[this.logits, this.vocab, state.outputSlots, sampling.table, sampling.biasTokens],
+        ...[sampling.biases, sampling.counts, this.adjusted, state.sampled, state.lastTokens],
+      )
+      .threads(1024)
+      .programmatic()
+  }
+
+  private makePublish(): KernelLaunch {
+    const { state } = this
+    const kinds: ArgumentKind[] = ['u64', 'i32', 'u64', 'i32', 'i32', 'u64', 'u64']
+    const launch = new KernelLaunch(this.kernels.find('step.cu', 'publishStep'), kinds)
+    return launch
+      .setAll(
+        ...[state.sampled, 0, state.outputRing, PLACES, state.limits.outputs],
+        ...[state.counter, state.done],
+      )
+      .threads(256)
+      .programmatic()
+  }
+
+  private ropeTable(rope: RopeConfig): { address: number; magnitude: number } {
+    const known = this.ropes.get(rope)
+    if (known) return known
+    const { driver } = this.options.device
+    const { frequencies, magnitude } = ropeTable(rope)
+    const address = driver.allocate(frequencies.byteLength)
+    const staging = driver.allocateHost(frequencies.byteLength)
+    new Float32Array(viewMemory(staging, frequencies.byteLength)).set(frequencies)
+    driver.copyToDevice(address, staging, frequencies.byteLength, this.stream)
+    driver.synchronizeStream(this.stream)
+    driver.freeHost(staging)
+    const table = { address, magnitude }
+    this.ropes.set(rope, table)
+    return table
+  }
+
+  /** Queues the filling of memory with numbers in ±scale; see step.cu. */
+  fillRandom(address: number, elements: number, seed: number, scale: number): void {
+    const kinds: ArgumentKind[] = ['u64', 'u64', 'u32', 'f32']
+    const launch = new KernelLaunch(this.kernels.find('step.cu', 'fillRandom'), kinds)
+    launch.setAll(address, elements, seed, scale).grid(2048).threads(256)
+    this.options.device.driver.launch(launch, this.stream)
+  }
+
+  /** Measures every product that a decode step of any bucket can ask for. */
+  private tune(): void {
+    const { driver } = this.options.device
+    const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
+    const shapes = this.decoding.productShapes()
+    const rows = Math.max(...buckets)
+    const bytes = shapes.map(({ product }) => rows * (product.k * 2 + product.m * 4))
+    const scratch = driver.allocate(Math.max(...bytes))
+    this.fillRandom(scratch, Math.max(...bytes) / 2, 1, 1)
+    driver.synchronize()
+    for (const { product, weights } of shapes) {
+      const out = scratch + rows * product.k * 2
+      for (const bucket of buckets) this.matmuls.tune(product, bucket, weights, scratch, out)
+    }
+    driver.free(scratch)
+    this.matmuls.save()
+  }
+}

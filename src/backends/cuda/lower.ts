@@ -1,0 +1,370 @@
+// Owns the lowering of fused nodes to launches: each node becomes a function that queues its
+// kernels for a step of any number of rows. Nothing here waits or allocates when a step runs.
+
+import { present } from '../../assert.ts'
+import { LatticeError } from '../../errors.ts'
+import type { CudaDriver } from '../../ffi/cuda.ts'
+import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
+import type { KvLayout } from '../../kv/layout.ts'
+import type { RopeConfig } from '../../model/model.ts'
+import type { Program, Rows, Value } from '../../model/program.ts'
+import type { DecodeRows, PrefillSegments } from './attention.ts'
+import { Buffers } from './buffers.ts'
+import {
+  type GluNode,
+  type LinearNode,
+  type LogitsNode,
+  type Node,
+  type NormNode,
+  type RopeNode,
+  type SkinnyNode,
+  fuseSkinny,
+} from './fuse.ts'
+import { GEMV_TOKENS_MAX } from './gemv.ts'
+import type { KernelFinder } from './kernels.ts'
+import { type Matmuls, type Product, paddedRows } from './matmul.ts'
+import { SkinnyProducts } from './skinny.ts'
+import type { StepState } from './state.ts'
+import type { DeviceWeights } from './weights.ts'
+
+/** How many rows of each kind a step has. */
+export interface StepShape {
+  stream: number
+  tokens: number
+  outputs: number
+  /** Of the tokens, those in front that are the only ones of their sequence. */
+  singles: number
+  /** Stretches of the other tokens. */
+  segments: number
+}
+
+export type Command = (step: StepShape) => void
+
+/** What a command does: its node's kind, and its matrix without the block's number. */
+export interface NamedCommand {
+  name: string
+  run: Command
+}
+
+/** Attention over KV memory, as CudaAttention does it; tests have another. */
+export interface Attention {
+  decode(stream: number, rows: DecodeRows, layer: number, window?: number): void
+  prefill(stream: number, segments: PrefillSegments, layer: number, window?: number): void
+  close(): void
+}
+
+/** What launches refer to. */
+export interface LowerContext {
+  driver: CudaDriver
+  find: KernelFinder
+  matmuls: Matmuls
+  weights: DeviceWeights
+  attention: Attention
+  state: StepState
+  layout: KvLayout
+  multiprocessors: number
+  /** [outputs, vocab] float32 */
+  logits: number
+  /** Device address of a rotation's frequencies. */
+  ropeTable: (rope: RopeConfig) => { address: number; magnitude: number }
+  /** Bytes that gemv.cu may bring into L2 ahead of its turn. */
+  prefetchBytes: number
+  releaseRounds: number
+  /** Whether kernels may start while the one before them ends. */
+  overlap: boolean
+  /** Whether products of few tokens have kernels of their own. */
+  skinny: boolean
+}
+
+export class Lowering {
+  readonly buffers: Buffers
+  private readonly context: LowerContext
+  private readonly program: Program
+  private readonly nodes: readonly Node[]
+  private arena = 0
+  private commands: readonly NamedCommand[] = []
+  private skinny: readonly NamedCommand[] = []
+  private readonly products: SkinnyProducts
+
+  constructor(
+    program: Program,
+    nodes: readonly Node[],
+    context: LowerContext,
+    rowsMax: Readonly<Record<Rows, number>>,
+  ) {
+    this.program = program
+    this.nodes = nodes
+    this.context = context
+    const padded = { tokens: paddedRows(rowsMax.tokens), outputs: paddedRows(rowsMax.outputs) }
+    this.buffers = new Buffers(nodes, program, padded)
+    this.products = new SkinnyProducts(context, program.config, (value) => this.place(value))
+  }
+
+  /** Lowers everything to an arena of `buffers.bytes` at this address. */
+  build(arena: number): void {
+    this.arena = arena
+    this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
+    this.skinny = fuseSkinny(this.nodes).map((node) => ({
+      name: nameOf(node.kind === 'skinny' ? node.linear : node),
+      run: this.lowerSkinny(node),
+    }))
+  }
+
+  /** What `queue` runs for so many tokens, one by one; for measurements. */
+  commandsFor(tokens: number): readonly NamedCommand[] {
+    const few = this.context.skinny && tokens <= GEMV_TOKENS_MAX
+    return few ? this.skinny : this.commands
+  }
+
+  /** Queues the program, embedding to logits. */
+  queue(step: StepShape): void {
+    for (const { run } of this.commandsFor(step.tokens)) run(step)
+  }
+
+  /** The products of all nodes, each with the weights that are multiplied so. */
+  productShapes(): { product: Product; weights: number[] }[] {
+    const shapes = new Map<string, { product: Product; weights: number[] }>()
+    for (const node of this.nodes) {
+      if (node.kind !== 'linear' && node.kind !== 'logits') continue
+      const { product, weight } = this.productOf(node)
+      const key = JSON.stringify(product)
+      const shape = shapes.get(key) ?? { product, weights: [] }
+      shape.weights.push(weight)
+      shapes.set(key, shape)
+    }
+    return [...shapes.values()]
+  }
+
+  private lower(node: Node): Command {
+    switch (node.kind) {
+      case 'embed':
+        return this.embed(node)
+      case 'linear':
+      case 'logits':
+        return this.matmul(node)
+      case 'norm':
+        return this.norm(node)
+      case 'rope':
+        return this.rope(node)
+      case 'attention':
+        return this.attention(node)
+      case 'glu':
+        return this.glu(node)
+      case 'select':
+        return this.select(node)
+      case 'add':
+        return this.add(node)
+    }
+  }
+
+  private lowerSkinny(node: Node | SkinnyNode): Command {
+    if (node.kind !== 'skinny') return this.lower(node)
+    const { linear, rope, glu } = node
+    const rows = linear.kind === 'logits' ? 'outputs' : linear.rows
+    // Where the kernel does not fit the shape, the parts run one by one.
+    const parts = this.nodes.filter(
+      (part) =>
+        part === linear ||
+        part === rope ||
+        part === glu ||
+        (part.kind === 'norm' && node.norm !== undefined && part.out === linear.in),
+    )
+    const apart = parts.map((part) => this.lower(part))
+    return (step) => {
+      if (step[rows] === 0) return
+      const launch = this.products.launch(node, step[rows])
+      if (launch) this.context.driver.launch(launch, step.stream)
+      else for (const command of apart) command(step)
+    }
+  }
+
+  private embed({ out, weight, scale }: Extract<Node, { kind: 'embed' }>): Command {
+    const { weights, state } = this.context
+    const { address, rows: vocab, k } = weights.joined([weight])
+    const launch = this.kernel('embed.cu', 'embed', ['u64', 'u64', 'u64', 'i32', 'i32', 'f32'])
+    launch.setAll(address, state.tokens, this.place(out).address, k, vocab, scale)
+    launch.threads(Math.min(1024, warps(k)))
+    return this.perRow(launch, 'tokens')
+  }
+
+  private norm({ x, added, post, norm, out, rows }: NormNode): Command {
+    const { weights } = this.context
+    const { width, address } = this.place(x)
+    checkWidth(width)
+    const kinds: ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
+    const launch = this.kernel('norm.cu', 'normRow', kinds)
+    const addresses = [address, this.addressOf(added), weights.vector(post?.weight)]
+    const eps = present(norm ?? post, 'a norm').eps
+    launch.setAll(...addresses, weights.vector(norm?.weight), this.addressOf(out), width, eps)
+    launch.threads(Math.min(1024, warps(width / 8)))
+    return this.perRow(launch, rows)
+  }
+
+  private rope({ q, qOut, k, v, rope, layer, rows }: RopeNode): Command {
+    const { weights, state, layout } = this.context
+    const { heads, kvHeads, headDim, normEps } = this.program.config
+    const kinds: ArgumentKind[] = [
+      ...(['u64', 'u64', 'u64', 'i32', 'i32', 'u64', 'u64', 'u64', 'u64', 'i32'] as const),
+      ...(['i32', 'f32', 'u64', 'u64', 'f32', 'i32', 'i32', 'i32', 'u64', 'u64'] as const),
+    ]
+    const launch = this.kernel('rope-append.cu', 'ropeAppend', kinds)
+    const { address, magnitude } = this.context.ropeTable(rope)
+    const { positions, bases } = state.rows[rows]
+    launch.setAll(
+      ...[this.addressOf(q?.value), this.addressOf(k?.value), this.addressOf(v)],
+      ...[q ? this.place(q.value).stride : 0, k ? this.place(k.value).stride : 0],
+      ...[this.addressOf(qOut), positions, bases, address, rope.dimensions],
+      ...[rope.pairing === 'interleaved' ? 1 : 0, magnitude],
+      ...[weights.vector(q?.norm?.weight), weights.vector(k?.norm?.weight)],
+      ...[q?.norm?.eps ?? normEps, heads, kvHeads, headDim],
+      ...[layout.tokenStride, layer * layout.layerStride],
+    )
+    const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
+    launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
+    const blocks = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
+    return (step) => {
+      if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows], blocks), step.stream)
+    }
+  }
+
+  private attention({ q, out, layer, window, rows }: AttentionNode): Command {
+    const { attention, state } = this.context
+    const [from, to] = [this.place(q), this.place(out)]
+    const { regions: slots, lengths } = state.rows[rows]
+    const decode = (step: StepShape, count: number) =>
+      attention.decode(
+        step.stream,
+        { q: from.address, out: to.address, slots, lengths, rows: count },
+        layer,
+        window,
+      )
+    if (rows === 'outputs') return (step) => step.outputs > 0 && decode(step, step.outputs)
+    return (step) => {
+      if (step.singles > 0) decode(step, step.singles)
+      if (step.segments === 0) return
+      const { firstRows, starts, counts, regions } = state.segments
+      const segments = { firstRows, starts, counts, slots: regions, segments: step.segments }
+      attention.prefill(
+        step.stream,
+        { q: from.address, out: to.address, ...segments },
+        layer,
+        window,
+      )
+    }
+  }
+
+  private glu({ gate, out, activation, rows }: GluNode): Command {
+    const width = this.place(gate).width
+    checkWidth(width)
+    const launch = this.kernel('glu.cu', 'glu', ['u64', 'u64', 'i32', 'i32'])
+    launch.setAll(this.addressOf(gate), this.addressOf(out), width, activation === 'gelu' ? 1 : 0)
+    launch.threads(256)
+    const blocks = Math.ceil(width / 8 / 256)
+    return (step) => {
+      if (step[rows] > 0) this.context.driver.launch(launch.grid(blocks, step[rows]), step.stream)
+    }
+  }
+
+  private select({ in: from, out }: Extract<Node, { kind: 'select' }>): Command {
+    const { width, address } = this.place(from)
+    checkWidth(width)
+    const launch = this.kernel('rows.cu', 'selectRows', ['u64', 'u64', 'u64', 'i32'])
+    launch.setAll(address, this.context.state.outputRows, this.addressOf(out), width)
+    launch.threads(Math.min(512, warps(width / 8)))
+    return this.perRow(launch, 'outputs')
+  }
+
+  private add({ a, b, out, rows }: Extract<Node, { kind: 'add' }>): Command {
+    const { width } = this.place(a)
+    checkWidth(width)
+    const launch = this.kernel('rows.cu', 'addRows', ['u64', 'u64', 'u64', 'u64'])
+    launch.setAll(this.addressOf(a), this.addressOf(b), this.addressOf(out), 0).threads(256)
+    return (step) => {
+      const count = (step[rows] * width) / 8
+      if (count === 0) return
+      launch.set(3, count).grid(Math.ceil(count / 256))
+      this.context.driver.launch(launch, step.stream)
+    }
+  }
+
+  private matmul(node: LinearNode | LogitsNode): Command {
+    const { matmuls } = this.context
+    const { product, weight, out } = this.productOf(node)
+    const x = this.place(node.in)
+    const rows = node.kind === 'logits' ? 'outputs' : node.rows
+    const biases = node.kind === 'linear' ? this.biases(node) : []
+    return (step) => {
+      if (step[rows] === 0) return
+      matmuls.run(product, step[rows], weight, x.address, out, step.stream)
+      for (const bias of biases) bias(step)
+    }
+  }
+
+  private productOf(node: LinearNode | LogitsNode) {
+    const { weights, logits } = this.context
+    if (node.kind === 'logits') {
+      const { address, rows: m, k } = weights.joined([node.weight])
+      const product = { m, k, stride: m, float32: true, accumulate: false }
+      return { product, weight: address, out: logits }
+    }
+    const { address, rows: m, k } = weights.joined(node.weights)
+    const to = this.place(present(node.outs[0], 'a product'))
+    const { accumulate } = node
+    const product = { m, k, stride: to.stride, float32: false, accumulate }
+    return { product, weight: address, out: to.address }
+  }
+
+  private biases({ outs, biases, rows }: LinearNode): Command[] {
+    return outs.flatMap((out, i) => {
+      const bias = biases[i]
+      if (bias === undefined) return []
+      const { address, width, stride } = this.place(out)
+      const launch = this.kernel('rows.cu', 'addBias', ['u64', 'u64', 'i32', 'i32'])
+      launch.setAll(address, this.context.weights.vector(bias), width, stride)
+      return [this.perRow(launch.threads(Math.min(256, warps(width))), rows)]
+    })
+  }
+
+  /** A kernel that may start while the one before it ends; see `awaitInputs` in common.cuh. */
+  private kernel(file: string, name: string, kinds: readonly ArgumentKind[]): KernelLaunch {
+    const launch = new KernelLaunch(this.context.find(file, name), kinds)
+    return this.context.overlap ? launch.programmatic() : launch
+  }
+
+  private perRow(launch: KernelLaunch, rows: Rows): Command {
+    return (step) => {
+      if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows]), step.stream)
+    }
+  }
+
+  private place(value: Value): { address: number; stride: number; width: number } {
+    const { offset, stride, width } = this.buffers.place(value)
+    return { address: this.arena + offset, stride, width }
+  }
+
+  private addressOf(value: Value | undefined): number {
+    return value === undefined ? 0 : this.place(value).address
+  }
+}
+
+/** Of the rotation: enough to fill a device with few tokens, too. */
+const WARPS_OF_BLOCK = 8
+
+type AttentionNode = Extract<Node, { kind: 'attention' }>
+
+function nameOf(node: Node): string {
+  const weight = node.kind === 'linear' ? node.weights[0] : 'weight' in node ? node.weight : ''
+  return `${node.kind} ${weight?.replace(/^blk\.\d+\./, '').replace(/\.weight$/, '')}`.trim()
+}
+
+/** Threads for `count` elements, a whole number of warps. */
+function warps(count: number): number {
+  return Math.ceil(count / 32) * 32
+}
+
+function checkWidth(width: number): void {
+  if (width % 8 === 0) return
+  throw new LatticeError('model_unsupported', `Rows of ${width} elements do not suit the GPU.`, {
+    todo: 'Use --device cpu; the GPU takes rows of a multiple of 8 elements.',
+  })
+}

@@ -1,0 +1,186 @@
+// Owns matrix products through cuBLASLt: which of its algorithms is fastest for a shape on this
+// GPU is measured once, the best of eight, and kept in a file.
+
+import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { randomUUID } from 'node:crypto'
+import { present } from '../../assert.ts'
+import { LatticeError } from '../../errors.ts'
+import type { CudaDriver, GpuDevice } from '../../ffi/cuda.ts'
+import { type CublasLt, MATRIX, type MatmulAlgorithm, type MatmulPlan } from '../../ffi/cublaslt.ts'
+
+export const WORKSPACE_BYTES = 64 << 20
+
+/** Heuristic answers that are measured. */
+const CANDIDATES = 8
+const WARM_RUNS = 2
+const TIMED_RUNS = 8
+
+/** out = x · Wᵀ (+ out): W [m, k] bf16 by rows, x [n, k] bf16, out [n, m] with `stride`. */
+export interface Product {
+  m: number
+  k: number
+  stride: number
+  float32: boolean
+  accumulate: boolean
+}
+
+interface Prepared {
+  plan: MatmulPlan
+  algorithm: MatmulAlgorithm
+}
+
+interface Kept {
+  algorithm: string
+  workspaceBytes: number
+}
+
+/** Token counts that products are tuned and, but for multiples of the last, made for. */
+const COUNTS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192]
+const COARSE = 128
+
+/** What a count of rows is rounded up to: rows beyond the step's are computed and never read. */
+export function paddedRows(rows: number): number {
+  const count = COUNTS.find((c) => c >= rows && c <= 4 * COARSE)
+  return count ?? Math.ceil(rows / COARSE) * COARSE
+}
+
+export class Matmuls {
+  private readonly driver: CudaDriver
+  private readonly lt: CublasLt
+  private readonly handle: number
+  private readonly workspace: number
+  private readonly prepared = new Map<string, Prepared>()
+  private readonly kept: Record<string, Kept>
+  private readonly path: string
+  private unsaved = false
+
+  /** @param folder where measured choices are kept */
+  constructor(driver: CudaDriver, lt: CublasLt, device: GpuDevice, folder: string) {
+    this.driver = driver
+    this.lt = lt
+    this.handle = lt.createHandle()
+    this.workspace = driver.allocate(WORKSPACE_BYTES)
+    const machine = `${device.name}-${device.multiprocessors}-${driver.version}-${lt.version}`
+    this.path = join(folder, `matmul-${machine.replaceAll(/[^\w.-]+/g, '-')}.json`)
+    this.kept = readKept(this.path)
+  }
+
+  /**
+   * Queues a product; `rows` is rounded up by `paddedRows`, so x and out have room for as many.
+   * A shape that was not tuned takes the library's first choice for it.
+   */
+  run(
+    product: Product,
+    rows: number,
+    weight: number,
+    x: number,
+    out: number,
+    stream: number,
+  ): void {
+    const { plan, algorithm } = this.prepare(product, paddedRows(rows))
+    const { workspace, handle } = this
+    const args = [weight, x, out, workspace, stream] as const
+    this.lt.matmul(handle, plan, algorithm, ...args, product.accumulate)
+  }
+
+  /**
+   * Measures the shapes that are not known yet. Each run multiplies with another of `weights`, so
+   * that none is read from the cache; `x` and `out` are scratch that all of them fit in.
+   */
+  tune(product: Product, rows: number, weights: readonly number[], x: number, out: number): void {
+    const n = paddedRows(rows)
+    const key = keyOf(product, n)
+    if (this.kept[key]) return
+    const plan = this.planOf(product, n)
+    const found = this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, CANDIDATES)
+    const stream = this.driver.createStream()
+    const events = [this.driver.createEvent(true), this.driver.createEvent(true)] as const
+    let best: { algorithm: MatmulAlgorithm; ms: number } | undefined
+    for (const algorithm of found) {
+      let i = 0
+      const once = () => {
+        const weight = present(weights[i++ % weights.length], 'a weight')
+        const { workspace, handle } = this
+        this.lt.matmul(handle, plan, algorithm, weight, x, out, workspace, stream, false)
+      }
+      for (let run = 0; run < WARM_RUNS; run++) once()
+      this.driver.recordEvent(events[0], stream)
+      for (let run = 0; run < TIMED_RUNS; run++) once()
+      this.driver.recordEvent(events[1], stream)
+      this.driver.synchronizeEvent(events[1])
+      const ms = this.driver.elapsedMs(...events)
+      if (!best || ms < best.ms) best = { algorithm, ms }
+    }
+    for (const event of events) this.driver.destroyEvent(event)
+    this.driver.destroyStream(stream)
+    this.lt.destroyPlan(plan)
+    if (!best) throw noAlgorithm(product, n)
+    const { block, workspaceBytes } = best.algorithm
+    const algorithm = Buffer.from(block.bytes).toString('base64')
+    this.kept[key] = { algorithm, workspaceBytes }
+    this.unsaved = true
+  }
+
+  /** Writes what was measured, whole or not at all. */
+  save(): void {
+    if (!this.unsaved) return
+    mkdirSync(dirname(this.path), { recursive: true })
+    const partial = `${this.path}.${randomUUID()}`
+    writeFileSync(partial, JSON.stringify(this.kept))
+    renameSync(partial, this.path)
+    this.unsaved = false
+  }
+
+  close(): void {
+    for (const { plan } of this.prepared.values()) this.lt.destroyPlan(plan)
+    this.driver.free(this.workspace)
+    this.lt.destroyHandle(this.handle)
+  }
+
+  private prepare(product: Product, n: number): Prepared {
+    const key = `${keyOf(product, n)} ${product.accumulate}`
+    const known = this.prepared.get(key)
+    if (known) return known
+    const plan = this.planOf(product, n)
+    const kept = this.kept[keyOf(product, n)]
+    const algorithm = kept
+      ? this.lt.algorithm(Buffer.from(kept.algorithm, 'base64'), kept.workspaceBytes)
+      : this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, 1)[0]
+    if (!algorithm) throw noAlgorithm(product, n)
+    const prepared = { plan, algorithm }
+    this.prepared.set(key, prepared)
+    return prepared
+  }
+
+  private planOf({ m, k, stride, float32 }: Product, n: number): MatmulPlan {
+    // Arrays by rows are matrices by columns: Wᵀ is [k, m] and comes transposed back.
+    return this.lt.plan(
+      { type: MATRIX.bf16, rows: k, columns: m, leading: k },
+      { type: MATRIX.bf16, rows: k, columns: n, leading: k },
+      { type: float32 ? MATRIX.f32 : MATRIX.bf16, rows: m, columns: n, leading: stride },
+      { transposeA: true },
+    )
+  }
+}
+
+function keyOf({ m, k, stride, float32 }: Product, n: number): string {
+  return `${m} ${k} ${n} ${stride} ${float32 ? 'f32' : 'bf16'}`
+}
+
+function noAlgorithm({ m, k }: Product, n: number): LatticeError {
+  return new LatticeError(
+    'backend_failed',
+    `The matrix library has no algorithm for [${m}, ${k}] times ${n} tokens.`,
+    { todo: 'Update the CUDA libraries, or use --device cpu.' },
+  )
+}
+
+function readKept(path: string): Record<string, Kept> {
+  try {
+    return JSON.parse(readFileSync(path, 'utf8')) as Record<string, Kept>
+  } catch {
+    // Not there or not whole: everything is measured again.
+    return {}
+  }
+}

@@ -1,0 +1,106 @@
+// Owns compiled kernels: kernels/*.cu are compiled for a GPU at first use and kept as files, named
+// by a hash of all that they were made of. With a filled cache no compiler is needed.
+
+import { createHash, randomUUID } from 'node:crypto'
+import { mkdirSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
+import { homedir } from 'node:os'
+import { join } from 'node:path'
+import { cudaIncludeFolders } from '../../ffi/cuda-libraries.ts'
+import { loadNvrtc, type Nvrtc } from '../../ffi/nvrtc.ts'
+
+/** Where the sources lie. */
+export const KERNELS_FOLDER = join(import.meta.dirname, '..', '..', '..', 'kernels')
+
+/** Options of every compile. */
+const OPTIONS = ['--std=c++17']
+
+export interface KernelSource {
+  /** A file of the sources' folder, such as `attention-decode.cu`. */
+  file: string
+  /** Macros by name: sizes that a kernel is specialised for. */
+  defines?: Readonly<Record<string, string | number>>
+  /** More options of the compiler. */
+  options?: readonly string[]
+}
+
+export interface CompiledKernel {
+  /** A cubin. */
+  image: Uint8Array
+  /** Undefined if it came from the cache. */
+  log: string | undefined
+}
+
+export class ModuleCache {
+  readonly folder: string
+  private readonly sources: string
+  private nvrtc: Nvrtc | undefined
+  private headers: string | undefined
+
+  /** @param folder of compiled kernels; may be deleted at any time */
+  constructor(folder = cacheFolder(), sources = KERNELS_FOLDER) {
+    this.folder = folder
+    this.sources = sources
+  }
+
+  /**
+   * A kernel file's machine code.
+   * @throws LatticeError `backend_unavailable` without a compiler, `kernel_compile_failed`
+   */
+  get(kernel: KernelSource, architecture: string): CompiledKernel {
+    const source = readFileSync(join(this.sources, kernel.file), 'utf8')
+    const options = [
+      ...OPTIONS,
+      ...Object.entries(kernel.defines ?? {}).map(([name, value]) => `-D${name}=${value}`),
+      ...(kernel.options ?? []),
+    ]
+    const parts = [kernel.file, source, this.headerText(), architecture, ...options]
+    const hash = createHash('sha256').update(parts.join('\0')).digest('hex').slice(0, 32)
+    const path = join(this.folder, `${kernel.file.replace(/\.cu$/, '')}-${architecture}-${hash}`)
+    const image = readIfThere(path)
+    if (image !== undefined) return { image, log: undefined }
+    const compiled = this.compiler().compile({
+      name: kernel.file,
+      source,
+      architecture,
+      options,
+      includeFolders: [this.sources, ...cudaIncludeFolders()],
+    })
+    this.keep(path, compiled.image)
+    return compiled
+  }
+
+  private compiler(): Nvrtc {
+    return (this.nvrtc ??= loadNvrtc())
+  }
+
+  /** All headers beside the kernels: whoever includes one is compiled again when it changes. */
+  private headerText(): string {
+    return (this.headers ??= readdirSync(this.sources)
+      .filter((file) => file.endsWith('.cuh'))
+      .toSorted()
+      .map((file) => readFileSync(join(this.sources, file), 'utf8'))
+      .join('\0'))
+  }
+
+  /** Whole or not at all: another process may compile the same. */
+  private keep(path: string, image: Uint8Array): void {
+    mkdirSync(this.folder, { recursive: true })
+    const partial = `${path}.${randomUUID()}`
+    writeFileSync(partial, image)
+    renameSync(partial, path)
+  }
+}
+
+function cacheFolder(): string {
+  const { LATTICE_KERNEL_CACHE: own, XDG_CACHE_HOME: cache } = process.env
+  return own || join(cache || join(homedir(), '.cache'), 'lattice', 'kernels')
+}
+
+function readIfThere(path: string): Uint8Array | undefined {
+  try {
+    return readFileSync(path)
+  } catch (thrown) {
+    if ((thrown as NodeJS.ErrnoException).code === 'ENOENT') return undefined
+    throw thrown
+  }
+}

@@ -1,0 +1,93 @@
+// Owns the launches of gemv.cu: a product of 1–4 tokens with its norm, bias, sum, activation or
+// rotation, as one kernel.
+
+import { present } from '../../assert.ts'
+import { FUNCTION } from '../../ffi/cuda.ts'
+import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
+import type { ModelConfig } from '../../model/model.ts'
+import type { Value } from '../../model/program.ts'
+import type { SkinnyNode } from './fuse.ts'
+import { gemvBlocks, type GemvEpilogue, gemvSharedBytes, gemvVariant } from './gemv.ts'
+import type { LowerContext } from './lower.ts'
+
+const KINDS: readonly ArgumentKind[] = [
+  ...(['u64', 'i32', 'u64', 'u64', 'f32', 'i32', 'u64', 'i32', 'u64', 'i32'] as const),
+  ...(['u64', 'u64', 'u64', 'i32', 'i32', 'f32', 'i32', 'i32', 'i32', 'u64', 'u64'] as const),
+]
+
+const BF16 = 2
+
+type Place = { address: number; stride: number; width: number }
+
+export class SkinnyProducts {
+  private readonly context: LowerContext
+  private readonly config: ModelConfig
+  private readonly place: (value: Value) => Place
+  private readonly launches = new Map<SkinnyNode, Map<number, KernelLaunch | undefined>>()
+
+  constructor(context: LowerContext, config: ModelConfig, place: (value: Value) => Place) {
+    this.context = context
+    this.config = config
+    this.place = place
+  }
+
+  /** The launch for a node and a number of tokens; undefined where the kernel does not fit. */
+  launch(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
+    let ofNode = this.launches.get(node)
+    if (!ofNode) this.launches.set(node, (ofNode = new Map()))
+    if (!ofNode.has(tokens)) ofNode.set(tokens, this.make(node, tokens))
+    return ofNode.get(tokens)
+  }
+
+  private make(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
+    const { linear, norm, rope, glu } = node
+    const { weights, driver, multiprocessors, prefetchBytes } = this.context
+    const biased = linear.kind === 'linear' && linear.biases.some((bias) => bias !== undefined)
+    const k = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights).k
+    const variant = biased ? undefined : gemvVariant(k, tokens, epilogueOf(node), !!norm)
+    if (!variant) return undefined
+    const defines = { ...variant.defines, RELEASE_ROUNDS: this.context.releaseRounds }
+    const kernel = this.context.find('gemv.cu', 'gemv', defines)
+    const matrix = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights)
+    const blocks = gemvBlocks(variant, matrix.rows, multiprocessors)
+    const shared = gemvSharedBytes(variant, matrix.rows, blocks)
+    if (shared > DEFAULT_SHARED_BYTES) {
+      driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, shared)
+    }
+    const launch = new KernelLaunch(kernel, KINDS)
+    if (this.context.overlap) launch.programmatic()
+    launch.grid(blocks).threads(variant.threads).sharedBytes(shared)
+    const x = this.place(node.in)
+    const out = this.outOf(node)
+    const turn = rope && this.context.ropeTable(rope.rope)
+    const { positions, bases } = this.context.state.rows[rope?.rows ?? 'tokens']
+    const { heads, kvHeads, headDim } = this.config
+    const { layout } = this.context
+    launch.setAll(
+      ...[matrix.address, matrix.rows, x.address, weights.vector(norm?.weight), norm?.eps ?? 0],
+      ...[Math.floor(prefetchBytes / multiprocessors / (k * BF16)), out.address, out.stride, 0],
+      ...[glu?.activation === 'gelu' ? 1 : 0, positions, bases, turn?.address ?? 0],
+      ...[rope?.rope.dimensions ?? 0, rope?.rope.pairing === 'interleaved' ? 1 : 0],
+      ...[turn?.magnitude ?? 1, heads, kvHeads, headDim, layout.tokenStride],
+      (rope?.layer ?? 0) * layout.layerStride,
+    )
+    return launch
+  }
+
+  private outOf({ linear, rope, glu }: SkinnyNode): { address: number; stride: number } {
+    const { logits, weights } = this.context
+    if (linear.kind === 'logits') {
+      return { address: logits, stride: weights.joined([linear.weight]).rows }
+    }
+    return this.place(present(rope?.qOut ?? glu?.out ?? linear.outs[0], 'what a product makes'))
+  }
+}
+
+const DEFAULT_SHARED_BYTES = 48 << 10
+
+function epilogueOf({ linear, rope, glu }: SkinnyNode): GemvEpilogue {
+  if (linear.kind === 'logits') return 'logits'
+  if (rope) return 'rope'
+  if (glu) return 'glu'
+  return linear.accumulate ? 'add' : 'store'
+}

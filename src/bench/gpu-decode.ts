@@ -1,0 +1,230 @@
+// Owns the measurement of decoding on a GPU: time a step against the time that reading weights and
+// KV takes at the bandwidth measured in the same run, what the CPU spends on a step, and how long
+// the GPU waits between steps.
+
+import { present } from '../assert.ts'
+import { gpuKvLayout } from '../backends/cuda/kv-memory.ts'
+import type { CudaDevice } from '../backends/cuda/device.ts'
+import { CudaForward } from '../backends/cuda/forward.ts'
+import { Kernels } from '../backends/cuda/kernels.ts'
+import type { ModuleCache } from '../backends/cuda/module-cache.ts'
+import { PLACES } from '../backends/cuda/state.ts'
+import { KernelLaunch } from '../ffi/kernel-launch.ts'
+import { dummyModel } from '../model/dummy.ts'
+import type { Model } from '../model/model.ts'
+import { type GpuBench, median } from './gpu-measure.ts'
+
+interface DecodeCase {
+  batch: number
+  /** Tokens of each sequence before the first measured step. */
+  context: number
+  steps: number
+}
+
+interface DecodeOptions {
+  prefetchBytes?: number
+  overlap?: boolean
+  /** Also times each kind of kernel by itself. */
+  profile?: boolean
+}
+
+interface DecodeResult extends DecodeCase {
+  /** Median of the time between the ends of two steps. */
+  stepUs: number
+  /** The same steps queued without the host looking at any. */
+  queuedUs: number
+  /** Reading weights and KV at `readGBs`. */
+  rooflineUs: number
+  /** Of the thread that queues steps, a step, waiting excluded. */
+  cpuUs: number
+  tokensPerSecond: number
+  profile: readonly { name: string; count: number; us: number }[]
+}
+
+const PAGE_BYTES = 2 << 20
+const WARM_STEPS = 5
+
+/** What fits 80 GB: an 8B model, and as much context as the rest of the memory holds. */
+const MODEL = 'dummy:llama-3.1-8b'
+const CASES: readonly DecodeCase[] = [
+  { batch: 1, context: 1024, steps: 60 },
+  { batch: 4, context: 1024, steps: 40 },
+  { batch: 64, context: 576, steps: 40 },
+  { batch: 256, context: 1856, steps: 24 },
+]
+
+/** The part `decode` of `lattice bench gpu`. */
+export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
+  const readGBs = readBandwidth(device, modules)
+  row('memory read by a plain kernel', readGBs, 'GB/s')
+  const model = dummyModel(MODEL)
+  for (const one of benchDecode(device, modules, model, CASES, readGBs, { profile: true })) {
+    const name = `${MODEL}, ${one.batch} × ${one.context}`
+    row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
+    row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
+    row(`${name}: CPU a step`, one.cpuUs, 'µs')
+    for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+  }
+}
+
+/** Bytes that a decode step reads of the weights: all but the embedding's other rows. */
+function weightBytes({ tensors }: Model): number {
+  const tied = !tensors.has('output.weight')
+  return [...tensors.values()]
+    .filter(({ name }) => tied || name !== 'token_embd.weight')
+    .reduce((sum, { byteLength }) => sum + byteLength, 0)
+}
+
+/** Gigabytes a second that a plain kernel reads, the best of a few grids. */
+function readBandwidth(device: CudaDevice, modules: ModuleCache): number {
+  const { driver, info } = device
+  const kernels = new Kernels(device, modules)
+  const bytes = 8 * 2 ** 30
+  const memory = driver.allocate(bytes)
+  const stream = driver.createStream()
+  const fill = new KernelLaunch(kernels.find('step.cu', 'fillRandom'), ['u64', 'u64', 'u32', 'f32'])
+  driver.launch(
+    fill
+      .setAll(memory, bytes / 2, 1, 1)
+      .grid(2048)
+      .threads(256),
+    stream,
+  )
+  const read = new KernelLaunch(kernels.find('read.cu', 'readAll'), ['u64', 'u64', 'u64'])
+  read.setAll(memory, bytes / 16, memory).threads(512)
+  const best = [2, 4, 8].map((waves) => {
+    read.grid(info.multiprocessors * waves)
+    const ms = medianMs(device, stream, 7, () => driver.launch(read, stream))
+    return bytes / ms / 1e6
+  })
+  kernels.close()
+  driver.destroyStream(stream)
+  driver.free(memory)
+  return Math.max(...best)
+}
+
+/** Measures each case on one set of weights; KV is random and has room for the largest. */
+function benchDecode(
+  device: CudaDevice,
+  modules: ModuleCache,
+  model: Model,
+  cases: readonly DecodeCase[],
+  readGBs: number,
+  options: DecodeOptions = {},
+): DecodeResult[] {
+  const { driver } = device
+  return cases.map((of) => {
+    const tokens = of.context + 2 * of.steps + WARM_STEPS + 2
+    const layout = gpuKvLayout(model.config, tokens, PAGE_BYTES)
+    const bytes = layout.slotBytes * of.batch
+    const address = driver.allocate(bytes)
+    const forward = new CudaForward(model, {
+      device,
+      modules,
+      kv: { address, layout, regions: of.batch },
+      maxSequences: of.batch,
+      stepTokens: of.batch,
+      ...options,
+    })
+    forward.fillRandom(address, bytes / 2, 7, 1)
+    driver.synchronize()
+    const result = decode(device, forward, of)
+    const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
+    const rooflineUs = (weightBytes(model) + kvBytes) / readGBs / 1e3
+    const profile = options.profile ? profiled(device, forward, of) : []
+    forward.close()
+    driver.free(address)
+    return { ...of, ...result, rooflineUs, profile }
+  })
+}
+
+function decode(device: CudaDevice, forward: CudaForward, { batch, context, steps }: DecodeCase) {
+  const { state } = forward
+  const { driver } = device
+  const bucket = forward.bucketOf(batch)
+  let position = context
+  const queue = (): number => {
+    for (let i = 0; i < bucket; i++) {
+      const real = i < batch
+      state.setRow(i, real ? -1 : 0, position, real ? i : -1, i, i)
+    }
+    position++
+    return forward.decode(batch)
+  }
+  for (let i = 0; i < WARM_STEPS; i++) state.wait(queue())
+  const ends: number[] = []
+  let busy = 0
+  let waited = 0
+  for (let i = 0; i < steps; i++) {
+    const start = performance.now()
+    const step = queue()
+    busy += performance.now() - start
+    // One step ahead: this one is queued before the last one's tokens are known.
+    if (i === 0) continue
+    const before = performance.now()
+    state.wait(step - 1)
+    waited = performance.now()
+    busy += takeTokens(state.tokensOf(step - 1), batch) - before - (waited - before)
+    ends.push(waited)
+  }
+  state.wait(state.steps - 1)
+  const gaps = ends.slice(1).map((end, i) => end - present(ends[i], 'an end'))
+  const stepUs = median(gaps) * 1e3
+  // Without looking: as many as the ring takes, again and again.
+  const events = [driver.createEvent(true), driver.createEvent(true)] as const
+  const queued: number[] = []
+  for (let round = 0; round < Math.floor(steps / (PLACES - 1)); round++) {
+    driver.recordEvent(events[0], forward.stream)
+    for (let i = 0; i < PLACES - 1; i++) queue()
+    driver.recordEvent(events[1], forward.stream)
+    driver.synchronizeEvent(events[1])
+    queued.push(driver.elapsedMs(...events) / (PLACES - 1))
+  }
+  for (const event of events) driver.destroyEvent(event)
+  const queuedUs = median(queued) * 1e3
+  const cpuUs = (busy / steps) * 1e3
+  return { stepUs, queuedUs, cpuUs, tokensPerSecond: (batch / stepUs) * 1e6 }
+}
+
+/** Looks at every token, as an engine would; gives the time when it is done. */
+function takeTokens(tokens: Int32Array, count: number): number {
+  for (let i = 0; i < count; i++) {
+    if ((tokens[i] ?? -1) < 0) throw new Error(`row ${i} has no token: logits are not numbers`)
+  }
+  return performance.now()
+}
+
+/** Each kind of command by itself, as a graph of all of that kind. */
+function profiled(device: CudaDevice, forward: CudaForward, { batch }: DecodeCase) {
+  const { driver } = device
+  const { stream } = forward
+  const shape = { stream, tokens: batch, outputs: batch, singles: batch, segments: 0 }
+  const commands = forward.decoding.commandsFor(batch)
+  const names = [...new Set(commands.map(({ name }) => name))]
+  return names.map((name) => {
+    const same = commands.filter((command) => command.name === name)
+    driver.beginCapture(stream)
+    for (const { run } of same) run(shape)
+    const graph = driver.endCapture(stream)
+    const executable = driver.instantiate(graph)
+    const ms = medianMs(device, stream, 9, () => driver.launchGraph(executable, stream))
+    driver.destroyExecutable(executable)
+    driver.destroyGraph(graph)
+    return { name, count: same.length, us: (ms / same.length) * 1e3 }
+  })
+}
+
+function medianMs(device: CudaDevice, stream: number, runs: number, run: () => void): number {
+  const { driver } = device
+  const events = [driver.createEvent(true), driver.createEvent(true)] as const
+  const times: number[] = []
+  for (let i = 0; i < runs + 2; i++) {
+    driver.recordEvent(events[0], stream)
+    run()
+    driver.recordEvent(events[1], stream)
+    driver.synchronizeEvent(events[1])
+    if (i >= 2) times.push(driver.elapsedMs(...events))
+  }
+  for (const event of events) driver.destroyEvent(event)
+  return median(times)
+}

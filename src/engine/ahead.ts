@@ -1,0 +1,116 @@
+// Owns steps that are queued before the tokens of the one before them are known: a backend that
+// chooses tokens itself always has the next step when one ends. A sequence goes on with a token
+// that is not known yet; if it turns out to have ended with the last one, what was computed
+// beyond that is dropped.
+//
+//   plan n+1, queue n+1 ──▶ take in n: tokens to whom they belong, who ends, ends ──▶ plan n+2 …
+
+import { assert, present } from '../assert.ts'
+import { LatticeError } from '../errors.ts'
+import type { Backend, StepBatch, TokenChooser } from '../backends/backend.ts'
+import type { StepWork } from '../scheduler/costs.ts'
+import { isDecoding, type ScheduledPart } from '../scheduler/scheduler.ts'
+import type { Sequence } from './sequence.ts'
+
+/** A sequence of a step that wants a token, in the order of the step's outputs. */
+export interface AwaitedToken {
+  sequence: Sequence
+  /** Of the token among the sequence's; -1 if it is to be chosen here, from logits. */
+  position: number
+}
+
+/** A step that was queued. */
+export interface Flight {
+  number: number
+  awaited: readonly AwaitedToken[]
+  /** Logits of it are wanted here: the next step waits for it. */
+  hosted: boolean
+  work: StepWork
+  /** When it could begin. */
+  startMs: number
+}
+
+export class StepsAhead {
+  /** The last step, until it was taken in. */
+  flight: Flight | undefined
+  private readonly backend: Backend
+  private readonly chooser: TokenChooser
+  /** By slot: who chooses there now. */
+  private readonly chosenFor: (Sequence | undefined)[] = []
+
+  constructor(backend: Backend, chooser: TokenChooser) {
+    this.backend = backend
+    this.chooser = chooser
+  }
+
+  /** Queues a step of these parts, in the same order as the batch has them. */
+  launch(parts: readonly ScheduledPart<Sequence>[], batch: StepBatch, nowMs: number): void {
+    const flight = { awaited: [] as AwaitedToken[], hosted: false, work: workOf(parts) }
+    for (const { sequence, count } of parts) {
+      const { slot, computed, tokens } = sequence
+      // Who lost its slot computes its prompt first: by then its last token is known.
+      const known = tokens[computed + count - 1] !== -1
+      assert(known || this.chosenFor[slot] === sequence, 'a slot has chosen what comes next')
+      if (computed + count < sequence.length) continue
+      const hosted = this.isHosted(sequence)
+      if (hosted) flight.hosted = true
+      else this.begin(sequence)
+      flight.awaited.push({ sequence, position: hosted ? -1 : sequence.length })
+    }
+    const number = this.chooser.launchChoosing(batch, flight.hosted)
+    this.flight = { ...flight, number, startMs: nowMs }
+  }
+
+  /** The step that is under way, to be taken in when the next one is queued. */
+  take(): Flight | undefined {
+    const { flight } = this
+    this.flight = undefined
+    return flight
+  }
+
+  /**
+   * Waits for a step, and writes its tokens where their sequences expect them.
+   * @returns logits of all awaited tokens if the step is hosted
+   */
+  wait(flight: Flight): readonly Float32Array[] {
+    const tokens = this.chooser.tokensOf(flight.number)
+    flight.awaited.forEach(({ sequence, position }, output) => {
+      if (position >= 0) sequence.tokens[position] = present(tokens[output], 'a token')
+    })
+    return flight.hosted ? this.backend.collect() : []
+  }
+
+  /** Its tokens are chosen here: beams', those with log-probabilities, or what is too much. */
+  isHosted({ unit, request }: Sequence): boolean {
+    return (
+      unit !== undefined ||
+      request.topLogprobs !== undefined ||
+      !this.chooser.takes(request.sampling)
+    )
+  }
+
+  private begin(sequence: Sequence): void {
+    const { slot, request, tokens, promptLength, length } = sequence
+    if (this.chosenFor[slot] === sequence) return
+    this.chosenFor[slot] = sequence
+    const output = tokens.subarray(promptLength, length)
+    this.chooser.begin(slot, { params: request.sampling, prompt: request.prompt, output })
+  }
+}
+
+/** What a step is about to compute. */
+export function workOf(parts: readonly ScheduledPart<Sequence>[]): StepWork {
+  const work = { promptTokens: 0, decodes: 0 }
+  for (const { sequence, count } of parts) {
+    if (isDecoding(sequence)) work.decodes++
+    else work.promptTokens += count
+  }
+  return work
+}
+
+/** What a chosen token below 0 means. */
+export function notANumber(): LatticeError {
+  return new LatticeError('backend_failed', 'A logit is not a number.', {
+    todo: 'Check the model file; `lattice inspect` reads it.',
+  })
+}

@@ -1,0 +1,75 @@
+// Catches a product of few tokens that is wrong in any of its forms.
+
+import { after, test } from 'node:test'
+import {
+  type GemvEpilogue,
+  gemvBlocks,
+  gemvSharedBytes,
+  gemvVariant,
+} from '../../src/backends/cuda/gemv.ts'
+import { BF16_ERROR, close, Gpu, Random, randomBf16, toBf16 } from './gpu.ts'
+
+const gpu = new Gpu()
+after(() => gpu[Symbol.dispose]())
+const random = new Random(13)
+
+const KINDS = 'aiaafiaiaiaaaiifiiiaa'
+const SHAPES = [
+  [64, 90],
+  [576, 2000],
+  [1536, 130],
+  [4096, 778],
+  [14336, 266],
+] as const
+
+for (const epilogue of ['store', 'add', 'glu', 'logits'] as const) {
+  for (const [k, rows] of SHAPES) {
+    for (const tokens of [1, 2, 4]) {
+      const variant = gemvVariant(k, tokens, epilogue, k < 10000)
+      if (!variant) continue
+      test(`${epilogue} of ${tokens} tokens by [${rows}, ${k}] is wrong`, () =>
+        check(epilogue, k, rows + (epilogue === 'logits' ? 1 : 0), tokens))
+    }
+  }
+}
+
+function check(epilogue: GemvEpilogue, k: number, rows: number, tokens: number): void {
+  const norm = k < 10000
+  const variant = gemvVariant(k, tokens, epilogue, norm)!
+  const weight = randomBf16(random, rows * k, 1 / Math.sqrt(k))
+  const x = randomBf16(random, tokens * k, 2)
+  const normWeight = Float32Array.from({ length: k }, () => random.next() + 0.5)
+  const bias = Float32Array.from({ length: rows }, () => random.next())
+  const biased = epilogue !== 'logits' && epilogue !== 'glu'
+  const width = epilogue === 'glu' ? rows / 2 : rows
+  const start = randomBf16(random, tokens * width)
+  const size = epilogue === 'logits' ? 4 : 2
+  const out = epilogue === 'add' ? gpu.put(toBf16(start)) : gpu.poisoned(tokens * width * size)
+  const blocks = gemvBlocks(variant, rows, 132)
+  const args = [gpu.put(toBf16(weight)), rows, gpu.put(toBf16(x)), gpu.put(normWeight), 1e-5, 3]
+  args.push(out, width, biased ? gpu.put(bias) : 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 0, 0)
+  const shared = gemvSharedBytes(variant, rows, blocks)
+  const options = { shared, defines: variant.defines }
+  gpu.run('gemv.cu', 'gemv', KINDS, args, [blocks], variant.threads, options)
+  const want: number[] = []
+  for (let t = 0; t < tokens; t++) {
+    let row = Array.from(x.subarray(t * k, (t + 1) * k))
+    if (norm) {
+      const rms = Math.sqrt(row.reduce((sum, v) => sum + v * v, 0) / k + 1e-5)
+      row = row.map((v, i) => (v / rms) * normWeight[i]!)
+    }
+    const products = Array.from({ length: rows }, (_, r) => {
+      let sum = biased ? bias[r]! : 0
+      for (let i = 0; i < k; i++) sum += weight[r * k + i]! * row[i]!
+      return sum
+    })
+    for (let i = 0; i < width; i++) {
+      const y = products[i]!
+      if (epilogue === 'glu') want.push((y / (1 + Math.exp(-y))) * products[i + width]!)
+      else want.push(epilogue === 'add' ? y + start[t * width + i]! : y)
+    }
+  }
+  const count = tokens * width
+  const got = epilogue === 'logits' ? gpu.get(out, new Float32Array(count)) : gpu.bf16(out, count)
+  close(got, want, BF16_ERROR, 'product')
+}

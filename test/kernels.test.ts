@@ -1,0 +1,55 @@
+// Catches a kernel that does not compile for a GPU that Lattice runs on.
+
+import assert from 'node:assert/strict'
+import { readdirSync } from 'node:fs'
+import { test } from 'node:test'
+import { attentionVariants } from '../src/backends/cuda/attention-variants.ts'
+import { gemvVariant } from '../src/backends/cuda/gemv.ts'
+import { KERNELS_FOLDER, ModuleCache } from '../src/backends/cuda/module-cache.ts'
+import { provideNvrtc } from './support/nvrtc.ts'
+import { temporaryDirectory } from './support/temporary.ts'
+
+/** Compute capability, and bytes of shared memory that a block may have. */
+const ARCHITECTURES: Record<string, readonly [capability: number, room: number]> = {
+  sm_80: [80, 163 << 10],
+  sm_90a: [90, 227 << 10],
+  sm_100: [100, 227 << 10],
+}
+
+interface Shaped {
+  file: string
+  defines: Readonly<Record<string, number>>
+}
+
+/** Kernels that are specialised for a shape, in shapes that differ much. */
+function shaped(capability: number, room: number): Shaped[] {
+  const products = [
+    gemvVariant(4096, 1, 'rope', true),
+    gemvVariant(4096, 2, 'glu', true),
+    gemvVariant(14336, 1, 'add', false),
+    gemvVariant(576, 4, 'logits', true),
+    gemvVariant(64, 1, 'store', false),
+  ].flatMap((variant) => (variant ? [{ file: 'gemv.cu', defines: variant.defines }] : []))
+  const attention = [64, 96, 128, 256].flatMap((headDim) =>
+    Object.values(attentionVariants({ heads: 8, kvHeads: 2, headDim, scale: 1 }, capability, room)),
+  )
+  return [...products, ...attention]
+}
+
+const SHAPED = ['gemv.cu', 'attention-decode.cu', 'attention-prefill.cu']
+const HOPPER_ONLY = 'attention-prefill-hopper.cu'
+
+const skip = (await provideNvrtc()) ?? false
+
+for (const file of readdirSync(KERNELS_FOLDER).filter((name) => name.endsWith('.cu'))) {
+  test(`${file} does not compile`, { skip }, () => {
+    const modules = new ModuleCache(temporaryDirectory('kernels'))
+    for (const [architecture, [capability, room]] of Object.entries(ARCHITECTURES)) {
+      const variants = shaped(capability, room).filter((variant) => variant.file === file)
+      const plain = [...SHAPED, HOPPER_ONLY].includes(file) ? [] : [{ file, defines: {} }]
+      for (const { defines } of [...variants, ...plain]) {
+        assert.ok(modules.get({ file, defines }, architecture).image.length > 0)
+      }
+    }
+  })
+}
