@@ -18,14 +18,30 @@ struct Entry {
   int region;
 };
 
+/** What is kept from step to step, and shown to the host in the same order but for the end. */
+struct Progress {
+  /** Steps done so far. */
+  u64 steps;
+  /** Nanoseconds between the end of a step and the beginning of the next, summed. */
+  u64 idle;
+  /** When the last step ended, by globaltimer; 0 before the first. */
+  u64 end;
+};
+
+__device__ u64 nanoseconds() {
+  u64 now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
 /**
  * ring: `entries` of a step in each of `places`, rows first, from `segmentsAt` on its segments
- * (first row, position, count, region); counter: steps done so far. What the other kernels read, by
+ * (first row, position, count, region). What the other kernels read, by
  * row and by output: position, region's first byte, region, tokens in it with this one. Rows
  * that pad have 0 for all of them; an output's slot for sampling is -1 then.
  */
 extern "C" __global__ void fetchStep(const Entry* ring, int places, int entries, int segmentsAt,
-                                     const u64* counter, const int* lastTokens, u64 kvBase,
+                                     Progress* progress, const int* lastTokens, u64 kvBase,
                                      u64 regionStride, int rows, int segments, int* tokens,
                                      int* positions, u64* bases, int* regions, int* lengths,
                                      int* outPositions, u64* outBases, int* outRegions,
@@ -35,7 +51,8 @@ extern "C" __global__ void fetchStep(const Entry* ring, int places, int entries,
   awaitInputs();
   releaseDependents();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
-  const Entry* place = ring + *counter % places * entries;
+  if (i == 0 && progress->end) progress->idle += nanoseconds() - progress->end;
+  const Entry* place = ring + progress->steps % places * entries;
   // The host wrote it since the last step: it may not come from a cache.
   auto read = [&](int at) {
     const volatile int* from = (const volatile int*)(place + at);
@@ -62,16 +79,18 @@ extern "C" __global__ void fetchStep(const Entry* ring, int places, int entries,
 
 /** Hands the outputs to the host: first what they are, then that the step is done. */
 extern "C" __global__ void publishStep(const int* tokens, int outputs, int* ring, int places,
-                                       int entries, u64* counter, volatile u64* done) {
+                                       int entries, Progress* progress, volatile u64* done) {
   awaitInputs();
   releaseDependents();
-  int* to = ring + *counter % places * entries;
+  int* to = ring + progress->steps % places * entries;
   for (int i = threadIdx.x; i < outputs; i += blockDim.x) to[i] = tokens[i];
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x) return;
-  *counter += 1;
-  *done = *counter;
+  done[1] = progress->idle;
+  __threadfence_system();
+  done[0] = progress->steps += 1;
+  progress->end = nanoseconds();
 }
 
 /** counts[slot, token] marks the tokens of a prompt, for the repetition penalty. */

@@ -9,6 +9,9 @@ export const MAX_QUEUE_DEFAULT = 512
 /** Tokens one engine step may process: prefill chunks plus one for each decoding sequence. */
 export const STEP_TOKENS_MAX_DEFAULT = 512
 
+/** On a GPU: as many as its matrix products need to be at their fastest. */
+export const STEP_TOKENS_GPU = 2048
+
 /**
  * Mappings that slots may have together, to share pages: half of the 65,530 that the kernel allows
  * a process (vm.max_map_count).

@@ -1,8 +1,10 @@
 // Owns how things are measured on a GPU: what a part of the bench is given, and medians of times.
 
 import type { CudaDevice } from '../backends/cuda/device.ts'
+import { Kernels } from '../backends/cuda/kernels.ts'
 import type { Pager } from '../backends/cuda/pager.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
+import { KernelLaunch } from '../ffi/kernel-launch.ts'
 
 export interface GpuRow {
   part: string
@@ -54,4 +56,15 @@ export function gpuMs({ device, stream }: GpuBench, repeat: number, queue: () =>
   driver.destroyEvent(start)
   driver.destroyEvent(end)
   return median(times)
+}
+
+/** Fills memory with random bfloat16 numbers in ±1. */
+export function randomBf16({ device, modules, stream }: GpuBench, at: number, count: number): void {
+  const kernels = new Kernels(device, modules)
+  const kinds = ['u64', 'u64', 'u32', 'f32'] as const
+  const fill = new KernelLaunch(kernels.find('step.cu', 'fillRandom'), [...kinds])
+  fill.setAll(at, count, 1, 1).grid(2048).threads(256)
+  device.driver.launch(fill, stream)
+  device.driver.synchronizeStream(stream)
+  kernels.close()
 }

@@ -6,6 +6,7 @@ import { ThreadPager } from '../backends/cuda/pager.ts'
 import { benchDecodeSteps } from './gpu-decode.ts'
 import type { GpuBench, GpuRow } from './gpu-measure.ts'
 import { benchMemory } from './gpu-memory.ts'
+import { benchServe } from './gpu-serve.ts'
 
 export interface GpuBenchReport {
   device: string
@@ -17,6 +18,7 @@ export interface GpuBenchReport {
 export const GPU_PARTS: Readonly<Record<string, (bench: GpuBench) => void | Promise<void>>> = {
   decode: benchDecodeSteps,
   memory: benchMemory,
+  serve: benchServe,
 }
 
 /** Runs parts one after the other; `onRow` sees each row as it comes. */

@@ -41,7 +41,8 @@ test('the CPU was asked for and is not what computes, or a GPU is looked for', a
 
 test('auto leaves a usable GPU idle, or does not say what it took', async () => {
   const choice = await chooseDevice('auto', machine([], [GPU]))
-  assert.deepEqual(choice, { device: 'cuda', reason: 'cuda, since NVIDIA H100 can be used' })
+  const reason = 'cuda, since NVIDIA H100 can be used'
+  assert.deepEqual(choice, { device: 'cuda', reason, gpu: GPU })
 })
 
 const reasons: [what: string, report: Describe, reason: RegExp, error: RegExp][] = [

@@ -1,7 +1,8 @@
 // Owns what computes: the GPU or the CPU, as asked or as found, and a line that says why.
 
+import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
-import type { GpuReport } from '../backends/cuda/describe.ts'
+import type { DeviceReport, GpuReport } from '../backends/cuda/describe.ts'
 
 export type DeviceOption = 'auto' | 'cpu' | 'cuda'
 
@@ -9,6 +10,8 @@ export interface DeviceChoice {
   device: 'cpu' | 'cuda'
   /** Such as "cuda, as asked" or "cpu, since …". */
   reason: string
+  /** Which GPU, if it is one. */
+  gpu?: DeviceReport
 }
 
 /**
@@ -23,12 +26,12 @@ export async function chooseDevice(
   if (option === 'cpu') return { device: 'cpu', reason: 'cpu, as asked' }
   const report = await describe()
   const problem = problemOf(report)
+  const gpu = report.devices.find((device) => device.problem === undefined)
   if (option === 'cuda') {
     if (problem) throw problem
-    return { device: 'cuda', reason: 'cuda, as asked' }
+    return { device: 'cuda', reason: 'cuda, as asked', gpu: present(gpu, 'a usable GPU') }
   }
-  const gpu = report.devices.find((device) => device.problem === undefined)
-  if (!problem && gpu) return { device: 'cuda', reason: `cuda, since ${gpu.name} can be used` }
+  if (!problem && gpu) return { device: 'cuda', reason: `cuda, since ${gpu.name} can be used`, gpu }
   return { device: 'cpu', reason: `cpu, since ${whyNot(report)}` }
 }
 

@@ -54,6 +54,8 @@ export interface StorePlace {
 export type BackendChoice =
   /** `cpus`: cores for compute threads. */
   | { kind: 'cpu'; modelPath: string; cpus: readonly number[] }
+  /** `device`: which GPU. `kvIdleReleaseMs`: when idle KV memory goes back to its driver. */
+  | { kind: 'cuda'; modelPath: string; device: number; kvIdleReleaseMs?: number }
   | ({ kind: 'null' } & Pick<
       NullBackendOptions,
       'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns'

@@ -1,24 +1,20 @@
 // Owns starting an engine from a model file: what the flags leave open is decided here from the
 // machine, and every decision is a line that the user sees.
 
-import { hostKvLayout } from '../backends/cpu/kv-memory.ts'
 import { LatticeError } from '../errors.ts'
-import { allowedCpus } from '../ffi/libc.ts'
 import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
-import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
-import { CHUNK_TOKENS_MIN } from '../backends/cpu/backend.ts'
+import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT } from '../limits.ts'
 import { stepTokensNeeded } from '../scheduler/scheduler.ts'
 import { openModel } from '../model/load.ts'
 import type { ModelConfig } from '../model/model.ts'
-import { computeCpus } from '../os/cpus.ts'
-import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
 import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
-import { chooseDevice, type DeviceOption } from './device.ts'
+import type { DeviceOption } from './device.ts'
 import type { Watermarks } from './offload.ts'
 import type { OffloadPlace, StorePlace } from './messages.ts'
+import { choosePlace, mib, type Place } from './place.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
@@ -55,9 +51,6 @@ export interface StartedEngine {
   report: string[]
 }
 
-/** Share of the available memory that KV may take: the rest is for weights, heap and page cache. */
-const KV_SHARE = 0.6
-
 /** A sequence has a prompt and an output token at least. */
 const CONTEXT_MIN = 2
 
@@ -66,21 +59,10 @@ const CONTEXT_MIN = 2
  *   contradict the model or the machine.
  */
 export async function startEngine(path: string, options: EngineOptions): Promise<StartedEngine> {
-  const { config } = openModel(path)
-  const { device, reason } = await chooseDevice(options.device)
-  if (device === 'cuda' && options.device === 'cuda') {
-    throw new LatticeError('backend_unavailable', 'This build of Lattice has no GPU kernels.', {
-      todo: 'Use --device cpu.',
-    })
-  }
-  if (options.kvIdleReleaseMs !== undefined) {
-    throw new LatticeError('usage', '--kv-idle-release is for a GPU; the CPU computes here.', {
-      todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
-    })
-  }
-  const cpus = computeCpus(allowedCpus(), options.threads)
-  const budget = memoryBudget()
-  const kvBytes = options.kvMemoryBytes ?? Math.floor(budget.availableBytes * KV_SHARE)
+  const model = openModel(path)
+  const { config } = model
+  const place = await choosePlace(path, model, options)
+  const { kvBytes, chunkTokensMin } = place
   const prefixCacheBytes = options.prefixCacheBytes ?? 0
   if (prefixCacheBytes > kvBytes) {
     throw new LatticeError(
@@ -94,11 +76,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       todo: 'Give --kv-offload SIZE too.',
     })
   }
-  const contextLength = chooseContext(config, kvBytes, options.contextLength)
+  const contextLength = chooseContext(config, place, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
-  const stepTokensMin = stepTokensNeeded(maxSequences, CHUNK_TOKENS_MIN)
-  const stepTokens = options.stepTokens ?? Math.max(STEP_TOKENS_MAX_DEFAULT, stepTokensMin)
+  const stepTokensMin = stepTokensNeeded(maxSequences, chunkTokensMin)
+  const stepTokens = options.stepTokens ?? Math.max(place.stepTokens, stepTokensMin)
   if (stepTokens < stepTokensMin) {
     throw new LatticeError(
       'usage',
@@ -108,7 +90,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   }
   const engine = await EngineClient.start(
     {
-      backend: { kind: 'cpu', modelPath: path, cpus },
+      backend: place.backend,
       contextLength,
       maxSequences,
       stepTokens,
@@ -127,10 +109,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     },
     { sequences: maxSequences + maxQueue, contextLength },
   )
-  const { variant, repackedBytes, layout, tier } = engine.facts
-  const repacked = Object.entries(repackedBytes).map(
-    ([name, bytes]) => `${mib(bytes)} of weights repacked for ${name}`,
-  )
+  const { layout, tier } = engine.facts
   const tokenBytes = liveBytes(layout, 1)
   const shortened =
     contextLength < config.contextLength && options.contextLength === undefined
@@ -139,10 +118,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   const answers = options.prefixCacheOutput ? ' and answers' : ''
   const report = [
     `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
-    `device   ${device === 'cuda' ? 'cpu, since this build has no GPU kernels' : reason}:` +
-      ` ${variant} kernels on cores ${cpus.join(',')}` +
-      (repacked.length > 0 ? `; ${repacked.join(', ')}` : ''),
-    `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +
+    `device   ${place.describe(engine.facts)}`,
+    `memory   KV up to ${mib(kvBytes)} (${options.kvMemoryBytes === undefined ? place.whence : 'as asked'}),` +
       ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each` +
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
@@ -158,7 +135,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
  * The longest sequence: as asked, else the model's own, or what the KV memory holds of it.
  * @throws LatticeError `usage` if what was asked for does not fit the model or the memory
  */
-function chooseContext(config: ModelConfig, kvBytes: number, asked: number | undefined): number {
+function chooseContext(
+  config: ModelConfig,
+  { kvBytes, layout: layoutFor }: Place,
+  asked: number | undefined,
+): number {
   if (asked !== undefined && asked > config.contextLength) {
     throw new LatticeError(
       'usage',
@@ -166,7 +147,7 @@ function chooseContext(config: ModelConfig, kvBytes: number, asked: number | und
       { todo: `Give --context ${config.contextLength} or less.` },
     )
   }
-  const layout = hostKvLayout(config, config.contextLength)
+  const layout = layoutFor(config.contextLength)
   const fitting = tokensIn(layout, Math.floor(kvBytes / layout.shape.pageBytes))
   if (asked !== undefined && asked > fitting) {
     throw new LatticeError(
@@ -184,15 +165,6 @@ function chooseContext(config: ModelConfig, kvBytes: number, asked: number | und
     )
   }
   return asked ?? Math.min(config.contextLength, fitting)
-}
-
-function whence(options: EngineOptions, budget: MemoryBudget): string {
-  if (options.kvMemoryBytes !== undefined) return 'as asked'
-  const cgroup = budget.cgroupBytes === undefined ? '' : `, cgroup limit ${mib(budget.cgroupBytes)}`
-  return (
-    `${KV_SHARE * 100} % of ${mib(budget.availableBytes)} available;` +
-    ` machine ${mib(budget.machineBytes)}${cgroup}`
-  )
 }
 
 /** @throws LatticeError `usage` for a store without a size, or with two directories */
@@ -221,10 +193,4 @@ function describeTier({ bytes, file, touches }: TierFacts): string {
   }
   const where = `${mib(bytes)} encrypted in ${path}${memory}, ${cache}`
   return `KV beyond that on disk, ${where}; ${waits[touches]}`
-}
-
-function mib(bytes: number): string {
-  return bytes >= 1 << 30
-    ? `${(bytes / 2 ** 30).toFixed(1)} GiB`
-    : `${(bytes / 2 ** 20).toFixed(1)} MiB`
 }

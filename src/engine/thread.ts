@@ -44,6 +44,8 @@ interface Opened {
   variant: string
   repackedBytes: Record<string, number>
   tier?: TierFacts | undefined
+  /** Closes the backend and what it computes on. */
+  close?(): void
 }
 
 /** Only the chosen backend's code is loaded. */
@@ -54,10 +56,13 @@ async function openBackend(): Promise<Opened> {
     const backend = new NullBackend({ ...options, ...choice })
     return { backend, variant: 'null', repackedBytes: {} }
   }
-  const [{ CpuBackend }, { openModel }] = await Promise.all([
-    import('../backends/cpu/backend.ts'),
-    import('../model/load.ts'),
-  ])
+  const { openModel } = await import('../model/load.ts')
+  if (choice.kind === 'cuda') {
+    const { openCuda } = await import('../backends/cuda/open.ts')
+    const gpu = openCuda(openModel(choice.modelPath), { ...options, ...choice })
+    return { ...gpu, variant: gpu.device.architecture, repackedBytes: {} }
+  }
+  const { CpuBackend } = await import('../backends/cpu/backend.ts')
   const backend = new CpuBackend(openModel(choice.modelPath), {
     ...options,
     cpus: choice.cpus,
@@ -176,5 +181,6 @@ try {
   flush()
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
 }
-opened?.backend.close()
+if (opened?.close) opened.close()
+else opened?.backend.close()
 port.close()

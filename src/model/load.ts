@@ -6,6 +6,7 @@ import { LatticeError } from '../errors.ts'
 import { withFile } from './byte-source.ts'
 import { configFromGguf } from './config-gguf.ts'
 import { unsupported } from './config.ts'
+import { DUMMY_PREFIX, dummyModel } from './dummy.ts'
 import { type Gguf, readGguf } from './gguf.ts'
 import type { Model, TensorRef } from './model.ts'
 import { openSafetensors } from './safetensors-model.ts'
@@ -15,11 +16,12 @@ import { checkWeights } from './weights.ts'
  * Reads what a model is, but none of its weights.
  *
  * @param path a .gguf file (any part of a split one), or a directory with safetensors files,
- *   config.json and tokenizer.json
+ *   config.json and tokenizer.json; or dummy:SHAPE
  * @throws LatticeError `model_not_found`, `gguf_invalid`, `safetensors_invalid`,
  *   `model_unsupported`
  */
 export function openModel(path: string): Model {
+  if (path.startsWith(DUMMY_PREFIX)) return dummyModel(path)
   const absolute = resolve(path)
   if (isDirectory(absolute)) return openSafetensors(absolute)
   if (/\.(safetensors|json)$/i.test(absolute)) {

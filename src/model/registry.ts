@@ -7,6 +7,7 @@ import { basename, join, relative, resolve } from 'node:path'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { info, warn } from '../log.ts'
 import { aboutModel } from './about.ts'
+import { DUMMY_PREFIX } from './dummy.ts'
 import { download } from './pull/download.ts'
 import { type FetchedFile, sha256File } from './pull/files.ts'
 import { fetchFromHub } from './pull/hub.ts'
@@ -63,6 +64,7 @@ export async function resolveModel(
   options: ResolveOptions = {},
 ): Promise<ResolvedModel> {
   const store = options.store ?? new Store()
+  if (wanted?.startsWith(DUMMY_PREFIX)) return { id: wanted, path: wanted }
   if (wanted === undefined || wanted === DEFAULT_MODEL.name) return resolveDefault(store, options)
   const here = store.find(wanted)
   if (here) return located(store, await verified(store, here))

@@ -15,7 +15,7 @@ import type { CudaDevice } from './device.ts'
 import { fuse } from './fuse.ts'
 import { type KernelFinder, Kernels } from './kernels.ts'
 import { type Attention, type LowerContext, Lowering, type StepShape } from './lower.ts'
-import { Matmuls, paddedRows } from './matmul.ts'
+import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
 import { SamplingTable } from './sampling.ts'
@@ -310,21 +310,26 @@ export class CudaForward {
     this.options.device.driver.launch(launch, this.stream)
   }
 
-  /** Measures every product that a decode step of any bucket can ask for. */
+  /** Measures every product of decode steps of any bucket, and of a step full of prompts. */
   private tune(): void {
-    const { driver } = this.options.device
     const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
-    const shapes = this.decoding.productShapes()
-    const rows = Math.max(...buckets)
-    const bytes = shapes.map(({ product }) => rows * (product.k * 2 + product.m * 4))
-    const scratch = driver.allocate(Math.max(...bytes))
-    this.fillRandom(scratch, Math.max(...bytes) / 2, 1, 1)
+    this.tuneFor(this.decoding, buckets, () => true)
+    this.tuneFor(this.mixed, [this.options.stepTokens], ({ float32 }) => !float32)
+    this.matmuls.save()
+  }
+
+  private tuneFor(of: Lowering, rows: readonly number[], which: (product: Product) => boolean) {
+    const { driver } = this.options.device
+    const shapes = of.productShapes().filter(({ product }) => which(product))
+    const rowsMax = Math.max(...rows)
+    const bytes = Math.max(...shapes.map(({ product: { k, m } }) => rowsMax * (k * 2 + m * 4)))
+    const scratch = driver.allocate(bytes)
+    this.fillRandom(scratch, bytes / 2, 1, 1)
     driver.synchronize()
     for (const { product, weights } of shapes) {
-      const out = scratch + rows * product.k * 2
-      for (const bucket of buckets) this.matmuls.tune(product, bucket, weights, scratch, out)
+      const out = scratch + rowsMax * product.k * 2
+      for (const count of rows) this.matmuls.tune(product, count, weights, scratch, out)
     }
     driver.free(scratch)
-    this.matmuls.save()
   }
 }

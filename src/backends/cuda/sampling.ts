@@ -24,6 +24,8 @@ export class SamplingTable {
   private readonly vocab: number
   private readonly device: number
   private readonly host: number
+  /** By slot: which of its two parts of `host` was written last. */
+  private readonly turns: Uint8Array
   private readonly markSeen: KernelLaunch
 
   constructor(
@@ -44,8 +46,9 @@ export class SamplingTable {
     this.biasTokens = this.table + slots * PARAMS_BYTES
     this.biases = this.biasTokens + biasBytes
     this.counts = this.biases + biasBytes
-    // A slot's part is written again only when its sequence has ended, long after it was copied.
-    this.host = driver.allocateHost(slots * (PARAMS_BYTES + BIASES_MAX * 8))
+    // Two for each slot: one may still be copied when the slot's next sequence begins.
+    this.host = driver.allocateHost(2 * slots * (PARAMS_BYTES + BIASES_MAX * 8))
+    this.turns = new Uint8Array(slots)
     this.markSeen = new KernelLaunch(kernel('step.cu', 'markSeen', {}), ['u64', 'u64', 'i32'])
     this.markSeen.grid(16).threads(256)
   }
@@ -64,7 +67,9 @@ export class SamplingTable {
     const bias = new Map<number, number>()
     for (const [token, value] of params.logitBias) bias.set(token, (bias.get(token) ?? 0) + value)
     this.checkBiases([...bias.keys()])
-    const place = this.host + slot * (PARAMS_BYTES + BIASES_MAX * 8)
+    const turn = (this.turns[slot] ?? 0) ^ 1
+    this.turns[slot] = turn
+    const place = this.host + (2 * slot + turn) * (PARAMS_BYTES + BIASES_MAX * 8)
     const view = new DataView(viewMemory(place, PARAMS_BYTES + BIASES_MAX * 8))
     const { repetitionPenalty, presencePenalty, frequencyPenalty, seed } = params
     const penalised = repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0

@@ -47,7 +47,7 @@ export class StepState {
   /** [outputs] int32: sampled tokens; by slot, the last one. */
   readonly sampled: number
   readonly lastTokens: number
-  /** Steps that the GPU has fetched and finished; on the device, and a copy the host sees. */
+  /** step.cu's Progress, on the device, and what the host sees of it. */
   readonly counter: number
   readonly inputRing: number
   readonly outputRing: number
@@ -62,6 +62,8 @@ export class StepState {
   private readonly output: Int32Array
   private readonly doneWords: Int32Array
   private queued = 0
+  /** Spent in `wait`, in all. */
+  waitedMs = 0
 
   /** @param stream that steps are queued on */
   constructor(driver: CudaDriver, limits: StepLimits, stream: number) {
@@ -94,7 +96,7 @@ export class StepState {
       },
       sampled: array(outputs),
       lastTokens: array(slots),
-      counter: array(1, 8),
+      counter: array(3, 8),
     }
     this.device = driver.allocate(bytes)
     driver.fill8(this.device, 0, bytes, stream)
@@ -123,7 +125,7 @@ export class StepState {
     const view = viewMemory(this.host, inputBytes + outputBytes + 64)
     this.input = new Int32Array(view, 0, inputBytes / 4)
     this.output = new Int32Array(view, inputBytes, outputBytes / 4)
-    this.doneWords = new Int32Array(view, inputBytes + outputBytes, 2)
+    this.doneWords = new Int32Array(view, inputBytes + outputBytes, 4)
     this.doneWords.fill(0)
   }
 
@@ -168,12 +170,20 @@ export class StepState {
     return Atomics.load(this.doneWords, 0)
   }
 
+  /** Milliseconds that the GPU was between steps, since the first, as of the last finished one. */
+  get idleMs(): number {
+    const [, , low = 0, high = 0] = this.doneWords
+    return ((low >>> 0) + high * 2 ** 32) / 1e6
+  }
+
   /** Waits for step `step` (the first is 0) by looking: the GPU writes as soon as it is done. */
   wait(step: number): void {
+    const start = performance.now()
     for (let looks = 1; this.finished <= step; looks++) {
       // A failed kernel never says that it is done; asking the driver throws its error.
       if (looks % LOOKS_PER_ASK === 0) this.driver.streamDone(this.stream)
     }
+    this.waitedMs += performance.now() - start
   }
 
   /** Tokens of a finished step's outputs, until PLACES − 1 more were begun. */

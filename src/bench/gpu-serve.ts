@@ -1,0 +1,189 @@
+// Owns the measurement of the whole engine on a GPU: batches of requests from prompt to last token,
+// one long prompt, and what growing memory costs a step.
+
+import type { SequenceRequest } from '../engine/api.ts'
+import { GREEDY } from '../engine/api.ts'
+import { EngineCore } from '../engine/core.ts'
+import { openCuda, type OpenedCuda } from '../backends/cuda/open.ts'
+import { Matmuls } from '../backends/cuda/matmul.ts'
+import { loadCublasLt } from '../ffi/cublaslt.ts'
+import { dummyModel } from '../model/dummy.ts'
+import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
+
+const MODEL = 'dummy:llama-3.1-8b'
+const CONTEXT = 8448
+const STEP_TOKENS = 2048
+const SEQUENCES = 128
+const KV_BYTES = 44 * 2 ** 30
+
+interface Load {
+  sequences: number
+  promptTokens: (i: number) => number
+  outputTokens: number
+}
+
+interface Served {
+  ms: number
+  outputTokens: number
+  /** Between the ends of steps that only decode. */
+  decodeMs: number[]
+  /** Of the thread that runs the engine, in those steps, waiting excluded. */
+  cpuMs: number[]
+  idleShare: number
+  /** Of KV memory, when the last sequence has begun to decode. */
+  waste: number
+}
+
+/** The part `serve` of `lattice bench gpu`. */
+export function benchServe(bench: GpuBench): void {
+  const { row } = bench
+  const teraflops = matrixCeiling(bench)
+  row('a matrix product, 8,192 cubed', teraflops, 'TFLOP/s')
+  const gpu = openCuda(dummyModel(MODEL), {
+    device: bench.device.info.index,
+    contextLength: CONTEXT,
+    maxSequences: SEQUENCES,
+    stepTokens: STEP_TOKENS,
+    kvBytes: KV_BYTES,
+    // What has been mapped stays where it is: the second run of a load finds it there.
+    kvIdleReleaseMs: Infinity,
+  })
+  try {
+    const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
+    serve(gpu, prompt)
+    const { ms } = serve(gpu, prompt)
+    const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
+    row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
+    row(`${MODEL}: the same, of the product's rate`, share, '%')
+    for (const sequences of [64, 128]) growth(gpu, sequences, row)
+    const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
+    const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
+    row(`${MODEL}: 128 of mixed lengths, KV memory unused`, 100 * waste, '%')
+  } finally {
+    gpu.close()
+  }
+}
+
+/** The same load twice: pages are mapped as it grows, then they are all there. */
+function growth(gpu: OpenedCuda, sequences: number, row: GpuBench['row']): void {
+  const load = { sequences, promptTokens: () => 512, outputTokens: 128 }
+  const name = `${MODEL}, ${sequences} × (512 + 128)`
+  serve(gpu, { ...load, outputTokens: 4 })
+  const late = gpu.backend.kv
+  const grown = serve(gpu, load)
+  const there = serve(gpu, load)
+  row(`${name}: output`, (there.outputTokens / there.ms) * 1e3, 'tok/s')
+  row(`${name}: output, memory growing`, (grown.outputTokens / grown.ms) * 1e3, 'tok/s')
+  row(`${name}: a decode step`, median(there.decodeMs) * 1e3, 'µs')
+  const p99 = (served: Served) => quantile(served.decodeMs, 0.99) * 1e3
+  row(`${name}: p99, memory growing`, p99(grown), 'µs', p99(there), 'all mapped')
+  row(`${name}: CPU a step`, median(there.cpuMs) * 1e3, 'µs')
+  row(`${name}: GPU between steps`, 100 * there.idleShare, '%')
+  if ('counters' in late) {
+    const { lateSteps, lateMs } = late.counters as { lateSteps: number; lateMs: number }
+    row(`${name}: steps that waited for pages`, lateSteps, `of all, ${lateMs.toFixed(1)} ms`)
+  }
+}
+
+/** Runs a load to its end. */
+function serve({ backend }: OpenedCuda, load: Load): Served {
+  const { pageBytes } = backend.kv.layout.shape
+  let tokens = 0
+  const sink = { onStart() {}, onToken: () => tokens++, onFinish() {} }
+  const core = new EngineCore(
+    backend,
+    { maxSequences: SEQUENCES, kvPages: Math.floor(KV_BYTES / pageBytes), greedy: true },
+    sink,
+    () => performance.now(),
+  )
+  let random = 12345
+  const next = (): number => (random = (Math.imul(random, 1103515245) + 12345) >>> 0) % 100_000
+  for (let i = 0; i < load.sequences; i++) {
+    core.submit(i, requestOf(Int32Array.from({ length: load.promptTokens(i) }, next), load))
+  }
+  const { state } = backend.forward
+  const decodeMs: number[] = []
+  const cpuMs: number[] = []
+  let waste = 0
+  let idleMs = 0
+  let decodingMs = 0
+  const start = performance.now()
+  let before = start
+  let decoded = 0
+  while (!core.idle) {
+    const waitedMs = state.waitedMs
+    const idleBefore = state.idleMs
+    const prompts = core.snapshot().promptTokens
+    const began = performance.now()
+    core.step()
+    const now = performance.now()
+    // The step that is taken in was queued a step ago: prompts must be over by then.
+    decoded = core.snapshot().promptTokens === prompts ? decoded + 1 : 0
+    if (decoded > 2 && !core.idle) {
+      decodeMs.push(now - before)
+      cpuMs.push(now - began - (state.waitedMs - waitedMs))
+      idleMs += state.idleMs - idleBefore
+      decodingMs += now - before
+    }
+    if (decoded === 2) waste = wasted(core)
+    before = now
+  }
+  const ms = performance.now() - start
+  // Nothing may be left of this core's account: the next one begins with none.
+  const clock = new Int32Array(new SharedArrayBuffer(4))
+  for (let wait = core.settle(); wait !== undefined; wait = core.settle()) {
+    Atomics.wait(clock, 0, 0, wait)
+  }
+  return {
+    ms,
+    outputTokens: tokens,
+    decodeMs,
+    cpuMs,
+    idleShare: idleMs / Math.max(1e-9, decodingMs),
+    waste,
+  }
+}
+
+function wasted(core: EngineCore): number {
+  const { kv, sequences } = core.snapshot()
+  const live = sequences.reduce((sum, { bytes }) => sum + bytes, 0)
+  return 1 - live / (kv.usedPages * kv.pageBytes)
+}
+
+function requestOf(prompt: Int32Array, { outputTokens }: Load): SequenceRequest {
+  return {
+    requestId: 'bench',
+    tenant: 'default',
+    prompt,
+    maxTokens: outputTokens,
+    sampling: GREEDY,
+    stopTokens: [],
+    topLogprobs: undefined,
+  }
+}
+
+/** Of matrices and attention, without the output matrix: it sees one token only. */
+function prefillFlops(tokens: number): number {
+  const { layers, hidden, heads, kvHeads, headDim, feedForward } = dummyModel(MODEL).config
+  const weights = hidden * headDim * (2 * heads + 2 * kvHeads) + 3 * hidden * feedForward
+  const attention = (4 * heads * headDim * tokens * tokens) / 2
+  return layers * (2 * weights * tokens + attention)
+}
+
+/** TFLOP/s of the matrix library's best algorithm for a large product of random numbers. */
+function matrixCeiling(bench: GpuBench): number {
+  const { device, modules, stream } = bench
+  const { driver, info } = device
+  const size = 8192
+  const bytes = size * size * 2
+  const memory = driver.allocate(3 * bytes)
+  randomBf16(bench, memory, (2 * bytes) / 2)
+  const matmuls = new Matmuls(driver, loadCublasLt(), info, modules.folder)
+  const product = { m: size, k: size, stride: size, float32: false, accumulate: false }
+  const [weight, x, out] = [memory, memory + bytes, memory + 2 * bytes]
+  matmuls.tune(product, size, [weight], x, out)
+  const ms = gpuMs(bench, 20, () => matmuls.run(product, size, weight, x, out, stream))
+  matmuls.close()
+  driver.free(memory)
+  return (2 * size ** 3) / ms / 1e9
+}

@@ -1,0 +1,141 @@
+// Owns where a model computes: on the CPU or a GPU, with which memory for KV, and how that is said.
+
+import { CHUNK_TOKENS_MIN } from '../backends/cpu/backend.ts'
+import { hostKvLayout } from '../backends/cpu/kv-memory.ts'
+import type { DeviceReport } from '../backends/cuda/describe.ts'
+import { LatticeError } from '../errors.ts'
+import { allowedCpus } from '../ffi/libc.ts'
+import type { KvLayout } from '../kv/layout.ts'
+import { STEP_TOKENS_GPU, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
+import { isDummy } from '../model/dummy.ts'
+import type { Model } from '../model/model.ts'
+import { computeCpus } from '../os/cpus.ts'
+import { memoryBudget } from '../os/memory.ts'
+import { chooseDevice } from './device.ts'
+import type { BackendChoice, EngineFacts } from './messages.ts'
+import type { EngineOptions } from './start.ts'
+
+export interface Place {
+  backend: BackendChoice
+  /** Where KV lies in slots of so many tokens. */
+  layout: (tokens: number) => KvLayout
+  kvBytes: number
+  /** Why it is as much. */
+  whence: string
+  chunkTokensMin: number
+  stepTokens: number
+  /** What is said of it when it has started. */
+  describe: (facts: EngineFacts) => string
+}
+
+/** Share of the available memory that KV may take: the rest is for weights, heap and page cache. */
+const HOST_KV_SHARE = 0.6
+
+/** Of what weights and activations leave free on a GPU; its driver needs some, too. */
+const GPU_KV_SHARE = 0.92
+
+/**
+ * @throws LatticeError `backend_unavailable` if there is no such device, or `usage` for options
+ *   that it does not know
+ */
+export async function choosePlace(
+  path: string,
+  model: Model,
+  options: EngineOptions,
+): Promise<Place> {
+  const { device, reason, gpu } = await chooseDevice(options.device)
+  if (device === 'cuda' && gpu) return onGpu(path, model, options, gpu, reason)
+  return onCpu(path, model, options, reason)
+}
+
+function onCpu(path: string, model: Model, options: EngineOptions, reason: string): Place {
+  if (options.kvIdleReleaseMs !== undefined) {
+    throw new LatticeError('usage', '--kv-idle-release is for a GPU; the CPU computes here.', {
+      todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
+    })
+  }
+  if (isDummy(model)) {
+    throw new LatticeError('usage', `${model.config.name} has no weights; only a GPU makes them.`, {
+      todo: 'Use --device cuda, or a model with files.',
+    })
+  }
+  const cpus = computeCpus(allowedCpus(), options.threads)
+  const budget = memoryBudget()
+  const cgroup = budget.cgroupBytes === undefined ? '' : `, cgroup limit ${mib(budget.cgroupBytes)}`
+  return {
+    backend: { kind: 'cpu', modelPath: path, cpus },
+    layout: (tokens) => hostKvLayout(model.config, tokens),
+    kvBytes: options.kvMemoryBytes ?? Math.floor(budget.availableBytes * HOST_KV_SHARE),
+    whence:
+      `${HOST_KV_SHARE * 100} % of ${mib(budget.availableBytes)} available;` +
+      ` machine ${mib(budget.machineBytes)}${cgroup}`,
+    chunkTokensMin: CHUNK_TOKENS_MIN,
+    stepTokens: STEP_TOKENS_MAX_DEFAULT,
+    describe: ({ variant, repackedBytes }) => {
+      const repacked = Object.entries(repackedBytes).map(
+        ([name, bytes]) => `; ${mib(bytes)} of weights repacked for ${name}`,
+      )
+      return `${reason}: ${variant} kernels on cores ${cpus.join(',')}${repacked.join('')}`
+    },
+  }
+}
+
+async function onGpu(
+  path: string,
+  model: Model,
+  options: EngineOptions,
+  gpu: DeviceReport,
+  reason: string,
+): Promise<Place> {
+  if (options.threads !== undefined) {
+    throw new LatticeError('usage', '--threads is for a CPU; a GPU computes here.', {
+      todo: 'Leave it out, or use --device cpu.',
+    })
+  }
+  if (options.kvOffload || options.kvStore) {
+    throw new LatticeError('usage', 'KV goes from memory to a file on a CPU only, not on a GPU.', {
+      todo: 'Leave out --kv-offload and --kv-store, or use --device cpu.',
+    })
+  }
+  const { gpuKvLayout } = await import('../backends/cuda/kv-memory.ts')
+  const { config } = model
+  const weights = weightBytes(model)
+  const free = Math.max(0, gpu.freeBytes - weights - workBytes(model, options))
+  const idle = options.kvIdleReleaseMs
+  return {
+    backend: {
+      kind: 'cuda',
+      modelPath: path,
+      device: gpu.index,
+      ...(idle !== undefined && { kvIdleReleaseMs: idle }),
+    },
+    layout: (tokens) => gpuKvLayout(config, tokens),
+    kvBytes: options.kvMemoryBytes ?? Math.floor(free * GPU_KV_SHARE),
+    whence: `${GPU_KV_SHARE * 100} % of the ${mib(free)} that the model leaves free`,
+    chunkTokensMin: 1,
+    stepTokens: STEP_TOKENS_GPU,
+    describe: () =>
+      `${reason}: ${gpu.name} (${gpu.architecture}), ${mib(weights)} of weights as bfloat16`,
+  }
+}
+
+/** All matrices are bfloat16 on a GPU. */
+function weightBytes({ tensors }: Model): number {
+  let elements = 0
+  for (const { shape } of tensors.values()) elements += shape.reduce((a, b) => a * b, 1)
+  return 2 * elements
+}
+
+/** About what activations, logits and the libraries' workspaces take. */
+function workBytes({ config }: Model, options: EngineOptions): number {
+  const { hidden, feedForward, vocab } = config
+  const tokens = options.stepTokens ?? STEP_TOKENS_GPU
+  const rows = Math.max(64, options.maxSequences ?? 64)
+  return (1 << 30) + tokens * (8 * hidden + 4 * feedForward) * 2 + rows * vocab * 12
+}
+
+export function mib(bytes: number): string {
+  return bytes >= 1 << 30
+    ? `${(bytes / 2 ** 30).toFixed(1)} GiB`
+    : `${(bytes / 2 ** 20).toFixed(1)} MiB`
+}

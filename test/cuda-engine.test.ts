@@ -1,0 +1,118 @@
+// Catches an engine on a GPU that mixes up sequences: steps queued ahead, slots that change hands,
+// shared prompts, stops and aborts, on a mocked GPU whose kernels are JavaScript.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { GREEDY } from '../src/engine/api.ts'
+import { CudaBackend } from '../src/backends/cuda/backend.ts'
+import { CudaDevice } from '../src/backends/cuda/device.ts'
+import { CudaKvMemory, gpuKvLayout } from '../src/backends/cuda/kv-memory.ts'
+import type { ModuleCache } from '../src/backends/cuda/module-cache.ts'
+import { InlinePager } from '../src/backends/cuda/pager.ts'
+import { regionsFor } from '../src/kv/regions.ts'
+import { Golden } from './arch/golden.ts'
+import { MockCuda } from './support/mock-cuda.ts'
+import { MockAttention, MockKernels } from './support/mock-kernels.ts'
+import { Bench, sequenceRequest } from './support/null-engine.ts'
+
+const SLOTS = 3
+const CONTEXT = 48
+const PAGE_BYTES = 1 << 12
+
+const modules = {
+  folder: '/nonexistent',
+  get: () => ({ image: new Uint8Array(), log: undefined }),
+} as unknown as ModuleCache
+
+/** What is queued on the mock runs when somebody waits for it. */
+class MockedBackend extends CudaBackend {
+  cuda: MockCuda | undefined
+
+  override tokensOf(step: number): Int32Array {
+    this.cuda?.synchronizeStream(this.forward.stream)
+    return super.tokensOf(step)
+  }
+}
+
+function engine(golden: Golden, kvPages: number, prefixPages = 0): { bench: Bench; end(): void } {
+  const cuda = new MockCuda({ pageBytes: PAGE_BYTES, totalBytes: 1 << 28 })
+  const device = CudaDevice.open(0, cuda)
+  const { config } = golden.model
+  const kernels = new MockKernels(cuda, config)
+  const layout = gpuKvLayout(config, CONTEXT, PAGE_BYTES)
+  const kv = new CudaKvMemory(device, layout, new InlinePager(device, false), {
+    slots: SLOTS,
+    regions: regionsFor(SLOTS),
+    limitPages: kvPages,
+    idleReleaseMs: 0,
+  })
+  const backend = new MockedBackend(golden.model, {
+    device,
+    modules,
+    kv,
+    maxSequences: SLOTS,
+    stepTokens: 24,
+    tune: false,
+    skinny: false,
+    lt: kernels.lt,
+    attention: () => new MockAttention(kernels, kv.address, layout),
+  })
+  backend.cuda = cuda
+  const bench = new Bench(backend, { maxSequences: SLOTS, kvPages, prefixPages, greedy: true })
+  const end = (): void => {
+    backend.close()
+    device.close()
+  }
+  return { bench, end }
+}
+
+test('sequences that run together on a GPU say other than each alone', () => {
+  const golden = new Golden('llama3')
+  const { tokens } = golden.sequence(1)
+  const lengths = [9, 14, 9, 3, 20, 14, 1]
+  const requests = lengths.map((length, i) =>
+    sequenceRequest({ prompt: Int32Array.from(tokens.slice(0, length)), maxTokens: 3 + i }),
+  )
+  const pages = Math.ceil((CONTEXT * 4096) / PAGE_BYTES)
+  const alone = engine(golden, pages)
+  requests.forEach((request, id) => {
+    alone.bench.submit(id, request)
+    alone.bench.runAll()
+  })
+  const together = engine(golden, pages, pages >> 1)
+  // One of them is chosen by the host, one stops, one is aborted.
+  const stop = alone.bench.outcome(4).tokens[3]!
+  requests.forEach((request, id) => {
+    const topLogprobs = id === 1 ? 2 : undefined
+    together.bench.submit(id, { ...request, topLogprobs, stopTokens: id === 4 ? [stop] : [] })
+  })
+  for (let i = 0; i < 4; i++) together.bench.step()
+  together.bench.core.abort(0)
+  together.bench.core.check()
+  together.bench.runAll()
+  requests.forEach((_, id) => {
+    const { tokens: expected } = alone.bench.outcome(id)
+    const { tokens: got, reason } = together.bench.outcome(id)
+    if (id === 0) assert.deepEqual({ reason, got }, { reason, got: expected.slice(0, got.length) })
+    else assert.deepEqual(got, id === 4 ? expected.slice(0, expected.indexOf(stop)) : expected)
+    const { argmax, gap, rms } = golden.sequence(1)
+    const last = lengths[id]! - 1
+    if (gap[last]! > 0.15 * rms[last]!) assert.equal(expected[0], argmax[last])
+  })
+  assert.equal(GREEDY.temperature, 0)
+  alone.end()
+  together.end()
+})
+
+test('choices of one prompt are not drawn apart, or seeds are not the answer’s own', () => {
+  const golden = new Golden('llama3')
+  const prompt = Int32Array.from(golden.sequence(1).tokens.slice(0, 11))
+  const { bench, end } = engine(golden, 200)
+  const request = sequenceRequest({ prompt, maxTokens: 6 })
+  bench.submitChoices([0, 1, 2], request, [GREEDY, GREEDY, GREEDY])
+  bench.runAll()
+  const first = bench.outcome(0).tokens
+  for (const id of [1, 2]) assert.deepEqual(bench.outcome(id).tokens, first)
+  assert.ok(bench.core.snapshot().promptTokens < 3 * prompt.length, 'the prompt is shared')
+  end()
+})
