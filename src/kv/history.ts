@@ -10,8 +10,8 @@ import { fullColumns, type KvMover, type KvSpan, spannedTokens } from './regions
  * make room, and its pages went.
  *
  * Between memory and disk: offload: columns were written, reload: read back; demote: cached
- * prefixes went from memory and are on disk; fault: pages were touched while they were on their way;
- * lost: columns could not be written or did not come back as they went.
+ * prefixes went from memory and are on disk; fault: pages were touched while they were on their
+ * way; lost: columns could not be written or did not come back as they went.
  */
 export type KvEventKind =
   | 'fork'

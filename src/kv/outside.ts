@@ -16,8 +16,8 @@ export interface Outside {
 }
 
 /**
- * cold: a cached prefix, offloaded: a sequence that had to make room, neither of which is in memory;
- * copy: memory has it as well; moving: on its way to disk or from it.
+ * cold: a cached prefix, offloaded: a sequence that had to make room, neither of which is in
+ * memory; copy: memory has it as well; moving: on its way to disk or from it.
  */
 export type PlaceState = 'cold' | 'offloaded' | 'copy' | 'moving'
 
