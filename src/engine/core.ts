@@ -296,8 +296,10 @@ export class EngineCore {
   }
 
   private map(): KvMap {
-    const { slots, history, scheduler } = this
-    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
+    const { slots, history, offload } = this
+    const { running, waiting } = this.scheduler
+    const sequences = [...running, ...waiting]
+    return kvMap(slots, this.sharing.cache, history, sequences, this.now(), offload?.outside)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

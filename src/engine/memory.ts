@@ -49,14 +49,16 @@ export function engineMemory(
   const slots = new SlotTable(regions, kv.slots)
   const spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
   const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
-  const onEvict = (pages: number): void => history.add('evict', pages * pageBytes)
+  const onGone = (kind: 'evict' | 'demote', pages: number): void =>
+    history.add(kind, pages * pageBytes)
   const transfers = kv.tier && new Transfers(kv.tier)
   const places = transfers && { places: transfers.places }
   const cache = prefixPages
-    ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
+    ? new PrefixCache(regions, prefixPages, { eviction, now, onGone, ...places })
     : undefined
   const costs = new Costs(pageBytes)
-  const offload = transfers && new Offload(transfers, slots, cache, costs, options, kv.tier?.store)
+  const offload =
+    transfers && new Offload(transfers, slots, cache, costs, options, history, kv.tier?.store)
   const sessions = cache && new Sessions(slots, cache, offload)
   const sharing = new PromptSharing(slots, cache, offload, {
     output: options.prefixOutput ?? false,
