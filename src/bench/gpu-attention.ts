@@ -2,22 +2,24 @@
 // operations a second, both against PyTorch's SDPA where Python has torch.
 
 import { spawnSync } from 'node:child_process'
-import { fileURLToPath } from 'node:url'
+import { join } from 'node:path'
 import { present } from '../assert.ts'
 import { type AttentionShape, CudaAttention } from '../backends/cuda/attention.ts'
-import type { CudaDevice } from '../backends/cuda/device.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
-import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import { addressOf } from '../ffi/block.ts'
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
+import { info } from '../log.ts'
+import { readBandwidth } from './gpu-decode.ts'
+import { type GpuBench, gpuMs } from './gpu-measure.ts'
 
 /** Llama 3.1 8B's: 4 KiB a token and layer, 128 KiB from a token to the next. */
 const SHAPE: AttentionShape = { heads: 32, kvHeads: 8, headDim: 128, scale: 128 ** -0.5 }
 const LAYERS = 32
 const TOKEN_BYTES = 2 * SHAPE.kvHeads * SHAPE.headDim * 2
 const TOKEN_STRIDE = LAYERS * TOKEN_BYTES
-const RUNS = 20
-const PEER = fileURLToPath(new URL('../../bench/attention-sdpa.py', import.meta.url))
+const RUNS = 21
+const WARM = 3
+const PEER = join(import.meta.dirname, '..', '..', 'bench', 'attention-sdpa.py')
 
 interface DecodeCase {
   batch: number
@@ -46,64 +48,52 @@ const PREFILL: readonly PrefillCase[] = [
 ]
 
 /** Microseconds by SDPA's backend; null where it refused. */
-export interface PeerTimes {
-  cudnn: number | null
-  flash: number | null
+type PeerTimes = Readonly<Record<'cudnn' | 'flash', number | null>>
+
+interface Peer {
+  torch: string
+  decode: readonly (DecodeCase & PeerTimes)[]
+  prefill: readonly (PrefillCase & PeerTimes)[]
 }
 
-export interface DecodeTiming extends DecodeCase {
-  /** Undefined if the KV does not fit in the GPU's free memory. */
-  us: number | undefined
-  /** Of the bandwidth that a plain read has. */
-  ofReading: number | undefined
-  peer: PeerTimes | undefined
-}
-
-export interface PrefillTiming extends PrefillCase {
-  us: number
-  teraflops: number
-  peer: PeerTimes | undefined
-}
-
-export interface AttentionReport {
-  /** Torch's version, or why there is none to compare with. */
-  peer: string
-  decode: DecodeTiming[]
-  prefill: PrefillTiming[]
-}
-
-/**
- * @param readGBs bandwidth of a plain read on this device, measured in the same run
- * @param python the interpreter that may have torch
- */
-export function benchAttention(
-  device: CudaDevice,
-  modules: ModuleCache,
-  readGBs: number,
-  python = 'python3',
-): AttentionReport {
-  const bench = new AttentionBench(device, modules)
-  const decode = DECODE.map((of) => ({ of, us: bench.decode(of) }))
-  const prefill = PREFILL.map((of) => ({ of, us: bench.prefill(of) }))
-  bench.close()
-  const peer = askPeer(python)
-  return {
-    peer: peer.version,
-    decode: decode.map(({ of, us }) => ({
-      ...of,
-      us,
-      ofReading: us && (of.batch * of.context * TOKEN_BYTES) / us / 1e3 / readGBs,
-      peer: peer.decode.find((p) => p.batch === of.batch && p.context === of.context),
-    })),
-    prefill: prefill.map(({ of, us }) => ({
-      ...of,
-      us,
-      teraflops: operations(of) / us / 1e6,
-      peer: of.history
-        ? undefined
-        : peer.prefill.find((p) => p.batch === of.batch && p.tokens === of.tokens),
-    })),
+/** PyTorch's rows are left out, with a line in the log, where python3 has no torch. */
+export function benchAttention(bench: GpuBench): void {
+  const { device, row } = bench
+  const gigabytes = readBandwidth(device, bench.modules)
+  const attention = new AttentionBench(bench)
+  const decode = DECODE.map((of) => ({ of, us: attention.decode(of) }))
+  const prefill = PREFILL.map((of) => ({ of, us: attention.prefill(of) }))
+  attention.close()
+  const peer = askPeer()
+  for (const { of, us } of decode) {
+    const name = `decode ${of.batch} × ${of.context.toLocaleString('en')}`
+    const floor = (of.batch * of.context * TOKEN_BYTES) / gigabytes / 1e3
+    if (us === undefined) info(`${name}: its KV does not fit in the GPU's free memory`)
+    else row(name, us, 'µs', floor, 'reading its KV')
+    const theirs = peer?.decode.find((p) => p.batch === of.batch && p.context === of.context)
+    for (const [backend, peerUs] of timesOf(theirs)) {
+      row(`${name}, PyTorch's ${backend}`, peerUs, 'µs', floor, 'reading its KV')
+    }
   }
+  for (const { of, us } of prefill) {
+    const after = of.history ? ` after ${of.history.toLocaleString('en')}` : ''
+    const name = `prefill ${of.batch} × ${of.tokens.toLocaleString('en')}${after}`
+    const rate = (time: number): number => operations(of) / time / 1e6
+    const theirs = peer?.prefill.find((p) => p.batch === of.batch && p.tokens === of.tokens)
+    const times = of.history ? [] : timesOf(theirs)
+    if (times.length === 0) row(name, rate(us), 'TFLOP/s')
+    for (const [backend, peerUs] of times) {
+      row(name, rate(us), 'TFLOP/s', rate(peerUs), `PyTorch's ${backend}`)
+    }
+  }
+}
+
+function timesOf(times: PeerTimes | undefined): [string, number][] {
+  const { cudnn, flash } = times ?? { cudnn: null, flash: null }
+  return [
+    ...(cudnn ? [['cuDNN', cudnn] as [string, number]] : []),
+    ...(flash ? [['FlashAttention 2', flash] as [string, number]] : []),
+  ]
 }
 
 /** Multiplications and additions of both products, without what the causal mask hides. */
@@ -113,49 +103,43 @@ function operations({ batch, tokens, history }: PrefillCase): number {
 }
 
 class AttentionBench {
-  private readonly device: CudaDevice
-  private readonly modules: ModuleCache
+  private readonly bench: GpuBench
   private readonly kernels: Kernels
-  private readonly stream: number
   private readonly fill: KernelLaunch
 
-  constructor(device: CudaDevice, modules: ModuleCache) {
-    this.device = device
-    this.modules = modules
-    this.kernels = new Kernels(device, modules)
-    this.stream = device.driver.createStream()
+  constructor(bench: GpuBench) {
+    this.bench = bench
+    this.kernels = new Kernels(bench.device, bench.modules)
     const fill = this.kernels.find('step.cu', 'fillRandom')
     this.fill = new KernelLaunch(fill, ['u64', 'u64', 'u32', 'f32'])
   }
 
   /** @returns undefined if there is no room */
   decode({ batch, context }: DecodeCase): number | undefined {
-    const { freeBytes } = this.device.driver.memoryInfo()
+    const { freeBytes } = this.bench.device.driver.memoryInfo()
     if (batch * context * TOKEN_STRIDE > freeBytes - 2 ** 30) return undefined
     return this.measure(batch, context, batch, (attention, q, out, put) => {
       const slots = put(Int32Array.from({ length: batch }, (_, i) => (i * 37) % batch))
       const lengths = put(new Int32Array(batch).fill(context))
       return (layer) =>
-        attention.decode(this.stream, { q, out, slots, lengths, rows: batch }, layer)
+        attention.decode(this.bench.stream, { q, out, slots, lengths, rows: batch }, layer)
     })
   }
 
   prefill({ batch, tokens, history }: PrefillCase): number {
-    const us = this.measure(batch, history + tokens, batch * tokens, (attention, q, out, put) => {
+    return this.measure(batch, history + tokens, batch * tokens, (attention, q, out, put) => {
       const each = (value: (i: number) => number): number =>
         put(Int32Array.from({ length: batch }, (_, i) => value(i)))
       const segments = {
         ...{ q, out, firstRows: each((i) => i * tokens), starts: each(() => history) },
         ...{ counts: each(() => tokens), slots: each((i) => i), segments: batch },
       }
-      return (layer) => attention.prefill(this.stream, segments, layer)
+      return (layer) => attention.prefill(this.bench.stream, segments, layer)
     })
-    return us
   }
 
   close(): void {
     this.kernels.close()
-    this.device.driver.destroyStream(this.stream)
   }
 
   /** The median time of a launch, of a graph that goes through layers so that no cache helps. */
@@ -170,7 +154,7 @@ class AttentionBench {
       put: (values: Int32Array) => number,
     ) => (layer: number) => void,
   ): number {
-    const { device, modules, stream } = this
+    const { device, modules, stream } = this.bench
     const { driver } = device
     const owned: number[] = []
     const allocate = (bytes: number): number =>
@@ -188,72 +172,52 @@ class AttentionBench {
     const kv = { base, slotStride, tokenStride: TOKEN_STRIDE, slots, slotTokens }
     const attention = new CudaAttention({ device, modules, shape: SHAPE, kv, rowsMax: slots })
     const queue = prepare(attention, q, allocate(rows * rowBytes), put)
-    const us = medianUs(device, stream, slotTokens * slots > 2 ** 17 ? 4 : LAYERS, queue)
+    const us = medianUs(this.bench, slotTokens * slots > 2 ** 17 ? 4 : LAYERS, queue)
     attention.close()
     for (const address of owned) driver.free(address)
     return us
   }
 
   private random(address: number, bytes: number): number {
-    const { driver } = this.device
+    const { driver } = this.bench.device
     driver.launch(
       this.fill
         .setAll(address, bytes / 2, 1, 1.7)
         .grid(2048)
         .threads(256),
-      this.stream,
+      this.bench.stream,
     )
-    driver.synchronizeStream(this.stream)
+    driver.synchronizeStream(this.bench.stream)
     return address
   }
 }
 
-function medianUs(
-  { driver }: CudaDevice,
-  stream: number,
-  layers: number,
-  queue: (layer: number) => void,
-): number {
+/** Microseconds a layer: the median over replays of a graph of several. */
+function medianUs(bench: GpuBench, layers: number, queue: (layer: number) => void): number {
+  const { device, stream } = bench
+  const { driver } = device
   driver.beginCapture(stream)
   for (let layer = 0; layer < layers; layer++) queue(layer)
   const graph = driver.endCapture(stream)
   const executable = driver.instantiate(graph)
-  const [start, end] = [driver.createEvent(true), driver.createEvent(true)]
-  const times: number[] = []
-  for (let run = 0; run < RUNS + 3; run++) {
-    driver.recordEvent(start, stream)
-    driver.launchGraph(executable, stream)
-    driver.recordEvent(end, stream)
-    driver.synchronizeEvent(end)
-    if (run >= 3) times.push((driver.elapsedMs(start, end) / layers) * 1e3)
-  }
-  driver.destroyEvent(start)
-  driver.destroyEvent(end)
+  const replay = (): void => driver.launchGraph(executable, stream)
+  gpuMs(bench, WARM, replay)
+  const ms = gpuMs(bench, RUNS, replay)
   driver.destroyExecutable(executable)
   driver.destroyGraph(graph)
-  times.sort((a, b) => a - b)
-  return present(times[times.length >> 1], 'a median')
+  return (ms / layers) * 1e3
 }
 
-interface Peer {
-  version: string
-  decode: (DecodeCase & PeerTimes)[]
-  prefill: (PrefillCase & PeerTimes)[]
-}
-
-function askPeer(python: string): Peer {
+function askPeer(): Peer | undefined {
   const { heads, kvHeads, headDim } = SHAPE
   const prefill = PREFILL.filter(({ history }) => history === 0)
-  const job = JSON.stringify({ heads, kvHeads, headDim, runs: RUNS, decode: DECODE, prefill })
-  const { stdout, stderr, error, status } = spawnSync(python, [PEER], {
-    input: job,
+  const { stdout, stderr, error, status } = spawnSync('python3', [PEER], {
+    input: JSON.stringify({ heads, kvHeads, headDim, runs: RUNS, decode: DECODE, prefill }),
     encoding: 'utf8',
     timeout: 180_000,
   })
-  if (error || status !== 0) {
-    const why = error?.message ?? stderr.trim().split('\n').at(-1) ?? `exit code ${status}`
-    return { version: `no comparison: ${python}: ${why}`, decode: [], prefill: [] }
-  }
-  const { torch, ...times } = JSON.parse(stdout) as Omit<Peer, 'version'> & { torch: string }
-  return { version: `torch ${torch}`, ...times }
+  if (!error && status === 0) return JSON.parse(stdout) as Peer
+  const why = error?.message ?? stderr.trim().split('\n').at(-1) ?? `exit code ${status}`
+  info(`no comparison with PyTorch: ${why}`)
+  return undefined
 }

@@ -76,7 +76,7 @@ function weightBytes({ tensors }: Model): number {
 }
 
 /** Gigabytes a second that a plain kernel reads, the best of a few grids. */
-function readBandwidth(device: CudaDevice, modules: ModuleCache): number {
+export function readBandwidth(device: CudaDevice, modules: ModuleCache): number {
   const { driver, info } = device
   const kernels = new Kernels(device, modules)
   const bytes = 8 * 2 ** 30

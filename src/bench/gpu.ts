@@ -3,6 +3,7 @@
 import { CudaDevice } from '../backends/cuda/device.ts'
 import { ModuleCache } from '../backends/cuda/module-cache.ts'
 import { ThreadPager } from '../backends/cuda/pager.ts'
+import { benchAttention } from './gpu-attention.ts'
 import { benchDecodeSteps } from './gpu-decode.ts'
 import type { GpuBench, GpuRow } from './gpu-measure.ts'
 import { benchMemory } from './gpu-memory.ts'
@@ -16,6 +17,7 @@ export interface GpuBenchReport {
 
 /** One file a part, `src/bench/gpu-NAME.ts`. */
 export const GPU_PARTS: Readonly<Record<string, (bench: GpuBench) => void | Promise<void>>> = {
+  attention: benchAttention,
   decode: benchDecodeSteps,
   memory: benchMemory,
   serve: benchServe,

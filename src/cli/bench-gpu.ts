@@ -13,7 +13,7 @@ export function benchGpuCommand(): Command {
     .description('Measures the GPU backend, part by part, each value beside what bounds it.')
     .addOption(
       new Option('--part <PART>', 'what is measured')
-        .choices(['all', 'decode', 'memory', 'serve'])
+        .choices(['all', 'attention', 'decode', 'memory', 'serve'])
         .default('all'),
     )
     .option('--json', 'print one JSON object')
@@ -27,9 +27,9 @@ export function benchGpuCommand(): Command {
 }
 
 function line({ part, name, value, unit, reference, against }: GpuRow): string {
-  const measured = `${part.padEnd(8)} ${name.padEnd(48)} ${short(value).padStart(8)} ${unit}`
+  const measured = `${part.padEnd(9)} ${name.padEnd(48)} ${short(value).padStart(8)} ${unit}`
   if (reference === undefined) return measured
-  return `${measured.padEnd(73)} ${short(reference).padStart(8)} ${against ?? ''}`
+  return `${measured.padEnd(74)} ${short(reference).padStart(8)} ${against ?? ''}`
 }
 
 function short(value: number): string {

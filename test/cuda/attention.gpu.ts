@@ -1,5 +1,5 @@
-// Catches attention that is wrong for a shape, a length, a window or a way of cutting the work; that
-// reads a token it should not, or memory that is not mapped; that leaves an output unwritten.
+// Catches attention that is wrong for a shape, a length, a window or a way of cutting the work;
+// that reads a token it should not, or memory that is not mapped; that leaves an output unwritten.
 
 import assert from 'node:assert/strict'
 import { after, test } from 'node:test'
