@@ -30,8 +30,9 @@ export interface KvColumns {
 export interface KvMover {
   /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
-   * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of the
-   * group after them is nobody's to read until `copy`. Whatever was mapped there before is no longer.
+   * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of
+   * the group after them is nobody's to read until `copy`. Whatever was mapped there before is no
+   * longer.
    */
   map(slot: number, region: number, shared: readonly KvSpan[]): void
   /**
