@@ -13,7 +13,12 @@ import { hostKvLayout } from '../../src/backends/cpu/kv-memory.ts'
 import { liveBytes } from '../../src/kv/layout.ts'
 import { openModel } from '../../src/model/load.ts'
 import { Random } from '../support/random.ts'
-import { askServer, type Expected, ServeProcess } from '../support/serve-process.ts'
+import {
+  askServer,
+  type Expected,
+  ServeProcess,
+  type SessionJson,
+} from '../support/serve-process.ts'
 import { temporaryDirectory } from '../support/temporary.ts'
 import { quantized, tinyLlama, writeTinyGguf } from '../support/tiny-gguf.ts'
 
@@ -52,6 +57,7 @@ interface Store {
 
 const CONTEXT = 512
 const PROMPTS = 64
+const BEGINNINGS = 8
 const OUTPUT_TOKENS = 12
 /** A prompt's last tokens, which are computed anew whatever is cached (decision 5). */
 const COMPUTED_MIN = 64
@@ -111,7 +117,7 @@ class Soak {
   async prepare(): Promise<void> {
     const { random } = this
     const draw = (count: number) => Array.from({ length: count }, () => random.between(2, 250))
-    const beginnings = Array.from({ length: 6 }, () => draw(random.between(100, 250)))
+    const beginnings = Array.from({ length: BEGINNINGS }, () => draw(random.between(100, 250)))
     const server = await this.start([])
     for (let i = 0; i < PROMPTS; i++) {
       const tokens = [...random.pick(beginnings), ...draw(random.between(70, 200))]
@@ -142,6 +148,13 @@ class Soak {
 
   /** Both stores once more; their servers end as they are asked to. */
   async end(): Promise<void> {
+    const store = this.renewed()
+    const server = await this.startOn(store)
+    await this.findDurable(store)
+    this.offerMore(store)
+    for (const prompt of store.fresh) await this.ask(prompt, OUTPUT_TOKENS, false)
+    await this.watch(store, new AbortController().signal, true)
+    await server.stop()
     for (const store of [this.roomy, this.tight]) {
       const server = await this.startOn(store)
       await this.findDurable(store)
@@ -205,7 +218,10 @@ class Soak {
     const server = this.server!
     const there = new Map((await server.sessions()).map((session) => [session.id, session]))
     for (const { session } of durable) {
-      assert.ok(there.has(session), `${session} was durable and is gone`)
+      assert.ok(
+        there.get(session)?.durable,
+        `${session} was durable and is gone:\n${server.output}`,
+      )
       report.looked++
     }
     const some = [...durable]
@@ -229,12 +245,12 @@ class Soak {
     const clients = Array.from({ length: CLIENTS }, () => this.client(store, killed.signal))
     const working = Promise.all(clients)
     const endMs = performance.now() + random.below(LOAD_MS)
-    const watching = store === this.tight ? undefined : this.watch(store, killed.signal)
-    const failed = Promise.all([working, watching])
-    await Promise.race([sleep(Math.max(0, endMs - performance.now())), failed])
+    const watching =
+      store === this.tight ? working : this.watch(store, killed.signal, random.chance(0.3))
+    await Promise.race([sleep(Math.max(0, endMs - performance.now())), working, watching])
     killed.abort()
     await server.kill()
-    await failed
+    await Promise.all([working, watching])
   }
 
   /** One request after another until the kill. */
@@ -258,33 +274,35 @@ class Soak {
     }
   }
 
-  /** Has new prompts asked for, a few at a time, once all that were are durable. */
-  private async watch(store: Store, killed: AbortSignal): Promise<void> {
-    const { durable } = store
-    while (!killed.aborted) {
-      let kept: number
+  /**
+   * Has new prompts asked for, a few at a time, once all that were are durable.
+   * @param once the load ends when the first of them is
+   */
+  private async watch(store: Store, killed: AbortSignal, once: boolean): Promise<void> {
+    for (let found = false; !killed.aborted && !(found && once); await sleep(5)) {
+      let sessions: SessionJson[]
       try {
-        kept = await this.server!.metric('lattice_kv_store_prefixes')
+        sessions = await this.server!.sessions()
       } catch (thrown) {
         if (killed.aborted) return
         throw thrown
       }
-      const all = durable.size + store.fresh.length
-      // No prompt begins another, so each that was asked for is one prefix.
-      assert.ok(kept <= all, `${kept} prefixes are kept of ${all} prompts`)
-      if (kept === all) {
-        for (const prompt of store.fresh) durable.add(prompt)
-        this.report.durable += store.fresh.length
-        store.fresh = []
-        this.offerMore(store)
+      const durable = new Set(sessions.filter(({ durable }) => durable).map(({ id }) => id))
+      for (const { session } of store.durable) {
+        assert.ok(durable.has(session), `${session} is durable no more`)
       }
-      await sleep(5)
+      for (const prompt of store.fresh) if (durable.has(prompt.session)) store.durable.add(prompt)
+      const count = store.fresh.length
+      store.fresh = store.fresh.filter((prompt) => !store.durable.has(prompt))
+      found = store.fresh.length < count
+      this.report.durable += count - store.fresh.length
+      this.offerMore(store)
     }
   }
 
   private offerMore(store: Store): void {
     if (store === this.tight || store.fresh.length > 0) return
-    store.fresh = store.unused.splice(0, this.random.between(3, 6))
+    store.fresh = store.unused.splice(0, this.random.between(3, 8))
   }
 
   /** @throws AssertionError if what is answered, however little, is not as it should be */

@@ -17,9 +17,10 @@ export interface Expected {
   answer: AnswerTokens
 }
 
-interface SessionJson {
+export interface SessionJson {
   id: string
   where: 'memory' | 'disk' | 'both'
+  durable: boolean
 }
 
 export class ServeProcess {
