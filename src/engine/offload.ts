@@ -5,7 +5,7 @@ import { ColdPrefixes } from '../kv/cold.ts'
 import type { KvHistory } from '../kv/history.ts'
 import { KeptPrefixes } from '../kv/kept.ts'
 import type { Outside } from '../kv/outside.ts'
-import type { PrefixCache } from '../kv/prefix.ts'
+import type { PrefixCache, PrefixNode } from '../kv/prefix.ts'
 import type { KvColumns } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { KvStore } from '../kv/tier.ts'
@@ -106,6 +106,11 @@ export class Offload implements Preemption {
   /** Something cached waits to be written to the store. */
   get keeping(): boolean {
     return this.kept?.pending ?? false
+  }
+
+  /** Whether a cached prefix would be there after a crash; undefined without a store. */
+  isDurable(end: PrefixNode): boolean | undefined {
+    return this.kept?.isDurable(end)
   }
 
   /** Writes to the store what shall outlive the process. */

@@ -24,9 +24,9 @@ export function moveSession({ engine }: ServerContext, kind: 'offload' | 'reload
 }
 
 function sessionJson(session: SessionSnapshot): object {
-  const { id, tokens, pages, outPages, bytes, where, idleMs } = session
+  const { id, tokens, pages, outPages, bytes, where, durable, idleMs } = session
   const places = { where, pages, offloaded_pages: outPages, bytes }
-  return { id, object: 'session', tokens, ...places, idle_ms: Math.round(idleMs) }
+  return { id, object: 'session', tokens, ...places, durable, idle_ms: Math.round(idleMs) }
 }
 
 function refused(move: Exclude<SessionMove, 'done' | 'moving'>, id: string): LatticeError {

@@ -14,6 +14,7 @@ import {
   openSync,
   readFileSync,
   renameSync,
+  rmSync,
   writeSync,
 } from 'node:fs'
 import { join } from 'node:path'
@@ -70,6 +71,8 @@ export function openStore(
   const lockFd = lock(join(path, 'lock'), path)
   try {
     const logPath = join(path, 'log')
+    // A crash may have left one that was not whole yet.
+    rmSync(`${logPath}.new`, { force: true })
     if (!existsSync(logPath)) createLog(logPath, secret, keys)
     const log = readFileSync(logPath)
     const storeKeys = proveKey(log, path, secret, keys)

@@ -2,7 +2,14 @@
 // engine the prefixes of another. Files, pager and crashes of the log are real.
 
 import assert from 'node:assert/strict'
-import { copyFileSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import {
+  copyFileSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { Random } from '../../../test/support/random.ts'
@@ -81,6 +88,14 @@ test('what was durable is gone after a restart, or has other content', async (t)
   for (let c = 7; c < 9; c++) again.write(0, c, c)
   again.ended(again.tier.save({ region: 0, first: 7, end: 9 }, places(7, 2)))
   keep(again, { ...prefix(root, 3, 6) })
+})
+
+test('a log that was half written in a crash stays for ever', async () => {
+  const directory = temporaryDirectory('store')
+  await open({ directory }).close()
+  writeFileSync(join(directory, NAMESPACE, 'log.new'), 'lattice kv')
+  await open({ directory }).close()
+  assert.deepEqual(readdirSync(join(directory, NAMESPACE)).toSorted(), ['columns', 'lock', 'log'])
 })
 
 test('what was removed comes back, with or without what continued it', async () => {
