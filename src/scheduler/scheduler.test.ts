@@ -274,7 +274,7 @@ test('a prompt is let in whose first output throws it out again', () => {
   assert.deepEqual(scheduler.waiting, [second])
 })
 
-test('who waits for the prompt of another one holds up the others, or loses a place to them', () => {
+test('who waits for the prompt of another one holds up others, or loses a place to them', () => {
   const slots = slotTable(4, 100)
   const items = [0, 1, 2, 3, 4].map((id) => newItem(id, 4, 4))
   let waits = [1, 2]

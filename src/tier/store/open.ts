@@ -117,7 +117,7 @@ export function openStore(
   }
 }
 
-/** Makes what is missing of the directories, and locks the inner one. @returns what holds the lock */
+/** Makes what is missing of the directories. @returns a file of the inner one, locked */
 function enter(directory: string, path: string): number {
   try {
     // One by one: a directory whose parents are missing too is more likely misspelt.
