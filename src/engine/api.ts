@@ -157,6 +157,8 @@ export interface SequenceSnapshot {
 
 /** KV outside of memory. */
 export interface TierSnapshot {
+  /** Of the encrypted file, or of its directory if it has no name. */
+  path?: string
   capacityBytes: number
   usedBytes: number
   /** Written and read since the start. */

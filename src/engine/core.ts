@@ -94,15 +94,17 @@ export class EngineCore {
     this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
     const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
     const { pageBytes } = kv.layout.shape
-    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
+    const onGone = (kind: 'evict' | 'demote', pages: number): void =>
+      this.history.add(kind, pages * pageBytes)
     const transfers = kv.tier && new Transfers(kv.tier)
     const places = transfers && { places: transfers.places }
     const cache = prefixPages
-      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict, ...places })
+      ? new PrefixCache(regions, prefixPages, { eviction, now, onGone, ...places })
       : undefined
     this.costs = new Costs(kv.layout.shape.pageBytes)
+    const { slots, costs, history } = this
     this.offload =
-      transfers && new Offload(transfers, this.slots, cache, this.costs, options, kv.tier?.store)
+      transfers && new Offload(transfers, slots, cache, costs, options, history, kv.tier?.store)
     this.sessions = cache && new Sessions(this.slots, cache, this.offload)
     this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
@@ -311,8 +313,10 @@ export class EngineCore {
   }
 
   private map(): KvMap {
-    const { slots, history, scheduler } = this
-    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
+    const { slots, history, offload } = this
+    const { running, waiting } = this.scheduler
+    const sequences = [...running, ...waiting]
+    return kvMap(slots, this.sharing.cache, history, sequences, this.now(), offload?.outside)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {

@@ -143,6 +143,89 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
   assert.ok(demotions > 500 && fetched > 50 && offloads > 300 && recomputes > 100 && lost > 20)
 })
 
+test('the map forgets what is on disk, on its way, or lately happened', () => {
+  const core = { maxSequences: 2, kvPages: 50, greedy: true, comeBack: 'moved' } as const
+  const sizes = { polls: () => 3, capacity: 100 }
+  const engine = bench({ ...core, stepTokens: 64 }, sizes)
+  const map = () => engine.core.answer({ kind: 'map' }).map
+  for (const id of [0, 1]) {
+    const prompt = new Int32Array(35).fill(id)
+    engine.submit(id, sequenceRequest({ prompt, maxTokens: 30 }))
+  }
+  const seen = new Set<string>()
+  for (let step = 0; !engine.core.idle; step++) {
+    assert.ok(step < 1000, 'it does not end')
+    engine.step()
+    const { sequences, tier } = engine.core.snapshot()
+    const { disk, pages, runs } = map()
+    const preempted = sequences.find(({ state }) => /load/.test(state))
+    if (!preempted) {
+      assert.deepEqual([disk!.usedPages, pages.moving], [0, 0])
+      continue
+    }
+    seen.add(preempted.state)
+    const { id, state } = preempted
+    // 35 tokens and more fill 11 columns and more of two pages.
+    assert.ok(disk!.usedPages >= 22 && disk!.usedPages * 256 === tier!.usedBytes)
+    assert.deepEqual(new Set(disk!.runs.flatMap(({ sequences }) => sequences)), new Set([id]))
+    const out = state === 'offloaded'
+    assert.deepEqual(disk!.pages, {
+      cold: 0,
+      copy: 0,
+      offloaded: out ? disk!.usedPages : 0,
+      moving: out ? 0 : disk!.usedPages,
+    })
+    const moving = runs.filter((run) => run.state === 'moving')
+    assert.deepEqual(
+      new Set(moving.flatMap(({ sequences }) => sequences)),
+      new Set(out ? [] : [id]),
+    )
+    if (state === 'offloading') assert.equal(pages.warm, 0, 'what leaves is shown as warm')
+  }
+  assert.deepEqual([...seen].toSorted(), ['loading', 'offloaded', 'offloading'])
+  const { totals } = map()
+  const { savedBytes, loadedBytes } = engine.core.snapshot().tier!
+  assert.deepEqual([totals['offload']!.bytes, totals['reload']!.bytes], [savedBytes, loadedBytes])
+  assert.ok(savedBytes > 0 && totals['preempt']!.count > 0)
+})
+
+test('a cached prompt that is on disk is shown as in memory, or not at all', () => {
+  const sizes = { polls: () => 2, capacity: 100 }
+  const engine = bench({ maxSequences: 1, kvPages: 100, prefixPages: 50, stepTokens: 64 }, sizes)
+  const prompt = Int32Array.from({ length: 32 }, (_, i) => i % VOCAB)
+  const settle = () => engine.core.settle()
+  const map = () => engine.core.answer({ kind: 'map' }).map
+  const tell = (kind: 'offload' | 'reload') => {
+    const [session] = engine.core.answer({ kind: 'sessions', tenant: 'default' })
+    return engine.core.answer({ kind, tenant: 'default', id: session!.id })
+  }
+  engine.submit(0, sequenceRequest({ prompt, maxTokens: 1 }))
+  engine.runAll()
+  engine.settle()
+  // 32 tokens of 80 bytes fill 10 columns of two pages.
+  const states = () => {
+    const { pages, disk, prefixes } = map()
+    return [pages.cached, pages.moving, disk!.pages, prefixes[0]!.tier]
+  }
+  const none = { cold: 0, offloaded: 0, copy: 0, moving: 0 }
+  assert.deepEqual(states(), [20, 0, none, 'memory'])
+  assert.equal(tell('offload'), 'moving')
+  assert.deepEqual(states(), [0, 20, { ...none, moving: 20 }, 'memory'])
+  for (let i = 0; i < 5; i++) settle()
+  assert.deepEqual(states(), [0, 0, { ...none, cold: 20 }, 'disk'])
+  assert.equal(map().runs.length, 0)
+  assert.equal(tell('reload'), 'moving')
+  assert.deepEqual(states(), [0, 20, { ...none, moving: 20 }, 'both'])
+  for (let i = 0; i < 5; i++) settle()
+  assert.deepEqual(states(), [20, 0, { ...none, copy: 20 }, 'both'])
+  const bytes = 20 * 256
+  assert.deepEqual(map().totals, {
+    offload: { count: 1, bytes },
+    demote: { count: 1, bytes },
+    reload: { count: 1, bytes },
+  })
+})
+
 test('a disk that takes nothing keeps those who wait for memory waiting', () => {
   const fault = () => new LatticeError('os_call_failed', 'io')
   const core = { maxSequences: 1, kvPages: 50, prefixPages: 50, watermarks: { high: 0.3, low: 0 } }

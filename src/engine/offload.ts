@@ -2,7 +2,9 @@
 // that were used least, what moving them costs, and how much was moved.
 
 import { ColdPrefixes } from '../kv/cold.ts'
+import type { KvHistory } from '../kv/history.ts'
 import { KeptPrefixes } from '../kv/kept.ts'
+import type { Outside } from '../kv/outside.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { KvColumns } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
@@ -49,6 +51,7 @@ export class Offload implements Preemption {
     cache: PrefixCache | undefined,
     costs: Costs,
     options: OffloadOptions,
+    history: KvHistory,
     store?: KvStore,
   ) {
     this.transfers = transfers
@@ -62,11 +65,16 @@ export class Offload implements Preemption {
       store && cache && this.cold
         ? new KeptPrefixes(store, cache, this.cold, slots.regions, transfers)
         : undefined
-    transfers.onMoved = (kind, columns, ms) => {
+    const { ranges, shape } = slots.layout
+    transfers.onEnded = (kind, columns, ms, failed) => {
+      const bytes = columns * ranges * shape.pageBytes
+      if (failed) return history.add('lost', bytes)
+      history.add(kind === 'save' ? 'offload' : 'reload', bytes)
       this.moved[kind] += columns
       // What was moved teaches what moving costs.
-      costs.moved(kind, columns * slots.layout.ranges, ms)
+      costs.moved(kind, columns * ranges, ms)
     }
+    transfers.onFaults = (count) => history.add('fault', count * shape.pageBytes, count)
   }
 
   get busy(): boolean {
@@ -132,6 +140,12 @@ export class Offload implements Preemption {
     return this.cold?.fetch(tenant, tokens, length, worth, makeRoom) ?? false
   }
 
+  /** For the map of what is where. */
+  get outside(): Outside {
+    const { images } = this.tiers
+    return { places: this.transfers.places, images, moving: this.cold?.moving ?? new Map() }
+  }
+
   /** What is held in memory besides by slots and the cache. */
   *holds(): Generator<KvColumns> {
     yield* this.tiers.holds()
@@ -149,8 +163,10 @@ export class Offload implements Preemption {
   snapshot(offloads: number, imagesLost: number): TierSnapshot {
     const { layout } = this.slots
     const columnBytes = layout.ranges * layout.shape.pageBytes
-    const { capacity, used } = this.transfers.places
+    const { path, places } = this.transfers
+    const { capacity, used } = places
     return {
+      ...(path !== undefined && { path }),
       capacityBytes: capacity * columnBytes,
       usedBytes: used * columnBytes,
       savedBytes: this.moved.save * columnBytes,

@@ -170,7 +170,7 @@ test('choices that share a prompt take its pages each', () => {
   assert.equal(diverged.usedPages, 2 * (12 + 8))
   assert.equal(diverged.residentBytes, diverged.usedPages * kv.pageBytes)
   const { pages, tokenBytes, fragmentation } = engine.core.answer({ kind: 'map' }).map
-  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0 })
+  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0, moving: 0 })
   // 41 tokens of 80 bytes a layer: 208 of each 13th page.
   assert.equal(tokenBytes, 2 * (12 * 256 + 8 * 208))
   assert.ok(Math.abs(fragmentation - 0.075) < 1e-9)

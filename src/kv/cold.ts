@@ -16,7 +16,7 @@ export class ColdPrefixes {
   private readonly regions: RegionTable
   private readonly transfers: Transfers
   /** In memory until their transfer ends; and the places that no node has yet. */
-  private readonly moving = new Map<KvColumns, Uint32Array | undefined>()
+  readonly moving = new Map<KvColumns, Uint32Array | undefined>()
   /** Written out, to stay in memory. */
   private readonly copying = new Set<PrefixNode>()
   /** Columns that become free, or may, when they have been written. */

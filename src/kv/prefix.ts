@@ -47,8 +47,8 @@ export interface PrefixCacheOptions {
   now?: () => number
   /** What is kept outside of memory has places there. */
   places?: PlaceTable
-  /** Told of each end that is forgotten, with the pages that came back. */
-  onEvict?: (pages: number) => void
+  /** Told of each end that is forgotten, or went out of memory, with the pages that came back. */
+  onGone?: (kind: 'evict' | 'demote', pages: number) => void
 }
 
 export class PrefixCache {
@@ -61,7 +61,7 @@ export class PrefixCache {
   private readonly queue: EvictionQueue<PrefixNode>
   private readonly now: () => number
   private readonly places: PlaceTable | undefined
-  private readonly onEvict: (pages: number) => void
+  private readonly onGone: (kind: 'evict' | 'demote', pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
   private clock = 0
@@ -73,7 +73,7 @@ export class PrefixCache {
     this.budgetPages = budgetPages
     this.now = options.now ?? (() => 0)
     this.places = options.places
-    this.onEvict = options.onEvict ?? (() => {})
+    this.onGone = options.onGone ?? (() => {})
     this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
     this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
   }
@@ -186,7 +186,7 @@ export class PrefixCache {
     node.region = -1
     parent.warm--
     this.demotions++
-    this.onEvict(before - this.regions.usedPages)
+    this.onGone('demote', before - this.regions.usedPages)
     if (mayGo(parent)) this.queue.add(parent)
   }
 
@@ -360,7 +360,7 @@ export class PrefixCache {
     }
     leaf.gone = true
     this.evictions++
-    this.onEvict(before - this.regions.usedPages)
+    this.onGone('evict', before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
     else if (mayGo(parent) && !this.queue.has(parent)) this.queue.add(parent)
   }

@@ -49,6 +49,17 @@ interface Slot {
   beam: boolean
 }
 
+/** A slot that is not free, and all that it holds. */
+export interface SlotInUse extends Pick<Slot, 'state' | 'region' | 'first' | 'end' | 'held'> {
+  slot: number
+  /** Since when it is warm, as `retire` took it. */
+  sinceMs: number
+  /** The tokens that lie in `held`. */
+  spans: readonly KvSpan[]
+  /** Its own first columns have nothing of these tokens yet. */
+  pending: boolean
+}
+
 /** What a slot holds while it is free. */
 const NOTHING = {
   shared: [],
@@ -103,14 +114,16 @@ export class SlotTable {
     return this.warm.reduce((sum, { slot }) => sum + this.pagesOf(slot), 0)
   }
 
-  /** Slots that are not free; `sinceMs` of those that are warm, as `retire` took it. */
-  *inUse(): Generator<
-    Pick<Slot, 'region' | 'first' | 'end' | 'shared'> & { slot: number; sinceMs: number }
-  > {
+  *inUse(): Generator<SlotInUse> {
     const since = new Map(this.warm.map(({ slot, sinceMs }) => [slot, sinceMs]))
-    for (const [slot, { state, region, first, end, shared }] of this.slots.entries()) {
+    for (const [
+      slot,
+      { state, region, first, end, held, shared, pending },
+    ] of this.slots.entries()) {
       if (state === 'free') continue
-      yield { slot, sinceMs: since.get(slot) ?? -Infinity, region, first, end, shared }
+      const spans = pending ?? shared
+      const holds = { region, first, end, held, spans, pending: pending !== undefined }
+      yield { slot, state, sinceMs: since.get(slot) ?? -Infinity, ...holds }
     }
   }
 

@@ -31,6 +31,8 @@ export interface KvTier {
   close(): void
   /** Touches of columns that were not there yet, since the start. */
   readonly faults?: number
+  /** The encrypted file, or its directory if it has no name. */
+  readonly path?: string
   /** If places outlive the process. */
   readonly store?: KvStore
 }

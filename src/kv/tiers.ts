@@ -35,6 +35,8 @@ export interface Image {
   slot: number
   /** Pages that will be free when it has left. */
   pages: number
+  /** When it began to leave. */
+  readonly sinceMs: number
   /** Transfers under way. */
   pending: number
   failed: boolean
@@ -45,7 +47,7 @@ export class Tiers {
   private readonly transfers: Transfers
   private readonly slots: SlotTable
   /** All that is not back or lost. */
-  private readonly images = new Set<Image>()
+  readonly images = new Set<Image>()
   /** Whose state has changed since `poll` was last called. */
   private changed: Image[] = []
 
@@ -98,6 +100,7 @@ export class Tiers {
       first,
       places,
       slot,
+      sinceMs: this.transfers.nowMs,
       ...counts,
     }
     this.images.add(image)

@@ -17,11 +17,14 @@ interface Transfer {
 
 export class Transfers {
   readonly places: PlaceTable
-  /** Told of every transfer that did not fail; set by whoever counts them. */
-  onMoved: (kind: TransferKind, columns: number, ms: number) => void = () => {}
+  /** Told of every transfer that ended; set by whoever counts them. */
+  onEnded: (kind: TransferKind, columns: number, ms: number, failed: boolean) => void = () => {}
+  /** Told how many pages were touched on their way, if any, since the last poll. */
+  onFaults: (count: number) => void = () => {}
   private readonly tier: KvTier
   /** At the last poll. */
-  private nowMs = 0
+  nowMs = 0
+  private faultsTold = 0
   private readonly tickets = new Map<number, Transfer>()
   /** Tickets that move nothing. */
   private readonly others = new Map<number, Transfer['onEnd']>()
@@ -51,6 +54,11 @@ export class Transfers {
     return this.tier.faults ?? 0
   }
 
+  /** The encrypted file, or its directory if it has no name. */
+  get path(): string | undefined {
+    return this.tier.path
+  }
+
   /** Tells when a ticket ends that somebody else has begun. */
   follow(ticket: number, onEnd: Transfer['onEnd']): void {
     this.others.set(ticket, onEnd)
@@ -72,8 +80,11 @@ export class Transfers {
       }
       const { kind, columns, sinceMs, onEnd } = present(this.tickets.get(ticket), 'a transfer')
       this.tickets.delete(ticket)
-      if (!error) this.onMoved(kind, columns, nowMs - sinceMs)
+      this.onEnded(kind, columns, nowMs - sinceMs, error !== undefined)
       onEnd(error)
     }
+    const { faults } = this
+    if (faults > this.faultsTold) this.onFaults(faults - this.faultsTold)
+    this.faultsTold = faults
   }
 }

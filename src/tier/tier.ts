@@ -95,6 +95,7 @@ export interface TierStats {
 
 export class DiskTier implements KvTier {
   readonly capacity: number
+  readonly path: string
   readonly file: PlaceFile
   readonly columnBytes: number
   readonly facts: TierFacts
@@ -124,6 +125,7 @@ export class DiskTier implements KvTier {
     const { store } = options
     const opened = store && openStore(store, this.keys, capacity, bytes)
     this.file = opened?.columns ?? temporaryPlaces(capacity * bytes, options.path)
+    this.path = this.file.path
     this.shared = new TierShared(geometry, createEvent())
     if (opened) this.store = new DiskStore(opened, this.shared, () => this.newTicket())
     const faults = options.faults === false ? undefined : openFaults()

@@ -8,6 +8,7 @@ import { EngineCore } from '../../src/engine/core.ts'
 import type { CoreOptions, CoreSink } from '../../src/engine/core-contract.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
 import { LatticeError } from '../../src/errors.ts'
+import { checkMap } from '../support/check-map.ts'
 import type { Random } from '../support/random.ts'
 import { SimBackend } from './backend.ts'
 import type { SimConfig } from './config.ts'
@@ -284,6 +285,7 @@ export class World implements CoreSink {
       region?.live.forEach((n, c) => (columns += +(n + region.cache[c]! > 0)))
     assert(kv.usedPages === columns * this.config.layout.ranges, 'a snapshot has every page')
     assert(kv.residentBytes <= kv.usedPages * kv.pageBytes, 'what is in memory is counted')
+    checkMap(this.core.answer({ kind: 'map' }).map, regions)
   }
 
   /** Its prompt is in memory, or was: it is pinned if it asked for that. */
