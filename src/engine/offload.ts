@@ -15,7 +15,7 @@ import type { Costs } from '../scheduler/costs.ts'
 import type { Preemption } from '../scheduler/scheduler.ts'
 import type { TierSnapshot } from './api.ts'
 
-/** Fractions of the KV memory. */
+/** Fractions of the KV memory, and of what of it prefixes may keep. */
 export interface Watermarks {
   /** Above it, cached prefixes go out of memory. */
   high: number
@@ -123,6 +123,9 @@ export class Offload implements Preemption {
     const { high, low } = this.options.watermarks ?? WATERMARKS_DEFAULT
     const { usedPages, limitPages } = this.slots
     if (usedPages > high * limitPages) this.cold?.demote(low * limitPages)
+    const { cachedPages } = this.slots.regions
+    const cacheMost = this.cache?.budgetPages ?? Infinity
+    if (cachedPages > high * cacheMost) this.cold?.demote(usedPages - cachedPages + low * cacheMost)
   }
 
   /** The machine has too little memory: some of what is only cached goes. */

@@ -32,7 +32,7 @@ function sessionJson(session: SessionSnapshot): object {
 function refused(move: Exclude<SessionMove, 'done' | 'moving'>, id: string): LatticeError {
   if (move === 'unknown') {
     return new LatticeError('not_found', `There is no session ${id}.`, {
-      todo: 'GET /v1/sessions lists yours; one that goes on has another id.',
+      todo: 'GET /v1/sessions or `lattice ps --sessions` lists yours; each turn has a new id.',
     })
   }
   if (move === 'impossible') {

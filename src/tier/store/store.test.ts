@@ -132,6 +132,19 @@ test('one engine reads the store of another model, another key or another engine
   assert.equal(readFileSync(join(directory, 'other', 'log'), 'utf8'), 'my diary')
 })
 
+test('a directory that can hold no store is a defect of ours, or looked for without an end', () => {
+  const file = join(temporaryDirectory('store'), 'file')
+  writeFileSync(file, '')
+  // In /proc nobody can make anything, and making parents there never ends.
+  for (const directory of [file, join(file, 'x'), join(file, '..', 'a', 'b'), '/proc/x']) {
+    assert.throws(() => open({ directory }), {
+      code: 'os_call_failed',
+      message: /cannot hold a KV store: E/,
+      todo: /--kv-store/,
+    })
+  }
+})
+
 test('a log of prefixes that are gone grows for ever, or is rewritten wrongly', async () => {
   const directory = temporaryDirectory('store')
   const log = join(directory, NAMESPACE, 'log')
