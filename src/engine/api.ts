@@ -202,6 +202,8 @@ export interface SessionSnapshot {
   /** Of all of them. */
   bytes: number
   where: 'memory' | 'disk' | 'both'
+  /** It would be there after a crash; absent without a store. */
+  durable?: boolean
   /** Since it was last used. */
   idleMs: number
 }

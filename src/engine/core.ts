@@ -341,7 +341,8 @@ export class EngineCore {
   private share(sequence: Sequence, logits: Float32Array): boolean {
     if (!this.keepPrompt(sequence)) return false
     for (;;) {
-      const next = this.scheduler.waiting[0]
+      // Others that wait for their prompt were overtaken already.
+      const next = this.scheduler.waiting.find((waiting) => !this.sharing.waits(waiting))
       if (!next || !this.sharing.continues(next, sequence)) return true
       if (!this.scheduler.fork(next, sequence)) return true
       this.start(next)

@@ -236,6 +236,23 @@ test('a disk that takes nothing keeps those who wait for memory waiting', () => 
   assert.equal(engine.outcome(1).reason, 'length')
 })
 
+test('what the prefix cache has no room for is forgotten while there is room on disk', () => {
+  // A prompt takes 20 pages: from 90 to 80 % of what prefixes may keep is one. Memory is plenty.
+  const core = { maxSequences: 1, kvPages: 1000, prefixPages: 120 }
+  const engine = bench({ ...core, stepTokens: 64 }, { capacity: 200 })
+  for (let id = 0; id < 10; id++) {
+    const prompt = new Int32Array(30).fill(id)
+    engine.submit(id, sequenceRequest({ prompt, maxTokens: 1 }))
+    while (!engine.core.idle) engine.step()
+    engine.settle()
+    engine.core.check()
+  }
+  const sessions = engine.core.answer({ kind: 'sessions', tenant: 'default' })
+  assert.equal(sessions.length, 10)
+  const places = sessions.map(({ where }) => where)
+  assert.deepEqual(places.toSorted(), [...Array(6).fill('disk'), ...Array(4).fill('memory')])
+})
+
 test('what leads to a prefix that is being brought back goes meanwhile', () => {
   const core = { maxSequences: 1, kvPages: 100, prefixPages: 20 }
   const engine = bench({ ...core, stepTokens: 64 }, { capacity: 100 })

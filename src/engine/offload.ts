@@ -5,7 +5,7 @@ import { ColdPrefixes } from '../kv/cold.ts'
 import type { KvHistory } from '../kv/history.ts'
 import { KeptPrefixes } from '../kv/kept.ts'
 import type { Outside } from '../kv/outside.ts'
-import type { PrefixCache } from '../kv/prefix.ts'
+import type { PrefixCache, PrefixNode } from '../kv/prefix.ts'
 import type { KvColumns } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { KvStore } from '../kv/tier.ts'
@@ -15,7 +15,7 @@ import type { Costs } from '../scheduler/costs.ts'
 import type { Preemption } from '../scheduler/scheduler.ts'
 import type { TierSnapshot } from './api.ts'
 
-/** Fractions of the KV memory. */
+/** Fractions of the KV memory, and of what of it prefixes may keep. */
 export interface Watermarks {
   /** Above it, cached prefixes go out of memory. */
   high: number
@@ -108,6 +108,11 @@ export class Offload implements Preemption {
     return this.kept?.pending ?? false
   }
 
+  /** Whether a cached prefix would be there after a crash; undefined without a store. */
+  isDurable(end: PrefixNode): boolean | undefined {
+    return this.kept?.isDurable(end)
+  }
+
   /** Writes to the store what shall outlive the process. */
   keep(): void {
     this.kept?.keep()
@@ -118,6 +123,9 @@ export class Offload implements Preemption {
     const { high, low } = this.options.watermarks ?? WATERMARKS_DEFAULT
     const { usedPages, limitPages } = this.slots
     if (usedPages > high * limitPages) this.cold?.demote(low * limitPages)
+    const { cachedPages } = this.slots.regions
+    const cacheMost = this.cache?.budgetPages ?? Infinity
+    if (cachedPages > high * cacheMost) this.cold?.demote(usedPages - cachedPages + low * cacheMost)
   }
 
   /** The machine has too little memory: some of what is only cached goes. */

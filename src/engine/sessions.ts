@@ -63,6 +63,7 @@ export class Sessions {
       if (node.region < 0) outPages += count
       else pages += count
     }
+    const durable = this.offload?.isDurable(end)
     return {
       id: nameOf(tokensOf(end)),
       tokens: end.from + end.tokens.length,
@@ -70,6 +71,7 @@ export class Sessions {
       outPages,
       bytes: (pages + outPages) * layout.shape.pageBytes,
       where: outPages === 0 ? 'memory' : pages === 0 ? 'disk' : 'both',
+      ...(durable !== undefined && { durable }),
       idleMs: nowMs - end.usedMs,
     }
   }

@@ -176,6 +176,21 @@ test('choices that share a prompt take its pages each', () => {
   assert.ok(Math.abs(fragmentation - 0.075) < 1e-9)
 })
 
+test('requests of several choices begin one a step', () => {
+  const engine = bench()
+  const ids = Array.from({ length: 6 }, (_, id) => id)
+  for (const first of [0, 2, 4]) {
+    const request = sequenceRequest({ prompt: new Int32Array(10).fill(first) })
+    engine.submitChoices([first, first + 1], request, [GREEDY, GREEDY])
+  }
+  engine.step()
+  assert.deepEqual(
+    ids.map((id) => engine.outcome(id).tokens.length),
+    ids.map(() => 1),
+  )
+  assert.equal(engine.core.snapshot().promptTokens, 30)
+})
+
 test('a prefix within a page is missed, or one of another tenant is hit', () => {
   const engine = bench({ prefixPages: 1000 })
   const prompt = Int32Array.from({ length: 50 }, (_, i) => (i * 7) % VOCAB)

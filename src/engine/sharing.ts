@@ -46,9 +46,9 @@ export class PromptSharing implements Sharing<Sequence> {
     const { tokens, promptLength, request, unit } = sequence
     if (unit?.restarted) return []
     let spans: KvSpan[] = []
+    if (this.waits(sequence)) return 'wait'
     const sibling = inMemory(sequence)
     if (sibling) {
-      if (sibling.computed < promptLength) return 'wait'
       spans = this.slots.spansOf(sibling.slot, promptLength)
     } else if (this.cache) {
       if (this.comes(sequence)) return 'coming'
@@ -57,6 +57,12 @@ export class PromptSharing implements Sharing<Sequence> {
     // Beams lie in more and more regions; of those that they may, a prompt gets less than half.
     const spansMax = unit ? beamSpansKept(this.options.spansMax) - 1 : this.options.spansMax
     return this.usable(sequence, spans.slice(0, spansMax))
+  }
+
+  /** Another one of its group is about to compute its prompt. */
+  waits(sequence: Sequence): boolean {
+    const sibling = inMemory(sequence)
+    return sibling !== undefined && sibling.computed < sequence.promptLength
   }
 
   /**

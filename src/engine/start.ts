@@ -3,7 +3,7 @@
 
 import { LatticeError } from '../errors.ts'
 import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
-import { liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
+import { type KvLayout, liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT } from '../limits.ts'
 import { stepTokensNeeded } from '../scheduler/scheduler.ts'
 import { openModel } from '../model/load.ts'
@@ -64,19 +64,9 @@ export async function startEngine(path: string, options: EngineOptions): Promise
   const place = await choosePlace(path, model, options)
   const { kvBytes, chunkTokensMin } = place
   const prefixCacheBytes = options.prefixCacheBytes ?? 0
-  if (prefixCacheBytes > kvBytes) {
-    throw new LatticeError(
-      'usage',
-      `A prefix cache of ${mib(prefixCacheBytes)} is more than the KV memory's ${mib(kvBytes)}.`,
-      { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
-    )
-  }
-  if (options.kvWatermarks && !options.kvOffload) {
-    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
-      todo: 'Give --kv-offload SIZE too.',
-    })
-  }
+  assertUseful(options, kvBytes)
   const contextLength = chooseContext(config, place, options.contextLength)
+  assertHoldsPrompts(prefixCacheBytes, place.layout(contextLength), chunkTokensMin)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
   const stepTokensMin = stepTokensNeeded(maxSequences, chunkTokensMin)
@@ -130,6 +120,48 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }
+}
+
+/** @throws LatticeError `usage` for an option that nothing would come of without another one */
+function assertUseful(options: EngineOptions, kvBytes: number): void {
+  const { prefixCacheBytes = 0, prefixEviction, prefixCacheOutput, kvWatermarks, kvStore } = options
+  if (prefixCacheBytes > kvBytes) {
+    throw new LatticeError(
+      'usage',
+      `A prefix cache of ${mib(prefixCacheBytes)} is more than the KV memory's ${mib(kvBytes)}.`,
+      { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
+    )
+  }
+  if (kvWatermarks && !options.kvOffload) {
+    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
+      todo: 'Give --kv-offload SIZE too.',
+    })
+  }
+  if (prefixCacheBytes > 0) return
+  const aboutPrompts = {
+    '--prefix-eviction': prefixEviction,
+    '--prefix-cache-output': prefixCacheOutput,
+    '--kv-watermark': kvWatermarks,
+    '--kv-store': kvStore,
+  }
+  for (const [flag, value] of Object.entries(aboutPrompts)) {
+    if (!value) continue
+    throw new LatticeError('usage', `${flag} is about cached prompts, and none are cached.`, {
+      todo: `Give --prefix-cache SIZE too, or leave ${flag} out.`,
+    })
+  }
+}
+
+/** @throws LatticeError `usage` for a prefix cache that is too small for the shortest prompt */
+function assertHoldsPrompts(prefixCacheBytes: number, layout: KvLayout, tokens: number): void {
+  const leastBytes = pagesFor(layout, Math.max(1, tokens)) * layout.shape.pageBytes
+  if (prefixCacheBytes === 0 || prefixCacheBytes >= leastBytes) return
+  throw new LatticeError(
+    'usage',
+    `A prefix cache of ${prefixCacheBytes} bytes holds no prompt: the shortest that is cached` +
+      ` has ${Math.max(1, tokens)} tokens, ${leastBytes} bytes.`,
+    { todo: 'Give --prefix-cache more: room for some thousand tokens, or leave it out.' },
+  )
 }
 
 /**

@@ -63,6 +63,11 @@ export class KeptPrefixes {
     }
   }
 
+  /** What ends here would be there after a crash. */
+  isDurable(end: PrefixNode): boolean {
+    return this.byEnd.get(end)?.durable ?? false
+  }
+
   /** Throws if what is remembered may be written over. */
   check(): void {
     for (const { places } of this.byEnd.values()) {

@@ -57,7 +57,7 @@ export class PrefixCache {
   demotions = 0
   readonly pins: PinTable
   private readonly regions: RegionTable
-  private readonly budgetPages: number
+  readonly budgetPages: number
   private readonly queue: EvictionQueue<PrefixNode>
   private readonly now: () => number
   private readonly places: PlaceTable | undefined

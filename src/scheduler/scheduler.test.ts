@@ -274,6 +274,26 @@ test('a prompt is let in whose first output throws it out again', () => {
   assert.deepEqual(scheduler.waiting, [second])
 })
 
+test('who waits for the prompt of another one holds up others, or loses a place to them', () => {
+  const slots = slotTable(4, 100)
+  const items = [0, 1, 2, 3, 4].map((id) => newItem(id, 4, 4))
+  let waits = [1, 2]
+  const scheduler = new Scheduler<Item>(
+    slots,
+    { stepTokens: 64, maxSequences: 4, chunkTokensMin: 1 },
+    { prefixOf: ({ id }) => (waits.includes(id) ? 'wait' : []), evict: () => false },
+  )
+  scheduler.waiting.push(...items)
+  const planned = () => scheduler.plan().map(({ sequence }) => sequence.id)
+  assert.deepEqual(planned(), [0, 3])
+  assert.deepEqual(
+    scheduler.waiting.map(({ id }) => id),
+    [1, 2, 4],
+  )
+  waits = []
+  assert.deepEqual(planned(), [0, 3, 1, 2])
+})
+
 test('a prompt is cut into a chunk that another kernel would compute, or waits for ever', () => {
   const chunkTokensMin = 4
   fc.assert(

@@ -51,7 +51,7 @@ export interface SchedulingUnit<S> {
 export interface Sharing<S> {
   /**
    * Where its first tokens lie; 'wait' while another sequence is about to compute them, 'coming'
-   * while they come from outside of memory: others may go first.
+   * while they come from outside of memory: others may go first, and leave a place for who waits.
    */
   prefixOf(sequence: S): readonly KvSpan[] | 'wait' | 'coming'
   /** Lets go of a cached prefix, to make room. False if there is none. */
@@ -215,17 +215,21 @@ export class Scheduler<S extends Schedulable> {
   private admit(budget: number): void {
     let left = budget
     let at = 0
+    let kept = 0
     // Who runs already waits for memory: nobody else gets any.
     while (left > 0 && this.owedPages === 0) {
       const sequence = this.waiting[at]
       if (!sequence) return
-      while (!this.mayEnter(sequence)) if (!this.unblock()) return
+      while (!this.mayEnter(sequence, kept)) if (!this.unblock()) return
       if (!sequence.image && this.chunkOf(sequence, left) === 0) return
-      let entry = this.letIn(sequence)
-      while (entry === false && this.unblock()) entry = this.letIn(sequence)
-      if (entry === 'coming') at++
+      let entry = this.letIn(sequence, at)
+      while (entry === false && this.unblock()) entry = this.letIn(sequence, at)
       if (entry === false) return
-      if (entry !== true) continue
+      if (entry !== true) {
+        at++
+        if (entry === 'wait') kept++
+        continue
+      }
       this.waiting.splice(at, 1)
       this.running.push(sequence)
       if (sequence.image) continue
@@ -237,22 +241,23 @@ export class Scheduler<S extends Schedulable> {
     }
   }
 
-  private letIn(sequence: S): boolean | 'coming' {
+  /** @param before those in the queue that it overtakes */
+  private letIn(sequence: S, before: number): boolean | 'wait' | 'coming' {
     const { image } = sequence
     if (image) {
-      if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared)) return false
+      if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared, before)) return false
       return this.residence.resume(sequence, image)
     }
     const shared = this.sharing.prefixOf(sequence)
-    if (shared === 'wait') return false
-    if (shared === 'coming') return shared
-    if (this.expectsRoom(sequence, shared) && this.residence.place(sequence, shared)) return true
+    if (shared === 'wait' || shared === 'coming') return shared
+    const expected = this.expectsRoom(sequence, shared, before)
+    if (expected && this.residence.place(sequence, shared)) return true
     // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
     return this.running.length === 0 && this.residence.place(sequence, [])
   }
 
   /** Whether a sequence can run beside the others without throwing any out before it ends. */
-  private expectsRoom(sequence: S, shared: readonly KvSpan[]): boolean {
+  private expectsRoom(sequence: S, shared: readonly KvSpan[], before: number): boolean {
     // A unit finds what it needs, or it does not enter.
     if (this.options.greedy || this.running.length === 0 || sequence.unit) return true
     const { slots } = this
@@ -262,9 +267,13 @@ export class Scheduler<S extends Schedulable> {
       room += pages
       return { pages, remaining: this.remaining(running) }
     })
+    const { ranges, tokenStride, shape } = slots.layout
+    // Those before it will share their prompts.
+    for (const waiting of before > 0 ? this.waiting.slice(0, before) : []) {
+      growing.push({ pages: ranges, remaining: this.remaining(waiting) })
+    }
     const pages = slots.pagesBeside(sequence.length + 1, shared)
     growing.push({ pages, remaining: this.remaining(sequence) })
-    const { ranges, tokenStride, shape } = slots.layout
     return peakPages(growing, (ranges * tokenStride) / shape.pageBytes, ranges) <= room
   }
 
@@ -291,10 +300,11 @@ export class Scheduler<S extends Schedulable> {
    * @returns false, with nothing changed, if there is no room for it
    */
   fork(sequence: S, source: S): boolean {
-    if (!this.mayEnter(sequence)) return false
+    const at = this.waiting.indexOf(sequence)
+    // Those before it keep their places.
+    if (!this.mayEnter(sequence, Math.max(0, at))) return false
     const shared = this.slots.spansOf(source.slot, source.computed)
     if (!this.residence.place(sequence, shared, 'grow later')) return false
-    const at = this.waiting.indexOf(sequence)
     if (at >= 0) this.waiting.splice(at, 1)
     this.running.push(sequence)
     return true
@@ -357,11 +367,14 @@ export class Scheduler<S extends Schedulable> {
     return alone && first && !this.mayEnter(first) ? first : undefined
   }
 
-  /** A unit gets all of its places at once. */
-  private mayEnter({ unit }: S): boolean {
+  /**
+   * A unit gets all of its places at once.
+   * @param kept places for those that came first and wait for what another one computes
+   */
+  private mayEnter({ unit }: S, kept = 0): boolean {
     const places = this.running.reduce((sum, sequence) => sum + placesOf(sequence), 0)
     const leaving = this.preemption?.tiers.leavingSlots ?? 0
-    if (places + leaving + (unit?.width ?? 1) > this.options.maxSequences) return false
+    if (places + leaving + kept + (unit?.width ?? 1) > this.options.maxSequences) return false
     return !unit || unit.pagesToEnter <= this.slots.availablePages()
   }
 

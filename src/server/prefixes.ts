@@ -126,7 +126,7 @@ function prefixJson({ id, tokens, pages, bytes, uses, ageMs }: PinnedPrefix): ob
 
 function gone(id: string): LatticeError {
   return new LatticeError('not_found', `No prefix ${id.slice(0, 40)} is pinned.`, {
-    todo: 'GET /v1/prefixes lists yours.',
+    todo: 'GET /v1/prefixes or `lattice prefix ls` lists yours.',
   })
 }
 

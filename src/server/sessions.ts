@@ -24,15 +24,15 @@ export function moveSession({ engine }: ServerContext, kind: 'offload' | 'reload
 }
 
 function sessionJson(session: SessionSnapshot): object {
-  const { id, tokens, pages, outPages, bytes, where, idleMs } = session
+  const { id, tokens, pages, outPages, bytes, where, durable, idleMs } = session
   const places = { where, pages, offloaded_pages: outPages, bytes }
-  return { id, object: 'session', tokens, ...places, idle_ms: Math.round(idleMs) }
+  return { id, object: 'session', tokens, ...places, durable, idle_ms: Math.round(idleMs) }
 }
 
 function refused(move: Exclude<SessionMove, 'done' | 'moving'>, id: string): LatticeError {
   if (move === 'unknown') {
     return new LatticeError('not_found', `There is no session ${id}.`, {
-      todo: 'GET /v1/sessions lists yours; one that goes on has another id.',
+      todo: 'GET /v1/sessions or `lattice ps --sessions` lists yours; each turn has a new id.',
     })
   }
   if (move === 'impossible') {

@@ -48,12 +48,19 @@ test('memory for the whole context shortens it, or says that it does', async () 
 })
 
 test('options that contradict the model, the memory or each other are bent', async () => {
+  const kvOffload = { bytes: 1 << 20 }
   const refused: [Partial<EngineOptions>, RegExp][] = [
     [{ contextLength: 257, kvMemoryBytes: HALF }, /context of 257 .* hold 256 tokens/],
     [{ contextLength: 513 }, /context of 513 .* trained for 512/],
     [{ kvMemoryBytes: 4096 }, /hold 0 tokens/],
     [{ maxSequences: 64, stepTokens: 32 }, /step of 32 tokens .* 64 sequences/],
     [{ threads: 1000 }, /1000 threads/],
+    [{ prefixCacheBytes: 4096 }, /4096 bytes holds no prompt: .* 64 tokens/],
+    [{ prefixEviction: 'lru' }, /--prefix-eviction is about cached prompts/],
+    [{ prefixCacheOutput: true }, /--prefix-cache-output is about cached prompts/],
+    [{ kvWatermarks: { high: 1, low: 0 } }, /there is none/],
+    [{ kvOffload, kvWatermarks: { high: 1, low: 0 } }, /--kv-watermark is about cached prompts/],
+    [{ kvOffload, kvStore: { directory: '/', key: '/' } }, /--kv-store is about cached prompts/],
   ]
   for (const [options, message] of refused) {
     const error = await start(options).then(

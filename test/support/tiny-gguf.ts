@@ -202,6 +202,24 @@ export function tinyLlama(seed = 1, metadata: Readonly<Record<string, TinyValue>
   return { metadata: { ...tinyLlamaMetadata(), ...metadata }, tensors }
 }
 
+/** The same with its matrices in Q8_0: computed alone or beside others, their bits are the same. */
+export function quantized({ tensors, ...rest }: TinyGguf): TinyGguf {
+  return { ...rest, tensors: tensors.map((tensor) => (tensor.shape[1] ? q8(tensor) : tensor)) }
+}
+
+/** Blocks of 32 values: a scale as float16, then a signed byte each (block_q8_0 in ggml). */
+function q8({ data, ...rest }: TinyTensor): TinyTensor {
+  const blocks: Buffer[] = []
+  const numbers = Array.from(data)
+  for (let at = 0; at < numbers.length; at += 32) {
+    const values = numbers.slice(at, at + 32)
+    const [scale = 0] = Float16Array.of(Math.max(...values.map(Math.abs)) / 127)
+    const bytes = Int8Array.from(values, (value) => Math.round(value / scale))
+    blocks.push(bytesOf(Float16Array.of(scale)), bytesOf(bytes))
+  }
+  return { ...rest, data: Buffer.concat(blocks), type: 'Q8_0' }
+}
+
 function tinyLlamaMetadata(): Record<string, TinyValue> {
   const { layers, hidden, heads, kvHeads, feedForward, vocab, contextLength } = TINY_LLAMA
   const tokens = byteTokens(vocab)

@@ -14,6 +14,7 @@ import {
   openSync,
   readFileSync,
   renameSync,
+  rmSync,
   writeSync,
 } from 'node:fs'
 import { join } from 'node:path'
@@ -57,7 +58,8 @@ export interface StoreOptions {
 
 /**
  * @param capacity places; prefixes that have others are left out
- * @throws LatticeError `kv_store_invalid` for another key, a directory that is in use or no store
+ * @throws LatticeError `kv_store_invalid` for another key, a directory that is in use or no store,
+ *   `os_call_failed` for one that cannot be written to
  */
 export function openStore(
   { directory, namespace, secret }: StoreOptions,
@@ -66,10 +68,11 @@ export function openStore(
   columnBytes: number,
 ): OpenedStore {
   const path = join(directory, namespace)
-  mkdirSync(path, { recursive: true, mode: 0o700 })
-  const lockFd = lock(join(path, 'lock'), path)
+  const lockFd = enter(directory, path)
   try {
     const logPath = join(path, 'log')
+    // A crash may have left one that was not whole yet.
+    rmSync(`${logPath}.new`, { force: true })
     if (!existsSync(logPath)) createLog(logPath, secret, keys)
     const log = readFileSync(logPath)
     const storeKeys = proveKey(log, path, secret, keys)
@@ -114,6 +117,24 @@ export function openStore(
     throw thrown
   } finally {
     secret.fill(0)
+  }
+}
+
+/** Makes what is missing of the directories. @returns a file of the inner one, locked */
+function enter(directory: string, path: string): number {
+  try {
+    // One by one: a directory whose parents are missing too is more likely misspelt.
+    for (const each of [directory, path]) {
+      if (!existsSync(each)) mkdirSync(each, { mode: 0o700 })
+    }
+    return lock(join(path, 'lock'), path)
+  } catch (thrown) {
+    if (thrown instanceof LatticeError) throw thrown
+    const reason = thrown instanceof Error ? thrown.message : String(thrown)
+    throw new LatticeError('os_call_failed', `${path} cannot hold a KV store: ${reason}.`, {
+      todo: 'Give --kv-store a directory that can be written to; its parent must exist.',
+      cause: thrown,
+    })
   }
 }
 

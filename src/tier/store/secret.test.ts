@@ -10,7 +10,8 @@ import { addressOf, lastErrno, SYS, syscall } from '../../ffi/syscalls.ts'
 import { readSecret } from './secret.ts'
 
 test('a bad key file is taken', () => {
-  const path = join(temporaryDirectory('key'), 'key')
+  const directory = temporaryDirectory('key')
+  const path = join(directory, 'key')
   const refused = (message: RegExp) =>
     assert.throws(() => readSecret(path), { code: 'usage', message })
   refused(/cannot be read/)
@@ -23,6 +24,8 @@ test('a bad key file is taken', () => {
   )
   chmodSync(path, 0o640)
   refused(/Others than its owner/)
+  chmodSync(directory, 0o755)
+  assert.throws(() => readSecret(directory), { code: 'usage', message: /is a directory/ })
 })
 
 test('a key that the keyring has not is made up', () => {

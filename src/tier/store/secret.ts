@@ -26,7 +26,10 @@ export function readSecret(source: string): Uint8Array {
 
 function readKeyFile(path: string): Uint8Array {
   try {
-    if ((statSync(path).mode & 0o077) === 0) return readFileSync(path)
+    const status = statSync(path)
+    // Else we would say to chmod 600 it, which makes a directory useless.
+    if (status.isDirectory()) throw new Error(`${path} is a directory`)
+    if ((status.mode & 0o077) === 0) return readFileSync(path)
   } catch (thrown) {
     const reason = thrown instanceof Error ? thrown.message : String(thrown)
     throw new LatticeError('usage', `The key of the KV store cannot be read: ${reason}.`, {

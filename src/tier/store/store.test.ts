@@ -2,7 +2,14 @@
 // engine the prefixes of another. Files, pager and crashes of the log are real.
 
 import assert from 'node:assert/strict'
-import { copyFileSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import {
+  copyFileSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { Random } from '../../../test/support/random.ts'
@@ -83,6 +90,14 @@ test('what was durable is gone after a restart, or has other content', async (t)
   keep(again, { ...prefix(root, 3, 6) })
 })
 
+test('a log that was half written in a crash stays for ever', async () => {
+  const directory = temporaryDirectory('store')
+  await open({ directory }).close()
+  writeFileSync(join(directory, NAMESPACE, 'log.new'), 'lattice kv')
+  await open({ directory }).close()
+  assert.deepEqual(readdirSync(join(directory, NAMESPACE)).toSorted(), ['columns', 'lock', 'log'])
+})
+
 test('what was removed comes back, with or without what continued it', async () => {
   const directory = temporaryDirectory('store')
   const b = open({ directory })
@@ -115,6 +130,19 @@ test('one engine reads the store of another model, another key or another engine
   writeFileSync(join(directory, 'other', 'log'), 'my diary')
   refused({ namespace: 'other' }, /no KV store/)
   assert.equal(readFileSync(join(directory, 'other', 'log'), 'utf8'), 'my diary')
+})
+
+test('a directory that can hold no store is a defect of ours, or looked for without an end', () => {
+  const file = join(temporaryDirectory('store'), 'file')
+  writeFileSync(file, '')
+  // In /proc nobody can make anything, and making parents there never ends.
+  for (const directory of [file, join(file, 'x'), join(file, '..', 'a', 'b'), '/proc/x']) {
+    assert.throws(() => open({ directory }), {
+      code: 'os_call_failed',
+      message: /cannot hold a KV store: E/,
+      todo: /--kv-store/,
+    })
+  }
 })
 
 test('a log of prefixes that are gone grows for ever, or is rewritten wrongly', async () => {
