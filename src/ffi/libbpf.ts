@@ -1,0 +1,269 @@
+// Owns calls into libbpf: it loads a compiled BPF object, sets its tunables, finds its maps and
+// programs, attaches them by links that the kernel takes away when this process ends, and runs
+// them on given packets. libbpf 1.1 suffices; it comes with iproute2.
+
+import koffi from 'koffi'
+import { present } from '../assert.ts'
+import { LatticeError } from '../errors.ts'
+import { mapShared, viewMemory } from './libc.ts'
+
+/** Bytes of the verifier's words that are kept; it says most at the end. */
+const LOG_BYTES = 1 << 20
+const LOG_LINES = 6
+
+/** bpf_object_open_opts of libbpf 1.1: its size, and where the log's buffer and its length are. */
+const OPEN_OPTS_BYTES = 80
+const OPEN_OPTS_LOG = 56
+
+interface Natives {
+  open(elf: Uint8Array, bytes: number, options: Uint8Array): number
+  load(object: number): number
+  close(object: number): void
+  nextMap(object: number, map: number): number
+  nextProgram(object: number, program: number): number
+  mapName(map: number): string
+  mapFd(map: number): number
+  mapKeyBytes(map: number): number
+  mapValueBytes(map: number): number
+  mapEntries(map: number): number
+  initialValue(map: number, bytes: Uint8Array): number
+  programName(program: number): string
+  programFd(program: number): number
+  attachXdp(program: number, ifindex: number): number
+  destroyLink(link: number): number
+  lookup(fd: number, key: Uint8Array, value: Uint8Array): number
+  update(fd: number, key: Uint8Array, value: Uint8Array, flags: bigint): number
+  remove(fd: number, key: Uint8Array): number
+  nextKey(fd: number, key: Uint8Array | null, next: Uint8Array): number
+  testRun(fd: number, options: Uint8Array): number
+  cpus(): number
+}
+
+let natives: Natives | undefined
+
+function bpf(): Natives {
+  if (natives) return natives
+  let library: koffi.IKoffiLib
+  try {
+    library = koffi.load('libbpf.so.1')
+  } catch (cause) {
+    throw new LatticeError('backend_unavailable', 'libbpf.so.1 is not installed.', {
+      todo: 'Install it: apt install libbpf1 (it comes with iproute2).',
+      cause,
+    })
+  }
+  const f = (name: string, result: string, parameters: string[]) =>
+    library.func(name, result, parameters) as never
+  const pointer = 'uintptr_t'
+  library.func('libbpf_set_print', pointer, [pointer])(0)
+  natives = {
+    open: f('bpf_object__open_mem', pointer, ['const void *', 'size_t', 'const void *']),
+    load: f('bpf_object__load', 'int', [pointer]),
+    close: f('bpf_object__close', 'void', [pointer]),
+    nextMap: f('bpf_object__next_map', pointer, [pointer, pointer]),
+    nextProgram: f('bpf_object__next_program', pointer, [pointer, pointer]),
+    mapName: f('bpf_map__name', 'str', [pointer]),
+    mapFd: f('bpf_map__fd', 'int', [pointer]),
+    mapKeyBytes: f('bpf_map__key_size', 'uint32_t', [pointer]),
+    mapValueBytes: f('bpf_map__value_size', 'uint32_t', [pointer]),
+    mapEntries: f('bpf_map__max_entries', 'uint32_t', [pointer]),
+    initialValue: f('bpf_map__initial_value', pointer, [pointer, 'void *']),
+    programName: f('bpf_program__name', 'str', [pointer]),
+    programFd: f('bpf_program__fd', 'int', [pointer]),
+    attachXdp: f('bpf_program__attach_xdp', pointer, [pointer, 'int']),
+    destroyLink: f('bpf_link__destroy', 'int', [pointer]),
+    lookup: f('bpf_map_lookup_elem', 'int', ['int', 'const void *', 'void *']),
+    update: f('bpf_map_update_elem', 'int', ['int', 'const void *', 'const void *', 'uint64_t']),
+    remove: f('bpf_map_delete_elem', 'int', ['int', 'const void *']),
+    nextKey: f('bpf_map_get_next_key', 'int', ['int', 'const void *', 'void *']),
+    testRun: f('bpf_prog_test_run_opts', 'int', ['int', 'void *']),
+    cpus: f('libbpf_num_possible_cpus', 'int', []),
+  }
+  return natives
+}
+
+/** CPUs that a per-CPU map has a value for. */
+export function possibleCpus(): number {
+  return bpf().cpus()
+}
+
+/** One map of a loaded object. Keys and values are bytes as the C structs lie in memory. */
+export class BpfMap {
+  readonly name: string
+  readonly fd: number
+  readonly keyBytes: number
+  readonly valueBytes: number
+  readonly entries: number
+
+  constructor(map: number) {
+    const native = bpf()
+    this.name = native.mapName(map)
+    this.fd = native.mapFd(map)
+    this.keyBytes = native.mapKeyBytes(map)
+    this.valueBytes = native.mapValueBytes(map)
+    this.entries = native.mapEntries(map)
+  }
+
+  /** @param value filled if the key is there; for a per-CPU map one value a CPU, each padded to 8 */
+  lookup(key: Uint8Array, value: Uint8Array): boolean {
+    return bpf().lookup(this.fd, key, value) === 0
+  }
+
+  /** @throws LatticeError `os_call_failed`: the map is full, or the value is refused */
+  update(key: Uint8Array, value: Uint8Array): void {
+    const result = bpf().update(this.fd, key, value, 0n)
+    if (result < 0) throw failed('bpf_map_update_elem', -result, `map ${this.name}`)
+  }
+
+  /** False if it was not there. */
+  delete(key: Uint8Array): boolean {
+    return bpf().remove(this.fd, key) === 0
+  }
+
+  /** Every key at this moment; keys that come meanwhile may or may not be among them. */
+  *keys(): Generator<Uint8Array> {
+    let key: Uint8Array | null = null
+    for (;;) {
+      const next = new Uint8Array(this.keyBytes)
+      if (bpf().nextKey(this.fd, key, next) !== 0) return
+      yield next
+      key = next
+    }
+  }
+
+  /** An mmapable array map as memory that the program reads and writes too. Never unmapped. */
+  view(): ArrayBuffer {
+    const bytes = Math.ceil((this.valueBytes * this.entries) / 4096) * 4096
+    return viewMemory(mapShared(this.fd, bytes), bytes)
+  }
+}
+
+/** What running a program on a packet came to. */
+export interface TestRun {
+  /** XDP_ABORTED 0, DROP 1, PASS 2, TX 3, REDIRECT 4. */
+  action: number
+  packet: Uint8Array
+  /** Mean of the repeats. */
+  durationNs: number
+}
+
+export class BpfProgram {
+  readonly name: string
+  readonly fd: number
+  private readonly program: number
+
+  constructor(program: number) {
+    this.program = program
+    this.name = bpf().programName(program)
+    this.fd = bpf().programFd(program)
+  }
+
+  /**
+   * Attaches to an interface's driver, or generically where the driver cannot.
+   * @returns a function that detaches; the kernel does if this process ends without it
+   */
+  attachXdp(ifindex: number): () => void {
+    const link = bpf().attachXdp(this.program, ifindex)
+    if (link === 0) throw failed('bpf_program__attach_xdp', koffi.errno(), this.name)
+    return () => void bpf().destroyLink(link)
+  }
+
+  /** BPF_PROG_TEST_RUN. A program that changes the packet sees its own change when repeated. */
+  testRun(packet: Uint8Array, repeat = 1): TestRun {
+    const out = new Uint8Array(4096)
+    // struct bpf_test_run_opts
+    const options = new DataView(new ArrayBuffer(88))
+    options.setBigUint64(0, 88n, true)
+    options.setBigUint64(8, BigInt(koffi.address(packet)), true)
+    options.setBigUint64(16, BigInt(koffi.address(out)), true)
+    options.setUint32(24, packet.length, true)
+    options.setUint32(28, out.length, true)
+    options.setInt32(60, repeat, true)
+    const result = bpf().testRun(this.fd, new Uint8Array(options.buffer))
+    if (result < 0) throw failed('bpf_prog_test_run_opts', -result, this.name)
+    return {
+      action: options.getUint32(56, true),
+      packet: out.slice(0, options.getUint32(28, true)),
+      durationNs: options.getUint32(64, true),
+    }
+  }
+}
+
+/** A loaded object: its programs are verified and in the kernel, attached to nothing yet. */
+export class BpfObject {
+  readonly maps = new Map<string, BpfMap>()
+  readonly programs = new Map<string, BpfProgram>()
+  private readonly object: number
+
+  /**
+   * @param tune changes the bytes of `.rodata`, where `const volatile` tunables lie, before loading
+   * @throws LatticeError `backend_unavailable` without libbpf or the permission, `backend_failed`
+   *   with the verifier's last lines
+   */
+  constructor(elf: Uint8Array, tune: (rodata: Uint8Array) => void = () => {}) {
+    const native = bpf()
+    const log = new Uint8Array(LOG_BYTES)
+    const options = new DataView(new ArrayBuffer(OPEN_OPTS_BYTES))
+    options.setBigUint64(0, BigInt(OPEN_OPTS_BYTES), true)
+    options.setBigUint64(OPEN_OPTS_LOG, BigInt(koffi.address(log)), true)
+    options.setBigUint64(OPEN_OPTS_LOG + 8, BigInt(LOG_BYTES), true)
+    this.object = native.open(elf, elf.length, new Uint8Array(options.buffer))
+    if (this.object === 0) throw failed('bpf_object__open_mem', koffi.errno(), 'the object')
+    this.#tune(tune)
+    const result = native.load(this.object)
+    if (result < 0) {
+      native.close(this.object)
+      throw refused(-result, log)
+    }
+    for (let map = 0; (map = native.nextMap(this.object, map)) !== 0;) {
+      const found = new BpfMap(map)
+      this.maps.set(found.name, found)
+    }
+    for (let program = 0; (program = native.nextProgram(this.object, program)) !== 0;) {
+      const found = new BpfProgram(program)
+      this.programs.set(found.name, found)
+    }
+  }
+
+  map(name: string): BpfMap {
+    return present(this.maps.get(name), `the map ${name}`)
+  }
+
+  program(name: string): BpfProgram {
+    return present(this.programs.get(name), `the program ${name}`)
+  }
+
+  close(): void {
+    bpf().close(this.object)
+  }
+
+  #tune(tune: (rodata: Uint8Array) => void): void {
+    const native = bpf()
+    for (let map = 0; (map = native.nextMap(this.object, map)) !== 0;) {
+      if (!native.mapName(map).endsWith('.rodata')) continue
+      const address = native.initialValue(map, new Uint8Array(8))
+      tune(new Uint8Array(viewMemory(address, native.mapValueBytes(map))))
+    }
+  }
+}
+
+function failed(call: string, errno: number, what: string): LatticeError {
+  return new LatticeError('os_call_failed', `${call} failed with errno ${errno}: ${what}.`, {
+    details: { call, errno },
+  })
+}
+
+const EPERM = 1
+
+function refused(errno: number, log: Uint8Array): LatticeError {
+  if (errno === EPERM) {
+    return new LatticeError('backend_unavailable', 'The kernel allows no BPF programs here.', {
+      todo: 'Run as root, or with CAP_BPF and CAP_NET_ADMIN.',
+    })
+  }
+  const text = Buffer.from(log.subarray(0, log.indexOf(0))).toString('utf8')
+  const last = text.trimEnd().split('\n').slice(-LOG_LINES).join('\n')
+  return new LatticeError('backend_failed', `The verifier refused a program:\n${last}`, {
+    details: { errno },
+  })
+}
