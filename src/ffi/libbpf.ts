@@ -2,7 +2,7 @@
 // programs, attaches them by links that the kernel takes away when this process ends, and runs
 // them on given packets. libbpf 1.1 suffices; it comes with iproute2.
 
-import koffi from 'koffi'
+import koffi, { type LibraryHandle } from 'koffi'
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
 import { mapShared, viewMemory } from './libc.ts'
@@ -43,7 +43,7 @@ let natives: Natives | undefined
 
 function bpf(): Natives {
   if (natives) return natives
-  let library: koffi.IKoffiLib
+  let library: LibraryHandle
   try {
     library = koffi.load('libbpf.so.1')
   } catch (cause) {
