@@ -17,6 +17,7 @@ export const ERROR_CODES = {
   queue_full: { status: 429, exit: 1 },
   draining: { status: 503, exit: 1 },
   server_unreachable: { status: 502, exit: 1 },
+  request_rejected: { status: 503, exit: 1 },
   engine_stopped: { status: 503, exit: 1 },
   kv_memory_exhausted: { status: 400, exit: 1 },
   download_failed: { status: 502, exit: 1 },

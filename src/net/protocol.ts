@@ -188,3 +188,21 @@ export function modelHash(name: string): number {
 export function fragmentsOf(promptBytes: number): number {
   return Math.ceil(promptBytes / FRAGMENT_BYTES)
 }
+
+/** The payload of TOKENS: count, ids, text. */
+export function writeTokens(tokens: readonly number[], text: string): Uint8Array {
+  const utf8 = Buffer.from(text)
+  const bytes = new Uint8Array(2 + 4 * tokens.length + utf8.length)
+  const view = new DataView(bytes.buffer)
+  view.setUint16(0, tokens.length)
+  tokens.forEach((token, i) => view.setUint32(2 + 4 * i, token))
+  bytes.set(utf8, 2 + 4 * tokens.length)
+  return bytes
+}
+
+export function readTokens(payload: Uint8Array): { tokens: Uint32Array; text: string } {
+  const view = new DataView(payload.buffer, payload.byteOffset, payload.byteLength)
+  const count = view.getUint16(0)
+  const tokens = Uint32Array.from({ length: count }, (_, i) => view.getUint32(2 + 4 * i))
+  return { tokens, text: Buffer.from(payload.subarray(2 + 4 * count)).toString('utf8') }
+}
