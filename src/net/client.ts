@@ -241,7 +241,7 @@ class Exchange {
     this.#receiver.said()
   }
 
-  #send(type: MessageType, change: Partial<Header>, payload = new Uint8Array()): void {
+  #send(type: MessageType, change: Partial<Header>, payload: Uint8Array = new Uint8Array()): void {
     const datagram = new Uint8Array(HEADER_BYTES + payload.length)
     const header: Partial<Header> = {
       ...this.#base,
