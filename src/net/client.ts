@@ -24,6 +24,7 @@ import {
   readHeader,
   readTokens,
   writeHeader,
+  writeSampling,
 } from './protocol.ts'
 import { type SipKey, sipKey } from './siphash.ts'
 
@@ -46,6 +47,11 @@ export interface GenerateOptions {
   model?: string
   /** Gives up so long after the start. */
   deadlineMs?: number
+  /** 0, the default, is greedy. */
+  temperature?: number
+  /** 1, the default, is off. */
+  topP?: number
+  seed?: number
   signal?: AbortSignal
 }
 
@@ -113,6 +119,7 @@ class Exchange {
   readonly #base: Partial<Header>
   readonly #prompt: Uint8Array
   readonly #options: GenerateOptions
+  readonly #sampling: [bigint, bigint]
   readonly #sender = new NumberedSender()
   readonly #receiver = new NumberedReceiver()
   /** Arrived, but not yet in order; by number. */
@@ -143,6 +150,8 @@ class Exchange {
     this.#socket = socket
     this.#key = key
     this.#options = options
+    const { temperature = 0, topP = 1, seed = Date.now() } = options
+    this.#sampling = writeSampling({ temperature, topP, seed: BigInt(seed) })
     this.#base = {
       tenant,
       key: keyIndex,
@@ -228,7 +237,7 @@ class Exchange {
     for (const fragment of this.#sender.due(now)) {
       const from = fragment * FRAGMENT_BYTES
       const payload = this.#prompt.subarray(from, from + FRAGMENT_BYTES)
-      const words: Header['words'] = [this.#cookie, hashOf(this.#key, payload), 0n, 0n]
+      const words: Header['words'] = [this.#cookie, hashOf(this.#key, payload), ...this.#sampling]
       this.#send(MESSAGE_TYPES.data, { fragment, words }, payload)
     }
     const { ackMs } = this.#receiver

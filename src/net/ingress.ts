@@ -133,6 +133,14 @@ export class Ingress {
     this.control.setUint32(at + REPLICA.ready, model === undefined ? 0 : 1, true)
   }
 
+  /** Puts an AF_XDP socket into the map that DATA is redirected by. */
+  setRing(index: number, fd: number): void {
+    const [key, value] = [new DataView(new ArrayBuffer(4)), new DataView(new ArrayBuffer(4))]
+    key.setUint32(0, index, true)
+    value.setInt32(0, fd, true)
+    this.object.map('rings').update(new Uint8Array(key.buffer), new Uint8Array(value.buffer))
+  }
+
   /** Says which replicas hold a prefix (a bit each); none forgets it. */
   publish(hash: bigint, replicas: bigint): void {
     const [key, value] = [new DataView(new ArrayBuffer(8)), new DataView(new ArrayBuffer(8))]

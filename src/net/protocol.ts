@@ -189,6 +189,29 @@ export function fragmentsOf(promptBytes: number): number {
   return Math.ceil(promptBytes / FRAGMENT_BYTES)
 }
 
+export interface WireSampling {
+  /** 0 is greedy. */
+  temperature: number
+  /** 1 is off. */
+  topP: number
+  seed: bigint
+}
+
+const floats = new DataView(new ArrayBuffer(8))
+
+/** Words 2 and 3 of DATA. */
+export function writeSampling({ temperature, topP, seed }: WireSampling): [bigint, bigint] {
+  floats.setFloat32(0, temperature)
+  floats.setFloat32(4, topP === 1 ? 0 : topP)
+  return [floats.getBigUint64(0), BigInt.asUintN(64, seed)]
+}
+
+export function readSampling([, , word, seed]: Header['words']): WireSampling {
+  floats.setBigUint64(0, word)
+  const topP = floats.getFloat32(4)
+  return { temperature: floats.getFloat32(0), topP: topP === 0 ? 1 : topP, seed }
+}
+
 /** The payload of TOKENS: count, ids, text. */
 export function writeTokens(tokens: readonly number[], text: string): Uint8Array {
   const utf8 = Buffer.from(text)

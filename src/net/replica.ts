@@ -16,6 +16,8 @@ import {
   type MessageCode,
   type MessageType,
   readHeader,
+  readSampling,
+  type WireSampling,
   writeHeader,
   writeTokens,
 } from './protocol.ts'
@@ -31,6 +33,7 @@ export interface WireRequest {
   /** No special tokens are added to text. */
   raw: boolean
   maxTokens: number
+  sampling: WireSampling
 }
 
 /** Where an answer goes. */
@@ -216,7 +219,9 @@ class Exchange implements WireAnswer {
     const { tenant, request, flags, maxTokens } = this.header
     const chat = (flags & MESSAGE_FLAGS.chat) !== 0
     const raw = (flags & MESSAGE_FLAGS.raw) !== 0
-    this.abort = this.events.start({ tenant, request, prompt, chat, raw, maxTokens }, this)
+    const sampling = readSampling(header.words)
+    const wire = { tenant, request, prompt, chat, raw, maxTokens, sampling }
+    this.abort = this.events.start(wire, this)
   }
 
   private cancel(): void {

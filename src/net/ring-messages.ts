@@ -1,7 +1,7 @@
 // Owns what the main thread and the ring thread say to each other. Prompts come over as bytes, once
 // they are complete; answers go back as tokens and text.
 
-import type { MessageCode } from './protocol.ts'
+import type { MessageCode, WireSampling } from './protocol.ts'
 
 export interface RingThreadOptions {
   ifindex: number
@@ -29,6 +29,7 @@ export type FromRing =
       chat: boolean
       raw: boolean
       maxTokens: number
+      sampling: WireSampling
     }
   | { kind: 'abort'; id: number }
   | { kind: 'finished'; tenant: number; request: bigint; usedTokens: number }

@@ -23,10 +23,10 @@ const answers = new Map<number, WireAnswer>()
 let nextId = 1
 
 const replica = new Replica((tenant, index) => keys.get(2 * tenant + index), {
-  start({ tenant, prompt, chat, raw, maxTokens }, answer) {
+  start({ request: _, ...request }, answer) {
     const id = nextId++
     answers.set(id, answer)
-    say({ kind: 'start', id, tenant, prompt, chat, raw, maxTokens }, [prompt.buffer as ArrayBuffer])
+    say({ kind: 'start', id, ...request }, [request.prompt.buffer as ArrayBuffer])
     return () => {
       if (answers.delete(id)) say({ kind: 'abort', id })
     }

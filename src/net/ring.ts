@@ -3,7 +3,7 @@
 import { Worker } from 'node:worker_threads'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { ring } from '../ffi/bell.ts'
-import type { MessageCode } from './protocol.ts'
+import type { MessageCode, WireSampling } from './protocol.ts'
 import type { FromRing, RingThreadOptions, ToRing } from './ring-messages.ts'
 
 export interface RingPrompt {
@@ -12,6 +12,7 @@ export interface RingPrompt {
   chat: boolean
   raw: boolean
   maxTokens: number
+  sampling: WireSampling
 }
 
 export interface RingAnswer {
@@ -76,7 +77,7 @@ export class Ring {
     } else if (message.kind === 'lost') this.events.lost(message.dropped, message.ringFull)
   }
 
-  private start({ id, ...prompt }: Extract<FromRing, { kind: 'start' }>): void {
+  private start({ id, kind: _, ...prompt }: Extract<FromRing, { kind: 'start' }>): void {
     const answer: RingAnswer = {
       tokens: (ids, text) => this.say({ kind: 'tokens', id, ids, text }),
       end: (code, outputTokens, cachedTokens) => {
