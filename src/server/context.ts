@@ -29,15 +29,26 @@ export type RouteContext = Context<RouteEnv>
 
 const SNAPSHOT_TIMEOUT_MS = 2000
 
+/** Answers come between two steps; a step of a large model may take seconds. */
+const ANSWER_TIMEOUT_MS = 30_000
+
 /**
  * The engine's snapshot, or an error if it does not answer: health checks must not hang with it.
  * @throws LatticeError `engine_stopped`
  */
-export async function askSnapshot(engine: Engine): Promise<EngineSnapshot> {
+export function askSnapshot(engine: Engine): Promise<EngineSnapshot> {
+  return askEngine(engine.snapshot(), SNAPSHOT_TIMEOUT_MS)
+}
+
+/**
+ * What the engine answers, or an error if it does not in time.
+ * @throws LatticeError `engine_stopped`
+ */
+export async function askEngine<T>(answer: Promise<T>, withinMs = ANSWER_TIMEOUT_MS): Promise<T> {
   const { promise: late, reject } = Promise.withResolvers<never>()
-  const timer = setTimeout(() => reject(new Error('no answer in time')), SNAPSHOT_TIMEOUT_MS)
+  const timer = setTimeout(() => reject(new Error('no answer in time')), withinMs)
   try {
-    return await Promise.race([engine.snapshot(), late])
+    return await Promise.race([answer, late])
   } catch (cause) {
     throw new LatticeError('engine_stopped', 'The engine does not answer.', { cause })
   } finally {
