@@ -30,6 +30,7 @@ export const ERROR_CODES = {
   template_invalid: { status: 400, exit: 1 },
   backend_unavailable: { status: 500, exit: 1 },
   backend_failed: { status: 500, exit: 1 },
+  net_refused: { status: 409, exit: 1 },
   os_call_failed: { status: 500, exit: 1 },
 } as const satisfies Record<string, { status: number; exit: number }>
 
