@@ -2,12 +2,13 @@
 // it by messages. A test starts it through namespaces.ts.
 
 import { createHash } from 'node:crypto'
-import { readFileSync } from 'node:fs'
+import { readdirSync, readFileSync } from 'node:fs'
 import { connect, createServer } from 'node:net'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
 import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
 import type { LatticeError } from '../../src/errors.ts'
+import { Ingress } from '../../src/net/ingress.ts'
 import { NetService } from '../../src/net/net-service.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
@@ -34,7 +35,28 @@ export interface ServeOptions {
   reply: { text: string; times: number }
   mode?: 'native' | 'generic' | 'zerocopy'
   maxRunning?: number
+  force?: boolean
+  allowGeneric?: boolean
 }
+
+/** What this process holds of the kernel's. */
+interface Held {
+  descriptors: number
+  bpfMappings: number
+  ringMappings: number
+}
+
+function held(): Held {
+  const mappings = readFileSync('/proc/self/maps', 'utf8').split('\n')
+  const count = (name: string) => mappings.filter((line) => line.includes(name)).length
+  return {
+    descriptors: readdirSync('/proc/self/fd').length,
+    bpfMappings: count('bpf-map'),
+    ringMappings: count('socket:'),
+  }
+}
+
+const DETACHED = { queue: undefined, busyPollBudget: 0, port: 7411 }
 
 let service: NetService | undefined
 let engine: FakeEngine | undefined
@@ -55,16 +77,56 @@ export const COMMANDS = {
     })
     const tokenizer = fakeTokenizer()
     const warn = (line: string): void => void process.stderr.write(`${line}\n`)
-    service = new NetService({ engine, tokenizer, template: undefined, tenants, maxRunning, warn })
-    return await service.attach({
-      name: options.interface,
-      queue: undefined,
-      force: false,
-      mode: options.mode ?? 'native',
-      allowGeneric: false,
-      busyPollBudget: 0,
-      port: 7411,
+    service ??= new NetService({
+      engine,
+      tokenizer,
+      template: undefined,
+      tenants,
+      maxRunning,
+      warn,
     })
+    return await service.attach({
+      ...DETACHED,
+      name: options.interface,
+      force: options.force ?? false,
+      mode: options.mode ?? 'native',
+      allowGeneric: options.allowGeneric ?? false,
+    })
+  },
+
+  /** Attaches and detaches one program so often. What is held before and after. */
+  cycle(name: string, times: number): { before: Held; after: Held } {
+    const once = (count: number): void => {
+      const ingress = Ingress.load()
+      for (let i = 0; i < count; i++) {
+        ingress.program.attachXdp(interfaceIndex(name), 'native')()
+        if (i % 50 === 0) Ingress.load().close()
+      }
+      ingress.close()
+    }
+    // The first time libraries are loaded.
+    once(1)
+    const before = held()
+    once(times)
+    return { before, after: held() }
+  },
+
+  /** The whole path: program, rings, thread. */
+  async cycleServing(tenants: DatagramTenant[], name: string, times: number) {
+    const serving = new FakeEngine()
+    const warn = (): void => {}
+    const parts = { engine: serving, tokenizer: fakeTokenizer(), template: undefined, warn }
+    const net = new NetService({ ...parts, tenants, maxRunning: 10 })
+    const how = { ...DETACHED, name, force: false, mode: 'native', allowGeneric: false } as const
+    const once = async (): Promise<void> => {
+      await net.attach(how)
+      await net.detach()
+    }
+    await once()
+    await once()
+    const before = held()
+    for (let i = 0; i < times; i++) await once()
+    return { before, after: held() }
   },
 
   status: () => service?.status(),
