@@ -249,6 +249,10 @@ export class EngineCore {
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
     if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
     if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    if (question.kind === 'forgotten') return this.sharing.forgotten()
+    if (question.kind === 'watch') {
+      return this.sharing.watch(question.tenant, question.tokens, question.prefixes)
+    }
     return this.sharing.unpin(question.tenant, question.id)
   }
 

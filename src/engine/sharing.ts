@@ -6,7 +6,7 @@ import type { KvSpan } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
-import type { PinnedPrefix, SequenceRequest } from './api.ts'
+import type { PinnedPrefix, SequenceRequest, WatchedPrefix } from './api.ts'
 import type { Sequence } from './sequence.ts'
 
 export interface SharingOptions {
@@ -108,6 +108,17 @@ export class PromptSharing implements Sharing<Sequence> {
       )
     }
     this.cache.pins.checkFits(prompt.length)
+  }
+
+  /** Ids of those of a prompt's prefixes that are cached; they are watched from now on. */
+  watch(tenant: string, tokens: Int32Array, prefixes: readonly WatchedPrefix[]): string[] {
+    return prefixes
+      .filter(({ id, length }) => this.cache?.watch(tenant, tokens, length, id))
+      .map(({ id }) => id)
+  }
+
+  forgotten(): string[] {
+    return this.cache?.takeForgotten() ?? []
   }
 
   /** Of every tenant unless one is named. */

@@ -28,6 +28,8 @@ export interface PrefixNode extends Evictable {
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
+  /** Watched prefixes that end in here: they are cached for as long as this is. */
+  watches: { id: string; length: number }[]
 }
 
 export interface PrefixCacheOptions {
@@ -49,6 +51,7 @@ export class PrefixCache {
   private readonly onEvict: (pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
+  private forgotten: string[] = []
   private clock = 0
   private nextId = 1
 
@@ -151,6 +154,33 @@ export class PrefixCache {
     return true
   }
 
+  /**
+   * Whether a tenant's first `length` tokens are cached; if so, `takeForgotten` has the id once they
+   * are not any more. It is no use: what is watched is forgotten as if it were not.
+   */
+  watch(tenant: string, tokens: Int32Array, length: number, id: string): boolean {
+    let node = this.roots.get(tenant)
+    let at = 0
+    while (node && at < length) {
+      const child = node.children.get(present(tokens[at], 'a token'))
+      if (!child) return false
+      const common = commonLength(child.tokens, tokens.subarray(at, length))
+      at += common
+      if (common < child.tokens.length && at < length) return false
+      node = child
+    }
+    if (!node?.parent) return false
+    node.watches.push({ id, length })
+    return true
+  }
+
+  /** Watched prefixes that were forgotten since the last time. */
+  takeForgotten(): string[] {
+    const ids = this.forgotten
+    this.forgotten = []
+    return ids
+  }
+
   /** Prompts that a pinned prefix served since it was pinned. */
   usesOf({ tenant, tokens, usesBefore }: Pin): number {
     return this.end(tenant, tokens).uses - usesBefore
@@ -201,6 +231,7 @@ export class PrefixCache {
     this.queue.went(leaf)
     parent.children.delete(present(leaf.tokens[0], 'a token'))
     this.regions.drop(columnsOf(this.regions, leaf), 'cache')
+    for (const { id } of leaf.watches) this.forgotten.push(id)
     this.evictions++
     this.onEvict(before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
@@ -247,6 +278,8 @@ export class PrefixCache {
     node.parent = upper
     node.tokens = node.tokens.slice(count)
     node.from += count
+    upper.watches = node.watches.filter(({ length }) => length <= node.from)
+    node.watches = node.watches.filter(({ length }) => length > node.from)
     upper.children.set(present(node.tokens[0], 'a token'), node)
     this.regions.hold(columnsOf(this.regions, upper), 'cache')
     this.regions.hold(columnsOf(this.regions, node), 'cache')
@@ -275,6 +308,7 @@ export class PrefixCache {
       value: 0,
       heapIndex: -1,
       pins: 0,
+      watches: [],
     }
   }
 

@@ -28,6 +28,8 @@ import { WITHOUT_ROOT } from './namespaces.ts'
 const PACKETS = Number(process.env['LATTICE_FUZZ_PACKETS'] ?? 200_000)
 const SEED = Number(process.env['LATTICE_FUZZ_SEED'] ?? 1)
 const PASS = 2
+/** Ten million take minutes. */
+const OPTIONS = { skip: WITHOUT_ROOT, timeout: 60_000 + PACKETS / 10 }
 const KEY = Uint8Array.from({ length: 16 }, (_, i) => i * 11)
 const KEY_HASH = sipKey(KEY)
 /** Requests are forgotten after so many packets: their map holds 65,536. */
@@ -54,78 +56,66 @@ interface Sample {
   address: Uint8Array
 }
 
-test(
-  `a mutated packet is miscounted or let through (seed ${SEED})`,
-  { skip: WITHOUT_ROOT },
-  (t) => {
-    const random = new Random(SEED)
-    const ingress = Ingress.load()
-    t.after(() => ingress.close())
-    ingress.setMaxRunning(1 << 30)
-    ingress.setReplica(0, 'model')
-    const limits = { tokensPerSecond: 1e6, burstTokens: 1e9, maxRunning: 1 << 30 }
-    ingress.setTenant(0, { keys: [KEY, KEY], ...limits })
-    const secret = sipKey(new Uint8Array(ingress.object.map('controls').view(), CONTROL.cookieKey))
-    const samples = makeSamples()
-    const packet = new Uint8Array(2048)
-    const view = new DataView(packet.buffer)
-    const out = new Uint8Array(2048)
-    const run = ingress.program.testRunner(packet, out)
-    const actions = [0, 0, 0, 0, 0]
-    let ours = 0
-    for (let i = 0; i < PACKETS; i++) {
-      const { bytes, datagram, address } = samples[random.below(samples.length)]!
-      packet.set(bytes)
-      const request = BigInt(random.below(5_000))
-      view.setBigUint64(datagram + 16, request)
-      view.setBigUint64(datagram + 24, BigInt(Date.now()) * 1000n)
-      if (view.getUint32(datagram + 32) === 1) {
-        const cookie = cookieOf(secret, { tenant: 0, route: 1, request }, address, CLIENT_PORT)
-        view.setBigUint64(datagram + 56, cookie)
-      }
+test(`a mutated packet is miscounted or let through (seed ${SEED})`, OPTIONS, (t) => {
+  const random = new Random(SEED)
+  const ingress = Ingress.load()
+  t.after(() => ingress.close())
+  ingress.setMaxRunning(1 << 30)
+  ingress.setReplica(0, 'model')
+  const limits = { tokensPerSecond: 1e6, burstTokens: 1e9, maxRunning: 1 << 30 }
+  ingress.setTenant(0, { keys: [KEY, KEY], ...limits })
+  const secret = sipKey(new Uint8Array(ingress.object.map('controls').view(), CONTROL.cookieKey))
+  const samples = makeSamples()
+  const packet = new Uint8Array(2048)
+  const view = new DataView(packet.buffer)
+  const out = new Uint8Array(2048)
+  const run = ingress.program.testRunner(packet, out)
+  const actions = [0, 0, 0, 0, 0]
+  let ours = 0
+  for (let i = 0; i < PACKETS; i++) {
+    const { bytes, datagram, address } = samples[random.below(samples.length)]!
+    packet.set(bytes)
+    const request = BigInt(random.below(5_000))
+    view.setBigUint64(datagram + 16, request)
+    view.setBigUint64(datagram + 24, BigInt(Date.now()) * 1000n)
+    if (view.getUint32(datagram + 32) === 1) {
+      const cookie = cookieOf(secret, { tenant: 0, route: 1, request }, address, CLIENT_PORT)
+      view.setBigUint64(datagram + 56, cookie)
+    }
+    sipHash(KEY_HASH, view, datagram, datagram + 88, view, datagram + 88)
+    const length = mutate(packet, bytes.length, datagram, random)
+    // Half of them get past the MAC, so that what is behind it is seen too.
+    if (random.below(2) === 0 && length >= datagram + HEADER_BYTES) {
       sipHash(KEY_HASH, view, datagram, datagram + 88, view, datagram + 88)
-      const length = mutate(packet, bytes.length, datagram, random)
-      // Half of them get past the MAC, so that what is behind it is seen too.
-      if (random.below(2) === 0 && length >= datagram + HEADER_BYTES) {
-        sipHash(KEY_HASH, view, datagram, datagram + 88, view, datagram + 88)
-      }
-      if (isOurs(view, length)) ours++
-      const action = run(length)
-      actions[action]!++
-      if (action === PASS && Buffer.compare(packet.subarray(0, length), out.subarray(0, length))) {
-        assert.fail(`packet ${i} is let through changed`)
-      }
-      if (i % EXPIRE_EVERY === 0) {
-        ingress.expire(() => false, process.hrtime.bigint() + 100_000_000_000n)
-        ingress.expire(() => false, process.hrtime.bigint() + 100_000_000_000n)
-      }
     }
-    const c = ingress.counters()
-    const dropped = sum(c, ['bad_header', 'bad_mac', 'bad_type', 'bad_cookie', 'stale', 'no_ring'])
-    const answered = sum(c, ['granted', 'repeated', 'rejected'])
-    t.diagnostic(JSON.stringify(c))
-    assert.equal(c['passed']! + dropped + answered + c['forwarded']!, PACKETS)
-    assert.deepEqual(actions, [0, dropped, c['passed'], answered, c['forwarded']])
-    assert.equal(PACKETS - c['passed']!, ours, 'what is ours is read otherwise here')
-    assert.equal(c['hello'], answered)
-    const codes = [
-      'version',
-      'clock',
-      'malformed',
-      'model',
-      'request_reused',
-      'busy',
-      'tenant_busy',
-    ]
-    const reasons = sum(c, [...codes, 'rate', 'no_replica', 'too_large'])
-    assert.equal(c['rejected'], reasons)
-    for (const name of ['granted', 'repeated', 'bad_mac', 'bad_cookie', 'stale', 'no_ring']) {
-      assert.ok(c[name]! > 0, `no packet was ${name}`)
+    if (isOurs(view, length)) ours++
+    const action = run(length)
+    actions[action]!++
+    if (action === PASS && Buffer.compare(packet.subarray(0, length), out.subarray(0, length))) {
+      assert.fail(`packet ${i} is let through changed`)
     }
-    assert.equal(ingress.use(0).granted, c['granted'])
-    assert.equal(ingress.use(0).rejected, c['rejected'])
-  },
-)
+    if (i % EXPIRE_EVERY === 0) {
+      ingress.expire(() => false, process.hrtime.bigint() + 100_000_000_000n)
+      ingress.expire(() => false, process.hrtime.bigint() + 100_000_000_000n)
+    }
+  }
+  const c = ingress.counters()
+  const dropped = sum(c, ['bad_header', 'bad_mac', 'bad_type', 'bad_cookie', 'stale', 'no_ring'])
+  const answered = sum(c, ['granted', 'repeated', 'rejected'])
+  t.diagnostic(JSON.stringify(c))
+  assert.equal(c['passed']! + dropped + answered + c['forwarded']!, PACKETS)
+  assert.deepEqual(actions, [0, dropped, c['passed'], answered, c['forwarded']])
+  assert.equal(PACKETS - c['passed']!, ours, 'what is ours is read otherwise here')
+  assert.equal(c['hello'], answered)
+  const codes = ['version', 'clock', 'malformed', 'model', 'request_reused', 'busy', 'tenant_busy']
+  const reasons = sum(c, [...codes, 'rate', 'no_replica', 'too_large'])
+  assert.equal(c['rejected'], reasons)
+  for (const name of ['granted', 'repeated', 'bad_mac', 'bad_cookie', 'stale', 'no_ring']) {
+    assert.ok(c[name]! > 0, `no packet was ${name}`)
+  }
+  assert.equal(ingress.use(0).granted, c['granted'])
+  assert.equal(ingress.use(0).rejected, c['rejected'])
+})
 
 function sum(counters: Record<string, number>, names: readonly string[]): number {
   return names.reduce((total, name) => total + counters[name]!, 0)

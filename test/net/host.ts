@@ -4,6 +4,8 @@
 import { createHash } from 'node:crypto'
 import { readdirSync, readFileSync } from 'node:fs'
 import { connect, createServer } from 'node:net'
+import type { Engine } from '../../src/engine/api.ts'
+import { EngineClient } from '../../src/engine/client.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
 import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
@@ -37,6 +39,23 @@ export interface ServeOptions {
   maxRunning?: number
   force?: boolean
   allowGeneric?: boolean
+  /** Instead of the fake engine a real one that computes nothing, with so large a prefix cache. */
+  prefixCacheBytes?: number
+}
+
+const CACHE_CONTEXT = 8192
+
+/** 64 bytes a token: a prompt of 4 KiB has 256 KiB in the cache. */
+function cachingEngine(prefixCacheBytes: number): Promise<Engine> {
+  const kv = { layers: 1, rowBytes: 32, pageBytes: 4096 }
+  const { vocabSize } = fakeTokenizer()
+  const limits = { contextLength: CACHE_CONTEXT, maxSequences: 4 }
+  const memory = { kvBytes: 16 << 20, prefixCacheBytes, prefixEviction: 'lru' as const }
+  return EngineClient.start(
+    { backend: { kind: 'null', vocab: vocabSize, kv }, ...limits, ...memory, stepTokens: 512 },
+    { id: 'null', architecture: 'none', contextLength: CACHE_CONTEXT, vocabSize },
+    { sequences: 100, contextLength: CACHE_CONTEXT },
+  )
 }
 
 /** What this process holds of the kernel's. */
@@ -59,7 +78,7 @@ function held(): Held {
 const DETACHED = { queue: undefined, busyPollBudget: 0, port: 7411 }
 
 let service: NetService | undefined
-let engine: FakeEngine | undefined
+let engine: Engine | undefined
 
 /** What a test can ask for. Each survives a message between processes. */
 export const COMMANDS = {
@@ -70,21 +89,20 @@ export const COMMANDS = {
   },
 
   async serve({ reply, stepMs = 0, tenants, maxRunning = 1000, ...options }: ServeOptions) {
-    engine = new FakeEngine({
-      contextLength: 1 << 21,
-      stepMs,
-      reply: ({ prompt }) => reply.text.repeat(reply.times) + prompt.length,
-    })
+    const { prefixCacheBytes } = options
+    engine =
+      prefixCacheBytes === undefined
+        ? new FakeEngine({
+            contextLength: 1 << 21,
+            stepMs,
+            reply: ({ prompt }) => reply.text.repeat(reply.times) + prompt.length,
+          })
+        : await cachingEngine(prefixCacheBytes)
     const tokenizer = fakeTokenizer()
     const warn = (line: string): void => void process.stderr.write(`${line}\n`)
-    service ??= new NetService({
-      engine,
-      tokenizer,
-      template: undefined,
-      tenants,
-      maxRunning,
-      warn,
-    })
+    const parts = { engine, tokenizer, template: undefined, warn }
+    const publishes = prefixCacheBytes !== undefined
+    service ??= new NetService({ ...parts, publishes, tenants, maxRunning })
     return await service.attach({
       ...DETACHED,
       name: options.interface,
@@ -116,7 +134,7 @@ export const COMMANDS = {
     const serving = new FakeEngine()
     const warn = (): void => {}
     const parts = { engine: serving, tokenizer: fakeTokenizer(), template: undefined, warn }
-    const net = new NetService({ ...parts, tenants, maxRunning: 10 })
+    const net = new NetService({ ...parts, tenants, maxRunning: 10, publishes: false })
     const how = { ...DETACHED, name, force: false, mode: 'native', allowGeneric: false } as const
     const once = async (): Promise<void> => {
       await net.attach(how)
@@ -134,7 +152,8 @@ export const COMMANDS = {
   /** How many aborts the engine has seen, and what runs there. */
   async engine() {
     const snapshot = await engine?.snapshot()
-    return { aborts: engine?.aborts.length, running: snapshot?.running }
+    const aborts = engine instanceof FakeEngine ? engine.aborts.length : undefined
+    return { aborts, running: snapshot?.running }
   },
 
   async stop(): Promise<void> {
