@@ -1,5 +1,5 @@
-// Owns the test vectors in docs/protocol.md: each ```text block that begins with "vector" is written
-// anew from what the code makes. A test reads them again without that code.
+// Owns the test vectors in docs/protocol.md: each ```text block that begins with "vector" is
+// written anew from what the code makes. A test reads them again without that code.
 //
 //   node tools/protocol-vectors.ts
 

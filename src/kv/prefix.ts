@@ -155,8 +155,8 @@ export class PrefixCache {
   }
 
   /**
-   * Whether a tenant's first `length` tokens are cached; if so, `takeForgotten` has the id once they
-   * are not any more. It is no use: what is watched is forgotten as if it were not.
+   * Whether a tenant's first `length` tokens are cached; if so, `takeForgotten` has the id once
+   * they are not any more. It is no use: what is watched is forgotten as if it were not.
    */
   watch(tenant: string, tokens: Int32Array, length: number, id: string): boolean {
     let node = this.roots.get(tenant)

@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { LatticeError } from '../errors.ts'
+import type { LatticeError } from '../errors.ts'
 import { parseKey, parseTenants, readTenants } from './tenants.ts'
 
 const HEX = '000102030405060708090a0b0c0d0e0f'

@@ -156,6 +156,27 @@ export const COMMANDS = {
     return { aborts, running: snapshot?.running }
   },
 
+  /** CPU time of this process so far, in µs. */
+  cpuUs(): number {
+    const { user, system } = process.cpuUsage()
+    return user + system
+  },
+
+  /** The same request so often, this many at a time; how long each took in ms. */
+  async askMany(client: ClientOptions, request: GenerateOptions, times: number, atOnce: number) {
+    const durations: number[] = []
+    const asking = new LatticeClient(client)
+    const worker = async (): Promise<void> => {
+      while (durations.length + atOnce <= times) {
+        const started = performance.now()
+        for await (const _delta of asking.generate(request)) continue
+        durations.push(performance.now() - started)
+      }
+    }
+    await Promise.all(Array.from({ length: atOnce }, worker))
+    return durations
+  },
+
   async stop(): Promise<void> {
     await service?.close()
     await engine?.close()

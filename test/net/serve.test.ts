@@ -1,5 +1,5 @@
 // Catches a `lattice serve --net` that does not serve, hides how it is attached, or stays attached;
-// a `lattice net` that shows or changes something else; a `lattice run --server` without its answer.
+// a `lattice net` that shows or changes something else; a `lattice run --server` with no answer.
 
 import assert from 'node:assert/strict'
 import { type ChildProcess, execFile, spawn } from 'node:child_process'
