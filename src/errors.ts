@@ -17,6 +17,7 @@ export const ERROR_CODES = {
   queue_full: { status: 429, exit: 1 },
   draining: { status: 503, exit: 1 },
   server_unreachable: { status: 502, exit: 1 },
+  request_rejected: { status: 503, exit: 1 },
   engine_stopped: { status: 503, exit: 1 },
   kv_lost: { status: 500, exit: 1 },
   kv_memory_exhausted: { status: 400, exit: 1 },
@@ -35,6 +36,7 @@ export const ERROR_CODES = {
   gpu_call_failed: { status: 500, exit: 1 },
   kernel_compile_failed: { status: 500, exit: 1 },
   pager_failed: { status: 503, exit: 1 },
+  net_refused: { status: 409, exit: 1 },
   os_call_failed: { status: 500, exit: 1 },
 } as const satisfies Record<string, { status: number; exit: number }>
 

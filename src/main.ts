@@ -80,6 +80,12 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/prefix.ts')).prefixCommand(),
   },
   {
+    name: 'net',
+    group: 'Look inside:',
+    summary: "attach a server's datagram path to a network interface",
+    load: async () => (await import('./cli/net.ts')).netCommand(),
+  },
+  {
     name: 'inspect',
     group: 'Look inside:',
     summary: 'describe a model file, this CPU, or the error codes',

@@ -33,6 +33,9 @@ interface RunOptions extends EngineOptions, SamplingOptions {
   ignoreEos?: boolean
   json?: boolean
   verbose?: boolean
+  server?: string
+  tenant?: number
+  tenantKeyFile?: string
 }
 
 export function runCommand(): Command {
@@ -58,7 +61,13 @@ export function runCommand(): Command {
       'with --beams: above 1 favours longer answers (default: 1)',
       parseNumber(-10, 10),
     )
-  return addEngineOptions(command).action(run)
+  addEngineOptions(command)
+  return command
+    .optionsGroup('Another machine:')
+    .option('--server <URL>', 'ask a server over datagrams: lattice://HOST:PORT')
+    .option('--tenant <N>', 'as which of its tenants (or LATTICE_TENANT)', parseCount(0, 1023))
+    .option('--tenant-key-file <FILE>', "file with the tenant's key (or LATTICE_TENANT_KEY)")
+    .action(run)
 }
 
 async function run(words: string[], options: RunOptions, command: Command): Promise<void> {
@@ -73,6 +82,12 @@ async function run(words: string[], options: RunOptions, command: Command): Prom
     )
   }
   const prompt = await readPrompt(words.join(' '))
+  if (options.server !== undefined) {
+    const given = Object.keys(options).filter((name) => {
+      return command.getOptionValueSource(name) === 'cli'
+    })
+    return runRemotely(prompt, { ...options, server: options.server }, given)
+  }
   const session = await openSession(options, { maxSequences: search?.width ?? 1 })
   try {
     if (options.verbose) for (const line of session.report) process.stderr.write(`${line}\n`)
@@ -115,6 +130,34 @@ function searchOf(options: RunOptions, command: Command): BeamParams | undefined
     })
   }
   return { width: beams, lengthPenalty: lengthPenalty ?? 1, earlyStopping: false }
+}
+
+async function runRemotely(
+  prompt: string,
+  options: RunOptions & { server: string },
+  given: readonly string[],
+): Promise<void> {
+  const { answerRemotely, checkCarried } = await import('./run-remote.ts')
+  checkCarried(given)
+  const write = options.json ? () => {} : stdoutWriter()
+  const result = await interruptible((interrupt) =>
+    answerRemotely(prompt, options, write, interrupt),
+  )
+  if (options.json) {
+    const { text, reason, promptTokens, outputTokens, cachedTokens, ttftMs, totalMs } = result
+    const usage = {
+      prompt_tokens: promptTokens,
+      completion_tokens: outputTokens,
+      total_tokens: promptTokens + outputTokens,
+      cached_tokens: cachedTokens,
+    }
+    const timings = { ttft_ms: round(ttftMs), total_ms: round(totalMs) }
+    process.stdout.write(`${JSON.stringify({ text, finish_reason: reason, usage, timings })}\n`)
+  } else process.stdout.write('\n')
+  if (result.reason === 'length') {
+    process.stderr.write(`(stopped after ${result.outputTokens} tokens: see --max-tokens)\n`)
+  }
+  if (result.reason === 'abort') process.exitCode = EXIT_INTERRUPTED
 }
 
 async function readPrompt(argument: string): Promise<string> {

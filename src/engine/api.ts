@@ -224,6 +224,16 @@ export type EngineQuestion =
   | { kind: 'offload' | 'reload'; tenant: string; id: string }
   /** Every page in use; takes longer than a snapshot. */
   | { kind: 'map' }
+  /** Which first tokens of a prompt are cached; of each that is, `forgotten` tells the end. */
+  | { kind: 'watch'; tenant: string; tokens: Int32Array; prefixes: readonly WatchedPrefix[] }
+  /** Which watched prefixes are not cached any more, since the last time. */
+  | { kind: 'forgotten' }
+
+/** So many first tokens, by a name that nobody else has. */
+export interface WatchedPrefix {
+  id: string
+  length: number
+}
 
 /** The answer to each kind of question. */
 export interface EngineAnswers {
@@ -236,6 +246,9 @@ export interface EngineAnswers {
   offload: SessionMove
   reload: SessionMove
   map: { snapshot: EngineSnapshot; map: KvMap }
+  /** Ids of those that are cached. */
+  watch: string[]
+  forgotten: string[]
 }
 
 /** Counters only grow; gauges are of now. */

@@ -287,7 +287,9 @@ export class EngineCore {
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
     const { kind } = question
     if (kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    if (kind === 'forgotten') return this.sharing.forgotten()
     const { tenant } = question
+    if (kind === 'watch') return this.sharing.watch(tenant, question.tokens, question.prefixes)
     if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
     if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
     if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []

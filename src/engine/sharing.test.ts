@@ -231,3 +231,45 @@ test('memory that a cached prefix cannot give back passes for the error of a seq
   assert.throws(() => engine.step(), { code: 'os_call_failed' })
   assert.equal(engine.outcome(1).reason, undefined)
 })
+
+test('a watched prefix goes unnoticed, or is said to have gone while it is there', () => {
+  let [found, gone] = [0, 0]
+  const requests = fc.array(
+    fc.record({ tenant: fc.constantFrom('a', 'b'), prompt: prompts, cut: fc.nat(40) }),
+    { minLength: 5, maxLength: 40 },
+  )
+  fc.assert(
+    fc.property(requests, (list) => {
+      const engine = bench({ prefixPages: 24 })
+      const watched = new Map<string, { tenant: string; tokens: Int32Array }>()
+      const isCached = (tenant: string, tokens: Int32Array, id: string): boolean => {
+        const prefixes = [{ id, length: tokens.length }]
+        const answer = engine.core.answer({ kind: 'watch', tenant, tokens, prefixes })
+        return answer.length === 1
+      }
+      list.forEach(({ tenant, prompt, cut }, i) => {
+        engine.submit(i, sequenceRequest({ tenant, prompt, maxTokens: 1 }))
+        engine.runAll()
+        engine.core.check()
+        for (const id of engine.core.answer({ kind: 'forgotten' })) {
+          // Those that only a check below asked about are not counted.
+          if (watched.delete(id)) gone++
+        }
+        for (const { tenant: owner, tokens } of watched.values()) {
+          assert.ok(isCached(owner, tokens, 'check'), 'it has gone, and nobody said so')
+        }
+        const tokens = prompt.slice(0, 1 + (cut % prompt.length))
+        if (!isCached(tenant, tokens, `${i}`)) return
+        watched.set(`${i}`, { tenant, tokens })
+        found++
+        // What the engine itself finds when such a prompt comes; one token is always computed.
+        const longer = Int32Array.from([...tokens, 0])
+        engine.submit(1000 + i, sequenceRequest({ tenant, prompt: longer, maxTokens: 1 }))
+        engine.runAll()
+        assert.equal(engine.outcome(1000 + i).cachedTokens, tokens.length)
+      })
+    }),
+    { seed: 23, numRuns: 100 },
+  )
+  assert.ok(found > 500 && gone > 100, `${found} ${gone}`)
+})

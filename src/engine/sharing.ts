@@ -6,7 +6,7 @@ import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/reg
 import type { PrefixCache } from '../kv/prefix.ts'
 import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
-import type { PinnedPrefix, SequenceRequest } from './api.ts'
+import type { PinnedPrefix, SequenceRequest, WatchedPrefix } from './api.ts'
 import type { Offload } from './offload.ts'
 import type { Sequence } from './sequence.ts'
 
@@ -147,6 +147,17 @@ export class PromptSharing implements Sharing<Sequence> {
       )
     }
     this.cache.pins.checkFits(prompt.length)
+  }
+
+  /** Ids of those of a prompt's prefixes that are cached; they are watched from now on. */
+  watch(tenant: string, tokens: Int32Array, prefixes: readonly WatchedPrefix[]): string[] {
+    return prefixes
+      .filter(({ id, length }) => this.cache?.watch(tenant, tokens, length, id))
+      .map(({ id }) => id)
+  }
+
+  forgotten(): string[] {
+    return this.cache?.takeForgotten() ?? []
   }
 
   /** Of every tenant unless one is named. */

@@ -3,7 +3,8 @@
 // where. A prefix that came back keeps its places: it goes again without being written.
 
 import { columnsOf } from './eviction-queue.ts'
-import type { PrefixCache, PrefixNode } from './prefix.ts'
+import type { PrefixCache } from './prefix.ts'
+import type { PrefixNode } from './prefix-node.ts'
 import { type KvColumns, pagesOf, type RegionTable } from './regions.ts'
 import type { Transfers } from './transfers.ts'
 

@@ -7,38 +7,12 @@
 
 import { assert, present } from '../assert.ts'
 import { EVICTION_DEFAULT, type EvictionName, EVICTION_POLICIES } from './eviction.ts'
-import { columnsOf, type Evictable, EvictionQueue } from './eviction-queue.ts'
+import { columnsOf, EvictionQueue } from './eviction-queue.ts'
 import { tokensIn } from './layout.ts'
 import type { PlaceTable } from './places.ts'
 import { type Pin, pinLimitPages, PinTable } from './pins.ts'
+import { addSpan, commonLength, mayGo, type PrefixNode } from './prefix-node.ts'
 import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
-
-export interface PrefixNode extends Evictable {
-  /** No other node has had it. */
-  id: number
-  parent: PrefixNode | undefined
-  tenant: string
-  /** What leads here from the parent. */
-  tokens: Int32Array
-  /** Position of the first of them. */
-  from: number
-  /** -1: outside of memory, as all that follows it is. */
-  region: number
-  /** Where its columns are outside of memory, if they are; in memory too if it has a region. */
-  places: Uint32Array | undefined
-  /** Its region is being filled: nobody may use it yet. */
-  coming: boolean
-  /** Children that have a region. */
-  warm: number
-  /** By their first token. */
-  children: Map<number, PrefixNode>
-  /** When it was last used, in milliseconds; it decides nothing. */
-  usedMs: number
-  /** Pinned prefixes that end here. */
-  pins: number
-  /** Forgotten. */
-  gone: boolean
-}
 
 export interface PrefixCacheOptions {
   /** 'cost' unless told. */
@@ -64,6 +38,7 @@ export class PrefixCache {
   private readonly onGone: (kind: 'evict' | 'demote', pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
+  private forgotten: string[] = []
   private clock = 0
   private nextId = 1
 
@@ -283,6 +258,33 @@ export class PrefixCache {
     return true
   }
 
+  /**
+   * Whether a tenant's first `length` tokens are cached; if so, `takeForgotten` has the id once
+   * they are not any more. It is no use: what is watched is forgotten as if it were not.
+   */
+  watch(tenant: string, tokens: Int32Array, length: number, id: string): boolean {
+    let node = this.roots.get(tenant)
+    let at = 0
+    while (node && at < length) {
+      const child = node.children.get(present(tokens[at], 'a token'))
+      if (!child) return false
+      const common = commonLength(child.tokens, tokens.subarray(at, length))
+      at += common
+      if (common < child.tokens.length && at < length) return false
+      node = child
+    }
+    if (!node?.parent) return false
+    node.watches.push({ id, length })
+    return true
+  }
+
+  /** Watched prefixes that were forgotten since the last time. */
+  takeForgotten(): string[] {
+    const ids = this.forgotten
+    this.forgotten = []
+    return ids
+  }
+
   /** Prompts that a pinned prefix served since it was pinned. */
   usesOf({ tenant, tokens, usesBefore }: Pin): number {
     return this.end(tenant, tokens).uses - usesBefore
@@ -359,6 +361,7 @@ export class PrefixCache {
       this.regions.drop(columnsOf(this.regions, leaf), 'cache')
     }
     leaf.gone = true
+    for (const { id } of leaf.watches) this.forgotten.push(id)
     this.evictions++
     this.onGone('evict', before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
@@ -406,6 +409,8 @@ export class PrefixCache {
     node.parent = upper
     node.tokens = node.tokens.slice(count)
     node.from += count
+    upper.watches = node.watches.filter(({ length }) => length <= node.from)
+    node.watches = node.watches.filter(({ length }) => length > node.from)
     upper.children.set(present(node.tokens[0], 'a token'), node)
     if (node.places) this.splitPlaces(upper, node, node.places)
     if (region < 0) return upper
@@ -451,6 +456,7 @@ export class PrefixCache {
       coming: false,
       warm: 0,
       gone: false,
+      watches: [],
     }
   }
 
@@ -471,22 +477,4 @@ export class PrefixCache {
     }
     return node
   }
-}
-
-/** An end of what is in memory that no pinned prefix needs. */
-function mayGo({ parent, region, coming, warm, pins }: PrefixNode): boolean {
-  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0
-}
-
-function addSpan(spans: KvSpan[], span: KvSpan): void {
-  const last = spans.at(-1)
-  if (last?.region === span.region) last.to = span.to
-  else spans.push(span)
-}
-
-function commonLength(a: Int32Array, b: Int32Array): number {
-  const length = Math.min(a.length, b.length)
-  let i = 0
-  while (i < length && a[i] === b[i]) i++
-  return i
 }

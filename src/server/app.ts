@@ -8,6 +8,7 @@ import type { RouteContext, RouteEnv, ServerContext } from './context.ts'
 import { errorResponse } from './errors.ts'
 import { drainingError, livez, readyz } from './health.ts'
 import { kv, metrics, sequences } from './metrics.ts'
+import { netAttach, netDetach, netStatus } from './net.ts'
 import { chat } from './openai/chat.ts'
 import { completions } from './openai/completions.ts'
 import { model, models } from './openai/models.ts'
@@ -42,6 +43,9 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['GET', '/metrics', metrics(context)],
     ['GET', '/debug/sequences', sequences(context)],
     ['GET', '/debug/kv', kv(context)],
+    ['GET', '/debug/net', netStatus(context)],
+    ['POST', '/debug/net', netAttach(context)],
+    ['DELETE', '/debug/net', netDetach(context)],
   ]
   const app = new Hono<RouteEnv>()
   app.use(around(context, auth, new Set(routes.map(([, path]) => path))))

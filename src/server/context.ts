@@ -4,6 +4,7 @@ import type { HttpBindings } from '@hono/node-server'
 import type { Context } from 'hono'
 import type { Engine, EngineSnapshot } from '../engine/api.ts'
 import { LatticeError } from '../errors.ts'
+import type { NetService } from '../net/net-service.ts'
 import type { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
@@ -16,6 +17,8 @@ export interface ServerContext {
   readonly metrics: ServerMetrics
   /** Unix time in seconds at which the model was loaded. */
   readonly loadedAt: number
+  /** Undefined if the server was started without one. */
+  readonly net?: NetService | undefined
   draining: boolean
 }
 

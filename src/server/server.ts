@@ -6,6 +6,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { getRequestListener } from '@hono/node-server'
 import type { Engine } from '../engine/api.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
+import type { NetService } from '../net/net-service.ts'
 import { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
@@ -24,6 +25,8 @@ export interface ServerOptions {
   port: number
   /** None lets everyone in. */
   apiKeys?: readonly string[]
+  /** The datagram path, which `lattice net` controls through this server; the caller's to close. */
+  net?: NetService | undefined
 }
 
 export interface Server {
@@ -50,6 +53,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     template: options.template,
     metrics: new ServerMetrics(),
     loadedAt: Math.floor(Date.now() / 1000),
+    net: options.net,
     draining: false,
   }
   const app = createApp(context, authenticator(options.apiKeys ?? []))

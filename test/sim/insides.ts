@@ -4,7 +4,8 @@
 import { present } from '../../src/assert.ts'
 import type { EngineCore } from '../../src/engine/core.ts'
 import type { Sequence } from '../../src/engine/sequence.ts'
-import type { PrefixCache, PrefixNode } from '../../src/kv/prefix.ts'
+import type { PrefixCache } from '../../src/kv/prefix.ts'
+import type { PrefixNode } from '../../src/kv/prefix-node.ts'
 import type { KvSpan, RegionTable } from '../../src/kv/regions.ts'
 import type { SlotTable } from '../../src/kv/slots.ts'
 

@@ -156,7 +156,7 @@ export class FakeEngine implements Engine {
   }
 
   async ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
-    return (question.kind === 'pinned' ? [] : false) as EngineAnswers[Q['kind']]
+    return (question.kind === 'unpin' ? false : []) as EngineAnswers[Q['kind']]
   }
 
   async drain(): Promise<void> {

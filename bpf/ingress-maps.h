@@ -1,0 +1,169 @@
+// Owns the memory that the ingress program shares with user space, which maps it and reads and
+// writes it with atomic operations: src/net/ingress-maps.ts has the same layout, and a test
+// compares the two with the types that the compiled program carries.
+#pragma once
+
+#include <linux/bpf.h>
+// The helpers need its types.
+#include <bpf/bpf_helpers.h>
+
+#include "protocol.h"
+
+#define REPLICAS 16
+/** Rings of one replica: one for each receive queue of the interface. */
+#define QUEUES 64
+#define REQUESTS 65536
+/** Of the interface, that the program answers for. */
+#define ADDRESSES 16
+#define PREFIXES 262144
+
+struct tenant {
+  /** Two SipHash keys, so that one can be replaced while the other still counts. */
+  __u64 key[2][2];
+  /** Price of a token in ns / 1024; 0 is a tenant that does not exist. */
+  __u64 ns_per_token_1024;
+  /** How far ahead of its rate a tenant may be. */
+  __u64 burst_ns;
+  /** When the bucket will be full again (GCRA's theoretical arrival time), in ktime ns. */
+  __u64 full_at_ns;
+  __u32 live;
+  __u32 live_max;
+  __u64 granted;
+  __u64 rejected;
+  __u64 charged_tokens;
+  /** To two cache lines, so that tenants on different CPUs do not share one. */
+  __u64 spare[5];
+};
+
+struct replica {
+  /** 0 is not ready. */
+  __u32 ready;
+  /** FNV-1a of its model's name. */
+  __u32 model;
+  __u32 live;
+  __u32 spare;
+};
+
+struct control {
+  __u64 cookie_key[2];
+  /** µs time − ktime / 1000, kept current by user space. */
+  __u64 clock_offset_us;
+  __u32 live;
+  __u32 live_max;
+  struct replica replicas[REPLICAS];
+  /** How many of the following count; with none, datagrams to any address are ours. */
+  __u32 addresses;
+  __u32 spare;
+  /** As they lie in a packet; 0 is none. */
+  __u32 address4[ADDRESSES];
+  __u64 address6[ADDRESSES][2];
+};
+
+struct request_key {
+  __u64 request;
+  __u32 tenant;
+  __u32 spare;
+};
+
+/** What was granted: user space removes it when the request has ended and its window is over. */
+struct request {
+  __u64 granted_ns;
+  /** From this ktime on no HELLO for it is in the window: its number may be forgotten. */
+  __u64 expires_ns;
+  __be64 cookie;
+  /** Of the HELLO, to tell a repeat from a reuse. */
+  __be64 first_word;
+  __be32 prompt_bytes;
+  __be32 max_tokens;
+  __be32 model;
+  __be32 route;
+  __u32 charged_tokens;
+  /** Set by user space: it no longer runs, but its number stays taken. */
+  __u32 ended;
+};
+
+enum counter {
+  C_PASSED,
+  C_HELLO,
+  C_GRANTED,
+  C_REPEATED,
+  C_REJECTED,
+  C_FORWARDED,
+  C_BAD_HEADER,
+  C_BAD_MAC,
+  C_BAD_COOKIE,
+  C_BAD_TYPE,
+  C_NO_RING,
+  C_EVENTS_LOST,
+  /** Of a request that was never granted, or DATA of one that has ended. */
+  C_STALE,
+  /** Rejections by code: C_CODE + code − 16. */
+  C_CODE = 16,
+  COUNTERS = 32,
+};
+
+struct counters {
+  __u64 count[COUNTERS];
+};
+
+struct event {
+  __u64 ktime_ns;
+  __u64 request;
+  __u32 tenant;
+  __u32 route;
+  __u32 prompt_bytes;
+  __u32 max_tokens;
+  __u16 type;
+  __u16 code;
+  __u32 retry_ms;
+};
+
+struct {
+  __uint(type, BPF_MAP_TYPE_ARRAY);
+  __uint(max_entries, LT_TENANTS);
+  __uint(map_flags, BPF_F_MMAPABLE);
+  __type(key, __u32);
+  __type(value, struct tenant);
+} tenants SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_ARRAY);
+  __uint(max_entries, 1);
+  __uint(map_flags, BPF_F_MMAPABLE);
+  __type(key, __u32);
+  __type(value, struct control);
+} controls SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_HASH);
+  __uint(max_entries, REQUESTS);
+  __type(key, struct request_key);
+  __type(value, struct request);
+} requests SEC(".maps");
+
+/** Prefix hash (as it comes over the wire) → a bit for each replica that has it in memory. */
+struct {
+  __uint(type, BPF_MAP_TYPE_HASH);
+  __uint(max_entries, PREFIXES);
+  __type(key, __be64);
+  __type(value, __u64);
+} prefixes SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_XSKMAP);
+  __uint(max_entries, REPLICAS *QUEUES);
+  __type(key, __u32);
+  __type(value, __u32);
+} rings SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+  __uint(max_entries, 1);
+  __type(key, __u32);
+  __type(value, struct counters);
+} counts SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_RINGBUF);
+  __uint(max_entries, 1 << 20);
+} events SEC(".maps");

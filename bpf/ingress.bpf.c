@@ -1,0 +1,406 @@
+// Owns the decision about an inference request in the network driver: who may ask, whether there is
+// room, which replica answers. It refuses and grants from the received frame and hands the prompt's
+// datagrams to the replica's AF_XDP ring; everything that is not ours goes on untouched.
+
+#include "ingress-maps.h"
+#include "packet.h"
+#include "siphash.h"
+
+/** UDP port of the protocol. */
+const volatile __u16 port = LT_PORT;
+/** How far a HELLO's time may be from ours, and how long its number is remembered: 30 s. */
+const volatile __u64 window_us = 30000000;
+/** Fragments that a client may have in flight: 64 × 1,200 bytes are 7 ms at 100 Mbit/s. */
+const volatile __u64 credit = 64;
+/** A replica that holds a prefix is passed over with over load_factor_2 / 2 × least + slack. */
+const volatile __u32 load_factor_2 = 3;
+const volatile __u32 load_slack = 4;
+/** One decision in so many becomes an event; a power of two, 0 for none. */
+const volatile __u32 sample_every = 0;
+
+static __always_inline void count(enum counter which) {
+  __u32 zero = 0;
+  struct counters *c = bpf_map_lookup_elem(&counts, &zero);
+  if (c) c->count[which]++;
+}
+
+// Functions that are not static are verified once, on their own, instead of along every path that
+// leads to a call: without that the program is too large for the verifier.
+
+/** SipHash of the header but for its MAC. */
+__noinline __be64 header_mac(const struct lt_header *h, __u64 key0, __u64 key1) {
+  if (!h) return 0;
+  const __u64 *words = (const __u64 *)h;
+  struct sip s;
+  sip_begin(&s, key0, key1);
+#pragma unroll
+  for (int i = 0; i < 11; i++) sip_word(&s, words[i]);
+  return bpf_cpu_to_be64(sip_end(&s, 88ull << 56));
+}
+
+/** What a cookie proves: the words that it is the hash of. */
+struct proof {
+  __u64 word[5];
+};
+
+__noinline __be64 cookie_of(const struct proof *p, __u64 key0, __u64 key1) {
+  if (!p) return 0;
+  struct sip s;
+  sip_begin(&s, key0, key1);
+#pragma unroll
+  for (int i = 0; i < 4; i++) sip_word(&s, p->word[i]);
+  return bpf_cpu_to_be64(sip_end(&s, p->word[4]));
+}
+
+static __always_inline __be64 packet_cookie(const struct packet *p, const struct control *c,
+                                            __be32 route) {
+  const struct lt_header *h = p->header;
+  struct proof proof = {.word = {(__u64)route << 32 | h->tenant, h->request, 0, 0,
+                                 36ull << 56 | (__u64)p->udp->source << 16}};
+  if (p->ip4) {
+    proof.word[3] = (__u64)p->ip4->saddr << 32 | 0xffff0000;
+  } else if (p->ip6) {
+    proof.word[2] = *(__u64 *)&p->ip6->saddr;
+    proof.word[3] = *((__u64 *)&p->ip6->saddr + 1);
+  }
+  return cookie_of(&proof, c->cookie_key[0], c->cookie_key[1]);
+}
+
+static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 code, __u32 retry) {
+  if (!sample_every || (bpf_get_prandom_u32() & (sample_every - 1))) return;
+  struct event *e = bpf_ringbuf_reserve(&events, sizeof *e, 0);
+  if (!e) return count(C_EVENTS_LOST);
+  e->ktime_ns = bpf_ktime_get_ns();
+  e->request = bpf_be64_to_cpu(h->request);
+  e->tenant = bpf_ntohl(h->tenant);
+  e->route = bpf_ntohl(h->route);
+  e->prompt_bytes = bpf_ntohl(h->prompt_bytes);
+  e->max_tokens = bpf_ntohl(h->max_tokens);
+  e->type = type;
+  e->code = code;
+  e->retry_ms = retry;
+  bpf_ringbuf_submit(e, 0);
+}
+
+/** What was decided about a HELLO. */
+struct verdict {
+  __u16 code;
+  __u32 retry_ms;
+  __be32 route;
+  __be64 cookie;
+};
+
+/** Turns the HELLO into its answer. */
+static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_us,
+                                  const struct verdict *v) {
+  struct lt_header *h = p->header;
+  __u16 type = v->code ? LT_REJECT : LT_GRANT;
+  h->type = type;
+  h->version = LT_VERSION;
+  h->code = bpf_htons(v->code);
+  h->time_us = bpf_cpu_to_be64(now_us);
+  h->route = v->route;
+  h->deadline_ms = bpf_htonl(v->retry_ms);
+  h->word[0] = v->cookie;
+  h->word[1] = v->code ? 0 : bpf_cpu_to_be64(credit);
+  h->word[2] = 0;
+  h->word[3] = 0;
+  h->mac = header_mac(h, key[0], key[1]);
+  tell(h, type, v->code, v->retry_ms);
+  packet_turn(p);
+  return XDP_TX;
+}
+
+static __always_inline __u64 cost_in_ns(const struct tenant *t, __u64 tokens) {
+  return tokens * t->ns_per_token_1024 >> 10;
+}
+
+#define NEVER_MS 0xffffffff
+
+/**
+ * Charges a bucket (GCRA: one time stamp says how far ahead of its rate a tenant is).
+ * @return 0, or the milliseconds after which the bucket will hold so many, or NEVER_MS
+ */
+__noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
+  if (!t) return 1;
+  __u64 cost_ns = cost_in_ns(t, cost_tokens);
+  if (cost_ns > t->burst_ns) return NEVER_MS;
+  // As many tries as CPUs could plausibly charge one tenant in the same 100 ns.
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    __u64 full_at = *(volatile __u64 *)&t->full_at_ns;
+    __u64 next = (full_at > now ? full_at : now) + cost_ns;
+    if (next - now > t->burst_ns) {
+      __u64 wait_ms = (next - now - t->burst_ns) / 1000000 + 1;
+      return wait_ms >= NEVER_MS ? NEVER_MS - 1 : wait_ms;
+    }
+    if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) {
+      __sync_fetch_and_add(&t->charged_tokens, cost_tokens);
+      return 0;
+    }
+  }
+  return 1;
+}
+
+static __always_inline void give_back(struct tenant *t, __u64 tokens) {
+  __sync_fetch_and_add(&t->full_at_ns, -cost_in_ns(t, tokens));
+  __sync_fetch_and_add(&t->charged_tokens, -tokens);
+}
+
+/** Takes one of `max` places. */
+static __always_inline int enter(__u32 *live, __u32 max) {
+  if (__sync_fetch_and_add(live, 1) < max) return 1;
+  __sync_fetch_and_add(live, -1);
+  return 0;
+}
+
+static __always_inline void leave(__u32 *live) {
+  __sync_fetch_and_add(live, -1);
+}
+
+/** Replicas that hold the longest published prefix of this prompt, a bit each. */
+__noinline __u64 holders(const struct lt_header *h) {
+  if (!h) return 0;
+#pragma unroll
+  for (int i = 3; i >= 0; i--) {
+    __be64 hash = h->word[i];
+    if (!hash) continue;
+    __u64 *found = bpf_map_lookup_elem(&prefixes, &hash);
+    if (found && *found) return *found;
+  }
+  return 0;
+}
+
+/** Added to the score of a replica that cannot be chosen; loads are far below. */
+#define UNFIT (1ull << 48)
+
+/** 1 unless x is 0. Arithmetic, not a branch: the verifier follows every path of 16 replicas. */
+static __always_inline __u64 truth(__u64 x) {
+  x |= -x;
+  // Else the compiler makes it a branch again.
+  asm volatile("" : "+r"(x));
+  return x >> 63;
+}
+
+static __always_inline __u64 smaller(__u64 a, __u64 b) {
+  __u64 a_is_less = -((a - b) >> 63);
+  asm volatile("" : "+r"(a_is_less));
+  return b ^ ((a ^ b) & a_is_less);
+}
+
+/** Index of the replica that answers, or minus the code that says why there is none. */
+__noinline int choose(struct control *c, __u32 model, __u64 holding) {
+  if (!c) return -LT_CODE_NO_REPLICA;
+  __u64 ready = 0;
+  // A score is the load and, so that the lowest of equals wins, the index.
+  __u64 any = UNFIT, holder = UNFIT;
+#pragma unroll
+  for (int i = 0; i < REPLICAS; i++) {
+    struct replica *r = &c->replicas[i];
+    __u64 other_model = truth(model) & truth(r->model ^ model);
+    __u64 unfit = (truth(r->ready) ^ 1) | other_model;
+    __u64 score = (__u64)r->live << 8 | i | unfit * UNFIT;
+    ready |= r->ready;
+    any = smaller(score, any);
+    holder = smaller(score | (~holding >> i & 1) * UNFIT, holder);
+  }
+  if (any >= UNFIT) return ready ? -LT_CODE_MODEL : -LT_CODE_NO_REPLICA;
+  __u64 most = (any >> 8) * load_factor_2 + 2 * load_slack;
+  if (holder < UNFIT && (holder >> 8) * 2 <= most) any = holder;
+  return any & (REPLICAS - 1);
+}
+
+/**
+ * False for what is only passing through to another machine. Of numbers below 2^32 only 0 less 1
+ * has its highest bit set: no branches, as above.
+ */
+static __always_inline int is_for_us(const struct packet *p, const struct control *c) {
+  __u64 hit = 0;
+  if (p->ip4) {
+    __u32 to = p->ip4->daddr;
+#pragma unroll
+    for (int i = 0; i < ADDRESSES; i++) hit |= (__u64)(c->address4[i] ^ to) - 1;
+  } else if (p->ip6) {
+    const __u64 *to = (const __u64 *)&p->ip6->daddr;
+#pragma unroll
+    for (int i = 0; i < ADDRESSES; i++) {
+      __u64 other = (c->address6[i][0] ^ to[0]) | (c->address6[i][1] ^ to[1]);
+      hit |= (__u64)(__u32)(other | other >> 32) - 1;
+    }
+  }
+  return hit >> 63 || !c->addresses;
+}
+
+static __always_inline int well_formed(const struct lt_header *h) {
+  __u32 bytes = bpf_ntohl(h->prompt_bytes), tokens = bpf_ntohl(h->max_tokens);
+  if (bytes == 0 || bytes > LT_PROMPT_BYTES_MAX) return 0;
+  if (tokens == 0 || tokens > LT_MAX_TOKENS_MAX) return 0;
+  if (h->route || h->fragment || h->payload_bytes || h->code) return 0;
+  if (bpf_ntohs(h->flags) & ~LT_FLAGS) return 0;
+  return bpf_ntohs(h->fragments) == (bytes + LT_FRAGMENT_BYTES - 1) / LT_FRAGMENT_BYTES;
+}
+
+/**
+ * Decides about a HELLO that really is from its tenant.
+ * @param expires when its time will be outside the window
+ */
+static __always_inline void decide(struct packet *p, struct control *c, struct tenant *t,
+                                   __u64 now, __u64 expires, struct verdict *v) {
+  struct lt_header *h = p->header;
+  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
+  struct request *before = bpf_map_lookup_elem(&requests, &id);
+  if (before) {
+    // Or a recorded repeat could start it again once the first HELLO is forgotten.
+    if (before->expires_ns < expires) before->expires_ns = expires;
+    int same = before->prompt_bytes == h->prompt_bytes && before->max_tokens == h->max_tokens &&
+               before->model == h->model && before->first_word == h->word[0];
+    __be64 cookie = packet_cookie(p, c, before->route);
+    if (!same || before->ended || before->cookie != cookie) {
+      v->code = LT_CODE_REUSED;
+      return;
+    }
+    v->route = before->route;
+    v->cookie = cookie;
+    count(C_REPEATED);
+    return;
+  }
+  __u32 cost = (bpf_ntohl(h->prompt_bytes) + 3) / 4 + bpf_ntohl(h->max_tokens);
+  int replica = choose(c, bpf_ntohl(h->model), holders(h));
+  if (replica < 0) {
+    v->code = -replica;
+    return;
+  }
+  struct request granted = {
+      .granted_ns = now,
+      .expires_ns = expires,
+      .first_word = h->word[0],
+      .prompt_bytes = h->prompt_bytes,
+      .max_tokens = h->max_tokens,
+      .model = h->model,
+      .route = bpf_htonl(replica + 1),
+      .charged_tokens = cost,
+  };
+  granted.cookie = packet_cookie(p, c, granted.route);
+  if (!enter(&c->live, c->live_max)) {
+    v->code = LT_CODE_BUSY;
+    return;
+  }
+  if (!enter(&t->live, t->live_max)) {
+    v->code = LT_CODE_TENANT_BUSY;
+    leave(&c->live);
+    return;
+  }
+  v->retry_ms = charge(t, cost, now);
+  if (v->retry_ms) {
+    v->code = v->retry_ms == NEVER_MS ? LT_CODE_TOO_LARGE : LT_CODE_RATE;
+    if (v->code == LT_CODE_TOO_LARGE) v->retry_ms = 0;
+  } else if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
+    // No room; or its repeat was as fast, on another CPU, and is granted already.
+    v->code = LT_CODE_BUSY;
+    v->retry_ms = 1;
+    give_back(t, cost);
+  }
+  if (v->code) {
+    leave(&t->live);
+    leave(&c->live);
+    return;
+  }
+  __u32 at = replica;
+  // The compiler knows that it is small and drops the mask that the verifier needs.
+  asm volatile("" : "+r"(at));
+  __sync_fetch_and_add(&c->replicas[at & (REPLICAS - 1)].live, 1);
+  __sync_fetch_and_add(&t->granted, 1);
+  v->route = granted.route;
+  v->cookie = granted.cookie;
+  count(C_GRANTED);
+}
+
+static __always_inline int on_hello(struct packet *p, struct control *c, struct tenant *t,
+                                    const __u64 *key) {
+  struct lt_header *h = p->header;
+  struct verdict v = {};
+  __u64 now = bpf_ktime_get_ns();
+  __u64 now_us = now / 1000 + c->clock_offset_us;
+  __u64 age_us = now_us - bpf_be64_to_cpu(h->time_us) + window_us;
+  count(C_HELLO);
+  if (h->version != LT_VERSION) v.code = LT_CODE_VERSION;
+  else if (age_us > 2 * window_us) v.code = LT_CODE_CLOCK;
+  else if (!well_formed(h)) v.code = LT_CODE_MALFORMED;
+  else decide(p, c, t, now, now + (2 * window_us - age_us) * 1000, &v);
+  if (v.code) {
+    count(C_REJECTED);
+    count(C_CODE + ((v.code - LT_CODE_VERSION) & 15));
+    __sync_fetch_and_add(&t->rejected, 1);
+  }
+  return answer(p, key, now_us, &v);
+}
+
+/**
+ * The datagram is of a request that was granted, with the numbers that it was charged for. One that
+ * has ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
+ */
+static __always_inline int is_current(const struct lt_header *h) {
+  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
+  struct request *r = bpf_map_lookup_elem(&requests, &id);
+  if (!r || (r->ended && h->type == LT_DATA)) return 0;
+  return r->prompt_bytes == h->prompt_bytes && r->max_tokens == h->max_tokens &&
+         r->model == h->model && r->route == h->route;
+}
+
+/** Hands a datagram of a granted request to its replica. */
+static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct control *c) {
+  struct lt_header *h = p->header;
+  __u32 replica = bpf_ntohl(h->route) - 1;
+  if (replica >= REPLICAS || h->word[0] != packet_cookie(p, c, h->route)) {
+    count(C_BAD_COOKIE);
+    return XDP_DROP;
+  }
+  if (!is_current(h)) {
+    count(C_STALE);
+    return XDP_DROP;
+  }
+  __u32 queue = ctx->rx_queue_index;
+  if (queue < QUEUES) {
+    long action = bpf_redirect_map(&rings, replica * QUEUES + queue, XDP_DROP);
+    if (action == XDP_REDIRECT) {
+      count(C_FORWARDED);
+      return action;
+    }
+  }
+  count(C_NO_RING);
+  return XDP_DROP;
+}
+
+SEC("xdp")
+int ingress(struct xdp_md *ctx) {
+  struct packet p;
+  __u32 zero = 0;
+  struct control *c = bpf_map_lookup_elem(&controls, &zero);
+  if (!c || !packet_parse(ctx, port, &p) || !is_for_us(&p, c)) {
+    count(C_PASSED);
+    return XDP_PASS;
+  }
+  struct lt_header *h = p.header;
+  __u32 index = bpf_ntohl(h->tenant), which = bpf_ntohs(h->key);
+  struct tenant *t = bpf_map_lookup_elem(&tenants, &index);
+  __u32 bytes = bpf_ntohs(p.udp->len);
+  if (h->magic != bpf_htons(LT_MAGIC) || !t || !t->ns_per_token_1024 || which > 1 ||
+      bytes != sizeof(struct udphdr) + sizeof *h + bpf_ntohs(h->payload_bytes)) {
+    count(C_BAD_HEADER);
+    return XDP_DROP;
+  }
+  const __u64 *key = t->key[which & 1];
+  if (h->mac != header_mac(h, key[0], key[1])) {
+    count(C_BAD_MAC);
+    return XDP_DROP;
+  }
+  if (h->type == LT_HELLO) return on_hello(&p, c, t, key);
+  if (h->version == LT_VERSION &&
+      (h->type == LT_DATA || h->type == LT_ACK || h->type == LT_CANCEL)) {
+    return forward(ctx, &p, c);
+  }
+  count(C_BAD_TYPE);
+  return XDP_DROP;
+}
+
+char LICENSE[] SEC("license") = "GPL";

@@ -1,0 +1,124 @@
+// Owns the way through Ethernet, VLAN, IP and UDP to a datagram of the protocol, and back: turning
+// a received frame into its own answer.
+#pragma once
+
+#include <linux/bpf.h>
+// The helpers need its types.
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/udp.h>
+
+#include "protocol.h"
+
+struct vlan_header {
+  __be16 tag;
+  __be16 protocol;
+};
+
+/** Where things lie in a frame that holds a datagram of the protocol. */
+struct packet {
+  struct ethhdr *eth;
+  /** One of the two, the other is null. */
+  struct iphdr *ip4;
+  struct ipv6hdr *ip6;
+  struct udphdr *udp;
+  struct lt_header *header;
+};
+
+#define IP_FRAGMENT 0x3fff /* more fragments, or an offset */
+
+/**
+ * Finds the header of a datagram that is for us.
+ * @return 0 if the frame is anything else, or shorter than it says
+ */
+static __always_inline int packet_parse(struct xdp_md *ctx, __u16 port, struct packet *p) {
+  void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+  struct ethhdr *eth = data;
+  void *at = eth + 1;
+  if (at > end) return 0;
+  p->eth = eth;
+  __be16 protocol = eth->h_proto;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD)) break;
+    struct vlan_header *vlan = at;
+    at = vlan + 1;
+    if (at > end) return 0;
+    protocol = vlan->protocol;
+  }
+  if (protocol == bpf_htons(ETH_P_IP)) {
+    struct iphdr *ip = at;
+    if ((void *)(ip + 1) > end) return 0;
+    if (ip->version != 4 || ip->ihl < 5 || ip->protocol != IPPROTO_UDP) return 0;
+    if (ip->frag_off & bpf_htons(IP_FRAGMENT)) return 0;
+    at += ip->ihl * 4;
+    p->ip4 = ip;
+    p->ip6 = 0;
+  } else if (protocol == bpf_htons(ETH_P_IPV6)) {
+    struct ipv6hdr *ip = at;
+    at = ip + 1;
+    if (at > end) return 0;
+    if (ip->version != 6 || ip->nexthdr != IPPROTO_UDP) return 0;
+    p->ip4 = 0;
+    p->ip6 = ip;
+  } else {
+    return 0;
+  }
+  struct udphdr *udp = at;
+  if ((void *)(udp + 1) > end || udp->dest != bpf_htons(port)) return 0;
+  struct lt_header *header = (void *)(udp + 1);
+  if ((void *)(header + 1) > end) return 0;
+  p->udp = udp;
+  p->header = header;
+  return 1;
+}
+
+static __always_inline __u16 fold(__u64 sum) {
+  sum = (sum & 0xffffffff) + (sum >> 32);
+  sum = (sum & 0xffff) + (sum >> 16);
+  sum = (sum & 0xffff) + (sum >> 16);
+  sum = (sum & 0xffff) + (sum >> 16);
+  return sum;
+}
+
+/**
+ * Sends a HELLO back where it came from; its header is the answer's already. The checksum is
+ * computed anew: what a sender on the same machine left for its card to fill in is not a sum yet.
+ */
+static __always_inline void packet_turn(struct packet *p) {
+  struct ethhdr *eth = p->eth;
+  struct udphdr *udp = p->udp;
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    __u16 *to = (__u16 *)eth->h_dest + i, *from = (__u16 *)eth->h_source + i;
+    __u16 saved = *to;
+    *to = *from;
+    *from = saved;
+  }
+  __be16 port = udp->source;
+  udp->source = udp->dest;
+  udp->dest = port;
+  udp->check = 0;
+  __u64 sum = bpf_htons(IPPROTO_UDP) + (__u64)udp->len;
+  if (p->ip4) {
+    struct iphdr *ip = p->ip4;
+    __be32 address = ip->saddr;
+    ip->saddr = ip->daddr;
+    ip->daddr = address;
+    sum += (__u64)ip->saddr + ip->daddr;
+  } else if (p->ip6) {
+    struct ipv6hdr *ip = p->ip6;
+    struct in6_addr address = ip->saddr;
+    ip->saddr = ip->daddr;
+    ip->daddr = address;
+    sum = bpf_csum_diff(0, 0, (void *)&ip->saddr, 32, fold(sum));
+  }
+  sum = fold(sum);
+  sum = bpf_csum_diff(0, 0, (void *)udp, sizeof *udp + sizeof(struct lt_header), sum);
+  __u16 check = ~fold(sum);
+  udp->check = check ? check : 0xffff;
+}

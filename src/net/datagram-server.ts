@@ -1,0 +1,313 @@
+// Owns an interface's datagram path: the program in its driver, the ring thread behind it, and the
+// replicas that answer. The program learns here who is there, what is free and where prefixes are.
+
+import { LatticeError } from '../errors.ts'
+import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
+import type { WireAnswer, WireRequest } from './exchange.ts'
+import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
+import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
+import {
+  addressesOf,
+  type CheckedInterface,
+  checkInterface,
+  type InterfaceChoice,
+  type NetMode,
+  refused,
+  taken,
+} from './interface.ts'
+import { Ring } from './ring.ts'
+import type { RingLosses } from './ring-messages.ts'
+import type { DatagramTenant } from './tenants.ts'
+
+/** What answers prompts: an engine here, or another process that has joined. */
+export interface DatagramReplica {
+  /** Name of its model. */
+  readonly model: string
+  /** Starts a request; returns what aborts it. Must not throw. */
+  start(wire: WireRequest, tenant: string, answer: WireAnswer): () => void
+}
+
+export interface DatagramOptions extends InterfaceChoice {
+  mode: NetMode
+  /** Take the next best mode where the driver cannot do this one, instead of refusing. */
+  allowGeneric: boolean
+  busyPollBudget: number
+  tenants: readonly DatagramTenant[]
+  /** Requests at once, of all tenants together. */
+  maxRunning: number
+  port: number
+  /** The ring thread is gone: every HELLO is refused from now on. */
+  onFailure: (error: LatticeError) => void
+}
+
+export interface DatagramStatus {
+  interface: string
+  /** Where the program is, asked of the kernel now. */
+  attached: AttachedXdp | undefined
+  /** Whether the driver writes into our memory itself, asked of the kernel at the start. */
+  zeroCopy: boolean
+  queues: readonly number[]
+  port: number
+  /** Instructions that the verifier followed. */
+  verified: number
+  running: number
+  counters: IngressCounters
+  losses: RingLosses
+  tenants: (TenantUse & { index: number; name: string })[]
+  replicas: { model: string; running: number; prefixes: number }[]
+  failure: string | undefined
+}
+
+const SYNC_MS = 5_000
+/** A client gets so long to take the rest of its answer. */
+const FLUSH_MS = 5_000
+
+interface Attached {
+  detach: () => void
+  ring: Ring
+}
+
+export class DatagramServer {
+  readonly ingress: Ingress
+  private readonly options: DatagramOptions
+  private readonly link: CheckedInterface
+  private ring!: Ring
+  private detach: () => void = () => {}
+  private timer: NodeJS.Timeout | undefined
+  private failure: LatticeError | undefined
+  private readonly names: ReadonlyMap<number, string>
+  private readonly replicas: (DatagramReplica | undefined)[] = []
+  /** By route: aborts of what runs at a replica. */
+  private readonly running = new Map<WireAnswer, number>()
+  private readonly claimed = new Set<string>()
+  /** Published prefixes: a bit for each replica that holds one. */
+  private readonly prefixes = new Map<bigint, bigint>()
+
+  private constructor(options: DatagramOptions, link: CheckedInterface) {
+    this.options = options
+    this.link = link
+    this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
+    this.ingress = Ingress.load({ port: options.port })
+    this.ingress.setMaxRunning(options.maxRunning)
+    for (const tenant of options.tenants) this.ingress.setTenant(tenant.index, tenant)
+    this.ingress.setAddresses(addressesOf(link.name))
+  }
+
+  /**
+   * Opens the rings and attaches the program. Requests are refused until there is a replica.
+   * @throws LatticeError `net_refused`, and as `Ingress` and `Ring` do; then nothing is attached
+   */
+  static async start(options: DatagramOptions): Promise<DatagramServer> {
+    const server = new DatagramServer(options, checkInterface(options))
+    try {
+      const { ring, detach } = await server.attach()
+      server.ring = ring
+      server.detach = detach
+    } catch (thrown) {
+      server.ingress.close()
+      throw thrown
+    }
+    server.timer = setInterval(() => server.sync(), SYNC_MS)
+    server.timer.unref()
+    return server
+  }
+
+  /**
+   * Lets a replica be chosen. Returns its index.
+   * @throws LatticeError `net_refused` if there are as many as may be
+   */
+  addReplica(replica: DatagramReplica): number {
+    let index = this.replicas.indexOf(undefined)
+    if (index < 0) index = this.replicas.length
+    if (index >= REPLICAS_MAX) {
+      throw refused(`${REPLICAS_MAX} replicas are there already.`, 'Let one of them go first.')
+    }
+    this.replicas[index] = replica
+    this.ring.fds.forEach((fd, i) => {
+      this.ingress.setRing(index * QUEUES_MAX + (this.link.queues[i] ?? 0), fd)
+    })
+    this.ingress.setReplica(index, replica.model)
+    return index
+  }
+
+  /** It is gone: what runs there ends as failed, and nothing is sent to it any more. */
+  removeReplica(index: number): void {
+    this.ingress.setReplica(index, undefined)
+    this.replicas[index] = undefined
+    for (const [hash, holders] of this.prefixes) this.setHolders(hash, holders & ~bit(index))
+    for (const [answer, route] of this.running) {
+      if (route === index + 1) answer.end('failed', NO_USAGE)
+    }
+  }
+
+  /** Says whether a replica has a prefix in memory; the program prefers those that have. */
+  publish(index: number, hash: bigint, isHeld: boolean): void {
+    const holders = this.prefixes.get(hash) ?? 0n
+    this.setHolders(hash, isHeld ? holders | bit(index) : holders & ~bit(index))
+  }
+
+  status(): DatagramStatus {
+    const { link, options, ring, ingress } = this
+    const counters = ingress.counters()
+    return {
+      interface: link.name,
+      attached: attachedXdp(link.index),
+      zeroCopy: ring.zeroCopy,
+      queues: link.queues,
+      port: options.port,
+      verified: ingress.program.info().verified,
+      running: ingress.running,
+      counters,
+      losses: ring.losses,
+      tenants: options.tenants.map(({ index, name }) => ({ index, name, ...ingress.use(index) })),
+      replicas: this.replicas.flatMap((replica, i) => {
+        if (!replica) return []
+        const prefixes = this.prefixes.values().reduce((n, held) => n + (held & bit(i) ? 1 : 0), 0)
+        return [{ model: replica.model, running: ingress.runningAt(i), prefixes }]
+      }),
+      failure: this.failure?.message,
+    }
+  }
+
+  /** Refuses new requests; those that run go on. */
+  refuse(): void {
+    this.replicas.forEach((_, index) => this.ingress.setReplica(index, undefined))
+  }
+
+  /** Refuses new requests; resolves when what was answered has arrived. */
+  async drain(): Promise<void> {
+    this.refuse()
+    const { promise: late, resolve } = Promise.withResolvers<void>()
+    const timer = setTimeout(resolve, FLUSH_MS)
+    await Promise.race([this.ring.drain(), late])
+    clearTimeout(timer)
+  }
+
+  /** Detaches the program; what runs is cut off. */
+  async close(): Promise<void> {
+    clearInterval(this.timer)
+    this.detach()
+    await this.ring.close()
+    this.ingress.close()
+  }
+
+  /** The program first: which mode it gets decides about the rings. */
+  private async attach(): Promise<Attached> {
+    const { mode, allowGeneric } = this.options
+    const ladder: readonly NetMode[] = allowGeneric ? LADDER.slice(LADDER.indexOf(mode)) : [mode]
+    let failure: unknown
+    for (const step of ladder) {
+      try {
+        return await this.attachAs(step)
+      } catch (thrown) {
+        if (!isUnsupported(thrown)) throw this.explain(thrown, step)
+        failure = thrown
+      }
+    }
+    throw refused(
+      `${this.link.name} cannot do ${mode}: ${String(failure)}`,
+      mode === 'generic'
+        ? 'Use another interface.'
+        : 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).',
+      failure,
+    )
+  }
+
+  private async attachAs(mode: NetMode): Promise<Attached> {
+    const { link, options, ingress } = this
+    const keys = new Map(options.tenants.map(({ index, keys: pair }) => [index, pair]))
+    const detach = ingress.program.attachXdp(link.index, mode === 'generic' ? mode : 'native')
+    try {
+      const { index: ifindex, queues } = link
+      const copy = mode === 'zerocopy' ? mode : 'copy'
+      const { busyPollBudget } = options
+      const ring = await Ring.open(
+        { ifindex, queues, mode: copy, busyPollBudget, keys },
+        {
+          start: (wire, answer) => this.run(wire, answer),
+          claimed: (tenant, request) => void this.claimed.add(`${tenant}:${request}`),
+          finished: (tenant, request, used) => {
+            this.claimed.delete(`${tenant}:${request}`)
+            ingress.finish(tenant, request, used)
+          },
+          failed: (error) => this.fail(error),
+        },
+      )
+      return { ring, detach }
+    } catch (thrown) {
+      detach()
+      throw thrown
+    }
+  }
+
+  private explain(thrown: unknown, mode: NetMode): unknown {
+    if (!(thrown instanceof LatticeError) || thrown.code !== 'os_call_failed') return thrown
+    const { name, index } = this.link
+    const other = isBusy(thrown) ? attachedXdp(index) : undefined
+    if (other && other.id !== this.ingress.program.info().id) return taken(name, other)
+    const todo = isBusy(thrown)
+      ? 'Another process has this queue: choose another with --queue, or end that process.'
+      : 'The kernel’s reason is in the number: `errno -l` lists them.'
+    return refused(`${name} cannot be used (${mode}): ${thrown.message}`, todo, thrown)
+  }
+
+  private run(wire: WireRequest, answer: WireAnswer): () => void {
+    const replica = this.replicas[wire.route - 1]
+    if (!replica) {
+      answer.end('no_replica', NO_USAGE)
+      return () => {}
+    }
+    const watched: WireAnswer = {
+      tokens: (ids, text) => answer.tokens(ids, text),
+      end: (code, usage) => {
+        if (this.running.delete(watched)) answer.end(code, usage)
+      },
+    }
+    this.running.set(watched, wire.route)
+    const abort = replica.start(wire, this.names.get(wire.tenant) ?? 'default', watched)
+    return () => {
+      this.running.delete(watched)
+      abort()
+    }
+  }
+
+  private setHolders(hash: bigint, holders: bigint): void {
+    if (holders === 0n) this.prefixes.delete(hash)
+    else this.prefixes.set(hash, holders)
+    this.ingress.publish(hash, holders)
+  }
+
+  private sync(): void {
+    this.ingress.syncClock()
+    this.ingress.setAddresses(addressesOf(this.link.name))
+    this.ingress.expire((tenant, request) => this.claimed.has(`${tenant}:${request}`))
+  }
+
+  private fail(error: LatticeError): void {
+    this.failure = error
+    this.refuse()
+    // Nobody is left who would finish them.
+    this.claimed.clear()
+    this.options.onFailure(error)
+  }
+}
+
+/** Each is what the next best comes after. */
+const LADDER: readonly NetMode[] = ['zerocopy', 'native', 'generic']
+const NO_USAGE = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
+const EBUSY = 16
+const EEXIST = 17
+const EOPNOTSUPP = 95
+
+function isUnsupported(thrown: unknown): boolean {
+  const { call, errno } = thrown instanceof LatticeError ? thrown.details : {}
+  return (call === 'bind' || call === 'bpf_link_create') && errno === EOPNOTSUPP
+}
+
+function isBusy({ details }: LatticeError): boolean {
+  return details['errno'] === EBUSY || details['errno'] === EEXIST
+}
+
+function bit(index: number): bigint {
+  return 1n << BigInt(index)
+}

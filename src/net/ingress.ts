@@ -1,0 +1,300 @@
+// Owns the control plane of ingress: it loads the program, tells it tenants, limits, replicas and
+// published prefixes through shared memory, gives back what a request did not use, and reads the
+// counters. It decides nothing about a packet; bpf/ingress.bpf.c does.
+
+import { readFileSync } from 'node:fs'
+import { LatticeError } from '../errors.ts'
+import { BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
+import {
+  ADDRESSES_MAX,
+  CONTROL,
+  COUNTERS,
+  COUNTERS_BY_CODE,
+  COUNTERS_MAX,
+  REPLICA,
+  REPLICAS_MAX,
+  REQUEST,
+  REQUEST_KEY,
+  TENANT,
+  TUNABLES,
+} from './ingress-maps.ts'
+import { MESSAGE_CODES, modelHash, PROTOCOL_PORT, TENANTS_MAX } from './protocol.ts'
+
+export interface IngressTunables {
+  /** UDP port of the protocol. */
+  port: number
+  /** How far a HELLO's time may be off, and how long its number stays taken. */
+  windowMs: number
+  /** Fragments that a client may have in flight. */
+  credit: number
+  /** One decision in so many becomes an event: a power of two, or 0 for none. */
+  sampleEvery: number
+}
+
+export const INGRESS_DEFAULTS: IngressTunables = {
+  port: PROTOCOL_PORT,
+  windowMs: 30_000,
+  credit: 64,
+  sampleEvery: 0,
+}
+
+export interface TenantLimits {
+  /** Two keys of 16 bytes; the second one may be the first while none is being replaced. */
+  keys: readonly [Uint8Array, Uint8Array]
+  /** At least 10: prices are kept in whole ns / 1024. */
+  tokensPerSecond: number
+  /** How many tokens may be taken at once after a rest. */
+  burstTokens: number
+  maxRunning: number
+}
+
+/** A granted prompt of which nothing has come for so long is not coming. */
+const UNCLAIMED_NS = 10_000_000_000n
+
+export type IngressCounters = Record<string, number>
+
+export interface TenantUse {
+  running: number
+  granted: number
+  rejected: number
+  /** Of all time, less what was given back. */
+  chargedTokens: number
+}
+
+export class Ingress {
+  readonly program: BpfProgram
+  readonly object: BpfObject
+  private readonly tenants: DataView
+  private readonly control: DataView
+  private readonly atomics: { tenants: BigInt64Array; running: Int32Array; control: Int32Array }
+
+  /** @throws LatticeError as `BpfObject` does */
+  constructor(elf: Uint8Array, tunables: Partial<IngressTunables> = {}) {
+    const chosen = { ...INGRESS_DEFAULTS, ...tunables }
+    this.object = new BpfObject(elf, (rodata) => {
+      const view = new DataView(rodata.buffer, rodata.byteOffset)
+      view.setUint16(TUNABLES.port, chosen.port, true)
+      view.setBigUint64(TUNABLES.windowUs, BigInt(chosen.windowMs) * 1000n, true)
+      view.setBigUint64(TUNABLES.credit, BigInt(chosen.credit), true)
+      view.setUint32(TUNABLES.sampleEvery, chosen.sampleEvery, true)
+    })
+    this.program = this.object.program('ingress')
+    const tenants = this.object.map('tenants').view()
+    const control = this.object.map('controls').view()
+    this.tenants = new DataView(tenants)
+    this.control = new DataView(control)
+    this.atomics = {
+      tenants: new BigInt64Array(tenants),
+      running: new Int32Array(tenants),
+      control: new Int32Array(control),
+    }
+    crypto.getRandomValues(new Uint8Array(control, CONTROL.cookieKey, 16))
+    this.syncClock()
+  }
+
+  /** The compiled program that comes with the package. */
+  static load(tunables?: Partial<IngressTunables>): Ingress {
+    return new Ingress(readFileSync(new URL('../../bpf/ingress.o', import.meta.url)), tunables)
+  }
+
+  /** Tells the program what time it is; call it every few seconds, clocks drift and are set. */
+  syncClock(): void {
+    const offset = BigInt(Math.round((performance.timeOrigin + performance.now()) * 1000))
+    const ktimeUs = process.hrtime.bigint() / 1000n
+    this.control.setBigInt64(CONTROL.clockOffsetUs, offset - ktimeUs, true)
+  }
+
+  /** @throws LatticeError `invalid_request` for numbers out of bounds */
+  setTenant(index: number, limits: TenantLimits): void {
+    const { keys, tokensPerSecond, burstTokens, maxRunning } = limits
+    if (!Number.isInteger(index) || index < 0 || index >= TENANTS_MAX) {
+      throw new LatticeError('invalid_request', `Tenant ${index} is not one of ${TENANTS_MAX}.`)
+    }
+    if (!(tokensPerSecond >= 10 && tokensPerSecond <= 1e9)) {
+      throw new LatticeError('invalid_request', `A rate of ${tokensPerSecond} tokens a second.`, {
+        todo: 'Use 10 to 1,000,000,000.',
+      })
+    }
+    const at = index * TENANT.bytes
+    keys.forEach((key, i) => new Uint8Array(this.tenants.buffer).set(key, at + 16 * i))
+    const price = BigInt(Math.round((1e9 * 1024) / tokensPerSecond))
+    const burstNs = (BigInt(Math.round(burstTokens)) * price) >> 10n
+    this.tenants.setBigUint64(at + TENANT.burstNs, burstNs, true)
+    this.tenants.setUint32(at + TENANT.liveMax, maxRunning, true)
+    // Last: from here on it exists.
+    this.tenants.setBigUint64(at + TENANT.nsPerToken1024, price, true)
+  }
+
+  removeTenant(index: number): void {
+    this.tenants.setBigUint64(index * TENANT.bytes + TENANT.nsPerToken1024, 0n, true)
+  }
+
+  setMaxRunning(requests: number): void {
+    this.control.setUint32(CONTROL.liveMax, requests, true)
+  }
+
+  /**
+   * The addresses that the program answers for: datagrams to others go on to where they go.
+   * @param addresses of 16 bytes, IPv4 as ::ffff:a.b.c.d; none is any
+   * @throws LatticeError `invalid_request` for more than 16
+   */
+  setAddresses(addresses: readonly Uint8Array[]): void {
+    if (addresses.length > ADDRESSES_MAX) {
+      throw new LatticeError('invalid_request', `${addresses.length} addresses to answer for.`, {
+        todo: `The program knows ${ADDRESSES_MAX}: remove some from the interface.`,
+      })
+    }
+    const four = addresses.filter(isMapped)
+    const six = addresses.filter((address) => !isMapped(address))
+    const bytes = new Uint8Array(this.control.buffer)
+    for (let i = 0; i < ADDRESSES_MAX; i++) {
+      bytes.set(four[i]?.subarray(12) ?? new Uint8Array(4), CONTROL.address4 + 4 * i)
+      bytes.set(six[i] ?? new Uint8Array(16), CONTROL.address6 + 16 * i)
+    }
+    this.control.setUint32(CONTROL.addresses, addresses.length, true)
+  }
+
+  /** @param model its name; undefined takes the replica out of the choice */
+  setReplica(index: number, model: string | undefined): void {
+    if (!Number.isInteger(index) || index < 0 || index >= REPLICAS_MAX) {
+      throw new LatticeError('invalid_request', `Replica ${index} is not one of ${REPLICAS_MAX}.`)
+    }
+    const at = CONTROL.replicas + index * REPLICA.bytes
+    if (model !== undefined) this.control.setUint32(at + REPLICA.model, modelHash(model), true)
+    this.control.setUint32(at + REPLICA.ready, model === undefined ? 0 : 1, true)
+  }
+
+  /** Puts an AF_XDP socket into the map that DATA is redirected by. */
+  setRing(index: number, fd: number): void {
+    const [key, value] = [new DataView(new ArrayBuffer(4)), new DataView(new ArrayBuffer(4))]
+    key.setUint32(0, index, true)
+    value.setInt32(0, fd, true)
+    this.object.map('rings').update(new Uint8Array(key.buffer), new Uint8Array(value.buffer))
+  }
+
+  /** Says which replicas hold a prefix (a bit each); none forgets it. */
+  publish(hash: bigint, replicas: bigint): void {
+    const [key, value] = [new DataView(new ArrayBuffer(8)), new DataView(new ArrayBuffer(8))]
+    key.setBigUint64(0, hash)
+    value.setBigUint64(0, replicas, true)
+    const map = this.object.map('prefixes')
+    if (replicas === 0n) map.delete(new Uint8Array(key.buffer))
+    else map.update(new Uint8Array(key.buffer), new Uint8Array(value.buffer))
+  }
+
+  /**
+   * A granted request has ended: its places are free, and what it was charged beyond `usedTokens`
+   * goes back to its tenant. Its number stays taken until its window is over.
+   * @returns false if no such request runs
+   */
+  finish(tenant: number, request: bigint, usedTokens: number): boolean {
+    const key = requestKey(tenant, request)
+    const bytes = new Uint8Array(REQUEST.bytes)
+    const map = this.object.map('requests')
+    const value = new DataView(bytes.buffer)
+    if (!map.lookup(key, bytes) || value.getUint32(REQUEST.ended, true) !== 0) return false
+    value.setUint32(REQUEST.ended, 1, true)
+    map.update(key, bytes)
+    const replica = value.getUint32(REQUEST.route) - 1
+    const at = (CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live) >> 2
+    Atomics.sub(this.atomics.control, at, 1)
+    Atomics.sub(this.atomics.control, CONTROL.live >> 2, 1)
+    Atomics.sub(this.atomics.running, (tenant * TENANT.bytes + TENANT.live) >> 2, 1)
+    const unused = value.getUint32(REQUEST.chargedTokens, true) - usedTokens
+    if (unused <= 0) return true
+    const price = this.tenants.getBigUint64(tenant * TENANT.bytes + TENANT.nsPerToken1024, true)
+    const refund = (BigInt(unused) * price) >> 10n
+    const word = (tenant * TENANT.bytes) >> 3
+    Atomics.sub(this.atomics.tenants, word + (TENANT.fullAtNs >> 3), refund)
+    Atomics.sub(this.atomics.tenants, word + (TENANT.chargedTokens >> 3), BigInt(unused))
+    return true
+  }
+
+  /**
+   * Ends requests that were granted but whose prompt never came, and forgets ended ones whose
+   * number nobody can use any more.
+   * @param isClaimed whether a replica will finish it
+   * @param now ktime
+   * @returns how many were forgotten
+   */
+  expire(
+    isClaimed: (tenant: number, request: bigint) => boolean = () => false,
+    now = process.hrtime.bigint(),
+  ): number {
+    const map = this.object.map('requests')
+    let count = 0
+    for (const [key, value] of map.items()) {
+      const granted = new DataView(value.buffer)
+      if (granted.getUint32(REQUEST.ended, true) !== 0) {
+        if (granted.getBigUint64(REQUEST.expiresNs, true) < now && map.delete(key)) count++
+        continue
+      }
+      if (now - granted.getBigUint64(REQUEST.grantedNs, true) < UNCLAIMED_NS) continue
+      const asked = new DataView(key.buffer)
+      const tenant = asked.getUint32(REQUEST_KEY.tenant, true)
+      const request = asked.getBigUint64(REQUEST_KEY.request)
+      if (!isClaimed(tenant, request)) this.finish(tenant, request, 0)
+    }
+    return count
+  }
+
+  /** Summed over CPUs; rejections also by code. */
+  counters(): IngressCounters {
+    const bytes = new Uint8Array(possibleCpus() * COUNTERS_MAX * 8)
+    this.object.map('counts').lookup(new Uint8Array(4), bytes)
+    const words = new BigUint64Array(bytes.buffer)
+    const sum = (index: number) => {
+      let total = 0n
+      for (let i = index; i < words.length; i += COUNTERS_MAX) total += words[i] ?? 0n
+      return Number(total)
+    }
+    const counters: IngressCounters = {}
+    COUNTERS.forEach((name, i) => (counters[name] = sum(i)))
+    for (const [name, code] of Object.entries(MESSAGE_CODES)) {
+      const index = COUNTERS_BY_CODE + code - MESSAGE_CODES.version
+      const isOfEngine = code === MESSAGE_CODES.context || code === MESSAGE_CODES.prompt
+      if (code >= MESSAGE_CODES.version && !isOfEngine) counters[name] = sum(index)
+    }
+    return counters
+  }
+
+  /** Requests that were granted and have not ended. */
+  get running(): number {
+    return this.control.getUint32(CONTROL.live, true)
+  }
+
+  /** Those of a replica. */
+  runningAt(replica: number): number {
+    return this.control.getUint32(CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live, true)
+  }
+
+  /** What a tenant has and had. */
+  use(index: number): TenantUse {
+    const at = index * TENANT.bytes
+    const count = (field: number) => Number(this.tenants.getBigUint64(at + field, true))
+    return {
+      running: this.tenants.getUint32(at + TENANT.live, true),
+      granted: count(TENANT.granted),
+      rejected: count(TENANT.rejected),
+      chargedTokens: count(TENANT.chargedTokens),
+    }
+  }
+
+  /** Nothing of this may be used afterwards. */
+  close(): void {
+    this.object.close()
+  }
+}
+
+/** ::ffff:a.b.c.d */
+function isMapped(address: Uint8Array): boolean {
+  return address.every((byte, i) => i > 11 || byte === (i < 10 ? 0 : 255))
+}
+
+function requestKey(tenant: number, request: bigint): Uint8Array {
+  const key = new DataView(new ArrayBuffer(REQUEST_KEY.bytes))
+  // As it comes over the wire.
+  key.setBigUint64(REQUEST_KEY.request, request)
+  key.setUint32(REQUEST_KEY.tenant, tenant, true)
+  return new Uint8Array(key.buffer)
+}

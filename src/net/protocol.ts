@@ -1,0 +1,259 @@
+// Owns the datagram protocol on this side of the wire: headers as objects and as bytes, MACs,
+// cookies and prefix hashes. docs/protocol.md specifies it; bpf/protocol.h is the kernel's view.
+
+import { type SipKey, sipHash } from './siphash.ts'
+
+export const PROTOCOL_VERSION = 1
+export const PROTOCOL_PORT = 7411
+export const HEADER_BYTES = 96
+/** Of a prompt, in one DATA datagram. */
+export const FRAGMENT_BYTES = 1200
+export const TENANTS_MAX = 1024
+export const PROMPT_BYTES_MAX = 1 << 26
+export const MAX_TOKENS_MAX = 1 << 20
+/** How many first bytes of a prompt each word of a HELLO hashes. */
+export const PREFIX_LADDER = [1 << 10, 4 << 10, 16 << 10, 64 << 10] as const
+
+const MAGIC = 0x4c54
+const MAC_AT = 88
+
+export const MESSAGE_TYPES = {
+  hello: 1,
+  grant: 2,
+  reject: 3,
+  data: 4,
+  ack: 5,
+  tokens: 6,
+  end: 7,
+  cancel: 8,
+} as const
+
+export type MessageType = (typeof MESSAGE_TYPES)[keyof typeof MESSAGE_TYPES]
+
+/** Of REJECT and END. */
+export const MESSAGE_CODES = {
+  ok: 0,
+  length: 1,
+  cancelled: 2,
+  timed_out: 3,
+  failed: 4,
+  version: 16,
+  clock: 17,
+  malformed: 18,
+  model: 19,
+  request_reused: 20,
+  busy: 21,
+  tenant_busy: 22,
+  rate: 23,
+  no_replica: 24,
+  context: 25,
+  prompt: 26,
+  too_large: 27,
+} as const
+
+export type MessageCode = keyof typeof MESSAGE_CODES
+
+export const MESSAGE_FLAGS = { chat: 1, raw: 2, retry: 4 } as const
+
+/** Every datagram's first 96 bytes but for the magic number and the MAC. */
+export interface Header {
+  version: number
+  type: number
+  payloadBytes: number
+  flags: number
+  tenant: number
+  key: number
+  code: number
+  request: bigint
+  timeUs: bigint
+  route: number
+  model: number
+  promptBytes: number
+  maxTokens: number
+  deadlineMs: number
+  fragment: number
+  fragments: number
+  words: [bigint, bigint, bigint, bigint]
+}
+
+const ZERO: Header = {
+  version: PROTOCOL_VERSION,
+  type: 0,
+  payloadBytes: 0,
+  flags: 0,
+  tenant: 0,
+  key: 0,
+  code: 0,
+  request: 0n,
+  timeUs: 0n,
+  route: 0,
+  model: 0,
+  promptBytes: 0,
+  maxTokens: 0,
+  deadlineMs: 0,
+  fragment: 0,
+  fragments: 0,
+  words: [0n, 0n, 0n, 0n],
+}
+
+/** Writes a header with its MAC at the start of a datagram. */
+export function writeHeader(to: DataView, header: Partial<Header>, key: SipKey): void {
+  const h = { ...ZERO, ...header }
+  to.setUint16(0, MAGIC)
+  to.setUint8(2, h.version)
+  to.setUint8(3, h.type)
+  to.setUint16(4, h.payloadBytes)
+  to.setUint16(6, h.flags)
+  to.setUint32(8, h.tenant)
+  to.setUint16(12, h.key)
+  to.setUint16(14, h.code)
+  to.setBigUint64(16, h.request)
+  to.setBigUint64(24, h.timeUs)
+  to.setUint32(32, h.route)
+  to.setUint32(36, h.model)
+  to.setUint32(40, h.promptBytes)
+  to.setUint32(44, h.maxTokens)
+  to.setUint32(48, h.deadlineMs)
+  to.setUint16(52, h.fragment)
+  to.setUint16(54, h.fragments)
+  h.words.forEach((word, i) => to.setBigUint64(56 + 8 * i, word))
+  sipHash(key, to, 0, MAC_AT, to, MAC_AT)
+}
+
+const mac = new DataView(new ArrayBuffer(8))
+
+/** Reads a datagram's header; undefined if it is not one, or its MAC is not by this key. */
+export function readHeader(from: DataView, key: SipKey): Header | undefined {
+  if (from.byteLength < HEADER_BYTES || from.getUint16(0) !== MAGIC) return undefined
+  sipHash(key, from, 0, MAC_AT, mac, 0)
+  if (mac.getBigUint64(0) !== from.getBigUint64(MAC_AT)) return undefined
+  const payloadBytes = from.getUint16(4)
+  if (from.byteLength !== HEADER_BYTES + payloadBytes) return undefined
+  return {
+    version: from.getUint8(2),
+    type: from.getUint8(3),
+    payloadBytes,
+    flags: from.getUint16(6),
+    tenant: from.getUint32(8),
+    key: from.getUint16(12),
+    code: from.getUint16(14),
+    request: from.getBigUint64(16),
+    timeUs: from.getBigUint64(24),
+    route: from.getUint32(32),
+    model: from.getUint32(36),
+    promptBytes: from.getUint32(40),
+    maxTokens: from.getUint32(44),
+    deadlineMs: from.getUint32(48),
+    fragment: from.getUint16(52),
+    fragments: from.getUint16(54),
+    words: [0, 1, 2, 3].map((i) => from.getBigUint64(56 + 8 * i)) as Header['words'],
+  }
+}
+
+/** The SipHash of bytes as the number that a header carries. */
+export function hashOf(key: SipKey, bytes: Uint8Array): bigint {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+  sipHash(key, view, 0, bytes.length, mac, 0)
+  return mac.getBigUint64(0)
+}
+
+/** What a HELLO says of its prompt's first bytes, under the tenant's key 0. */
+export function prefixHashes(key: SipKey, prompt: Uint8Array): Header['words'] {
+  return PREFIX_LADDER.map((bytes) =>
+    prompt.length < bytes ? 0n : hashOf(key, prompt.subarray(0, bytes)),
+  ) as Header['words']
+}
+
+/** @param address 16 bytes; IPv4 as ::ffff:a.b.c.d */
+export function cookieOf(
+  secret: SipKey,
+  { tenant, route, request }: Pick<Header, 'tenant' | 'route' | 'request'>,
+  address: Uint8Array,
+  port: number,
+): bigint {
+  const proof = new DataView(new ArrayBuffer(36))
+  proof.setUint32(0, tenant)
+  proof.setUint32(4, route)
+  proof.setBigUint64(8, request)
+  new Uint8Array(proof.buffer).set(address, 16)
+  proof.setUint32(32, port)
+  return hashOf(secret, new Uint8Array(proof.buffer))
+}
+
+/** FNV-1a of a model's name, as the header carries it. */
+export function modelHash(name: string): number {
+  let hash = 0x811c9dc5
+  for (const byte of Buffer.from(name)) hash = Math.imul(hash ^ byte, 0x01000193)
+  return hash >>> 0
+}
+
+export function fragmentsOf(promptBytes: number): number {
+  return Math.ceil(promptBytes / FRAGMENT_BYTES)
+}
+
+export interface WireSampling {
+  /** 0 is greedy. */
+  temperature: number
+  /** 1 is off. */
+  topP: number
+  seed: bigint
+}
+
+const floats = new DataView(new ArrayBuffer(8))
+
+/** Words 2 and 3 of DATA. */
+export function writeSampling({ temperature, topP, seed }: WireSampling): [bigint, bigint] {
+  floats.setFloat32(0, temperature)
+  floats.setFloat32(4, topP === 1 ? 0 : topP)
+  return [floats.getBigUint64(0), BigInt.asUintN(64, seed)]
+}
+
+export function readSampling([, , word, seed]: Header['words']): WireSampling {
+  floats.setBigUint64(0, word)
+  const topP = floats.getFloat32(4)
+  return { temperature: floats.getFloat32(0), topP: topP === 0 ? 1 : topP, seed }
+}
+
+export interface WireUsage {
+  promptTokens: number
+  /** Of the prompt, found in the server's memory. */
+  cachedTokens: number
+  outputTokens: number
+}
+
+/** Words 2 and 3 of END. */
+export function writeUsage({
+  promptTokens,
+  cachedTokens,
+  outputTokens,
+}: WireUsage): [bigint, bigint] {
+  return [BigInt(outputTokens), (BigInt(promptTokens) << 32n) | BigInt(cachedTokens)]
+}
+
+export function readUsage([, , output, prompt]: Header['words']): WireUsage {
+  return {
+    promptTokens: Number(prompt >> 32n),
+    cachedTokens: Number(prompt & 0xffffffffn),
+    outputTokens: Number(output),
+  }
+}
+
+/** The payload of TOKENS: count, ids, text. */
+export function writeTokens(tokens: readonly number[], text: string): Uint8Array {
+  const utf8 = Buffer.from(text)
+  const bytes = new Uint8Array(2 + 4 * tokens.length + utf8.length)
+  const view = new DataView(bytes.buffer)
+  view.setUint16(0, tokens.length)
+  tokens.forEach((token, i) => view.setUint32(2 + 4 * i, token))
+  bytes.set(utf8, 2 + 4 * tokens.length)
+  return bytes
+}
+
+/** Undefined if the payload is shorter than it says. */
+export function readTokens(payload: Uint8Array): { tokens: Uint32Array; text: string } | undefined {
+  const view = new DataView(payload.buffer, payload.byteOffset, payload.byteLength)
+  const count = payload.length < 2 ? Infinity : view.getUint16(0)
+  if (payload.length < 2 + 4 * count) return undefined
+  const tokens = Uint32Array.from({ length: count }, (_, i) => view.getUint32(2 + 4 * i))
+  return { tokens, text: Buffer.from(payload.subarray(2 + 4 * count)).toString('utf8') }
+}

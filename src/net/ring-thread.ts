@@ -1,0 +1,128 @@
+// Owns the thread that an interface's datagrams reach first: it takes frames from AF_XDP rings,
+// runs the replica's end of the protocol, and sleeps in one place for the rings and for news from
+// the main thread. Entry point of a worker.
+
+import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
+import { present } from '../assert.ts'
+import { toLatticeError } from '../errors.ts'
+import { type Bell, openBell } from '../ffi/bell.ts'
+import { XdpSocket } from '../ffi/xdp-socket.ts'
+import type { WireAnswer } from './exchange.ts'
+import { Replica } from './replica.ts'
+import type { FromRing, RingLosses, RingThreadOptions, ToRing } from './ring-messages.ts'
+import { type SipKey, sipKey } from './siphash.ts'
+
+const port = present(parentPort, 'the parent thread')
+const options = workerData as RingThreadOptions
+const { mode, busyPollBudget } = options
+
+/** How long a sleep lasts at most, so that lost frames are told. */
+const SLEEP_MS = 1000
+/** A frame that the kernel does not take after so many tries is left to the protocol's repeats. */
+const SEND_TRIES = 64
+
+const sockets: XdpSocket[] = []
+const answers = new Map<number, WireAnswer>()
+const losses: RingLosses = { received: 0, sent: 0 }
+let nextId = 1
+let draining = false
+
+function say(message: FromRing, transfer: ArrayBuffer[] = []): void {
+  port.postMessage(message, transfer)
+}
+
+function makeReplica(): Replica {
+  const keys = new Map<number, SipKey>()
+  for (const [tenant, pair] of options.keys) {
+    pair.forEach((key, index) => keys.set(2 * tenant + index, sipKey(key)))
+  }
+  const known = (tenant: number, index: number) =>
+    index < 2 ? keys.get(2 * tenant + index) : undefined
+  return new Replica(known, {
+    now: () => performance.now(),
+    timeUs: () => BigInt(Date.now()) * 1000n,
+    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }),
+    start(wire, answer) {
+      const id = nextId++
+      answers.set(id, answer)
+      say({ kind: 'start', id, wire }, [wire.prompt.buffer as ArrayBuffer])
+      return () => {
+        if (answers.delete(id)) say({ kind: 'abort', id })
+      }
+    },
+    finished: (tenant, request, usedTokens) => {
+      say({ kind: 'finished', tenant, request, usedTokens })
+    },
+    send,
+  })
+}
+
+function send(write: (frame: Uint8Array) => number): void {
+  const socket = present(sockets[0], 'a socket')
+  for (let i = 0; i < SEND_TRIES; i++) {
+    if (socket.send(write)) return
+    // Full only while the kernel has not sent what is in it.
+    socket.flush()
+  }
+  losses.sent++
+}
+
+/** Returns false when the thread is to end. */
+function hear(): boolean {
+  for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
+    const message = item.message as ToRing
+    if (message.kind === 'close') return false
+    if (message.kind === 'drain') draining = true
+    else if (message.kind === 'tokens') answers.get(message.id)?.tokens(message.ids, message.text)
+    else {
+      const answer = answers.get(message.id)
+      answers.delete(message.id)
+      answer?.end(message.code, message.usage)
+    }
+  }
+  return true
+}
+
+function run(replica: Replica, bell: Bell): void {
+  let told = 0
+  while (hear()) {
+    let taken = 0
+    for (const socket of sockets) {
+      taken += socket.receive((view, at, bytes) => replica.take(view, at, bytes))
+    }
+    const next = replica.turn()
+    for (const socket of sockets) socket.flush()
+    if (draining && replica.settled) {
+      draining = false
+      say({ kind: 'drained' })
+    }
+    if (taken > 0 || busyPollBudget > 0) continue
+    const waitMs = next === undefined ? SLEEP_MS : Math.min(SLEEP_MS, next - performance.now())
+    if (waitMs > 0) bell.wait(Math.ceil(waitMs))
+    losses.received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
+    if (losses.received + losses.sent > told) {
+      told = losses.received + losses.sent
+      say({ kind: 'lost', losses })
+    }
+  }
+}
+
+function lostBy(socket: XdpSocket): number {
+  const { dropped, ringFull } = socket.statistics()
+  return Number(dropped + ringFull)
+}
+
+try {
+  for (const queue of options.queues) {
+    sockets.push(new XdpSocket(options.ifindex, queue, { mode, busyPollBudget }))
+  }
+  const fds = sockets.map(({ fd }) => fd)
+  const bell = openBell(fds)
+  const zeroCopy = sockets.every((socket) => socket.zeroCopy)
+  say({ kind: 'ready', fds, bell: bell.fd, zeroCopy })
+  run(makeReplica(), bell)
+} catch (thrown) {
+  say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
+}
+for (const socket of sockets) socket.close()
+port.close()

@@ -1,0 +1,257 @@
+// Owns one host of a test network: a process in a network namespace that does what the test asks of
+// it by messages. A test starts it through namespaces.ts.
+
+import { createHash } from 'node:crypto'
+import { readdirSync, readFileSync } from 'node:fs'
+import { connect, createServer } from 'node:net'
+import type { Engine } from '../../src/engine/api.ts'
+import { EngineClient } from '../../src/engine/client.ts'
+import { BpfObject } from '../../src/ffi/libbpf.ts'
+import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
+import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
+import type { LatticeError } from '../../src/errors.ts'
+import { Ingress } from '../../src/net/ingress.ts'
+import { NetService } from '../../src/net/net-service.ts'
+import type { DatagramTenant } from '../../src/net/tenants.ts'
+import { FakeEngine } from '../support/fake-engine.ts'
+import { fakeTokenizer } from '../support/fake-tokenizer.ts'
+import { relay, type World } from './relay.ts'
+
+/** What an answer came to, or how it failed. */
+export interface Asked {
+  text: string
+  tokens: number
+  reason?: string
+  usage?: { promptTokens: number; cachedTokens: number; outputTokens: number }
+  /** Code of the error, and the server's code in it. */
+  error?: string
+  code?: unknown
+}
+
+/** What a server host is to be. */
+export interface ServeOptions {
+  interface: string
+  tenants: DatagramTenant[]
+  stepMs?: number
+  /** The answer is this text so often, then the prompt's length. */
+  reply: { text: string; times: number }
+  mode?: 'native' | 'generic' | 'zerocopy'
+  maxRunning?: number
+  force?: boolean
+  allowGeneric?: boolean
+  /** Instead of the fake engine a real one that computes nothing, with so large a prefix cache. */
+  prefixCacheBytes?: number
+}
+
+const CACHE_CONTEXT = 8192
+
+/** 64 bytes a token: a prompt of 4 KiB has 256 KiB in the cache. */
+function cachingEngine(prefixCacheBytes: number): Promise<Engine> {
+  const kv = { layers: 1, rowBytes: 32, pageBytes: 4096 }
+  const { vocabSize } = fakeTokenizer()
+  const limits = { contextLength: CACHE_CONTEXT, maxSequences: 4 }
+  const memory = { kvBytes: 16 << 20, prefixCacheBytes, prefixEviction: 'lru' as const }
+  return EngineClient.start(
+    { backend: { kind: 'null', vocab: vocabSize, kv }, ...limits, ...memory, stepTokens: 512 },
+    { id: 'null', architecture: 'none', contextLength: CACHE_CONTEXT, vocabSize },
+    { sequences: 100, contextLength: CACHE_CONTEXT },
+  )
+}
+
+/** What this process holds of the kernel's. */
+interface Held {
+  descriptors: number
+  bpfMappings: number
+  ringMappings: number
+}
+
+function held(): Held {
+  const mappings = readFileSync('/proc/self/maps', 'utf8').split('\n')
+  const count = (name: string) => mappings.filter((line) => line.includes(name)).length
+  return {
+    descriptors: readdirSync('/proc/self/fd').length,
+    bpfMappings: count('bpf-map'),
+    ringMappings: count('socket:'),
+  }
+}
+
+const DETACHED = { queue: undefined, busyPollBudget: 0, port: 7411 }
+
+let service: NetService | undefined
+let engine: Engine | undefined
+
+/** What a test can ask for. Each survives a message between processes. */
+export const COMMANDS = {
+  /** XDP_TX reaches a veth only if it has a program of its own. */
+  pass(name: string): void {
+    const object = new BpfObject(readFileSync(new URL('../../bpf/testing.o', import.meta.url)))
+    object.program('pass').attachXdp(interfaceIndex(name), 'native')
+  },
+
+  async serve({ reply, stepMs = 0, tenants, maxRunning = 1000, ...options }: ServeOptions) {
+    const { prefixCacheBytes } = options
+    engine =
+      prefixCacheBytes === undefined
+        ? new FakeEngine({
+            contextLength: 1 << 21,
+            stepMs,
+            reply: ({ prompt }) => reply.text.repeat(reply.times) + prompt.length,
+          })
+        : await cachingEngine(prefixCacheBytes)
+    const tokenizer = fakeTokenizer()
+    const warn = (line: string): void => void process.stderr.write(`${line}\n`)
+    const parts = { engine, tokenizer, template: undefined, warn }
+    const publishes = prefixCacheBytes !== undefined
+    service ??= new NetService({ ...parts, publishes, tenants, maxRunning })
+    return await service.attach({
+      ...DETACHED,
+      name: options.interface,
+      force: options.force ?? false,
+      mode: options.mode ?? 'native',
+      allowGeneric: options.allowGeneric ?? false,
+    })
+  },
+
+  /** Attaches and detaches one program so often. What is held before and after. */
+  cycle(name: string, times: number): { before: Held; after: Held } {
+    const once = (count: number): void => {
+      const ingress = Ingress.load()
+      for (let i = 0; i < count; i++) {
+        ingress.program.attachXdp(interfaceIndex(name), 'native')()
+        if (i % 50 === 0) Ingress.load().close()
+      }
+      ingress.close()
+    }
+    // The first time libraries are loaded.
+    once(1)
+    const before = held()
+    once(times)
+    return { before, after: held() }
+  },
+
+  /** The whole path: program, rings, thread. */
+  async cycleServing(tenants: DatagramTenant[], name: string, times: number) {
+    const serving = new FakeEngine()
+    const warn = (): void => {}
+    const parts = { engine: serving, tokenizer: fakeTokenizer(), template: undefined, warn }
+    const net = new NetService({ ...parts, tenants, maxRunning: 10, publishes: false })
+    const how = { ...DETACHED, name, force: false, mode: 'native', allowGeneric: false } as const
+    const once = async (): Promise<void> => {
+      await net.attach(how)
+      await net.detach()
+    }
+    await once()
+    await once()
+    const before = held()
+    for (let i = 0; i < times; i++) await once()
+    return { before, after: held() }
+  },
+
+  status: () => service?.status(),
+
+  /** How many aborts the engine has seen, and what runs there. */
+  async engine() {
+    const snapshot = await engine?.snapshot()
+    const aborts = engine instanceof FakeEngine ? engine.aborts.length : undefined
+    return { aborts, running: snapshot?.running }
+  },
+
+  /** CPU time of this process so far, in µs. */
+  cpuUs(): number {
+    const { user, system } = process.cpuUsage()
+    return user + system
+  },
+
+  /** The same request so often, this many at a time; how long each took in ms. */
+  async askMany(client: ClientOptions, request: GenerateOptions, times: number, atOnce: number) {
+    const durations: number[] = []
+    const asking = new LatticeClient(client)
+    const worker = async (): Promise<void> => {
+      while (durations.length + atOnce <= times) {
+        const started = performance.now()
+        for await (const _delta of asking.generate(request)) continue
+        durations.push(performance.now() - started)
+      }
+    }
+    await Promise.all(Array.from({ length: atOnce }, worker))
+    return durations
+  },
+
+  async stop(): Promise<void> {
+    await service?.close()
+    await engine?.close()
+  },
+
+  /** @param cancelAfter aborts once so many characters have come */
+  async ask(
+    client: ClientOptions,
+    request: GenerateOptions,
+    cancelAfter = Infinity,
+  ): Promise<Asked> {
+    const asked: Asked = { text: '', tokens: 0 }
+    const abort = new AbortController()
+    try {
+      const answer = new LatticeClient(client).generate({ ...request, signal: abort.signal })
+      for (;;) {
+        const { done, value } = await answer.next()
+        if (done) {
+          const { reason, ...usage } = value
+          return { ...asked, reason, usage }
+        }
+        asked.text += value.text
+        asked.tokens += value.tokens.length
+        if (asked.text.length >= cancelAfter) abort.abort()
+      }
+    } catch (thrown) {
+      const { code, details } = thrown as LatticeError
+      return { ...asked, error: code ?? String(thrown), code: details?.['code'] }
+    }
+  },
+
+  /** A bad network between a client and a server: a port of this host that leads there. */
+  relay: (world: World, address: string, port: number) => relay(world, address, port),
+
+  /** A TCP server that answers what it was sent with its hash. */
+  listen(port: number): Promise<void> {
+    const server = createServer({ allowHalfOpen: true }, (socket) => {
+      const hash = createHash('sha256')
+      socket.on('data', (bytes) => hash.update(bytes))
+      socket.on('end', () => socket.end(hash.digest('hex')))
+    })
+    return new Promise((resolve) => server.listen(port, resolve))
+  },
+
+  /** Sends bytes over TCP; returns the hash that came back. */
+  async transfer(address: string, port: number, bytes: Uint8Array): Promise<string> {
+    const socket = connect(port, address)
+    socket.end(bytes)
+    let answer = ''
+    for await (const chunk of socket) answer += String(chunk)
+    return answer
+  },
+}
+
+export interface Call {
+  id: number
+  command: keyof typeof COMMANDS
+  args: unknown[]
+}
+
+export interface Reply {
+  id: number
+  value?: unknown
+  error?: string
+}
+
+if (import.meta.main) {
+  process.on('message', async ({ id, command, args }: Call) => {
+    try {
+      const value = await (COMMANDS[command] as (...all: unknown[]) => unknown)(...args)
+      process.send?.({ id, value })
+    } catch (thrown) {
+      process.send?.({ id, error: thrown instanceof Error ? thrown.stack : String(thrown) })
+    }
+  })
+  // Its test is gone.
+  process.on('disconnect', () => process.exit())
+}
