@@ -3,6 +3,7 @@
 
 import type { LatticeError } from '../errors.ts'
 import type { KvMap } from '../kv/map.ts'
+import type { Watch } from '../kv/watches.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {
@@ -225,15 +226,9 @@ export type EngineQuestion =
   /** Every page in use; takes longer than a snapshot. */
   | { kind: 'map' }
   /** Which first tokens of a prompt are cached; of each that is, `forgotten` tells the end. */
-  | { kind: 'watch'; tenant: string; tokens: Int32Array; prefixes: readonly WatchedPrefix[] }
+  | { kind: 'watch'; tenant: string; tokens: Int32Array; prefixes: readonly Watch[] }
   /** Which watched prefixes are not cached any more, since the last time. */
   | { kind: 'forgotten' }
-
-/** So many first tokens, by a name that nobody else has. */
-export interface WatchedPrefix {
-  id: string
-  length: number
-}
 
 /** The answer to each kind of question. */
 export interface EngineAnswers {

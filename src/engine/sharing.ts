@@ -4,9 +4,10 @@
 import { LatticeError } from '../errors.ts'
 import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
+import type { Watch } from '../kv/watches.ts'
 import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
-import type { PinnedPrefix, SequenceRequest, WatchedPrefix } from './api.ts'
+import type { PinnedPrefix, SequenceRequest } from './api.ts'
 import type { Offload } from './offload.ts'
 import type { Sequence } from './sequence.ts'
 
@@ -150,14 +151,14 @@ export class PromptSharing implements Sharing<Sequence> {
   }
 
   /** Ids of those of a prompt's prefixes that are cached; they are watched from now on. */
-  watch(tenant: string, tokens: Int32Array, prefixes: readonly WatchedPrefix[]): string[] {
+  watch(tenant: string, tokens: Int32Array, prefixes: readonly Watch[]): string[] {
     return prefixes
-      .filter(({ id, length }) => this.cache?.watch(tenant, tokens, length, id))
+      .filter((prefix) => this.cache?.watches.watch(tenant, tokens, prefix))
       .map(({ id }) => id)
   }
 
   forgotten(): string[] {
-    return this.cache?.takeForgotten() ?? []
+    return this.cache?.watches.take() ?? []
   }
 
   /** Of every tenant unless one is named. */

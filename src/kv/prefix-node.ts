@@ -3,6 +3,7 @@
 
 import type { Evictable } from './eviction-queue.ts'
 import type { KvSpan } from './regions.ts'
+import type { Watch } from './watches.ts'
 
 export interface PrefixNode extends Evictable {
   /** No other node has had it. */
@@ -30,7 +31,7 @@ export interface PrefixNode extends Evictable {
   /** Forgotten. */
   gone: boolean
   /** Watched prefixes that end in here: they are cached for as long as this is. */
-  watches: { id: string; length: number }[]
+  watches: Watch[]
 }
 
 /** An end of what is in memory that no pinned prefix needs. */

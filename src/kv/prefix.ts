@@ -13,6 +13,7 @@ import type { PlaceTable } from './places.ts'
 import { type Pin, pinLimitPages, PinTable } from './pins.ts'
 import { addSpan, commonLength, mayGo, type PrefixNode } from './prefix-node.ts'
 import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
+import { WatchTable } from './watches.ts'
 
 export interface PrefixCacheOptions {
   /** 'cost' unless told. */
@@ -38,7 +39,7 @@ export class PrefixCache {
   private readonly onGone: (kind: 'evict' | 'demote', pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
-  private forgotten: string[] = []
+  readonly watches = new WatchTable(this.roots)
   private clock = 0
   private nextId = 1
 
@@ -258,33 +259,6 @@ export class PrefixCache {
     return true
   }
 
-  /**
-   * Whether a tenant's first `length` tokens are cached; if so, `takeForgotten` has the id once
-   * they are not any more. It is no use: what is watched is forgotten as if it were not.
-   */
-  watch(tenant: string, tokens: Int32Array, length: number, id: string): boolean {
-    let node = this.roots.get(tenant)
-    let at = 0
-    while (node && at < length) {
-      const child = node.children.get(present(tokens[at], 'a token'))
-      if (!child) return false
-      const common = commonLength(child.tokens, tokens.subarray(at, length))
-      at += common
-      if (common < child.tokens.length && at < length) return false
-      node = child
-    }
-    if (!node?.parent) return false
-    node.watches.push({ id, length })
-    return true
-  }
-
-  /** Watched prefixes that were forgotten since the last time. */
-  takeForgotten(): string[] {
-    const ids = this.forgotten
-    this.forgotten = []
-    return ids
-  }
-
   /** Prompts that a pinned prefix served since it was pinned. */
   usesOf({ tenant, tokens, usesBefore }: Pin): number {
     return this.end(tenant, tokens).uses - usesBefore
@@ -361,7 +335,7 @@ export class PrefixCache {
       this.regions.drop(columnsOf(this.regions, leaf), 'cache')
     }
     leaf.gone = true
-    for (const { id } of leaf.watches) this.forgotten.push(id)
+    this.watches.went(leaf)
     this.evictions++
     this.onGone('evict', before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
@@ -409,8 +383,7 @@ export class PrefixCache {
     node.parent = upper
     node.tokens = node.tokens.slice(count)
     node.from += count
-    upper.watches = node.watches.filter(({ length }) => length <= node.from)
-    node.watches = node.watches.filter(({ length }) => length > node.from)
+    this.watches.split(upper, node)
     upper.children.set(present(node.tokens[0], 'a token'), node)
     if (node.places) this.splitPlaces(upper, node, node.places)
     if (region < 0) return upper
