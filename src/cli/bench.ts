@@ -9,7 +9,7 @@ import { benchServeCommand } from './bench-serve.ts'
 export function benchCommand(): Command {
   return new Command('bench')
     .description(
-      'Measures a server, KV memory, the CPU or the GPU backend. docs/bench.md lists the JSON keys.',
+      'Measures a server, KV memory, the CPU or GPU backend. docs/bench.md lists the JSON keys.',
     )
     .addCommand(benchServeCommand())
     .addCommand(benchKvCommand())

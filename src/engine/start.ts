@@ -116,10 +116,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       ? `, what the KV memory holds of the model's ${config.contextLength}`
       : ''
   const answers = options.prefixCacheOutput ? ' and answers' : ''
+  const whence = options.kvMemoryBytes === undefined ? place.whence : 'as asked'
   const report = [
     `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
     `device   ${place.describe(engine.facts)}`,
-    `memory   KV up to ${mib(kvBytes)} (${options.kvMemoryBytes === undefined ? place.whence : 'as asked'}),` +
+    `memory   KV up to ${mib(kvBytes)} (${whence}),` +
       ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each` +
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`

@@ -30,8 +30,9 @@ export interface KvColumns {
 export interface KvMover {
   /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
-   * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of the group
-   * after them is nobody's to read until `copy`. Whatever was mapped there before is no longer.
+   * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of
+   * the group after them is nobody's to read until `copy`. Whatever was mapped there before is no
+   * longer.
    */
   map(slot: number, region: number, shared: readonly KvSpan[]): void
   /**
@@ -84,8 +85,8 @@ export function columnsFor(layout: KvLayout, tokens: number): number {
 }
 
 /**
- * Spans of which each has a group of its own, for the same tokens: one that lies within a group goes
- * to the next, whose region has all of that group. The last stays as it is.
+ * Spans of which each has a group of its own, for the same tokens: one that lies within a group
+ * goes to the next, whose region has all of that group. The last stays as it is.
  */
 export function mergeSpans(layout: KvLayout, spans: readonly KvSpan[]): KvSpan[] {
   const merged: KvSpan[] = []
