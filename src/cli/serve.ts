@@ -59,7 +59,8 @@ export function serveCommand(): Command {
     )
     .option(
       '--step-tokens <N>',
-      `tokens of one engine step (default: ${STEP_TOKENS_MAX_DEFAULT}; on a GPU ${STEP_TOKENS_GPU})`,
+      'tokens of one engine step' +
+        ` (default: ${STEP_TOKENS_MAX_DEFAULT}, on a GPU ${STEP_TOKENS_GPU})`,
       parseCount(1),
     )
   return addEngineOptions(command).action(serve)

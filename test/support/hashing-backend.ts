@@ -3,12 +3,7 @@
 // on a real one. Its logits are those of the null backend, so the same tokens are expected.
 
 import assert from 'node:assert/strict'
-import type {
-  Backend,
-  SlotSampling,
-  StepBatch,
-  TokenChooser,
-} from '../../src/backends/backend.ts'
+import type { Backend, SlotSampling, StepBatch, TokenChooser } from '../../src/backends/backend.ts'
 import { CudaDevice } from '../../src/backends/cuda/device.ts'
 import { CudaKvMemory } from '../../src/backends/cuda/kv-memory.ts'
 import { InlinePager, type Pager } from '../../src/backends/cuda/pager.ts'

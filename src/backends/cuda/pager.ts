@@ -2,7 +2,7 @@
 // if a step is about to run before its pages are there.
 //
 // A map with access costs 29 µs, an unmap 16, a creation 10: none waits for the GPU, and done by
-// another thread they do not slow down launches (docs/decisions/0006).
+// another thread they do not slow down launches (docs/decisions/0009).
 
 import { Worker } from 'node:worker_threads'
 import { LatticeError, type LatticeErrorJson } from '../../errors.ts'
