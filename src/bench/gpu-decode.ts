@@ -50,7 +50,7 @@ const CASES: readonly DecodeCase[] = [
   { batch: 1, context: 1024, steps: 60 },
   { batch: 4, context: 1024, steps: 40 },
   { batch: 64, context: 576, steps: 40 },
-  { batch: 256, context: 1856, steps: 24 },
+  { batch: 256, context: 1600, steps: 24 },
 ]
 
 /** The part `decode` of `lattice bench gpu`. */
@@ -58,7 +58,9 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
   const readGBs = readBandwidth(device, modules)
   row('memory read by a plain kernel', readGBs, 'GB/s')
   const model = dummyModel(MODEL)
-  for (const one of benchDecode(device, modules, model, CASES, readGBs, { profile: true })) {
+  const options = { profile: true }
+  for (const of of CASES) {
+    const one = benchDecode(device, modules, model, of, readGBs, options)
     const name = `${MODEL}, ${one.batch} × ${one.context}`
     row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
     row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
@@ -103,39 +105,37 @@ export function readBandwidth(device: CudaDevice, modules: ModuleCache): number 
   return Math.max(...best)
 }
 
-/** Measures each case on one set of weights; KV is random and has room for the largest. */
+/** Measures a case on weights and KV of its own, which are random. */
 function benchDecode(
   device: CudaDevice,
   modules: ModuleCache,
   model: Model,
-  cases: readonly DecodeCase[],
+  of: DecodeCase,
   readGBs: number,
   options: DecodeOptions = {},
-): DecodeResult[] {
+): DecodeResult {
   const { driver } = device
-  return cases.map((of) => {
-    const tokens = of.context + 2 * of.steps + WARM_STEPS + 2
-    const layout = gpuKvLayout(model.config, tokens, PAGE_BYTES)
-    const bytes = layout.slotBytes * of.batch
-    const address = driver.allocate(bytes)
-    const forward = new CudaForward(model, {
-      device,
-      modules,
-      kv: { address, layout, regions: of.batch },
-      maxSequences: of.batch,
-      stepTokens: of.batch,
-      ...options,
-    })
-    forward.fillRandom(address, bytes / 2, 7, 1)
-    driver.synchronize()
-    const result = decode(device, forward, of)
-    const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
-    const rooflineUs = (weightBytes(model) + kvBytes) / readGBs / 1e3
-    const profile = options.profile ? profiled(device, forward, of) : []
-    forward.close()
-    driver.free(address)
-    return { ...of, ...result, rooflineUs, profile }
+  const tokens = of.context + 2 * of.steps + WARM_STEPS + 2
+  const layout = gpuKvLayout(model.config, tokens, PAGE_BYTES)
+  const bytes = layout.slotBytes * of.batch
+  const address = driver.allocate(bytes)
+  const forward = new CudaForward(model, {
+    device,
+    modules,
+    kv: { address, layout, regions: of.batch },
+    maxSequences: of.batch,
+    stepTokens: of.batch,
+    ...options,
   })
+  forward.fillRandom(address, bytes / 2, 7, 1)
+  driver.synchronize()
+  const result = decode(device, forward, of)
+  const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
+  const rooflineUs = (weightBytes(model) + kvBytes) / readGBs / 1e3
+  const profile = options.profile ? profiled(device, forward, of) : []
+  forward.close()
+  driver.free(address)
+  return { ...of, ...result, rooflineUs, profile }
 }
 
 function decode(device: CudaDevice, forward: CudaForward, { batch, context, steps }: DecodeCase) {

@@ -182,7 +182,7 @@ function matrixCeiling(bench: GpuBench): number {
   const product = { m: size, k: size, stride: size, float32: false, accumulate: false }
   const [weight, x, out] = [memory, memory + bytes, memory + 2 * bytes]
   matmuls.tune(product, size, [weight], x, out)
-  const ms = gpuMs(bench, 20, () => matmuls.run(product, size, weight, x, out, stream))
+  const ms = gpuMs(bench, 20, () => matmuls.run(product, size, size, weight, x, out, stream))
   matmuls.close()
   driver.free(memory)
   return (2 * size ** 3) / ms / 1e9

@@ -3,7 +3,12 @@
 import { Command } from 'commander'
 import { createServer } from 'node:net'
 import { LatticeError } from '../errors.ts'
-import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
+import {
+  MAX_QUEUE_DEFAULT,
+  MAX_SEQUENCES_DEFAULT,
+  STEP_TOKENS_GPU,
+  STEP_TOKENS_MAX_DEFAULT,
+} from '../limits.ts'
 import { warn } from '../log.ts'
 import type { NetService } from '../net/net-service.ts'
 import { addNetOptions, chooseNet, type NetChoice, type NetOptions } from './net-options.ts'
@@ -19,7 +24,7 @@ interface ServeOptions extends EngineOptions, NetOptions {
   apiKey?: string[]
   maxSequences: number
   maxQueue: number
-  stepTokens: number
+  stepTokens?: number
 }
 
 /**
@@ -57,9 +62,9 @@ export function serveCommand(): Command {
     )
     .option(
       '--step-tokens <N>',
-      'tokens of one engine step',
+      'tokens of one engine step' +
+        ` (default: ${STEP_TOKENS_MAX_DEFAULT}, on a GPU ${STEP_TOKENS_GPU})`,
       parseCount(1),
-      STEP_TOKENS_MAX_DEFAULT,
     )
   return addNetOptions(addEngineOptions(command)).action(serve)
 }

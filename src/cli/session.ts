@@ -87,16 +87,16 @@ export async function openSession(
     }),
   })
   starting.catch(() => {})
-  const tokenizer = loadTokenizer(model)
-  const template = loadChatTemplate(model, tokenizer)
-  const { engine, report } = await starting
-  return {
-    modelId: id,
-    engine,
-    tokenizer,
-    template,
-    report,
-    loadMs: performance.now() - started,
+  try {
+    const tokenizer = loadTokenizer(model)
+    const template = loadChatTemplate(model, tokenizer)
+    const { engine, report } = await starting
+    const loadMs = performance.now() - started
+    return { modelId: id, engine, tokenizer, template, report, loadMs }
+  } catch (thrown) {
+    // Its thread would keep the process alive.
+    await starting.then(({ engine }) => engine.close()).catch(() => {})
+    throw thrown
   }
 }
 

@@ -1,14 +1,16 @@
 # Owns the judgement of greedy answers by transformers in float32: for each token that was chosen,
 # how far its logit is below the largest, over the root mean square of the logits. Reads a list of
-# {tokens, prompt} from stdin for the model in argv[1]; prints the largest such distance.
+# {folder, answers: [{tokens, prompt}]} from stdin; prints the largest such distance of each.
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).cuda().eval()
-worst, chosen, exact = 0.0, 0, 0
-with torch.no_grad():
-    for answer in json.load(sys.stdin):
+
+@torch.no_grad()
+def judge(folder, answers):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    worst, chosen, exact = 0.0, 0, 0
+    for answer in answers:
         tokens = torch.tensor([answer["tokens"]], device="cuda")
         logits = model(tokens).logits[0, answer["prompt"] - 1 : -1].double()
         picked = tokens[0, answer["prompt"] :]
@@ -17,4 +19,7 @@ with torch.no_grad():
         worst = max(worst, (gap / logits.square().mean(dim=-1).sqrt()).max().item())
         chosen += len(picked)
         exact += (largest.indices == picked).sum().item()
-print(json.dumps({"worst": worst, "chosen": chosen, "exact": exact}))
+    return {"worst": worst, "chosen": chosen, "exact": exact}
+
+
+print(json.dumps([judge(**asked) for asked in json.load(sys.stdin)]))

@@ -56,6 +56,11 @@ export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 const PREFETCH_BYTES = 0
 const RELEASE_ROUNDS = 0
 
+/** Tokens of a step that products are tuned for: eighths of the largest, which nearly all are. */
+function promptRows(stepTokens: number): number[] {
+  return Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
+}
+
 export class CudaForward {
   readonly vocab: number
   readonly state: StepState
@@ -314,12 +319,23 @@ export class CudaForward {
   private tune(): void {
     const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
     this.tuneFor(this.decoding, buckets, () => true)
-    this.tuneFor(this.mixed, [this.options.stepTokens], ({ float32 }) => !float32)
+    this.tuneFor(this.mixed, buckets, () => true)
+    const prompts = promptRows(this.options.stepTokens).filter((rows) => rows > this.rowsMax)
+    this.tuneFor(this.mixed, prompts, ({ float32 }) => !float32)
     this.matmuls.save()
+    // No request is to wait for what can be done now.
+    for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
+      this.capture(bucket)
+    }
   }
 
-  private tuneFor(of: Lowering, rows: readonly number[], which: (product: Product) => boolean) {
+  private tuneFor(
+    of: Lowering,
+    rows: readonly number[],
+    which: (product: Product) => boolean,
+  ): void {
     const { driver } = this.options.device
+    if (rows.length === 0) return
     const shapes = of.productShapes().filter(({ product }) => which(product))
     const rowsMax = Math.max(...rows)
     const bytes = Math.max(...shapes.map(({ product: { k, m } }) => rowsMax * (k * 2 + m * 4)))

@@ -77,6 +77,8 @@ export interface LowerContext {
 }
 
 export class Lowering {
+  /** Rows that buffers have. */
+  private readonly room: Readonly<Record<Rows, number>>
   readonly buffers: Buffers
   private readonly context: LowerContext
   private readonly program: Program
@@ -95,8 +97,8 @@ export class Lowering {
     this.program = program
     this.nodes = nodes
     this.context = context
-    const padded = { tokens: paddedRows(rowsMax.tokens), outputs: paddedRows(rowsMax.outputs) }
-    this.buffers = new Buffers(nodes, program, padded)
+    this.room = { tokens: paddedRows(rowsMax.tokens), outputs: paddedRows(rowsMax.outputs) }
+    this.buffers = new Buffers(nodes, program, this.room)
     this.products = new SkinnyProducts(context, program.config, (value) => this.place(value))
   }
 
@@ -295,7 +297,7 @@ export class Lowering {
     const biases = node.kind === 'linear' ? this.biases(node) : []
     return (step) => {
       if (step[rows] === 0) return
-      matmuls.run(product, step[rows], weight, x.address, out, step.stream)
+      matmuls.run(product, step[rows], this.room[rows], weight, x.address, out, step.stream)
       for (const bias of biases) bias(step)
     }
   }

@@ -15,6 +15,8 @@ export const WORKSPACE_BYTES = 64 << 20
 const CANDIDATES = 8
 const WARM_RUNS = 2
 const TIMED_RUNS = 8
+/** What a tuned number of rows may be above those needed: an untuned product loses as much. */
+const SLACK = 1.25
 
 /** out = x · Wᵀ (+ out): W [m, k] bf16 by rows, x [n, k] bf16, out [n, m] with `stride`. */
 export interface Product {
@@ -50,6 +52,10 @@ export class Matmuls {
   private readonly lt: CublasLt
   private readonly handle: number
   private readonly workspace: number
+  /** By product and rows, as they are asked for. */
+  private readonly byProduct = new Map<Product, Map<number, Prepared>>()
+  /** Numbers of rows that were measured. */
+  private readonly tuned = new Set<number>()
   private readonly prepared = new Map<string, Prepared>()
   private readonly kept: Record<string, Kept>
   private readonly path: string
@@ -67,18 +73,20 @@ export class Matmuls {
   }
 
   /**
-   * Queues a product; `rows` is rounded up by `paddedRows`, so x and out have room for as many.
-   * A shape that was not tuned takes the library's first choice for it.
+   * Queues a product of `rows`, or of a few more if that many were tuned.
+   * A shape that was not takes the library's first choice for it.
+   * @param room rows that x and out have: `paddedRows(rows)` or more
    */
   run(
     product: Product,
     rows: number,
+    room: number,
     weight: number,
     x: number,
     out: number,
     stream: number,
   ): void {
-    const { plan, algorithm } = this.prepare(product, paddedRows(rows))
+    const { plan, algorithm } = this.preparedFor(product, rows, room)
     const { workspace, handle } = this
     const args = [weight, x, out, workspace, stream] as const
     this.lt.matmul(handle, plan, algorithm, ...args, product.accumulate)
@@ -91,10 +99,24 @@ export class Matmuls {
   tune(product: Product, rows: number, weights: readonly number[], x: number, out: number): void {
     const n = paddedRows(rows)
     const key = keyOf(product, n)
-    if (this.kept[key]) return
+    this.tuned.add(n)
+    const stream = this.driver.createStream()
+    if (this.kept[key]) {
+      // Once, so that the library loads the kernel now.
+      this.run(
+        { ...product, accumulate: false },
+        rows,
+        n,
+        present(weights[0], 'a weight'),
+        x,
+        out,
+        stream,
+      )
+      this.driver.destroyStream(stream)
+      return
+    }
     const plan = this.planOf(product, n)
     const found = this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, CANDIDATES)
-    const stream = this.driver.createStream()
     const events = [this.driver.createEvent(true), this.driver.createEvent(true)] as const
     let best: { algorithm: MatmulAlgorithm; ms: number } | undefined
     for (const algorithm of found) {
@@ -136,6 +158,23 @@ export class Matmuls {
     for (const { plan } of this.prepared.values()) this.lt.destroyPlan(plan)
     this.driver.free(this.workspace)
     this.lt.destroyHandle(this.handle)
+  }
+
+  private preparedFor(product: Product, rows: number, room: number): Prepared {
+    const known = this.byProduct.get(product) ?? new Map<number, Prepared>()
+    this.byProduct.set(product, known)
+    const prepared = known.get(rows) ?? this.prepare(product, this.rowsFor(product, rows, room))
+    known.set(rows, prepared)
+    return prepared
+  }
+
+  private rowsFor(product: Product, rows: number, room: number): number {
+    const padded = paddedRows(rows)
+    const most = Math.min(room, padded * SLACK)
+    const tuned = [...this.tuned].filter(
+      (n) => n >= padded && n <= most && this.kept[keyOf(product, n)],
+    )
+    return tuned.length > 0 ? Math.min(...tuned) : padded
   }
 
   private prepare(product: Product, n: number): Prepared {
