@@ -319,7 +319,8 @@ static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct 
 SEC("xdp")
 int ingress(struct xdp_md *ctx) {
   struct packet p;
-  if (!packet_parse(ctx, port, &p)) {
+  void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+  if (!packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port)) {
     count(C_PASSED);
     return XDP_PASS;
   }

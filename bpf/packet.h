@@ -32,11 +32,10 @@ struct packet {
 #define IP_FRAGMENT 0x3fff /* more fragments, or an offset */
 
 /**
- * Finds the header of a datagram that is for us.
+ * Finds what may be a header of the protocol, between any two ports.
  * @return 0 if the frame is anything else, or shorter than it says
  */
-static __always_inline int packet_parse(struct xdp_md *ctx, __u16 port, struct packet *p) {
-  void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+static __always_inline int packet_parse(void *data, void *end, struct packet *p) {
   struct ethhdr *eth = data;
   void *at = eth + 1;
   if (at > end) return 0;
@@ -69,7 +68,7 @@ static __always_inline int packet_parse(struct xdp_md *ctx, __u16 port, struct p
     return 0;
   }
   struct udphdr *udp = at;
-  if ((void *)(udp + 1) > end || udp->dest != bpf_htons(port)) return 0;
+  if ((void *)(udp + 1) > end) return 0;
   struct lt_header *header = (void *)(udp + 1);
   if ((void *)(header + 1) > end) return 0;
   p->udp = udp;

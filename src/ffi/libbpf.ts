@@ -140,12 +140,17 @@ export class BpfMap {
 
 /** What running a program on a packet came to. */
 export interface TestRun {
-  /** XDP_ABORTED 0, DROP 1, PASS 2, TX 3, REDIRECT 4. */
+  /** XDP_ABORTED 0, DROP 1, PASS 2, TX 3, REDIRECT 4; of tc NEXT −1, DROP 2. */
   action: number
   packet: Uint8Array
   /** Mean of the repeats. */
   durationNs: number
+  /** struct __sk_buff after a tc program; empty after others. */
+  context: DataView
 }
+
+/** struct __sk_buff, or more. */
+const CONTEXT_BYTES = 192
 
 export class BpfProgram {
   readonly name: string
@@ -178,13 +183,17 @@ export class BpfProgram {
     options.setBigUint64(16, BigInt(koffi.address(out)), true)
     options.setUint32(24, packet.length, true)
     options.setUint32(28, out.length, true)
+    const context = new DataView(new ArrayBuffer(CONTEXT_BYTES))
+    options.setBigUint64(40, BigInt(koffi.address(context.buffer)), true)
+    options.setUint32(52, CONTEXT_BYTES, true)
     options.setInt32(60, repeat, true)
     const result = bpf().testRun(this.fd, new Uint8Array(options.buffer))
     if (result < 0) throw failed('bpf_prog_test_run_opts', -result, this.name)
     return {
-      action: options.getUint32(56, true),
+      action: options.getInt32(56, true),
       packet: out.slice(0, options.getUint32(28, true)),
       durationNs: options.getUint32(64, true),
+      context: new DataView(context.buffer, 0, options.getUint32(52, true)),
     }
   }
 }

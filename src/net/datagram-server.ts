@@ -9,6 +9,7 @@ import { generate } from '../engine/generation.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
 import { interfaceIndex } from '../ffi/xdp-socket.ts'
+import { Egress, type EgressPolicy } from './egress.ts'
 import { Ingress, type TenantLimits } from './ingress.ts'
 import type { MessageCode } from './protocol.ts'
 import { Ring, type RingAnswer, type RingPrompt } from './ring.ts'
@@ -19,6 +20,8 @@ export interface DatagramTenant extends TenantLimits {
   index: number
   /** As the engine knows it: its prefixes are its own. */
   name: string
+  /** How its answers are marked and paced; not at all unless given. */
+  egress?: EgressPolicy
 }
 
 export interface DatagramServerOptions {
@@ -43,21 +46,29 @@ const QUEUES = 64
 
 export class DatagramServer {
   readonly ingress: Ingress
+  readonly egress: Egress
   private readonly options: DatagramServerOptions
   private readonly ring: Ring
-  private readonly detach: () => void
+  private readonly detach: readonly (() => void)[]
   private readonly timer: NodeJS.Timeout
   private readonly names: ReadonlyMap<number, string>
   private nextId = 1
 
-  private constructor(options: DatagramServerOptions, ingress: Ingress, ring: Ring, index: number) {
+  private constructor(
+    options: DatagramServerOptions,
+    { ingress, egress }: { ingress: Ingress; egress: Egress },
+    ring: Ring,
+    index: number,
+  ) {
     this.options = options
     this.ingress = ingress
+    this.egress = egress
     this.ring = ring
     this.names = new Map(options.tenants.map(({ index: tenant, name }) => [tenant, name]))
     ingress.setRing(REPLICA * QUEUES + options.queue, ring.fd)
     ingress.setReplica(REPLICA, options.engine.model.id)
-    this.detach = ingress.program.attachXdp(index)
+    const detachEgress = egress.attach(options.interfaceName)
+    this.detach = [ingress.program.attachXdp(index), detachEgress]
     this.timer = setInterval(() => {
       ingress.syncClock()
       ingress.expire()
@@ -79,7 +90,11 @@ export class DatagramServer {
     }
     const ingress = Ingress.load({ port: options.port })
     ingress.setMaxRunning(options.maxRunning)
-    for (const tenant of options.tenants) ingress.setTenant(tenant.index, tenant)
+    const egress = Egress.load(options.port)
+    for (const tenant of options.tenants) {
+      ingress.setTenant(tenant.index, tenant)
+      if (tenant.egress) egress.setTenant(tenant.index, tenant.egress)
+    }
     const { queue, mode, busyPollBudget } = options
     const keys = new Map(options.tenants.map(({ index: tenant, keys: pair }) => [tenant, pair]))
     let server: DatagramServer | undefined
@@ -93,19 +108,21 @@ export class DatagramServer {
           failed: options.onFailure,
         },
       )
-      server = new DatagramServer(options, ingress, ring, index)
+      server = new DatagramServer(options, { ingress, egress }, ring, index)
       return server
     } catch (thrown) {
       ingress.close()
+      egress.close()
       throw thrown
     }
   }
 
   async close(): Promise<void> {
     clearInterval(this.timer)
-    this.detach()
+    for (const detach of this.detach) detach()
     await this.ring.close()
     this.ingress.close()
+    this.egress.close()
   }
 
   /** Starts a generation; returns what aborts it. */

@@ -5,6 +5,7 @@
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import { openBell } from '../ffi/bell.ts'
+import { PacketSocket } from '../ffi/packet-socket.ts'
 import { XdpSocket } from '../ffi/xdp-socket.ts'
 import { Replica, type WireAnswer } from './replica.ts'
 import type { FromRing, RingThreadOptions, ToRing } from './ring-messages.ts'
@@ -14,6 +15,8 @@ const port = present(parentPort, 'the parent thread')
 const options = workerData as RingThreadOptions
 const { mode, busyPollBudget } = options
 const socket = new XdpSocket(options.ifindex, options.queue, { mode, busyPollBudget })
+// Answers leave through the kernel's stack, where the egress program accounts for them.
+const out = new PacketSocket(options.ifindex)
 const bell = openBell()
 const keys = new Map<number, SipKey>()
 for (const [tenant, pair] of options.keys) {
@@ -34,10 +37,7 @@ const replica = new Replica((tenant, index) => keys.get(2 * tenant + index), {
   finished: (tenant, request, usedTokens) => {
     say({ kind: 'finished', tenant, request, usedTokens })
   },
-  send(write) {
-    // The ring is full only while the kernel has not sent what is in it.
-    while (!socket.send(write)) socket.flush()
-  },
+  send: (write) => out.send(write),
 })
 
 /** How long a sleep lasts at most, so that lost frames are told. */
@@ -69,7 +69,7 @@ function run(): void {
     const now = performance.now()
     const taken = socket.receive((view, at, bytes) => replica.take(view, at, bytes, now))
     const next = replica.turn(performance.now())
-    socket.flush()
+    out.flush()
     if (taken > 0 || busyPollBudget > 0) continue
     const waitMs = next === undefined ? SLEEP_MS : Math.min(SLEEP_MS, next - performance.now())
     if (waitMs > 0) bell.wait(socket.fd, Math.ceil(waitMs))
@@ -84,5 +84,6 @@ function run(): void {
 say({ kind: 'ready', fd: socket.fd, bell: bell.fd })
 run()
 socket.close()
+out.close()
 bell.close()
 port.close()
