@@ -85,6 +85,10 @@ enum counter {
   C_BAD_TYPE,
   C_NO_RING,
   C_EVENTS_LOST,
+  /** Connections that were asked for at the watched port, and those of them that were dropped. */
+  C_SYN,
+  C_SYN_SOURCE,
+  C_SYN_TOTAL,
   /** Rejections by code: C_CODE + code − 16. */
   C_CODE = 16,
   COUNTERS = 32,

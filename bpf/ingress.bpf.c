@@ -18,11 +18,21 @@ const volatile __u32 load_slack = 4;
 /** One decision in so many becomes an event; a power of two, 0 for none. */
 const volatile __u32 sample_every = 0;
 
+/** TCP port whose new connections are counted and limited (syn.h); 0 is off. */
+const volatile __u16 syn_port = 0;
+/** Time between two connections of one source, or of all, that may go on; 0 is no limit. */
+const volatile __u64 syn_source_ns = 0;
+const volatile __u64 syn_source_burst_ns = 0;
+const volatile __u64 syn_total_ns = 0;
+const volatile __u64 syn_total_burst_ns = 0;
+
 static __always_inline void count(enum counter which) {
   __u32 zero = 0;
   struct counters *c = bpf_map_lookup_elem(&counts, &zero);
   if (c) c->count[which]++;
 }
+
+#include "syn.h"
 
 // Functions that are not static are verified once, on their own, instead of along every path that
 // leads to a call: without that the program is too large for the verifier.
@@ -321,6 +331,7 @@ int ingress(struct xdp_md *ctx) {
   struct packet p;
   void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
   if (!packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port)) {
+    if (syn_port && !syn_admit(data, end)) return XDP_DROP;
     count(C_PASSED);
     return XDP_PASS;
   }

@@ -29,6 +29,7 @@ interface Natives {
   initialValue(map: number, bytes: Uint8Array): number
   programName(program: number): string
   programFd(program: number): number
+  programType(program: number): number
   attachXdp(program: number, ifindex: number): number
   destroyLink(link: number): number
   lookup(fd: number, key: Uint8Array, value: Uint8Array): number
@@ -70,6 +71,7 @@ function bpf(): Natives {
     initialValue: f('bpf_map__initial_value', pointer, [pointer, 'void *']),
     programName: f('bpf_program__name', 'str', [pointer]),
     programFd: f('bpf_program__fd', 'int', [pointer]),
+    programType: f('bpf_program__type', 'int', [pointer]),
     attachXdp: f('bpf_program__attach_xdp', pointer, [pointer, 'int']),
     destroyLink: f('bpf_link__destroy', 'int', [pointer]),
     lookup: f('bpf_map_lookup_elem', 'int', ['int', 'const void *', 'void *']),
@@ -151,14 +153,17 @@ export interface TestRun {
 
 /** struct __sk_buff, or more. */
 const CONTEXT_BYTES = 192
+const PROG_TYPE_SCHED_CLS = 3
 
 export class BpfProgram {
   readonly name: string
   readonly fd: number
   private readonly program: number
+  private readonly isTc: boolean
 
   constructor(program: number) {
     this.program = program
+    this.isTc = bpf().programType(program) === PROG_TYPE_SCHED_CLS
     this.name = bpf().programName(program)
     this.fd = bpf().programFd(program)
   }
@@ -184,8 +189,11 @@ export class BpfProgram {
     options.setUint32(24, packet.length, true)
     options.setUint32(28, out.length, true)
     const context = new DataView(new ArrayBuffer(CONTEXT_BYTES))
-    options.setBigUint64(40, BigInt(koffi.address(context.buffer)), true)
-    options.setUint32(52, CONTEXT_BYTES, true)
+    // For XDP it would be read as well: a packet without a byte.
+    if (this.isTc) {
+      options.setBigUint64(40, BigInt(koffi.address(context.buffer)), true)
+      options.setUint32(52, CONTEXT_BYTES, true)
+    }
     options.setInt32(60, repeat, true)
     const result = bpf().testRun(this.fd, new Uint8Array(options.buffer))
     if (result < 0) throw failed('bpf_prog_test_run_opts', -result, this.name)

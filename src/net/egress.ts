@@ -128,7 +128,7 @@ export class Egress {
     }
   }
 
-  /** Undefined if nothing of it was sent yet, or that was so long ago that others took its place. */
+  /** Undefined if nothing of it was sent yet, or so long ago that others took its place. */
   request(tenant: number, request: bigint): RequestAccount | undefined {
     const key = new DataView(new ArrayBuffer(ANSWER_KEY_BYTES))
     // As it comes over the wire.
