@@ -14,6 +14,7 @@ interface ServeOptions extends EngineOptions {
   host: string
   port: number
   apiKey?: string[]
+  sharePort?: true
   maxSequences: number
   maxQueue: number
   stepTokens: number
@@ -39,6 +40,7 @@ export function serveCommand(): Command {
       8080,
     )
     .option('--api-key <KEY>', 'ask for this key; may be repeated (or LATTICE_API_KEY)', collect)
+    .option('--share-port', 'beside other servers: a connection goes to who has the least to do')
     .optionsGroup('Load:')
     .option(
       '--max-sequences <N>',
@@ -64,7 +66,7 @@ export function serveCommand(): Command {
 async function serve(options: ServeOptions): Promise<void> {
   const apiKeys = chooseApiKeys(options.apiKey, process.env['LATTICE_API_KEY'])
   // Said now, not after the model has been fetched and loaded.
-  await assertPortIsFree(options.host, options.port)
+  if (!options.sharePort) await assertPortIsFree(options.host, options.port)
   const session = await openSession(options, options)
   for (const line of session.report) print(line)
   const { startServer } = await import('../server/server.ts')
@@ -75,6 +77,7 @@ async function serve(options: ServeOptions): Promise<void> {
     host: options.host,
     port: options.port,
     apiKeys,
+    sharePort: options.sharePort ?? false,
   })
   const asked = untilAsked()
   if (apiKeys.length === 0 && !isLoopback(options.host)) {
