@@ -4,7 +4,7 @@
 //
 //   node bench/egress.ts [DATAGRAMS]
 
-import { execFileSync } from 'node:child_process'
+import { execFileSync, spawn } from 'node:child_process'
 import koffi from 'koffi'
 import { PacketSocket } from '../src/ffi/packet-socket.ts'
 import { interfaceIndex, XdpSocket } from '../src/ffi/xdp-socket.ts'
@@ -12,7 +12,7 @@ import { Egress } from '../src/net/egress.ts'
 import { Ingress } from '../src/net/ingress.ts'
 import { HEADER_BYTES, MESSAGE_TYPES, writeHeader, writeTokens } from '../src/net/protocol.ts'
 import { sipKey } from '../src/net/siphash.ts'
-import { inNamespace, twoHosts } from '../test/net/namespaces.ts'
+import { inNamespace, ip, twoHosts } from '../test/net/namespaces.ts'
 import { frame } from '../test/support/packets.ts'
 
 const [mode, count = '200000', address = '', peerMac = ''] = process.argv.slice(2)
@@ -22,31 +22,33 @@ const RUNS = 5
 if (mode === 'drop') {
   // The other side: a program that drops datagrams of tenants it does not know.
   const ingress = Ingress.load({ port: 40_000 })
-  ingress.program.attachXdp(interfaceIndex('veth-c'))
+  ingress.program.attachXdp(interfaceIndex('veth-c'), 'native')
   console.log('ready')
   setInterval(() => {}, 1000)
 } else if (mode === 'send') await send()
 else await main(Number(mode ?? 200_000))
 
 async function main(datagrams: number): Promise<void> {
-  const { spawn } = await import('node:child_process')
-  const hosts = twoHosts()
+  const hosts = await twoHosts()
+  const { client, server } = hosts
+  // Its program only passes; one that drops takes its place.
+  await client.end()
   const script = import.meta.filename
-  const drop = spawn(...inNamespace(hosts.client, script, 'drop'), {
+  const drop = spawn(...inNamespace(client.namespace, script, 'drop'), {
     stdio: ['ignore', 'pipe', 'inherit'],
   })
   try {
     await new Promise((resolve) => drop.stdout.once('data', resolve))
-    const link = execFileSync('ip', ['-n', hosts.client, '-j', 'link', 'show', 'veth-c'])
-    const mac = (JSON.parse(link.toString()) as { address: string }[])[0]!.address
-    const to = ['neigh', 'replace', hosts.clientAddress, 'lladdr', mac, 'dev', 'veth-s']
-    execFileSync('ip', ['-n', hosts.server, ...to])
-    const args = [script, 'send', String(datagrams), hosts.clientAddress, mac]
-    const [command, rest] = inNamespace(hosts.server, ...args)
+    const links = JSON.parse(ip('-n', client.namespace, '-j', 'link', 'show', client.link))
+    const mac = (links as { address: string }[])[0]!.address
+    const neighbour = [client.address, 'lladdr', mac, 'dev', server.link]
+    ip('-n', server.namespace, 'neigh', 'replace', ...neighbour)
+    const args = [script, 'send', String(datagrams), client.address, mac]
+    const [command, rest] = inNamespace(server.namespace, ...args)
     execFileSync(command, rest, { stdio: 'inherit' })
   } finally {
     drop.kill('SIGKILL')
-    hosts.remove()
+    await hosts.remove()
   }
 }
 

@@ -13,6 +13,8 @@
 /** Rings of one replica: one for each receive queue of the interface. */
 #define QUEUES 64
 #define REQUESTS 65536
+/** Of the interface, that the program answers for. */
+#define ADDRESSES 16
 #define PREFIXES 262144
 
 struct tenant {
@@ -49,6 +51,11 @@ struct control {
   __u32 live;
   __u32 live_max;
   struct replica replicas[REPLICAS];
+  /** How many of the following count; with none, datagrams to any address are ours. */
+  __u32 addresses;
+  __u32 spare;
+  /** 16 bytes each, IPv4 as ::ffff:a.b.c.d. */
+  __u64 address[ADDRESSES][2];
 };
 
 struct request_key {
@@ -60,6 +67,8 @@ struct request_key {
 /** What was granted: user space removes it when the request has ended and its window is over. */
 struct request {
   __u64 granted_ns;
+  /** From this ktime on no HELLO for it is in the window: its number may be forgotten. */
+  __u64 expires_ns;
   __be64 cookie;
   /** Of the HELLO, to tell a repeat from a reuse. */
   __be64 first_word;
@@ -85,6 +94,8 @@ enum counter {
   C_BAD_TYPE,
   C_NO_RING,
   C_EVENTS_LOST,
+  /** Of a request that was never granted, or DATA of one that has ended. */
+  C_STALE,
   /** Connections that were asked for at the watched port, and those of them that were dropped. */
   C_SYN,
   C_SYN_SOURCE,

@@ -121,13 +121,16 @@ static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_
   return XDP_TX;
 }
 
+#define NEVER_MS 0xffffffff
+
 /**
  * Charges a bucket (GCRA: one time stamp says how far ahead of its rate a tenant is).
- * @return 0, or the milliseconds after which the bucket will hold so many
+ * @return 0, or the milliseconds after which the bucket will hold so many, or NEVER_MS
  */
 __noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
   if (!t) return 1;
   __u64 cost_ns = cost_tokens * t->ns_per_token_1024 >> 10;
+  if (cost_ns > t->burst_ns) return NEVER_MS;
   // As many tries as CPUs could plausibly charge one tenant in the same 100 ns.
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -135,7 +138,7 @@ __noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
     __u64 next = (full_at > now ? full_at : now) + cost_ns;
     if (next - now > t->burst_ns) {
       __u64 wait_ms = (next - now - t->burst_ns) / 1000000 + 1;
-      return wait_ms > 0xffffffff ? 0xffffffff : wait_ms;
+      return wait_ms >= NEVER_MS ? NEVER_MS - 1 : wait_ms;
     }
     if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) {
       __sync_fetch_and_add(&t->charged_tokens, cost_tokens);
@@ -208,21 +211,43 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
   return any & (REPLICAS - 1);
 }
 
+/** False for what is only passing through to another machine. */
+static __always_inline int is_for_us(const struct packet *p, const struct control *c) {
+  __u64 high = 0, low = 0, other = 1;
+  if (p->ip4) {
+    low = (__u64)p->ip4->daddr << 32 | 0xffff0000;
+  } else if (p->ip6) {
+    high = *(__u64 *)&p->ip6->daddr;
+    low = *((__u64 *)&p->ip6->daddr + 1);
+  }
+#pragma unroll
+  for (int i = 0; i < ADDRESSES; i++) {
+    other &= truth((c->address[i][0] ^ high) | (c->address[i][1] ^ low));
+  }
+  return !other || !c->addresses;
+}
+
 static __always_inline int well_formed(const struct lt_header *h) {
   __u32 bytes = bpf_ntohl(h->prompt_bytes), tokens = bpf_ntohl(h->max_tokens);
   if (bytes == 0 || bytes > LT_PROMPT_BYTES_MAX) return 0;
   if (tokens == 0 || tokens > LT_MAX_TOKENS_MAX) return 0;
   if (h->route || h->fragment || h->payload_bytes || h->code) return 0;
+  if (bpf_ntohs(h->flags) & ~LT_FLAGS) return 0;
   return bpf_ntohs(h->fragments) == (bytes + LT_FRAGMENT_BYTES - 1) / LT_FRAGMENT_BYTES;
 }
 
-/** Decides about a HELLO that really is from its tenant. */
+/**
+ * Decides about a HELLO that really is from its tenant.
+ * @param expires when its time will be outside the window
+ */
 static __always_inline void decide(struct packet *p, struct control *c, struct tenant *t,
-                                   __u64 now, struct verdict *v) {
+                                   __u64 now, __u64 expires, struct verdict *v) {
   struct lt_header *h = p->header;
   struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
   struct request *before = bpf_map_lookup_elem(&requests, &id);
   if (before) {
+    // Or a recorded repeat could start it again once the first HELLO is forgotten.
+    if (before->expires_ns < expires) before->expires_ns = expires;
     int same = before->prompt_bytes == h->prompt_bytes && before->max_tokens == h->max_tokens &&
                before->model == h->model && before->first_word == h->word[0];
     __be64 cookie = packet_cookie(p, c, before->route);
@@ -243,6 +268,7 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
   }
   struct request granted = {
       .granted_ns = now,
+      .expires_ns = expires,
       .first_word = h->word[0],
       .prompt_bytes = h->prompt_bytes,
       .max_tokens = h->max_tokens,
@@ -270,7 +296,8 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
   }
   v->retry_ms = charge(t, cost, now);
   if (v->retry_ms) {
-    v->code = LT_CODE_RATE;
+    v->code = v->retry_ms == NEVER_MS ? LT_CODE_TOO_LARGE : LT_CODE_RATE;
+    if (v->code == LT_CODE_TOO_LARGE) v->retry_ms = 0;
     bpf_map_delete_elem(&requests, &id);
     leave(&t->live);
     leave(&c->live);
@@ -297,7 +324,7 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
   if (h->version != LT_VERSION) v.code = LT_CODE_VERSION;
   else if (age_us > 2 * window_us) v.code = LT_CODE_CLOCK;
   else if (!well_formed(h)) v.code = LT_CODE_MALFORMED;
-  else decide(p, c, t, now, &v);
+  else decide(p, c, t, now, now + (2 * window_us - age_us) * 1000, &v);
   if (v.code) {
     count(C_REJECTED);
     count(C_CODE + ((v.code - LT_CODE_VERSION) & 15));
@@ -306,12 +333,28 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
   return answer(p, key, now_us, &v);
 }
 
+/**
+ * The datagram is of a request that was granted, with the numbers that it was charged for. One that
+ * has ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
+ */
+static __always_inline int is_current(const struct lt_header *h) {
+  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
+  struct request *r = bpf_map_lookup_elem(&requests, &id);
+  if (!r || (r->ended && h->type == LT_DATA)) return 0;
+  return r->prompt_bytes == h->prompt_bytes && r->max_tokens == h->max_tokens &&
+         r->model == h->model && r->route == h->route;
+}
+
 /** Hands a datagram of a granted request to its replica. */
 static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct control *c) {
   struct lt_header *h = p->header;
   __u32 replica = bpf_ntohl(h->route) - 1;
   if (replica >= REPLICAS || h->word[0] != packet_cookie(p, c, h->route)) {
     count(C_BAD_COOKIE);
+    return XDP_DROP;
+  }
+  if (!is_current(h)) {
+    count(C_STALE);
     return XDP_DROP;
   }
   __u32 queue = ctx->rx_queue_index;
@@ -330,17 +373,18 @@ SEC("xdp")
 int ingress(struct xdp_md *ctx) {
   struct packet p;
   void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-  if (!packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port)) {
+  __u32 zero = 0;
+  struct control *c = bpf_map_lookup_elem(&controls, &zero);
+  if (!c || !packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port) || !is_for_us(&p, c)) {
     if (syn_port && !syn_admit(data, end)) return XDP_DROP;
     count(C_PASSED);
     return XDP_PASS;
   }
   struct lt_header *h = p.header;
-  __u32 zero = 0, index = bpf_ntohl(h->tenant), which = bpf_ntohs(h->key);
-  struct control *c = bpf_map_lookup_elem(&controls, &zero);
+  __u32 index = bpf_ntohl(h->tenant), which = bpf_ntohs(h->key);
   struct tenant *t = bpf_map_lookup_elem(&tenants, &index);
   __u32 bytes = bpf_ntohs(p.udp->len);
-  if (h->magic != bpf_htons(LT_MAGIC) || !c || !t || !t->ns_per_token_1024 || which > 1 ||
+  if (h->magic != bpf_htons(LT_MAGIC) || !t || !t->ns_per_token_1024 || which > 1 ||
       bytes != sizeof(struct udphdr) + sizeof *h + bpf_ntohs(h->payload_bytes)) {
     count(C_BAD_HEADER);
     return XDP_DROP;

@@ -13,6 +13,9 @@
 #define LT_PROMPT_BYTES_MAX (1u << 26)
 #define LT_MAX_TOKENS_MAX (1u << 20)
 
+/** CHAT, RAW and RETRY. */
+#define LT_FLAGS 7
+
 enum lt_type {
   LT_HELLO = 1,
   LT_GRANT = 2,
@@ -35,6 +38,8 @@ enum lt_code {
   LT_CODE_TENANT_BUSY = 22,
   LT_CODE_RATE = 23,
   LT_CODE_NO_REPLICA = 24,
+  /** 25 and 26 are said by the engine. */
+  LT_CODE_TOO_LARGE = 27,
 };
 
 /** 96 bytes, big-endian, each field on its own alignment; the last 8 are the MAC of those before. */

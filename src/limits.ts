@@ -18,6 +18,9 @@ export const KV_MAPPINGS_MAX = 1 << 15
 /** Regions of memory, beyond those of slots, that cached prefixes may lie in. */
 export const PREFIX_REGIONS = 256
 
+/** Prefixes that are pinned at once; looked through one by one. */
+export const MAX_PINNED_PREFIXES = 64
+
 /** Parallel samples of one request (`n`), as OpenAI's API bounds it. */
 export const MAX_CHOICES = 128
 

@@ -56,6 +56,24 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/ps.ts')).psCommand(),
   },
   {
+    name: 'top',
+    group: 'Look inside:',
+    summary: "watch a server's KV memory, page by page",
+    load: async () => (await import('./cli/top.ts')).topCommand(),
+  },
+  {
+    name: 'prefix',
+    group: 'Look inside:',
+    summary: "keep the beginnings of prompts in a server's memory",
+    load: async () => (await import('./cli/prefix.ts')).prefixCommand(),
+  },
+  {
+    name: 'net',
+    group: 'Look inside:',
+    summary: "attach a server's datagram path to a network interface",
+    load: async () => (await import('./cli/net.ts')).netCommand(),
+  },
+  {
     name: 'inspect',
     group: 'Look inside:',
     summary: 'describe a model file, this CPU, or the error codes',
@@ -64,7 +82,7 @@ const COMMANDS: readonly Entry[] = [
   {
     name: 'bench',
     group: 'Look inside:',
-    summary: 'measure a server or the CPU backend',
+    summary: 'measure a server, KV memory or the CPU backend',
     load: async () => (await import('./cli/bench.ts')).benchCommand(),
   },
 ]

@@ -3,6 +3,7 @@
 import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
+import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
 import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
 
 export interface EngineOptions {
@@ -12,6 +13,8 @@ export interface EngineOptions {
   context?: number
   kvMemory?: number
   prefixCache?: number
+  prefixEviction?: EvictionName
+  prefixCacheOutput: 'on' | 'off'
 }
 
 export interface SamplingOptions {
@@ -53,6 +56,22 @@ export function addEngineOptions(command: Command): Command {
       '--prefix-cache <SIZE>',
       'how much of it may keep prompts for later ones that begin alike (default: none)',
       parseSize,
+    )
+    .addOption(
+      new Option(
+        '--prefix-eviction <POLICY>',
+        'which of those go first: longest unused, least used, or cheapest to compute again' +
+          ` for what it frees (default: ${EVICTION_DEFAULT})`,
+      ).choices(EVICTION_NAMES),
+    )
+    .addOption(
+      new Option(
+        '--prefix-cache-output <WHETHER>',
+        'keep answers too, so that the next turn of a chat computes only what is new; that turn' +
+          ' may then be answered otherwise than by a server that has just started',
+      )
+        .choices(['on', 'off'])
+        .default('off'),
     )
 }
 

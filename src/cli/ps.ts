@@ -3,30 +3,26 @@
 import { Command } from 'commander'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { EngineSnapshot } from '../engine/api.ts'
-import { LatticeError } from '../errors.ts'
-import { parseUrl } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
+import { addServerOptions, askServer, notLattice, type ServerAddress } from './server-client.ts'
 import { formatBytes, formatMs, formatTable } from './table.ts'
 import { borrowTerminal, interruptible } from './terminal.ts'
 
-interface PsOptions {
-  url: string
-  apiKey?: string
+interface PsOptions extends ServerAddress {
   json?: boolean
   watch?: boolean
 }
 
 const WATCH_INTERVAL_MS = 1000
-const ANSWER_TIMEOUT_MS = 10_000
 const ALTERNATE_SCREEN = '\x1b[?1049h\x1b[?25l'
 const NORMAL_SCREEN = '\x1b[?25h\x1b[?1049l'
 const HOME_AND_CLEAR = '\x1b[H\x1b[J'
 
 export function psCommand(): Command {
-  return new Command('ps')
-    .description("Shows a server's requests: state, tokens, and the pages and bytes of KV memory.")
-    .option('--url <URL>', 'address of the server', parseUrl, 'http://127.0.0.1:8080')
-    .option('--api-key <KEY>', 'key of the server (default: LATTICE_API_KEY)')
+  const command = new Command('ps').description(
+    "Shows a server's requests: state, tokens, and the pages and bytes of KV memory.",
+  )
+  return addServerOptions(command)
     .option('--json', "print the server's own JSON; with --watch, a line each time")
     .option('--watch', 'again every second, until Ctrl-C')
     .action(ps)
@@ -51,39 +47,10 @@ async function ps(options: PsOptions): Promise<void> {
   }
 }
 
-async function fetchSnapshot({ url, apiKey }: PsOptions): Promise<EngineSnapshot> {
-  const key = apiKey ?? process.env['LATTICE_API_KEY']
-  let response: Response
-  try {
-    response = await fetch(`${url}/debug/sequences`, {
-      headers: key === undefined ? {} : { authorization: `Bearer ${key}` },
-      signal: AbortSignal.timeout(ANSWER_TIMEOUT_MS),
-    })
-  } catch (cause) {
-    throw new LatticeError('server_unreachable', `No server answers at ${url}.`, {
-      todo: 'Start one with `lattice serve`, or name another with --url.',
-      cause,
-    })
-  }
-  if (response.status === 401) {
-    throw new LatticeError('unauthorized', `The server at ${url} asks for another API key.`, {
-      todo: 'Give it with --api-key or in LATTICE_API_KEY.',
-    })
-  }
-  if (response.status === 503) {
-    throw new LatticeError('engine_stopped', `The server at ${url} has an engine that is silent.`, {
-      todo: 'It computes a very long step or has stopped: try again, then look at its log.',
-    })
-  }
-  const body: unknown = response.ok ? await response.json().catch(() => undefined) : undefined
-  if (typeof body !== 'object' || body === null || !('sequences' in body)) {
-    throw new LatticeError(
-      'server_unreachable',
-      `What answers at ${url} is no Lattice server (status ${response.status}).`,
-      { todo: 'Name the address of one with --url.' },
-    )
-  }
-  return body as EngineSnapshot
+async function fetchSnapshot(options: PsOptions): Promise<EngineSnapshot> {
+  const answer = await askServer(options, '/debug/sequences')
+  if (!('sequences' in answer)) throw notLattice(options.url, 200)
+  return answer as unknown as EngineSnapshot
 }
 
 function print(snapshot: EngineSnapshot, { json }: PsOptions): void {

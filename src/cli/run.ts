@@ -10,6 +10,7 @@ import {
   type EngineOptions,
   type SamplingOptions,
 } from './options.ts'
+import { parseCount } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
 import {
   type Answer,
@@ -28,6 +29,9 @@ interface RunOptions extends EngineOptions, SamplingOptions {
   ignoreEos?: boolean
   json?: boolean
   verbose?: boolean
+  server?: string
+  tenant?: number
+  tenantKeyFile?: string
 }
 
 export function runCommand(): Command {
@@ -42,10 +46,16 @@ export function runCommand(): Command {
     .option('--json', 'print one JSON object at the end: text, finish_reason, usage, timings')
     .option('-v, --verbose', 'say on stderr what was chosen and how fast it went')
   addSamplingOptions(command).option('--ignore-eos', 'go on after the end of the answer')
-  return addEngineOptions(command).action(run)
+  addEngineOptions(command)
+  return command
+    .optionsGroup('Another machine:')
+    .option('--server <URL>', 'ask a server over datagrams: lattice://HOST:PORT')
+    .option('--tenant <N>', 'as which of its tenants (or LATTICE_TENANT)', parseCount(0, 1023))
+    .option('--tenant-key-file <FILE>', "file with the tenant's key (or LATTICE_TENANT_KEY)")
+    .action(run)
 }
 
-async function run(words: string[], options: RunOptions): Promise<void> {
+async function run(words: string[], options: RunOptions, command: Command): Promise<void> {
   if (options.raw && options.system !== undefined) {
     throw new LatticeError(
       'usage',
@@ -56,6 +66,12 @@ async function run(words: string[], options: RunOptions): Promise<void> {
     )
   }
   const prompt = await readPrompt(words.join(' '))
+  if (options.server !== undefined) {
+    const given = Object.keys(options).filter((name) => {
+      return command.getOptionValueSource(name) === 'cli'
+    })
+    return runRemotely(prompt, { ...options, server: options.server }, given)
+  }
   const session = await openSession(options)
   try {
     if (options.verbose) for (const line of session.report) process.stderr.write(`${line}\n`)
@@ -73,6 +89,34 @@ async function run(words: string[], options: RunOptions): Promise<void> {
   } finally {
     await session.engine.close()
   }
+}
+
+async function runRemotely(
+  prompt: string,
+  options: RunOptions & { server: string },
+  given: readonly string[],
+): Promise<void> {
+  const { answerRemotely, checkCarried } = await import('./run-remote.ts')
+  checkCarried(given)
+  const write = options.json ? () => {} : stdoutWriter()
+  const result = await interruptible((interrupt) =>
+    answerRemotely(prompt, options, write, interrupt),
+  )
+  if (options.json) {
+    const { text, reason, promptTokens, outputTokens, cachedTokens, ttftMs, totalMs } = result
+    const usage = {
+      prompt_tokens: promptTokens,
+      completion_tokens: outputTokens,
+      total_tokens: promptTokens + outputTokens,
+      cached_tokens: cachedTokens,
+    }
+    const timings = { ttft_ms: round(ttftMs), total_ms: round(totalMs) }
+    process.stdout.write(`${JSON.stringify({ text, finish_reason: reason, usage, timings })}\n`)
+  } else process.stdout.write('\n')
+  if (result.reason === 'length') {
+    process.stderr.write(`(stopped after ${result.outputTokens} tokens: see --max-tokens)\n`)
+  }
+  if (result.reason === 'abort') process.exitCode = EXIT_INTERRUPTED
 }
 
 async function readPrompt(argument: string): Promise<string> {

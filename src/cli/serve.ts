@@ -5,12 +5,15 @@ import { createServer } from 'node:net'
 import { LatticeError } from '../errors.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
 import { warn } from '../log.ts'
+import type { NetService } from '../net/net-service.ts'
+import { addNetOptions, chooseNet, type NetChoice, type NetOptions } from './net-options.ts'
+import { netLine } from './net-page.ts'
 import { addEngineOptions, type EngineOptions } from './options.ts'
 import { collect, parseCount } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
 import { openSession, type Session } from './session.ts'
 
-interface ServeOptions extends EngineOptions {
+interface ServeOptions extends EngineOptions, NetOptions {
   host: string
   port: number
   apiKey?: string[]
@@ -60,15 +63,19 @@ export function serveCommand(): Command {
       parseCount(1),
       STEP_TOKENS_MAX_DEFAULT,
     )
-  return addEngineOptions(command).action(serve)
+  return addNetOptions(addEngineOptions(command)).action(serve)
 }
 
 async function serve(options: ServeOptions): Promise<void> {
   const apiKeys = chooseApiKeys(options.apiKey, process.env['LATTICE_API_KEY'])
   // Said now, not after the model has been fetched and loaded.
-  if (!options.sharePort) await assertPortIsFree(options.host, options.port)
+  const [chosen] = await Promise.all([
+    chooseNet(options),
+    options.sharePort ? undefined : assertPortIsFree(options.host, options.port),
+  ])
   const session = await openSession(options, options)
   for (const line of session.report) print(line)
+  const net = chosen && (await openNet(chosen, session, options))
   const { startServer } = await import('../server/server.ts')
   const server = await startServer({
     engine: session.engine,
@@ -78,6 +85,7 @@ async function serve(options: ServeOptions): Promise<void> {
     port: options.port,
     apiKeys,
     sharePort: options.sharePort ?? false,
+    net,
   })
   const asked = untilAsked()
   if (apiKeys.length === 0 && !isLoopback(options.host)) {
@@ -87,9 +95,29 @@ async function serve(options: ServeOptions): Promise<void> {
   print(`Try it:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
   await asked
   print('Draining: running requests end first; a second signal ends them now.')
+  net?.refuse()
   await server.drain()
+  await net?.close()
   await server.close()
   await session.engine.close()
+}
+
+/** @throws LatticeError what keeps the interface from being attached; then the engine is closed */
+async function openNet(
+  { tenants, attach }: NetChoice,
+  { engine, tokenizer, template }: Session,
+  { maxSequences, maxQueue }: ServeOptions,
+): Promise<NetService> {
+  const { NetService } = await import('../net/net-service.ts')
+  const maxRunning = maxSequences + maxQueue
+  const net = new NetService({ engine, tokenizer, template, tenants, maxRunning, warn })
+  try {
+    if (attach) print(netLine(await net.attach(attach)))
+    return net
+  } catch (thrown) {
+    await engine.close()
+    throw thrown
+  }
 }
 
 /** Every key that is accepted; none lets everyone in. */

@@ -57,6 +57,8 @@ export async function openSession(
       import('../text/load.ts'),
       import('../engine/start.ts'),
     ])
+  // By name: whoever gives more than a capacity must not overwrite what is decided here.
+  const { maxSequences, maxQueue, stepTokens } = capacity
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
@@ -69,7 +71,11 @@ export async function openSession(
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
       prefixCacheBytes: options.prefixCache,
-      ...capacity,
+      prefixEviction: options.prefixEviction,
+      prefixCacheOutput: options.prefixCacheOutput === 'on',
+      maxSequences,
+      maxQueue,
+      stepTokens,
     }),
   })
   starting.catch(() => {})

@@ -2,6 +2,7 @@
 // Everything in a request survives structured clone: the engine may live on another thread.
 
 import type { LatticeError } from '../errors.ts'
+import type { KvMap } from '../kv/map.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {
@@ -54,6 +55,12 @@ export interface SequenceRequest {
   stopTokens: readonly number[]
   /** Alternatives to report with each token; undefined reports none, 0 only the chosen one. */
   topLogprobs: number | undefined
+  /**
+   * Keeps the prompt in the prefix cache, under this name of the tenant's, until it is unpinned.
+   * The sequence ends with `prefix_memory_exhausted` if it cannot be kept, `invalid_request` if it
+   * is too short to be cached.
+   */
+  pin?: string
 }
 
 /** Natural logarithms of probabilities under the model's own distribution (before sampling). */
@@ -91,6 +98,8 @@ export interface SequenceHandle {
 }
 
 export interface SequenceSnapshot {
+  /** No other sequence of this engine has had it. */
+  id: number
   requestId: string
   tenant: string
   /** A preempted sequence waits again, then is in prefill until its output is recomputed too. */
@@ -106,6 +115,36 @@ export interface SequenceSnapshot {
   ageMs: number
 }
 
+/** A prefix that stays in memory until it is unpinned. */
+export interface PinnedPrefix {
+  id: string
+  tenant: string
+  tokens: number
+  /** Pages that it refers to, whoever else does. */
+  pages: number
+  bytes: number
+  /** Prompts that began with it since, its own not counted. */
+  uses: number
+  ageMs: number
+}
+
+/** What an engine is asked, or told to do with its memory, between two steps. */
+export type EngineQuestion =
+  | { kind: 'pinned'; tenant: string }
+  /** The prefix stays cached for a while. */
+  | { kind: 'unpin'; tenant: string; id: string }
+  /** Every page in use; takes longer than a snapshot. */
+  | { kind: 'map' }
+
+/** The answer to each kind of question. */
+export interface EngineAnswers {
+  /** Of this tenant's. */
+  pinned: PinnedPrefix[]
+  /** False if the tenant has no such prefix. */
+  unpin: boolean
+  map: { snapshot: EngineSnapshot; map: KvMap }
+}
+
 /** Counters only grow; gauges are of now. */
 export interface EngineSnapshot {
   sequences: SequenceSnapshot[]
@@ -117,10 +156,16 @@ export interface EngineSnapshot {
     limitPages: number
     /** What the kernel says is resident in the memfd; asked for this snapshot. */
     residentBytes: number
+    /** Of the used pages, those that cached prefixes refer to, whoever else does. */
+    cachedPages: number
+    /** Of the used pages, those that pinned prefixes refer to. */
+    pinnedPages: number
   }
   /** Prompt tokens looked up in the prefix cache, and found there. */
   prefixQueries: number
   prefixHits: number
+  /** Ends of cached prefixes that were forgotten to make room. */
+  prefixEvictions: number
   steps: number
   /** Computed, that is: not found in the prefix cache or shared with another choice. */
   promptTokens: number
@@ -158,6 +203,8 @@ export interface Engine {
   queueRoom(): number
   /** What is now or, while a long step is computed, what was shortly before that step began. */
   snapshot(): Promise<EngineSnapshot>
+  /** Answered between two steps, so after the one that is computed now. */
+  ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]>
   /** Refuses new sequences, resolves when the last one has ended. */
   drain(): Promise<void>
   /** Ends everything at once. */

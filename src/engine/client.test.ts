@@ -79,6 +79,7 @@ function refusal(act: () => unknown): LatticeError {
 async function checkStopped(engine: EngineClient): Promise<void> {
   assert.equal(refusal(() => ask(engine)).code, 'engine_stopped')
   await assert.rejects(engine.snapshot(), { code: 'engine_stopped' })
+  await assert.rejects(engine.ask({ kind: 'map' }), { code: 'engine_stopped' })
   await engine.drain()
   await engine.close()
 }
@@ -154,9 +155,11 @@ test('a thread that is killed leaves someone waiting', { timeout: 10_000 }, asyn
   const asked = Array.from({ length: 6 }, () => ask(engine, { maxTokens: 50 }))
   await until(() => asked[0]!.tokens.length > 0)
   const snapshot = assert.rejects(engine.snapshot(), { code: 'engine_stopped' })
+  const question = assert.rejects(engine.ask({ kind: 'map' }), { code: 'engine_stopped' })
   const drained = engine.drain()
   await (engine as unknown as { worker: Worker }).worker.terminate()
   await snapshot
+  await question
   await drained
   for (const { answer } of asked) {
     const { reason, tokens, outputTokens, error } = await answer

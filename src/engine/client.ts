@@ -7,7 +7,9 @@ import { LatticeError, toLatticeError } from '../errors.ts'
 import { pagesFor } from '../kv/layout.ts'
 import type {
   Engine,
+  EngineAnswers,
   EngineModel,
+  EngineQuestion,
   EngineSnapshot,
   SequenceChoice,
   SequenceHandle,
@@ -42,6 +44,7 @@ export class EngineClient implements Engine {
   private readonly limits: ClientLimits
   private readonly live = new Map<number, LiveSequence>()
   private readonly snapshots = new Map<number, PromiseWithResolvers<EngineSnapshot>>()
+  private readonly questions = new Map<number, PromiseWithResolvers<never>>()
   private latest: { snapshot: EngineSnapshot; atMs: number } | undefined
   private readonly drained: (() => void)[] = []
   private nextId = 1
@@ -126,6 +129,15 @@ export class EngineClient implements Engine {
     return answer.promise.finally(() => clearTimeout(timer))
   }
 
+  ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
+    if (this.stopped) return Promise.reject(stopped(this.stopped))
+    const ticket = this.nextId++
+    const answer = Promise.withResolvers<never>()
+    this.questions.set(ticket, answer)
+    this.send({ kind: 'ask', ticket, question })
+    return answer.promise
+  }
+
   async drain(): Promise<void> {
     this.draining = true
     if (this.live.size === 0) return
@@ -207,6 +219,9 @@ export class EngineClient implements Engine {
       this.latest = { snapshot: message.snapshot, atMs: performance.now() }
       this.snapshots.get(message.ticket)?.resolve(message.snapshot)
       this.snapshots.delete(message.ticket)
+    } else if (message.kind === 'answer') {
+      this.questions.get(message.ticket)?.resolve(message.answer as never)
+      this.questions.delete(message.ticket)
     } else if (message.kind === 'failed') this.stop(LatticeError.fromJSON(message.error))
   }
 
@@ -229,8 +244,10 @@ export class EngineClient implements Engine {
   private stop(why: LatticeError): void {
     if (this.stopped) return
     this.stopped = why
-    for (const answer of this.snapshots.values()) answer.reject(stopped(why))
-    this.snapshots.clear()
+    for (const asked of [this.snapshots, this.questions]) {
+      for (const answer of asked.values()) answer.reject(stopped(why))
+      asked.clear()
+    }
     for (const { sink, outputTokens } of this.live.values()) {
       sink.onFinish('error', outputTokens, why)
     }

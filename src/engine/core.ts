@@ -5,7 +5,10 @@
 
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { KvHistory, watched } from '../kv/history.ts'
 import { liveBytes } from '../kv/layout.ts'
+import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
@@ -13,6 +16,8 @@ import { KV_MAPPINGS_MAX } from '../limits.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
   SamplingParams,
@@ -30,6 +35,10 @@ export interface CoreOptions {
   kvPages: number
   /** How many of them cached prefixes may keep; 0 is no prefix cache. */
   prefixPages?: number
+  /** Which of them go first; 'cost' unless told. */
+  prefixEviction?: EvictionName | undefined
+  /** Whether answers are cached as prompts are. */
+  prefixOutput?: boolean | undefined
 }
 
 /** Where the core's news go, while one of its methods runs. It must not call back into the core. */
@@ -61,6 +70,7 @@ export class EngineCore {
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
+  private readonly history: KvHistory
   private readonly scheduler: Scheduler<Sequence>
   private readonly sequences = new Map<number, Sequence>()
   private readonly batch: StepBatch
@@ -85,10 +95,19 @@ export class EngineCore {
     this.sink = sink
     this.now = now
     const { kv, chunkTokensMin } = backend
-    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, kv)
+    this.history = new KvHistory(now)
+    const mover = watched(kv, kv.layout, this.history)
+    const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, mover)
     this.slots = new SlotTable(regions, kv.slots)
-    const cache = options.prefixPages ? new PrefixCache(regions, options.prefixPages) : undefined
+    const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
+    const { pageBytes } = kv.layout.shape
+    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
+    const cache = prefixPages
+      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict })
+      : undefined
     this.sharing = new PromptSharing(this.slots, cache, {
+      output: options.prefixOutput ?? false,
+      onPreempt: (pages) => this.history.add('preempt', pages * pageBytes),
       computeMin: Math.max(1, chunkTokensMin),
       spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
     })
@@ -120,6 +139,7 @@ export class EngineCore {
     const group: Sequence[] = []
     ids.forEach((id, i) => {
       try {
+        this.sharing.checkPin(request)
         const sampling = present(samplings[i], 'sampling of a choice')
         const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
@@ -182,10 +202,12 @@ export class EngineCore {
 
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
+    const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
     const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
       const { request, computed, slot } = sequence
       return {
+        id: sequence.id,
         requestId: request.requestId,
         tenant: request.tenant,
         state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
@@ -206,9 +228,12 @@ export class EngineCore {
         usedPages: this.slots.usedPages,
         limitPages: this.slots.limitPages,
         residentBytes: this.backend.kv.residentBytes(),
+        cachedPages,
+        pinnedPages,
       },
       prefixQueries: this.sharing.queries,
       prefixHits: this.sharing.hits,
+      prefixEvictions: evictions,
       steps: this.steps,
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
@@ -217,6 +242,19 @@ export class EngineCore {
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
+  }
+
+  /** Answers what was asked, or does what was told, between two steps. */
+  answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
+  answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
+    if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    return this.sharing.unpin(question.tenant, question.id)
+  }
+
+  private map(): KvMap {
+    const { slots, history, scheduler } = this
+    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {
@@ -235,18 +273,27 @@ export class EngineCore {
       if (sequence.outputTokens === 0) this.promptTokens += count
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
-      if (sequence.outputTokens === 0) this.share(sequence, logits)
+      if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
       this.advance(sequence, logits)
     }
   }
 
-  /** A prompt is in memory: it is kept for later, and others that wait for it start from here. */
-  private share(sequence: Sequence, logits: Float32Array): void {
-    this.sharing.computed(sequence)
+  /**
+   * A prompt is in memory: it is kept for later, and others that wait for it start from here.
+   * False if it was to be pinned and could not be: then the sequence has ended.
+   */
+  private share(sequence: Sequence, logits: Float32Array): boolean {
+    try {
+      this.sharing.computed(sequence)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.finish(sequence, 'error', thrown)
+      return false
+    }
     for (;;) {
       const next = this.scheduler.waiting[0]
-      if (!next || !this.sharing.continues(next, sequence)) return
-      if (!this.scheduler.fork(sequence)) return
+      if (!next || !this.sharing.continues(next, sequence)) return true
+      if (!this.scheduler.fork(sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -280,6 +327,7 @@ export class EngineCore {
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
+    if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
     this.sequences.delete(sequence.id)

@@ -3,8 +3,11 @@
 
 import type { NullBackendOptions } from '../backends/null/backend.ts'
 import type { LatticeErrorJson } from '../errors.ts'
+import type { EvictionName } from '../kv/eviction.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type {
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
   SamplingParams,
@@ -21,6 +24,10 @@ export interface EngineThreadOptions {
   kvBytes: number
   /** Bytes of KV memory that cached prefixes may keep; none unless given. */
   prefixCacheBytes?: number
+  /** Which of them go first; 'cost' unless given. */
+  prefixEviction?: EvictionName
+  /** Whether they hold answers too; not unless given. */
+  prefixCacheOutput?: boolean
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
 }
@@ -35,6 +42,7 @@ export type ToEngine =
   | { kind: 'submit'; ids: number[]; request: SequenceRequest; samplings: SamplingParams[] }
   | { kind: 'abort'; id: number }
   | { kind: 'snapshot'; ticket: number }
+  | { kind: 'ask'; ticket: number; question: EngineQuestion }
   | { kind: 'close' }
 
 export interface FinishMessage {
@@ -65,5 +73,6 @@ export type FromEngine =
     }
   /** Ticket 0: nobody asked, but a step begins during which nobody can be answered. */
   | { kind: 'snapshot'; ticket: number; snapshot: EngineSnapshot }
+  | { kind: 'answer'; ticket: number; answer: EngineAnswers[keyof EngineAnswers] }
   /** The engine cannot go on: nothing follows, and whoever has no finish yet gets none from it. */
   | { kind: 'failed'; error: LatticeErrorJson }

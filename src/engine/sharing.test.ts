@@ -6,6 +6,7 @@ import { test } from 'node:test'
 import fc from 'fast-check'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
 import { NullBackend } from '../backends/null/backend.ts'
+import { EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
 import { GREEDY, type SequenceRequest } from './api.ts'
 
 /** 3.2 tokens a page, so that rows lie across pages; two layers. */
@@ -17,12 +18,14 @@ interface Options {
   stepTokens: number
   kvPages: number
   prefixPages: number
+  prefixEviction: EvictionName
+  prefixOutput: boolean
 }
 
 function bench(options: Partial<Options> = {}): Bench {
-  const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, prefixPages = 0 } = options
+  const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, ...prefix } = options
   const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv: KV }
-  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages })
+  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, ...prefix })
 }
 
 /** Prompts of a few words, so that they begin alike. */
@@ -39,6 +42,8 @@ const loads = fc.record({
   // One sequence of 80 tokens needs 50 pages.
   kvPages: fc.integer({ min: 50, max: 110 }),
   prefixPages: fc.constantFrom(0, 12, 50, 50),
+  prefixEviction: fc.constantFrom(...EVICTION_NAMES),
+  prefixOutput: fc.boolean(),
   arrivals: fc.array(
     fc.record({
       prompt: prompts,
@@ -48,6 +53,7 @@ const loads = fc.record({
       temperature: fc.constantFrom(0, 1),
       seed: fc.nat(1000),
       gap: fc.nat(4),
+      pinned: fc.constantFrom(true, false, false, false),
       // A fifth of the choices is aborted.
       abortAfter: fc.nat(40).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
     }),
@@ -56,7 +62,7 @@ const loads = fc.record({
 })
 
 test('sharing changes a token, exceeds the limit, or leaves a page behind', () => {
-  let [hits, preemptions, saved] = [0, 0, 0]
+  let [hits, preemptions, saved, pins] = [0, 0, 0, 0]
   fc.assert(
     fc.property(loads, ({ extraBudget, arrivals, ...options }) => {
       const stepTokens = options.maxSequences + extraBudget
@@ -64,9 +70,10 @@ test('sharing changes a token, exceeds the limit, or leaves a page behind', () =
       const requests: SequenceRequest[] = []
       const events: { at: number; act: () => void }[] = []
       let at = 0
-      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }) => {
+      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, pinned, ...arrival }) => {
         at += gap
-        const request = sequenceRequest(arrival)
+        const pin = pinned ? { pin: arrival.prompt.join() } : {}
+        const request = sequenceRequest({ ...arrival, ...pin })
         const first = requests.length
         const ids = Array.from({ length: choices }, (_, choice) => first + choice)
         const samplings = ids.map((_, i) => ({ ...GREEDY, temperature, seed: seed + i }))
@@ -93,21 +100,33 @@ test('sharing changes a token, exceeds the limit, or leaves a page behind', () =
       const { kv, prefixHits, preemptions: preempted, promptTokens } = engine.core.snapshot()
       hits += prefixHits
       preemptions += preempted
+      const { map } = engine.core.answer({ kind: 'map' })
+      assert.equal(
+        map.totals['preempt']?.count ?? 0,
+        preempted,
+        'a preemption is not in the history',
+      )
+      const counted = Object.values(map.pages).reduce((a, b) => a + b, 0)
+      assert.equal(counted, kv.usedPages, 'the map has other pages')
       const all = requests.reduce((sum, { prompt }) => sum + prompt.length, 0)
       if (promptTokens < all) saved++
       assert.ok(kv.usedPages <= options.prefixPages, 'pages are left behind')
       assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+      pins += ['a', 'b'].flatMap((tenant) => engine.core.answer({ kind: 'pinned', tenant })).length
       requests.forEach((request, id) => {
-        const { tokens, reason, outputTokens } = engine.outcome(id)
+        const { tokens, reason, outputTokens, error } = engine.outcome(id)
         const expected = expectedOutcome(request)
-        if (reason === 'abort') {
+        if (error) {
+          assert.ok(request.pin !== undefined && error.code === 'prefix_memory_exhausted')
+        } else if (reason === 'abort') {
           assert.deepEqual(tokens, expected.tokens.slice(0, tokens.length))
         } else assert.deepEqual({ tokens, reason, outputTokens }, expected)
       })
     }),
     { seed: 17, numRuns: 600 },
   )
-  assert.ok(hits > 2000 && preemptions > 200 && saved > 300, `${hits} ${preemptions} ${saved}`)
+  const counts = `${hits} ${preemptions} ${saved} ${pins}`
+  assert.ok(hits > 2000 && preemptions > 200 && saved > 300 && pins > 100, counts)
 })
 
 test('choices of one request compute their prompt more than once', () => {
@@ -143,6 +162,11 @@ test('choices that share a prompt take its pages each', () => {
   assert.equal(running, 8)
   // 40 tokens fill 12.5 pages a layer; each choice has the 13th of its own.
   assert.equal(kv.usedPages, 2 * (12 + 8))
+  // What the first has of its 13th is where the others copied theirs from: it is held by all.
+  const { pages, tokenBytes, fragmentation } = engine.core.answer({ kind: 'map' }).map
+  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0 })
+  assert.equal(tokenBytes, 2 * (12 * 256 + 8 * 128), 'each 13th page is half empty')
+  assert.ok(Math.abs(fragmentation - 0.2) < 1e-9)
   assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
 })
 

@@ -4,6 +4,7 @@
 import { hostKvLayout } from '../backends/cpu/kv-memory.ts'
 import { LatticeError } from '../errors.ts'
 import { allowedCpus } from '../ffi/libc.ts'
+import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT, STEP_TOKENS_MAX_DEFAULT } from '../limits.ts'
 import { CHUNK_TOKENS_MIN } from '../backends/cpu/backend.ts'
@@ -27,6 +28,9 @@ export interface EngineOptions {
   kvMemoryBytes?: number
   /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
   prefixCacheBytes?: number
+  prefixEviction?: EvictionName
+  /** Answers are cached as prompts are. */
+  prefixCacheOutput?: boolean
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -82,6 +86,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       stepTokens,
       kvBytes,
       prefixCacheBytes,
+      prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
+      prefixCacheOutput: options.prefixCacheOutput ?? false,
     },
     {
       id: options.modelId,
@@ -100,6 +106,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     contextLength < config.contextLength && options.contextLength === undefined
       ? `, what the KV memory holds of the model's ${config.contextLength}`
       : ''
+  const answers = options.prefixCacheOutput ? ' and answers' : ''
   const report = [
     `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
     `device   ${options.device === 'auto' ? 'cpu, the only one in this build' : 'cpu'}:` +
@@ -107,7 +114,9 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       (repacked.length > 0 ? `; ${repacked.join(', ')}` : ''),
     `memory   KV up to ${mib(kvBytes)} (${whence(options, budget)}),` +
       ` ${Math.floor(kvBytes / tokenBytes)} tokens at ${(tokenBytes / 1024).toFixed(1)} KiB each` +
-      (prefixCacheBytes > 0 ? `, ${mib(prefixCacheBytes)} of it for cached prefixes` : ''),
+      (prefixCacheBytes > 0
+        ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
+        : ''),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }

@@ -57,7 +57,13 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
   const prefixPages = Math.floor((options.prefixCacheBytes ?? 0) / pageBytes)
   return new EngineCore(
     backend,
-    { maxSequences: options.maxSequences, kvPages, prefixPages },
+    {
+      maxSequences: options.maxSequences,
+      kvPages,
+      prefixPages,
+      prefixEviction: options.prefixEviction,
+      prefixOutput: options.prefixCacheOutput,
+    },
     {
       onStart(id, cachedTokens) {
         say({ kind: 'started', id, cachedTokens })
@@ -88,7 +94,10 @@ function run(core: EngineCore): void {
         core.submitChoices(message.ids, message.request, message.samplings)
       } else if (message.kind === 'abort') core.abort(message.id)
       else if (message.kind === 'close') return
-      else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
+      else if (message.kind === 'ask') {
+        const answer = core.answer(message.question)
+        say({ kind: 'answer', ticket: message.ticket, answer })
+      } else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
     }
     if (!core.idle && performance.now() - publishedMs > SNAPSHOT_AGE_MS) {
       say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })

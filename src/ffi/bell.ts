@@ -13,36 +13,38 @@ const native = {
   read: libc.func('read', 'int64_t', ['int', 'void *', 'size_t']),
   write: libc.func('write', 'int64_t', ['int', 'const void *', 'size_t']),
   poll: libc.func('poll', 'int', ['void *', 'uint64_t', 'int']),
-  close: libc.func('close', 'int', ['int']),
 }
 
 const ONE = Uint8Array.of(1, 0, 0, 0, 0, 0, 0, 0)
 
 export interface Bell {
   readonly fd: number
-  /** Sleeps until the bell rings, `other` can be read, or the time is over. */
-  wait(other: number, timeoutMs: number): void
-  close(): void
+  /** Sleeps until the bell rings, one of the others can be read, or the time is over. */
+  wait(timeoutMs: number): void
 }
 
-/** @throws LatticeError `os_call_failed` if the process has no descriptor left */
-export function openBell(): Bell {
+/**
+ * A bell is closed like any descriptor, once nobody rings it any more.
+ * @param others descriptors whose news wake the sleeper too
+ * @throws LatticeError `os_call_failed` if the process has no descriptor left
+ */
+export function openBell(others: readonly number[]): Bell {
   const fd: number = native.eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
   if (fd < 0) throw new LatticeError('os_call_failed', 'eventfd failed.')
-  const pollfds = new DataView(new ArrayBuffer(16))
-  pollfds.setInt32(0, fd, true)
-  pollfds.setInt16(4, POLLIN, true)
-  pollfds.setInt16(12, POLLIN, true)
+  const awaited = [fd, ...others]
+  const pollfds = new DataView(new ArrayBuffer(8 * awaited.length))
+  awaited.forEach((descriptor, i) => {
+    pollfds.setInt32(8 * i, descriptor, true)
+    pollfds.setInt16(8 * i + 4, POLLIN, true)
+  })
   const bytes = new Uint8Array(pollfds.buffer)
   const count = new Uint8Array(8)
   return {
     fd,
-    wait(other, timeoutMs) {
-      pollfds.setInt32(8, other, true)
-      native.poll(bytes, 2, timeoutMs)
+    wait(timeoutMs) {
+      native.poll(bytes, awaited.length, timeoutMs)
       native.read(fd, count, 8)
     },
-    close: () => void native.close(fd),
   }
 }
 

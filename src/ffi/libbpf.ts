@@ -5,7 +5,14 @@
 import koffi, { type LibraryHandle } from 'koffi'
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
-import { mapShared, viewMemory } from './libc.ts'
+import { closeFd, mapShared, unmap, viewMemory } from './libc.ts'
+
+const BPF_XDP = 37
+const XDP_FLAGS_SKB_MODE = 2
+const XDP_FLAGS_DRV_MODE = 4
+const ENOENT = 2
+/** Of a map, read at a time; no bucket of a hash map has more. */
+const BATCH = 4096
 
 /** Bytes of the verifier's words that are kept; it says most at the end. */
 const LOG_BYTES = 1 << 20
@@ -30,12 +37,22 @@ interface Natives {
   programName(program: number): string
   programFd(program: number): number
   programType(program: number): number
-  attachXdp(program: number, ifindex: number): number
-  destroyLink(link: number): number
+  createLink(program: number, ifindex: number, type: number, options: Uint8Array): number
+  queryXdp(ifindex: number, flags: number, answer: Uint8Array): number
+  programById(id: number): number
+  info(fd: number, info: Uint8Array, bytes: Uint8Array): number
   lookup(fd: number, key: Uint8Array, value: Uint8Array): number
   update(fd: number, key: Uint8Array, value: Uint8Array, flags: bigint): number
   remove(fd: number, key: Uint8Array): number
-  nextKey(fd: number, key: Uint8Array | null, next: Uint8Array): number
+  lookupBatch(
+    fd: number,
+    from: Uint8Array | null,
+    next: Uint8Array,
+    keys: Uint8Array,
+    values: Uint8Array,
+    count: Uint8Array,
+    options: null,
+  ): number
   testRun(fd: number, options: Uint8Array): number
   cpus(): number
 }
@@ -72,12 +89,18 @@ function bpf(): Natives {
     programName: f('bpf_program__name', 'str', [pointer]),
     programFd: f('bpf_program__fd', 'int', [pointer]),
     programType: f('bpf_program__type', 'int', [pointer]),
-    attachXdp: f('bpf_program__attach_xdp', pointer, [pointer, 'int']),
-    destroyLink: f('bpf_link__destroy', 'int', [pointer]),
+    createLink: f('bpf_link_create', 'int', ['int', 'int', 'int', 'const void *']),
+    queryXdp: f('bpf_xdp_query', 'int', ['int', 'int', 'void *']),
+    programById: f('bpf_prog_get_fd_by_id', 'int', ['uint32_t']),
+    info: f('bpf_obj_get_info_by_fd', 'int', ['int', 'void *', 'void *']),
     lookup: f('bpf_map_lookup_elem', 'int', ['int', 'const void *', 'void *']),
     update: f('bpf_map_update_elem', 'int', ['int', 'const void *', 'const void *', 'uint64_t']),
     remove: f('bpf_map_delete_elem', 'int', ['int', 'const void *']),
-    nextKey: f('bpf_map_get_next_key', 'int', ['int', 'const void *', 'void *']),
+    lookupBatch: f('bpf_map_lookup_batch', 'int', [
+      'int',
+      ...Array<string>(5).fill('void *'),
+      'const void *',
+    ]),
     testRun: f('bpf_prog_test_run_opts', 'int', ['int', 'void *']),
     cpus: f('libbpf_num_possible_cpus', 'int', []),
   }
@@ -96,6 +119,8 @@ export class BpfMap {
   readonly keyBytes: number
   readonly valueBytes: number
   readonly entries: number
+  private viewAddress = 0
+  private viewBytes = 0
 
   constructor(map: number) {
     const native = bpf()
@@ -106,7 +131,7 @@ export class BpfMap {
     this.entries = native.mapEntries(map)
   }
 
-  /** @param value filled if the key is there; for a per-CPU map one value a CPU, each padded to 8 */
+  /** @param value filled if the key is there; of a per-CPU map one value a CPU, padded to 8 each */
   lookup(key: Uint8Array, value: Uint8Array): boolean {
     return bpf().lookup(this.fd, key, value) === 0
   }
@@ -122,22 +147,92 @@ export class BpfMap {
     return bpf().remove(this.fd, key) === 0
   }
 
-  /** Every key at this moment; keys that come meanwhile may or may not be among them. */
-  *keys(): Generator<Uint8Array> {
-    let key: Uint8Array | null = null
+  /** Every key and its value at this moment; some that come or go meanwhile may be among them. */
+  *items(): Generator<[key: Uint8Array, value: Uint8Array]> {
+    const keys = new Uint8Array(BATCH * this.keyBytes)
+    const values = new Uint8Array(BATCH * this.valueBytes)
+    const count = new Uint32Array(1)
+    let from: Uint8Array | null = null
     for (;;) {
-      const next = new Uint8Array(this.keyBytes)
-      if (bpf().nextKey(this.fd, key, next) !== 0) return
-      yield next
-      key = next
+      const next = new Uint8Array(4)
+      count[0] = BATCH
+      const bytes = new Uint8Array(count.buffer)
+      const result = bpf().lookupBatch(this.fd, from, next, keys, values, bytes, null)
+      if (result < 0 && result !== -ENOENT) throw failed('bpf_map_lookup_batch', -result, this.name)
+      for (let i = 0; i < (count[0] ?? 0); i++) {
+        const key = keys.slice(i * this.keyBytes, (i + 1) * this.keyBytes)
+        yield [key, values.slice(i * this.valueBytes, (i + 1) * this.valueBytes)]
+      }
+      if (result < 0) return
+      from = next
     }
   }
 
-  /** An mmapable array map as memory that the program reads and writes too. Never unmapped. */
+  /** An mmapable array map as memory that the program reads and writes too; until `close`. */
   view(): ArrayBuffer {
-    const bytes = Math.ceil((this.valueBytes * this.entries) / 4096) * 4096
-    return viewMemory(mapShared(this.fd, bytes), bytes)
+    this.viewBytes = Math.ceil((this.valueBytes * this.entries) / 4096) * 4096
+    this.viewAddress ||= mapShared(this.fd, this.viewBytes)
+    return viewMemory(this.viewAddress, this.viewBytes)
   }
+
+  /** Its memory is not mapped any more: whoever still reads it crashes. */
+  close(): void {
+    if (this.viewAddress) unmap(this.viewAddress, this.viewBytes)
+    this.viewAddress = 0
+  }
+}
+
+export interface ProgramInfo {
+  id: number
+  name: string
+  /** Instructions that the verifier followed, of the million it allows. */
+  verified: number
+  /** Bytes of machine code. */
+  machineBytes: number
+}
+
+function programInfo(fd: number): ProgramInfo {
+  // struct bpf_prog_info
+  const info = new DataView(new ArrayBuffer(232))
+  const length = new Uint8Array(Uint32Array.of(232).buffer)
+  const bytes = new Uint8Array(info.buffer)
+  const result = bpf().info(fd, bytes, length)
+  if (result < 0) throw failed('bpf_obj_get_info_by_fd', -result, `descriptor ${fd}`)
+  const name = bytes.subarray(64, 80)
+  const end = name.indexOf(0)
+  return {
+    id: info.getUint32(4, true),
+    name: Buffer.from(name.subarray(0, end < 0 ? 16 : end)).toString(),
+    verified: info.getUint32(216, true),
+    machineBytes: info.getUint32(16, true),
+  }
+}
+
+/** The XDP program of an interface as the kernel has it; undefined if there is none. */
+export interface AttachedXdp {
+  mode: 'native' | 'generic' | 'offloaded' | 'several'
+  id: number
+  /** Empty if this process may not ask. */
+  name: string
+}
+
+const ATTACHED = [undefined, 'native', 'generic', 'offloaded', 'several'] as const
+
+/** @throws LatticeError `os_call_failed` if there is no such interface */
+export function attachedXdp(ifindex: number): AttachedXdp | undefined {
+  // struct bpf_xdp_query_opts
+  const answer = new DataView(new ArrayBuffer(32))
+  answer.setBigUint64(0, 32n, true)
+  const result = bpf().queryXdp(ifindex, 0, new Uint8Array(answer.buffer))
+  if (result < 0) throw failed('bpf_xdp_query', -result, `interface ${ifindex}`)
+  const mode = ATTACHED[answer.getUint8(24)]
+  if (!mode) return undefined
+  const id = [8, 12, 16, 20].map((at) => answer.getUint32(at, true)).find((found) => found) ?? 0
+  const fd = bpf().programById(id)
+  if (fd < 0) return { mode, id, name: '' }
+  const { name } = programInfo(fd)
+  closeFd(fd)
+  return { mode, id, name }
 }
 
 /** What running a program on a packet came to. */
@@ -158,24 +253,30 @@ const PROG_TYPE_SCHED_CLS = 3
 export class BpfProgram {
   readonly name: string
   readonly fd: number
-  private readonly program: number
   private readonly isTc: boolean
 
   constructor(program: number) {
-    this.program = program
     this.isTc = bpf().programType(program) === PROG_TYPE_SCHED_CLS
     this.name = bpf().programName(program)
     this.fd = bpf().programFd(program)
   }
 
   /**
-   * Attaches to an interface's driver, or generically where the driver cannot.
+   * Attaches to an interface: in its driver, or behind it with a socket buffer already built.
    * @returns a function that detaches; the kernel does if this process ends without it
+   * @throws LatticeError `os_call_failed` with the kernel's `details.errno`
    */
-  attachXdp(ifindex: number): () => void {
-    const link = bpf().attachXdp(this.program, ifindex)
-    if (link === 0) throw failed('bpf_program__attach_xdp', koffi.errno(), this.name)
-    return () => void bpf().destroyLink(link)
+  attachXdp(ifindex: number, mode: 'native' | 'generic'): () => void {
+    const options = new DataView(new ArrayBuffer(16))
+    options.setBigUint64(0, 16n, true)
+    options.setUint32(8, mode === 'native' ? XDP_FLAGS_DRV_MODE : XDP_FLAGS_SKB_MODE, true)
+    const link = bpf().createLink(this.fd, ifindex, BPF_XDP, new Uint8Array(options.buffer))
+    if (link < 0) throw failed('bpf_link_create', -link, `${this.name}, ${mode}`)
+    return () => closeFd(link)
+  }
+
+  info(): ProgramInfo {
+    return programInfo(this.fd)
   }
 
   /** BPF_PROG_TEST_RUN. A program that changes the packet sees its own change when repeated. */
@@ -251,6 +352,7 @@ export class BpfObject {
   }
 
   close(): void {
+    for (const map of this.maps.values()) map.close()
     bpf().close(this.object)
   }
 

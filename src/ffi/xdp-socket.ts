@@ -26,13 +26,14 @@ const XDP_UMEM_REG = 4
 const XDP_UMEM_FILL_RING = 5
 const XDP_UMEM_COMPLETION_RING = 6
 const XDP_STATISTICS = 7
+const XDP_OPTIONS = 8
+const XDP_OPTIONS_ZEROCOPY = 1
 const XDP_COPY = 2
 const XDP_ZEROCOPY = 4
 const XDP_USE_NEED_WAKEUP = 8
 const PGOFF = { rx: 0, tx: 0x80000000, fill: 0x100000000, completion: 0x180000000 } as const
 const MAP_SHARED_POPULATE = 0x8001
 const MSG_DONTWAIT = 0x40
-const POLLIN = 1
 
 const libc = koffi.load('libc.so.6')
 const native = {
@@ -57,7 +58,6 @@ const native = {
     'uintptr_t',
     'uintptr_t',
   ]),
-  poll: libc.func('poll', 'int', ['void *', 'uint64_t', 'int']),
   close: libc.func('close', 'int', ['int']),
   ifindex: libc.func('if_nametoindex', 'uint32_t', ['str']),
 }
@@ -89,8 +89,6 @@ export interface XdpStatistics {
 }
 
 interface Ring {
-  address: number
-  bytes: number
   /** Both indices, and whether the kernel sleeps, by their offsets in 32-bit words. */
   words: Int32Array
   producer: number
@@ -108,55 +106,37 @@ export function interfaceIndex(name: string): number {
 export class XdpSocket {
   readonly fd: number
   private readonly options: XdpSocketOptions
-  private readonly memory: number
+  /** The frames and the rings. */
+  private readonly mapped: { address: number; bytes: number }[] = []
   private readonly bytes: Uint8Array
   private readonly view: DataView
   private readonly rings: Record<keyof typeof PGOFF, Ring>
   /** Frames for sending that the kernel does not have. */
   private readonly free: number[] = []
-  private readonly pollfd: Uint8Array
 
   /**
-   * @throws LatticeError `os_call_failed`, `details.call` says which: `bind` where the queue does not
-   *   exist, is taken, or the driver has no zero-copy
+   * @throws LatticeError `os_call_failed`, `details.call` says which: `bind` where the queue does
+   *   not exist, is taken, or the driver has no zero-copy
    */
   constructor(ifindex: number, queue: number, options: Partial<XdpSocketOptions> = {}) {
     this.options = { ...XDP_SOCKET_DEFAULTS, ...options }
-    const { frames, frameBytes, mode } = this.options
+    const { frames, frameBytes } = this.options
     this.fd = native.socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0)
     if (this.fd < 0) throw failed('socket', 'an AF_XDP socket; it needs CAP_NET_RAW')
-    const memoryBytes = 2 * frames * frameBytes
-    this.memory = mapAnonymous(memoryBytes)
-    const buffer = viewMemory(this.memory, memoryBytes)
+    const address = mapAnonymous(2 * frames * frameBytes)
+    this.mapped.push({ address, bytes: 2 * frames * frameBytes })
+    const buffer = viewMemory(address, 2 * frames * frameBytes)
     this.bytes = new Uint8Array(buffer)
     this.view = new DataView(buffer)
-    const umem = new DataView(new ArrayBuffer(32))
-    umem.setBigUint64(0, BigInt(this.memory), true)
-    umem.setBigUint64(8, BigInt(memoryBytes), true)
-    umem.setUint32(16, frameBytes, true)
-    this.#set(SOL_XDP, XDP_UMEM_REG, umem, 'XDP_UMEM_REG')
-    for (const option of [XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING, XDP_RX_RING, XDP_TX_RING]) {
-      this.#set(SOL_XDP, option, word(frames), 'the size of a ring')
-    }
-    this.rings = this.#mapRings()
-    this.#setBusyPoll()
-    const address = new DataView(new ArrayBuffer(16))
-    address.setUint16(0, AF_XDP, true)
-    const copy = mode === 'copy' ? XDP_COPY : XDP_ZEROCOPY
-    address.setUint16(2, copy | XDP_USE_NEED_WAKEUP, true)
-    address.setUint32(4, ifindex, true)
-    address.setUint32(8, queue, true)
-    if (native.bind(this.fd, new Uint8Array(address.buffer), 16) < 0) {
-      const thrown = failed('bind', `an AF_XDP socket to queue ${queue} with ${mode}`)
+    try {
+      this.rings = this.#open(address)
+      this.#bind(ifindex, queue)
+    } catch (thrown) {
       this.close()
       throw thrown
     }
     for (let i = 0; i < frames; i++) this.free.push((frames + i) * frameBytes)
     this.#fill(Array.from({ length: frames }, (_, i) => i * frameBytes))
-    const pollfd = new DataView(new ArrayBuffer(8))
-    pollfd.setInt32(0, this.fd, true)
-    pollfd.setInt16(4, POLLIN, true)
-    this.pollfd = new Uint8Array(pollfd.buffer)
   }
 
   /**
@@ -213,31 +193,61 @@ export class XdpSocket {
     this.#reclaim()
   }
 
-  /** Sleeps until something has arrived. True if it has. */
-  wait(timeoutMs: number): boolean {
-    return native.poll(this.pollfd, 1, timeoutMs) > 0
-  }
-
   statistics(): XdpStatistics {
-    const [value, length] = [new DataView(new ArrayBuffer(48)), word(48)]
-    const result = native.getsockopt(
-      this.fd,
-      SOL_XDP,
-      XDP_STATISTICS,
-      new Uint8Array(value.buffer),
-      new Uint8Array(length.buffer),
-    )
-    if (result < 0) throw failed('getsockopt', 'XDP_STATISTICS')
+    const value = new DataView(new ArrayBuffer(48))
+    this.#get(XDP_STATISTICS, value, 'XDP_STATISTICS')
     const [dropped, invalid, , ringFull, fillEmpty] = [0, 8, 16, 24, 32].map((at) =>
       value.getBigUint64(at, true),
     ) as [bigint, bigint, bigint, bigint, bigint]
     return { dropped, invalid, ringFull, fillEmpty }
   }
 
+  /** Whether the driver fills our frames itself; asked of the kernel. */
+  get zeroCopy(): boolean {
+    const value = word(0)
+    this.#get(XDP_OPTIONS, value, 'XDP_OPTIONS')
+    return (value.getUint32(0, true) & XDP_OPTIONS_ZEROCOPY) !== 0
+  }
+
   close(): void {
     native.close(this.fd)
-    for (const { address, bytes } of Object.values(this.rings)) unmap(address, bytes)
-    unmap(this.memory, this.bytes.length)
+    for (const { address, bytes } of this.mapped.splice(0)) unmap(address, bytes)
+  }
+
+  /** Registers the frames and makes the rings. */
+  #open(memory: number): Record<keyof typeof PGOFF, Ring> {
+    const { frames, frameBytes } = this.options
+    const umem = new DataView(new ArrayBuffer(32))
+    umem.setBigUint64(0, BigInt(memory), true)
+    umem.setBigUint64(8, BigInt(2 * frames * frameBytes), true)
+    umem.setUint32(16, frameBytes, true)
+    this.#set(SOL_XDP, XDP_UMEM_REG, umem, 'XDP_UMEM_REG')
+    for (const option of [XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING, XDP_RX_RING, XDP_TX_RING]) {
+      this.#set(SOL_XDP, option, word(frames), 'the size of a ring')
+    }
+    return this.#mapRings()
+  }
+
+  #bind(ifindex: number, queue: number): void {
+    const { mode } = this.options
+    this.#setBusyPoll()
+    const address = new DataView(new ArrayBuffer(16))
+    address.setUint16(0, AF_XDP, true)
+    const copy = mode === 'copy' ? XDP_COPY : XDP_ZEROCOPY
+    address.setUint16(2, copy | XDP_USE_NEED_WAKEUP, true)
+    address.setUint32(4, ifindex, true)
+    address.setUint32(8, queue, true)
+    if (native.bind(this.fd, new Uint8Array(address.buffer), 16) < 0) {
+      throw failed('bind', `an AF_XDP socket to queue ${queue} with ${mode}`)
+    }
+  }
+
+  #get(option: number, value: DataView, what: string): void {
+    const bytes = new Uint8Array(value.buffer)
+    const length = new Uint8Array(word(bytes.length).buffer)
+    if (native.getsockopt(this.fd, SOL_XDP, option, bytes, length) < 0) {
+      throw failed('getsockopt', what)
+    }
   }
 
   #set(level: number, option: number, value: DataView, what: string): void {
@@ -257,15 +267,8 @@ export class XdpSocket {
 
   #mapRings(): Record<keyof typeof PGOFF, Ring> {
     // struct xdp_mmap_offsets: rx, tx, fill, completion; each producer, consumer, entries, flags.
-    const [offsets, length] = [new DataView(new ArrayBuffer(128)), word(128)]
-    const result = native.getsockopt(
-      this.fd,
-      SOL_XDP,
-      XDP_MMAP_OFFSETS,
-      new Uint8Array(offsets.buffer),
-      new Uint8Array(length.buffer),
-    )
-    if (result < 0) throw failed('getsockopt', 'XDP_MMAP_OFFSETS')
+    const offsets = new DataView(new ArrayBuffer(128))
+    this.#get(XDP_MMAP_OFFSETS, offsets, 'XDP_MMAP_OFFSETS')
     const ring = (index: number, name: keyof typeof PGOFF, entryBytes: number): Ring => {
       const [producer, consumer, entriesAt, flags] = [0, 8, 16, 24].map((at) =>
         Number(offsets.getBigUint64(index * 32 + at, true)),
@@ -273,10 +276,9 @@ export class XdpSocket {
       const bytes = entriesAt + this.options.frames * entryBytes
       const address = native.mmap(0, bytes, 3, MAP_SHARED_POPULATE, this.fd, PGOFF[name])
       if (address === -1) throw failed('mmap', `the ${name} ring`)
+      this.mapped.push({ address, bytes })
       const buffer = viewMemory(address, bytes)
       return {
-        address,
-        bytes,
         words: new Int32Array(buffer, 0, bytes >> 2),
         producer: producer >> 2,
         consumer: consumer >> 2,

@@ -6,32 +6,60 @@
 //                region 0           └─ "Summarise: …" ─ …  region 5
 
 import { assert, present } from '../assert.ts'
-import { type KvColumns, type KvSpan, type RegionTable, spannedColumns } from './regions.ts'
+import { EVICTION_DEFAULT, type EvictionName, EVICTION_POLICIES } from './eviction.ts'
+import { columnsOf, type Evictable, EvictionQueue } from './eviction-queue.ts'
+import { tokensIn } from './layout.ts'
+import { type Pin, pinLimitPages, PinTable } from './pins.ts'
+import { type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
 
-interface Node {
-  parent: Node | undefined
+export interface PrefixNode extends Evictable {
+  /** No other node has had it. */
+  id: number
+  parent: PrefixNode | undefined
+  tenant: string
   /** What leads here from the parent. */
   tokens: Int32Array
   /** Position of the first of them. */
   from: number
   region: number
   /** By their first token. */
-  children: Map<number, Node>
-  /** Of the cache's own clock, which ticks with every use. */
-  usedAt: number
+  children: Map<number, PrefixNode>
+  /** When it was last used, in milliseconds; it decides nothing. */
+  usedMs: number
+  /** Pinned prefixes that end here. */
+  pins: number
+}
+
+export interface PrefixCacheOptions {
+  /** 'cost' unless told. */
+  eviction?: EvictionName
+  /** Milliseconds that never go back; for what is shown only. */
+  now?: () => number
+  /** Told of each end that is forgotten, with the pages that came back. */
+  onEvict?: (pages: number) => void
 }
 
 export class PrefixCache {
+  evictions = 0
+  readonly pins: PinTable
   private readonly regions: RegionTable
   private readonly budgetPages: number
+  private readonly queue: EvictionQueue<PrefixNode>
+  private readonly now: () => number
+  private readonly onEvict: (pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
-  private readonly roots = new Map<string, Node>()
+  private readonly roots = new Map<string, PrefixNode>()
   private clock = 0
+  private nextId = 1
 
   /** @param budgetPages that cached prefixes may refer to, at most */
-  constructor(regions: RegionTable, budgetPages: number) {
+  constructor(regions: RegionTable, budgetPages: number, options: PrefixCacheOptions = {}) {
     this.regions = regions
     this.budgetPages = budgetPages
+    this.now = options.now ?? (() => 0)
+    this.onEvict = options.onEvict ?? (() => {})
+    this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
+    this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
   }
 
   /** Where the longest cached prefix of the first `length` tokens lies. */
@@ -41,12 +69,12 @@ export class PrefixCache {
     let at = 0
     this.clock++
     while (node) {
-      node.usedAt = this.clock
-      const child: Node | undefined =
+      this.touch(node)
+      const child: PrefixNode | undefined =
         at < length ? node.children.get(present(tokens[at], 'a token')) : undefined
       if (!child) break
       const common = commonLength(child.tokens, tokens.subarray(at, length))
-      child.usedAt = this.clock
+      this.touch(child)
       addSpan(spans, { region: child.region, from: at, to: at + common })
       at += common
       node = common === child.tokens.length ? child : undefined
@@ -54,50 +82,97 @@ export class PrefixCache {
     return spans
   }
 
-  /** Takes in a sequence's tokens, which lie in `spans`; what is cached already stays as it is. */
+  /**
+   * Takes in a sequence's tokens, which lie in `spans`; what is cached already stays as it is. Of
+   * more tokens than the budget holds, the first ones: else they would drive out all others.
+   */
   insert(tenant: string, tokens: Int32Array, spans: readonly KvSpan[]): void {
+    const room = this.budgetPages - this.pins.pages
+    const length = Math.min(tokens.length, tokensIn(this.regions.layout, room))
+    this.clock++
     let node = this.root(tenant)
+    this.touch(node)
     let at = 0
-    node.usedAt = ++this.clock
-    while (at < tokens.length) {
+    while (at < length) {
       const child = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
-      const common = commonLength(child.tokens, tokens.subarray(at))
+      const common = commonLength(child.tokens, tokens.subarray(at, length))
       node = common === child.tokens.length ? child : this.split(child, common)
-      node.usedAt = this.clock
+      node.uses++
+      this.touch(node)
       at += common
     }
     for (const { region, from, to } of spans) {
-      if (to <= at) continue
       const start = Math.max(at, from)
-      node = this.add(node, tokens.slice(start, to), start, region)
+      const end = Math.min(to, length)
+      if (start >= end) continue
+      node = this.add(node, tokens.slice(start, end), start, region)
     }
-    while (this.regions.cachedPages > this.budgetPages) this.evict()
-    if (node.children.size === 0 && !node.parent) this.roots.delete(tenant)
+    this.keepBudget()
+    this.forgetIfEmpty(this.root(tenant))
   }
 
-  /** Forgets the end of the prefix that was not used for longest. False if there is none. */
+  /**
+   * Forgets ends of prefixes, those worth least, until memory comes back. False, with nothing
+   * forgotten, if none would: sequences use whatever is cached, or it is pinned.
+   */
   evict(): boolean {
-    let oldest: Node | undefined
-    for (const root of this.roots.values()) {
-      for (const leaf of leaves(root)) {
-        if (leaf.parent && (!oldest || leaf.usedAt < oldest.usedAt)) oldest = leaf
-      }
-    }
-    if (!oldest) return false
-    const parent = present(oldest.parent, 'a parent')
-    parent.children.delete(present(oldest.tokens[0], 'a token'))
-    this.regions.drop(this.columns(oldest), 'cache')
-    if (!parent.parent && parent.children.size === 0) {
-      for (const [tenant, root] of this.roots) if (root === parent) this.roots.delete(tenant)
-    }
+    if (this.regions.evictablePages === 0) return false
+    const before = this.regions.usedPages
+    while (this.regions.usedPages === before) this.forget(this.queue.firstToFree())
     return true
+  }
+
+  /**
+   * Keeps a prefix that was taken in until it is unpinned, whatever else needs memory. Its pages
+   * count as used by a sequence. Once more for the same tokens changes nothing.
+   * @throws LatticeError `prefix_memory_exhausted`, with nothing changed
+   */
+  pin(tenant: string, id: string, tokens: Int32Array): void {
+    if (this.pins.find(tenant, id)) return
+    const spans = this.lookup(tenant, tokens, tokens.length)
+    const whole = spannedTokens(spans) === tokens.length
+    const pin = { tenant, id, tokens, spans, pinnedMs: this.now(), usesBefore: 0 }
+    this.pins.add(pin, whole)
+    const node = this.end(tenant, tokens)
+    node.pins++
+    pin.usesBefore = node.uses
+    if (this.queue.has(node)) this.queue.remove(node)
+  }
+
+  /** False if the tenant has no such pinned prefix. From now on it is a cached one. */
+  unpin(tenant: string, id: string): boolean {
+    const pin = this.pins.find(tenant, id)
+    if (!pin) return false
+    const node = this.end(tenant, pin.tokens)
+    this.pins.remove(pin)
+    node.pins--
+    if (mayGo(node)) this.queue.add(node)
+    return true
+  }
+
+  /** Prompts that a pinned prefix served since it was pinned. */
+  usesOf({ tenant, tokens, usesBefore }: Pin): number {
+    return this.end(tenant, tokens).uses - usesBefore
+  }
+
+  /** All of them, parents before children. */
+  *nodes(): Generator<PrefixNode> {
+    const visit = function* (node: PrefixNode): Generator<PrefixNode> {
+      if (node.parent) yield node
+      for (const child of node.children.values()) yield* visit(child)
+    }
+    for (const root of this.roots.values()) yield* visit(root)
   }
 
   /** Throws if the tree contradicts itself. */
   check(): void {
     assert(this.regions.cachedPages <= this.budgetPages, 'cached pages keep to their budget')
-    const visit = (node: Node): void => {
+    this.queue.check()
+    let ends = 0
+    const visit = (node: PrefixNode): void => {
+      assert(this.queue.has(node) === mayGo(node), 'ends that are not pinned can go, only they')
+      if (mayGo(node)) ends++
       for (const [token, child] of node.children) {
         assert(child.parent === node && child.tokens[0] === token, 'a child knows its place')
         assert(child.from === node.from + node.tokens.length, 'positions go on without gaps')
@@ -106,49 +181,125 @@ export class PrefixCache {
       }
     }
     for (const root of this.roots.values()) visit(root)
+    assert(this.queue.size === ends, 'nothing is queued that has gone')
+    this.pins.check()
+    for (const pin of this.pins.list) {
+      assert(this.end(pin.tenant, pin.tokens).pins > 0, 'a pinned prefix stays')
+    }
   }
 
-  private root(tenant: string): Node {
+  private keepBudget(): void {
+    while (this.regions.cachedPages > this.budgetPages) {
+      this.forget(present(this.queue.first, 'a prefix that is not pinned'))
+    }
+  }
+
+  private forget(leaf: PrefixNode): void {
+    const parent = present(leaf.parent, 'a parent')
+    const before = this.regions.usedPages
+    this.queue.remove(leaf)
+    this.queue.went(leaf)
+    parent.children.delete(present(leaf.tokens[0], 'a token'))
+    this.regions.drop(columnsOf(this.regions, leaf), 'cache')
+    this.evictions++
+    this.onEvict(before - this.regions.usedPages)
+    if (!parent.parent) this.forgetIfEmpty(parent)
+    else if (mayGo(parent)) this.queue.add(parent)
+  }
+
+  private forgetIfEmpty(root: PrefixNode): void {
+    if (root.children.size === 0) this.roots.delete(root.tenant)
+  }
+
+  private root(tenant: string): PrefixNode {
     let root = this.roots.get(tenant)
     if (!root) {
-      const tokens = new Int32Array(0)
-      root = { parent: undefined, tokens, from: 0, region: -1, children: new Map(), usedAt: 0 }
+      root = this.node({
+        parent: undefined,
+        tenant,
+        tokens: new Int32Array(0),
+        from: 0,
+        region: -1,
+      })
       this.roots.set(tenant, root)
     }
     return root
   }
 
-  private add(parent: Node, tokens: Int32Array, from: number, region: number): Node {
-    const node = { parent, tokens, from, region, children: new Map(), usedAt: this.clock }
+  private add(parent: PrefixNode, tokens: Int32Array, from: number, region: number): PrefixNode {
+    const node = this.node({ parent, tenant: parent.tenant, tokens, from, region })
     parent.children.set(present(tokens[0], 'a token'), node)
-    this.regions.hold(this.columns(node), 'cache')
+    if (this.queue.has(parent)) this.queue.remove(parent)
+    this.regions.hold(columnsOf(this.regions, node), 'cache')
+    this.touch(node)
+    this.queue.add(node)
     return node
   }
 
   /** Puts a node of its own above a node for its first `count` tokens. */
-  private split(node: Node, count: number): Node {
-    const before = this.columns(node)
-    const upper: Node = { ...node, tokens: node.tokens.slice(0, count), children: new Map() }
+  private split(node: PrefixNode, count: number): PrefixNode {
+    const before = columnsOf(this.regions, node)
+    const { tenant, from, region, uses, usedAt, usedMs, base } = node
+    const tokens = node.tokens.slice(0, count)
+    const upper = this.node({ parent: node.parent, tenant, tokens, from, region })
+    Object.assign(upper, { uses, usedAt, usedMs, base })
     upper.parent!.children.set(present(node.tokens[0], 'a token'), upper)
     node.parent = upper
     node.tokens = node.tokens.slice(count)
     node.from += count
     upper.children.set(present(node.tokens[0], 'a token'), node)
-    this.regions.hold(this.columns(upper), 'cache')
-    this.regions.hold(this.columns(node), 'cache')
+    this.regions.hold(columnsOf(this.regions, upper), 'cache')
+    this.regions.hold(columnsOf(this.regions, node), 'cache')
     this.regions.drop(before, 'cache')
+    this.queue.revalue(upper)
+    this.queue.revalue(node)
     return upper
   }
 
-  private columns({ region, from, tokens }: Node): KvColumns {
-    const span = { region, from, to: from + tokens.length }
-    return present(spannedColumns(this.regions.layout, [span])[0], 'columns')
+  private node(
+    place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
+  ): PrefixNode {
+    const { parent, tenant, tokens, from, region } = place
+    return {
+      id: this.nextId++,
+      parent,
+      tenant,
+      tokens,
+      from,
+      region,
+      children: new Map(),
+      usedAt: 0,
+      usedMs: 0,
+      uses: 1,
+      base: 0,
+      value: 0,
+      heapIndex: -1,
+      pins: 0,
+    }
+  }
+
+  private touch(node: PrefixNode): void {
+    node.usedAt = this.clock
+    node.usedMs = this.now()
+    if (node.parent) this.queue.used(node)
+  }
+
+  /** The node at which these tokens end; a node is made to end there if need be. */
+  private end(tenant: string, tokens: Int32Array): PrefixNode {
+    let node = present(this.roots.get(tenant), "a tenant's prefixes")
+    while (node.from + node.tokens.length < tokens.length) {
+      const at = node.from + node.tokens.length
+      const child = present(node.children.get(present(tokens[at], 'a token')), 'a cached prefix')
+      const count = tokens.length - at
+      node = child.tokens.length > count ? this.split(child, count) : child
+    }
+    return node
   }
 }
 
-function* leaves(node: Node): Generator<Node> {
-  if (node.children.size === 0) yield node
-  for (const child of node.children.values()) yield* leaves(child)
+/** An end of the tree that no pinned prefix needs. */
+function mayGo({ parent, children, pins }: PrefixNode): boolean {
+  return parent !== undefined && children.size === 0 && pins === 0
 }
 
 function addSpan(spans: KvSpan[], span: KvSpan): void {

@@ -106,6 +106,8 @@ export class RegionTable {
   readonly layout: KvLayout
   readonly limitPages: number
   readonly mover: KvMover
+  /** Regions in which a live hold ended; whoever waits for that clears it. */
+  readonly loosened = new Set<number>()
   private readonly regions: (Region | undefined)[]
   private readonly columns: number
   private used = 0
@@ -169,6 +171,16 @@ export class RegionTable {
     return count * this.layout.ranges
   }
 
+  /** Of these columns, the pages that go back if a cached prefix lets go of each once. */
+  freedBy(list: readonly KvColumns[]): number {
+    let count = 0
+    for (const { region, first, end } of list) {
+      const { live, cache } = this.region(region)
+      for (let c = first; c < end; c++) if (live[c] === 0 && cache[c] === 1) count++
+    }
+    return count * this.layout.ranges
+  }
+
   hold({ region, first, end }: KvColumns, holder: Holder): void {
     const found = this.region(region)
     const counts = found[holder]
@@ -187,6 +199,7 @@ export class RegionTable {
   drop({ region, first, end }: KvColumns, holder: Holder): void {
     const found = this.region(region)
     const counts = found[holder]
+    if (holder === 'live') this.loosened.add(region)
     let gone = first
     for (let c = first; c < end; c++) {
       assert((counts[c] ?? 0) > 0, `column ${c} of region ${region} is held`)

@@ -77,6 +77,17 @@ export class SlotTable {
     return this.warm.reduce((sum, { slot }) => sum + this.pagesOf(slot), 0)
   }
 
+  /** Slots that are not free; `sinceMs` of those that are warm, as `retire` took it. */
+  *inUse(): Generator<
+    Pick<Slot, 'region' | 'first' | 'end' | 'shared'> & { slot: number; sinceMs: number }
+  > {
+    const since = new Map(this.warm.map(({ slot, sinceMs }) => [slot, sinceMs]))
+    for (const [slot, { state, region, first, end, shared }] of this.slots.entries()) {
+      if (state === 'free') continue
+      yield { slot, sinceMs: since.get(slot) ?? -Infinity, region, first, end, shared }
+    }
+  }
+
   /** Pages of a slot's own, shared ones of its prefix not included. */
   pagesOf(slot: number): number {
     const { first, end } = this.slot(slot)

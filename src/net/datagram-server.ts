@@ -1,191 +1,329 @@
-// Owns serving over datagrams: requests that the ring hands over become generations of the engine,
-// what those say goes back, and the ingress program learns who is there, what is free and which
-// prefixes are in memory.
+// Owns an interface's datagram path: the program in its driver, the ring thread behind it, and the
+// replicas that answer. The program learns here who is there, what is free and where prefixes are.
 
-import { LatticeError, toLatticeError } from '../errors.ts'
-import type { Engine } from '../engine/api.ts'
-import { GREEDY } from '../engine/api.ts'
-import { generate } from '../engine/generation.ts'
-import type { ChatTemplate } from '../text/chat-template.ts'
-import type { Tokenizer } from '../text/tokenizer.ts'
-import { interfaceIndex } from '../ffi/xdp-socket.ts'
-import { Egress, type EgressPolicy } from './egress.ts'
-import { Ingress, type TenantLimits } from './ingress.ts'
-import type { MessageCode } from './protocol.ts'
-import { Ring, type RingAnswer, type RingPrompt } from './ring.ts'
-import type { RingThreadOptions } from './ring-messages.ts'
+import { LatticeError } from '../errors.ts'
+import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
+import type { WireAnswer, WireRequest } from './exchange.ts'
+import { Egress, type TenantAccount } from './egress.ts'
+import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
+import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
+import {
+  addressesOf,
+  type CheckedInterface,
+  checkInterface,
+  type InterfaceChoice,
+  type NetMode,
+  refused,
+  taken,
+} from './interface.ts'
+import { Ring } from './ring.ts'
+import type { RingLosses } from './ring-messages.ts'
+import type { DatagramTenant } from './tenants.ts'
 
-export interface DatagramTenant extends TenantLimits {
-  /** Of the protocol's 1,024. */
-  index: number
-  /** As the engine knows it: its prefixes are its own. */
-  name: string
-  /** How its answers are marked and paced; not at all unless given. */
-  egress?: EgressPolicy
+/** What answers prompts: an engine here, or another process that has joined. */
+export interface DatagramReplica {
+  /** Name of its model. */
+  readonly model: string
+  /** Starts a request; returns what aborts it. Must not throw. */
+  start(wire: WireRequest, tenant: string, answer: WireAnswer): () => void
 }
 
-export interface DatagramServerOptions {
-  engine: Engine
-  tokenizer: Tokenizer
-  template: ChatTemplate | undefined
-  interfaceName: string
-  queue: number
-  mode: RingThreadOptions['mode']
+export interface DatagramOptions extends InterfaceChoice {
+  mode: NetMode
+  /** Take the next best mode where the driver cannot do this one, instead of refusing. */
+  allowGeneric: boolean
   busyPollBudget: number
   tenants: readonly DatagramTenant[]
+  /** Requests at once, of all tenants together. */
   maxRunning: number
   port: number
-  /** The ring thread is gone. */
+  /** The ring thread is gone: every HELLO is refused from now on. */
   onFailure: (error: LatticeError) => void
 }
 
-const CLOCK_MS = 5_000
-const REPLICA = 0
-/** Rings of one replica, in bpf/ingress-maps.h. */
-const QUEUES = 64
+export interface DatagramStatus {
+  interface: string
+  /** Where the program is, asked of the kernel now. */
+  attached: AttachedXdp | undefined
+  /** Whether the driver writes into our memory itself, asked of the kernel at the start. */
+  zeroCopy: boolean
+  queues: readonly number[]
+  port: number
+  /** Instructions that the verifier followed. */
+  verified: number
+  running: number
+  counters: IngressCounters
+  losses: RingLosses
+  tenants: (TenantUse & { index: number; name: string; sent: TenantAccount })[]
+  replicas: { model: string; running: number; prefixes: number }[]
+  failure: string | undefined
+}
+
+const SYNC_MS = 5_000
+/** A client gets so long to take the rest of its answer. */
+const FLUSH_MS = 5_000
+
+interface Attached {
+  detach: () => void
+  ring: Ring
+}
 
 export class DatagramServer {
   readonly ingress: Ingress
   readonly egress: Egress
-  private readonly options: DatagramServerOptions
-  private readonly ring: Ring
-  private readonly detach: readonly (() => void)[]
-  private readonly timer: NodeJS.Timeout
+  private readonly options: DatagramOptions
+  private readonly link: CheckedInterface
+  private ring!: Ring
+  private detach: () => void = () => {}
+  private timer: NodeJS.Timeout | undefined
+  private failure: LatticeError | undefined
   private readonly names: ReadonlyMap<number, string>
-  private nextId = 1
+  private readonly replicas: (DatagramReplica | undefined)[] = []
+  /** By route: aborts of what runs at a replica. */
+  private readonly running = new Map<WireAnswer, number>()
+  private readonly claimed = new Set<string>()
+  /** Published prefixes: a bit for each replica that holds one. */
+  private readonly prefixes = new Map<bigint, bigint>()
 
-  private constructor(
-    options: DatagramServerOptions,
-    { ingress, egress }: { ingress: Ingress; egress: Egress },
-    ring: Ring,
-    index: number,
-  ) {
+  private constructor(options: DatagramOptions, link: CheckedInterface) {
     this.options = options
-    this.ingress = ingress
-    this.egress = egress
-    this.ring = ring
-    this.names = new Map(options.tenants.map(({ index: tenant, name }) => [tenant, name]))
-    ingress.setRing(REPLICA * QUEUES + options.queue, ring.fd)
-    ingress.setReplica(REPLICA, options.engine.model.id)
-    const detachEgress = egress.attach(options.interfaceName)
-    this.detach = [ingress.program.attachXdp(index), detachEgress]
-    this.timer = setInterval(() => {
-      ingress.syncClock()
-      ingress.expire()
-    }, CLOCK_MS)
-    this.timer.unref()
+    this.link = link
+    this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
+    this.ingress = Ingress.load({ port: options.port })
+    this.ingress.setMaxRunning(options.maxRunning)
+    this.egress = Egress.load(options.port)
+    for (const tenant of options.tenants) {
+      this.ingress.setTenant(tenant.index, tenant)
+      if (tenant.egress) this.egress.setTenant(tenant.index, tenant.egress)
+    }
+    this.ingress.setAddresses(addressesOf(link.name))
   }
 
   /**
-   * Opens the ring and attaches the program.
-   * @throws LatticeError `invalid_request` if there is no such interface, and as `Ingress`, `Ring`
-   *   and attaching do; then nothing is attached
+   * Opens the rings and attaches the program. Requests are refused until there is a replica.
+   * @throws LatticeError `net_refused`, and as `Ingress` and `Ring` do; then nothing is attached
    */
-  static async start(options: DatagramServerOptions): Promise<DatagramServer> {
-    const index = interfaceIndex(options.interfaceName)
-    if (index === 0) {
-      throw new LatticeError('invalid_request', `No interface '${options.interfaceName}'.`, {
-        todo: '`ip link` lists those of this network namespace.',
-      })
-    }
-    const ingress = Ingress.load({ port: options.port })
-    ingress.setMaxRunning(options.maxRunning)
-    const egress = Egress.load(options.port)
-    for (const tenant of options.tenants) {
-      ingress.setTenant(tenant.index, tenant)
-      if (tenant.egress) egress.setTenant(tenant.index, tenant.egress)
-    }
-    const { queue, mode, busyPollBudget } = options
-    const keys = new Map(options.tenants.map(({ index: tenant, keys: pair }) => [tenant, pair]))
-    let server: DatagramServer | undefined
+  static async start(options: DatagramOptions): Promise<DatagramServer> {
+    const server = new DatagramServer(options, checkInterface(options))
     try {
-      const ring = await Ring.open(
-        { ifindex: index, queue, mode, busyPollBudget, keys },
-        {
-          start: (prompt, answer) => server?.run(prompt, answer) ?? (() => {}),
-          finished: (tenant, request, used) => void ingress.finish(tenant, request, used),
-          lost: () => {},
-          failed: options.onFailure,
-        },
-      )
-      server = new DatagramServer(options, { ingress, egress }, ring, index)
-      return server
+      const { ring, detach } = await server.attach()
+      server.ring = ring
+      server.detach = detach
     } catch (thrown) {
-      ingress.close()
-      egress.close()
+      server.ingress.close()
+      server.egress.close()
       throw thrown
+    }
+    server.timer = setInterval(() => server.sync(), SYNC_MS)
+    server.timer.unref()
+    return server
+  }
+
+  /**
+   * Lets a replica be chosen. Returns its index.
+   * @throws LatticeError `net_refused` if there are as many as may be
+   */
+  addReplica(replica: DatagramReplica): number {
+    let index = this.replicas.indexOf(undefined)
+    if (index < 0) index = this.replicas.length
+    if (index >= REPLICAS_MAX) {
+      throw refused(`${REPLICAS_MAX} replicas are there already.`, 'Let one of them go first.')
+    }
+    this.replicas[index] = replica
+    this.ring.fds.forEach((fd, i) => {
+      this.ingress.setRing(index * QUEUES_MAX + (this.link.queues[i] ?? 0), fd)
+    })
+    this.ingress.setReplica(index, replica.model)
+    return index
+  }
+
+  /** It is gone: what runs there ends as failed, and nothing is sent to it any more. */
+  removeReplica(index: number): void {
+    this.ingress.setReplica(index, undefined)
+    this.replicas[index] = undefined
+    for (const [hash, holders] of this.prefixes) this.setHolders(hash, holders & ~bit(index))
+    for (const [answer, route] of this.running) {
+      if (route === index + 1) answer.end('failed', NO_USAGE)
     }
   }
 
+  /** Says whether a replica has a prefix in memory; the program prefers those that have. */
+  publish(index: number, hash: bigint, isHeld: boolean): void {
+    const holders = this.prefixes.get(hash) ?? 0n
+    this.setHolders(hash, isHeld ? holders | bit(index) : holders & ~bit(index))
+  }
+
+  status(): DatagramStatus {
+    const { link, options, ring, ingress, egress } = this
+    const counters = ingress.counters()
+    return {
+      interface: link.name,
+      attached: attachedXdp(link.index),
+      zeroCopy: ring.zeroCopy,
+      queues: link.queues,
+      port: options.port,
+      verified: ingress.program.info().verified,
+      running: ingress.running,
+      counters,
+      losses: ring.losses,
+      tenants: options.tenants.map(({ index, name }) => {
+        return { index, name, ...ingress.use(index), sent: egress.tenant(index) }
+      }),
+      replicas: this.replicas.flatMap((replica, i) => {
+        if (!replica) return []
+        const prefixes = this.prefixes.values().reduce((n, held) => n + (held & bit(i) ? 1 : 0), 0)
+        return [{ model: replica.model, running: ingress.runningAt(i), prefixes }]
+      }),
+      failure: this.failure?.message,
+    }
+  }
+
+  /** Refuses new requests; those that run go on. */
+  refuse(): void {
+    this.replicas.forEach((_, index) => this.ingress.setReplica(index, undefined))
+  }
+
+  /** Refuses new requests; resolves when what was answered has arrived. */
+  async drain(): Promise<void> {
+    this.refuse()
+    const { promise: late, resolve } = Promise.withResolvers<void>()
+    const timer = setTimeout(resolve, FLUSH_MS)
+    await Promise.race([this.ring.drain(), late])
+    clearTimeout(timer)
+  }
+
+  /** Detaches the program; what runs is cut off. */
   async close(): Promise<void> {
     clearInterval(this.timer)
-    for (const detach of this.detach) detach()
+    this.detach()
     await this.ring.close()
     this.ingress.close()
     this.egress.close()
   }
 
-  /** Starts a generation; returns what aborts it. */
-  private run(request: RingPrompt, answer: RingAnswer): () => void {
-    const { engine, tokenizer } = this.options
-    try {
-      const prompt = this.encode(request)
-      const { temperature, topP, seed } = request.sampling
-      const room = engine.model.contextLength - prompt.length
-      if (room < request.maxTokens) {
-        answer.end('context', 0, 0)
-        return () => {}
+  /** The program first: which mode it gets decides about the rings. */
+  private async attach(): Promise<Attached> {
+    const { mode, allowGeneric } = this.options
+    const ladder: readonly NetMode[] = allowGeneric ? LADDER.slice(LADDER.indexOf(mode)) : [mode]
+    let failure: unknown
+    for (const step of ladder) {
+      try {
+        return await this.attachAs(step)
+      } catch (thrown) {
+        if (!isUnsupported(thrown)) throw this.explain(thrown, step)
+        failure = thrown
       }
-      let cachedTokens = 0
-      const generation = generate(engine, tokenizer, {
-        requestId: `dgram-${this.nextId++}`,
-        tenant: this.names.get(request.tenant) ?? 'default',
-        prompt,
-        choices: 1,
-        sampling: { ...GREEDY, temperature, topP, seed: Number(BigInt.asUintN(47, seed)) },
-        maxTokens: request.maxTokens,
-        stop: [],
-        ignoreEos: false,
-        topLogprobs: undefined,
-        onStart: (cached) => (cachedTokens = cached),
-      })
-      void this.answer(generation.events, answer, () => cachedTokens)
-      return () => generation.abort()
+    }
+    throw refused(
+      `${this.link.name} cannot do ${mode}: ${String(failure)}`,
+      mode === 'generic'
+        ? 'Use another interface.'
+        : 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).',
+      failure,
+    )
+  }
+
+  private async attachAs(mode: NetMode): Promise<Attached> {
+    const { link, options, ingress, egress } = this
+    const keys = new Map(options.tenants.map(({ index, keys: pair }) => [index, pair]))
+    const leave = egress.attach(link.name)
+    let detach = leave
+    try {
+      const detachXdp = ingress.program.attachXdp(link.index, mode === 'generic' ? mode : 'native')
+      detach = () => {
+        detachXdp()
+        leave()
+      }
+      const { index: ifindex, queues } = link
+      const copy = mode === 'zerocopy' ? mode : 'copy'
+      const { busyPollBudget } = options
+      const ring = await Ring.open(
+        { ifindex, queues, mode: copy, busyPollBudget, keys },
+        {
+          start: (wire, answer) => this.run(wire, answer),
+          claimed: (tenant, request) => void this.claimed.add(`${tenant}:${request}`),
+          finished: (tenant, request, used) => {
+            this.claimed.delete(`${tenant}:${request}`)
+            ingress.finish(tenant, request, used)
+          },
+          failed: (error) => this.fail(error),
+        },
+      )
+      return { ring, detach }
     } catch (thrown) {
-      const { code } = toLatticeError(thrown)
-      answer.end(code === 'context_length_exceeded' ? 'context' : 'failed', 0, 0)
+      detach()
+      throw thrown
+    }
+  }
+
+  private explain(thrown: unknown, mode: NetMode): unknown {
+    if (!(thrown instanceof LatticeError) || thrown.code !== 'os_call_failed') return thrown
+    const { name, index } = this.link
+    const other = isBusy(thrown) ? attachedXdp(index) : undefined
+    if (other && other.id !== this.ingress.program.info().id) return taken(name, other)
+    const todo = isBusy(thrown)
+      ? 'Another process has this queue: choose another with --queue, or end that process.'
+      : 'The kernel’s reason is in the number: `errno -l` lists them.'
+    return refused(`${name} cannot be used (${mode}): ${thrown.message}`, todo, thrown)
+  }
+
+  private run(wire: WireRequest, answer: WireAnswer): () => void {
+    const replica = this.replicas[wire.route - 1]
+    if (!replica) {
+      answer.end('no_replica', NO_USAGE)
       return () => {}
     }
-  }
-
-  private async answer(
-    events: ReturnType<typeof generate>['events'],
-    answer: RingAnswer,
-    cachedTokens: () => number,
-  ): Promise<void> {
-    for await (const event of events) {
-      if (event.kind === 'delta') {
-        answer.tokens(
-          event.tokens.map(({ token }) => token),
-          event.text,
-        )
-      } else answer.end(ENDS[event.reason], event.outputTokens, cachedTokens())
+    const watched: WireAnswer = {
+      tokens: (ids, text) => answer.tokens(ids, text),
+      end: (code, usage) => {
+        if (this.running.delete(watched)) answer.end(code, usage)
+      },
+    }
+    this.running.set(watched, wire.route)
+    const abort = replica.start(wire, this.names.get(wire.tenant) ?? 'default', watched)
+    return () => {
+      this.running.delete(watched)
+      abort()
     }
   }
 
-  private encode({ prompt, chat, raw }: RingPrompt): Int32Array {
-    const { tokenizer, template } = this.options
-    const text = Buffer.from(prompt.buffer, prompt.byteOffset, prompt.length).toString('utf8')
-    if (!chat) return tokenizer.encode(text, { addSpecial: !raw, parseSpecial: false })
-    if (!template) throw new LatticeError('template_invalid', 'The model has no chat template.')
-    const written = template.render(JSON.parse(text), { addGenerationPrompt: true })
-    return tokenizer.encode(written, { addSpecial: false, parseSpecial: true })
+  private setHolders(hash: bigint, holders: bigint): void {
+    if (holders === 0n) this.prefixes.delete(hash)
+    else this.prefixes.set(hash, holders)
+    this.ingress.publish(hash, holders)
+  }
+
+  private sync(): void {
+    this.ingress.syncClock()
+    this.ingress.setAddresses(addressesOf(this.link.name))
+    this.ingress.expire((tenant, request) => this.claimed.has(`${tenant}:${request}`))
+  }
+
+  private fail(error: LatticeError): void {
+    this.failure = error
+    this.refuse()
+    // Nobody is left who would finish them.
+    this.claimed.clear()
+    this.options.onFailure(error)
   }
 }
 
-const ENDS = {
-  stop: 'ok',
-  length: 'length',
-  abort: 'cancelled',
-  error: 'failed',
-} as const satisfies Record<string, MessageCode>
+/** Each is what the next best comes after. */
+const LADDER: readonly NetMode[] = ['zerocopy', 'native', 'generic']
+const NO_USAGE = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
+const EBUSY = 16
+const EEXIST = 17
+const EOPNOTSUPP = 95
+
+function isUnsupported(thrown: unknown): boolean {
+  const { call, errno } = thrown instanceof LatticeError ? thrown.details : {}
+  return (call === 'bind' || call === 'bpf_link_create') && errno === EOPNOTSUPP
+}
+
+function isBusy({ details }: LatticeError): boolean {
+  return details['errno'] === EBUSY || details['errno'] === EEXIST
+}
+
+function bit(index: number): bigint {
+  return 1n << BigInt(index)
+}

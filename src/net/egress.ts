@@ -42,23 +42,23 @@ export interface EgressPolicy {
 export const DSCP_OF_PRIORITY = [34, 26, 18, 1] as const
 
 export interface TenantAccount {
-  datagrams: bigint
+  datagrams: number
   /** Of whole frames. */
-  bytes: bigint
+  bytes: number
   /** Each once, however often it was sent. */
-  tokens: bigint
+  tokens: number
   /** TOKENS and END that were sent before. */
-  repeats: bigint
-  ended: bigint
+  repeats: number
+  ended: number
   /** Dropped because they would have had to wait for too long. */
-  overdue: bigint
+  overdue: number
 }
 
 export interface RequestAccount {
-  datagrams: bigint
-  bytes: bigint
-  tokens: bigint
-  repeats: bigint
+  datagrams: number
+  bytes: number
+  tokens: number
+  repeats: number
   ended: boolean
   /** Of its END. */
   code: number
@@ -117,7 +117,9 @@ export class Egress {
   }
 
   tenant(index: number): TenantAccount {
-    const read = (at: number) => this.tenants.getBigUint64(index * TENANT_OUT.bytes + at, true)
+    const read = (at: number) => {
+      return Number(this.tenants.getBigUint64(index * TENANT_OUT.bytes + at, true))
+    }
     return {
       datagrams: read(TENANT_OUT.datagrams),
       bytes: read(TENANT_OUT.wireBytes),
@@ -138,8 +140,8 @@ export class Egress {
     const bytes = new Uint8Array(value.buffer)
     if (!this.object.map('answers').lookup(new Uint8Array(key.buffer), bytes)) return undefined
     const [datagrams, wireBytes, tokens, repeats] = [0, 8, 16, 24].map((at) =>
-      value.getBigUint64(at, true),
-    ) as [bigint, bigint, bigint, bigint]
+      Number(value.getBigUint64(at, true)),
+    ) as [number, number, number, number]
     const ended = value.getUint32(40, true) !== 0
     return { datagrams, bytes: wireBytes, tokens, repeats, ended, code: value.getUint32(44, true) }
   }

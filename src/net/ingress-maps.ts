@@ -23,15 +23,27 @@ export const CONTROL = {
   live: 24,
   liveMax: 28,
   replicas: 32,
+  addresses: 288,
+  address: 296,
 } as const
+export const ADDRESSES_MAX = 16
 
 /** struct replica */
 export const REPLICA = { bytes: 16, ready: 0, model: 4, live: 8 } as const
 export const REPLICAS_MAX = 16
+/** Rings of one replica: one for each receive queue of the interface. */
+export const QUEUES_MAX = 64
 
 /** struct request_key and struct request; of the latter, what user space reads and writes. */
 export const REQUEST_KEY = { bytes: 16, request: 0, tenant: 8 } as const
-export const REQUEST = { bytes: 48, grantedNs: 0, route: 36, chargedTokens: 40, ended: 44 } as const
+export const REQUEST = {
+  bytes: 56,
+  grantedNs: 0,
+  expiresNs: 8,
+  route: 44,
+  chargedTokens: 48,
+  ended: 52,
+} as const
 
 /** `.rodata`: the program's tunables. */
 export const TUNABLES = {
@@ -62,6 +74,7 @@ export const COUNTERS = [
   'bad_type',
   'no_ring',
   'events_lost',
+  'stale',
   'syn',
   'syn_source',
   'syn_total',

@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
 import { BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
 import {
+  ADDRESSES_MAX,
   CONTROL,
   COUNTERS,
   COUNTERS_BY_CODE,
@@ -65,7 +66,18 @@ export interface TenantLimits {
   maxRunning: number
 }
 
-export type IngressCounters = Record<string, bigint>
+/** A granted prompt of which nothing has come for so long is not coming. */
+const UNCLAIMED_NS = 10_000_000_000n
+
+export type IngressCounters = Record<string, number>
+
+export interface TenantUse {
+  running: number
+  granted: number
+  rejected: number
+  /** Of all time, less what was given back. */
+  chargedTokens: number
+}
 
 export class Ingress {
   readonly program: BpfProgram
@@ -73,12 +85,10 @@ export class Ingress {
   private readonly tenants: DataView
   private readonly control: DataView
   private readonly atomics: { tenants: BigInt64Array; running: Int32Array; control: Int32Array }
-  private readonly windowNs: bigint
 
   /** @throws LatticeError as `BpfObject` does */
   constructor(elf: Uint8Array, tunables: Partial<IngressTunables> = {}) {
     const chosen = { ...INGRESS_DEFAULTS, ...tunables }
-    this.windowNs = BigInt(chosen.windowMs) * 1_000_000n
     this.object = new BpfObject(elf, (rodata) => {
       const view = new DataView(rodata.buffer, rodata.byteOffset)
       view.setUint16(TUNABLES.port, chosen.port, true)
@@ -142,6 +152,24 @@ export class Ingress {
     this.control.setUint32(CONTROL.liveMax, requests, true)
   }
 
+  /**
+   * The addresses that the program answers for: datagrams to others go on to where they go.
+   * @param addresses of 16 bytes, IPv4 as ::ffff:a.b.c.d; none is any
+   * @throws LatticeError `invalid_request` for more than 16
+   */
+  setAddresses(addresses: readonly Uint8Array[]): void {
+    if (addresses.length > ADDRESSES_MAX) {
+      throw new LatticeError('invalid_request', `${addresses.length} addresses to answer for.`, {
+        todo: `The program knows ${ADDRESSES_MAX}: remove some from the interface.`,
+      })
+    }
+    const bytes = new Uint8Array(this.control.buffer)
+    for (let i = 0; i < ADDRESSES_MAX; i++) {
+      bytes.set(addresses[i] ?? new Uint8Array(16), CONTROL.address + 16 * i)
+    }
+    this.control.setUint32(CONTROL.addresses, addresses.length, true)
+  }
+
   /** @param model its name; undefined takes the replica out of the choice */
   setReplica(index: number, model: string | undefined): void {
     if (!Number.isInteger(index) || index < 0 || index >= REPLICAS_MAX) {
@@ -198,17 +226,30 @@ export class Ingress {
     return true
   }
 
-  /** Forgets ended requests whose number nobody can use any more. Returns how many. */
-  expire(): number {
+  /**
+   * Ends requests that were granted but whose prompt never came, and forgets ended ones whose
+   * number nobody can use any more.
+   * @param isClaimed whether a replica will finish it
+   * @param now ktime
+   * @returns how many were forgotten
+   */
+  expire(
+    isClaimed: (tenant: number, request: bigint) => boolean = () => false,
+    now = process.hrtime.bigint(),
+  ): number {
     const map = this.object.map('requests')
-    const value = new Uint8Array(REQUEST.bytes)
-    const view = new DataView(value.buffer)
-    // A HELLO may be dated a window ahead, and is good for another after its date.
-    const oldest = process.hrtime.bigint() - 2n * this.windowNs
     let count = 0
-    for (const key of map.keys()) {
-      if (!map.lookup(key, value) || view.getUint32(REQUEST.ended, true) === 0) continue
-      if (view.getBigUint64(REQUEST.grantedNs, true) < oldest && map.delete(key)) count++
+    for (const [key, value] of map.items()) {
+      const granted = new DataView(value.buffer)
+      if (granted.getUint32(REQUEST.ended, true) !== 0) {
+        if (granted.getBigUint64(REQUEST.expiresNs, true) < now && map.delete(key)) count++
+        continue
+      }
+      if (now - granted.getBigUint64(REQUEST.grantedNs, true) < UNCLAIMED_NS) continue
+      const asked = new DataView(key.buffer)
+      const tenant = asked.getUint32(REQUEST_KEY.tenant, true)
+      const request = asked.getBigUint64(REQUEST_KEY.request)
+      if (!isClaimed(tenant, request)) this.finish(tenant, request, 0)
     }
     return count
   }
@@ -221,17 +262,41 @@ export class Ingress {
     const sum = (index: number) => {
       let total = 0n
       for (let i = index; i < words.length; i += COUNTERS_MAX) total += words[i] ?? 0n
-      return total
+      return Number(total)
     }
     const counters: IngressCounters = {}
     COUNTERS.forEach((name, i) => (counters[name] = sum(i)))
     for (const [name, code] of Object.entries(MESSAGE_CODES)) {
       const index = COUNTERS_BY_CODE + code - MESSAGE_CODES.version
-      if (index >= COUNTERS_BY_CODE && code < MESSAGE_CODES.context) counters[name] = sum(index)
+      const isOfEngine = code === MESSAGE_CODES.context || code === MESSAGE_CODES.prompt
+      if (code >= MESSAGE_CODES.version && !isOfEngine) counters[name] = sum(index)
     }
     return counters
   }
 
+  /** Requests that were granted and have not ended. */
+  get running(): number {
+    return this.control.getUint32(CONTROL.live, true)
+  }
+
+  /** Those of a replica. */
+  runningAt(replica: number): number {
+    return this.control.getUint32(CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live, true)
+  }
+
+  /** What a tenant has and had. */
+  use(index: number): TenantUse {
+    const at = index * TENANT.bytes
+    const count = (field: number) => Number(this.tenants.getBigUint64(at + field, true))
+    return {
+      running: this.tenants.getUint32(at + TENANT.live, true),
+      granted: count(TENANT.granted),
+      rejected: count(TENANT.rejected),
+      chargedTokens: count(TENANT.chargedTokens),
+    }
+  }
+
+  /** Nothing of this may be used afterwards. */
   close(): void {
     this.object.close()
   }

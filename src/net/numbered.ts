@@ -35,6 +35,7 @@ export class NumberedSender {
   /** By number from `firstMissing` on: when it was sent last, and whether it has arrived. */
   private readonly sentMs: number[] = []
   private readonly arrived: boolean[] = []
+  private readonly sentAgain: boolean[] = []
   /** Missing behind something that arrived: to be sent again at once. */
   private readonly lost = new Set<number>()
   private rttMs: number
@@ -65,11 +66,15 @@ export class NumberedSender {
     if (nowMs - this.sinceMs >= this.waitMs) this.#repeatAll(nowMs)
     const numbers = [...this.lost].toSorted((a, b) => a - b)
     this.lost.clear()
-    for (const number of numbers) this.sentMs[number - this.firstMissing] = nowMs
+    for (const number of numbers) {
+      this.sentMs[number - this.firstMissing] = nowMs
+      this.sentAgain[number - this.firstMissing] = true
+    }
     const end = Math.min(this.total, this.firstMissing + this.window)
     for (let number = sent; number < end; number++) {
       this.sentMs.push(nowMs)
       this.arrived.push(false)
+      this.sentAgain.push(false)
       numbers.push(number)
     }
     if (numbers.length > 0 && this.sinceMs === Infinity) this.sinceMs = nowMs
@@ -91,12 +96,14 @@ export class NumberedSender {
     const known = this.firstMissing + this.sentMs.length
     // Older than one that came before it, or of what was never sent.
     if (firstMissing < this.firstMissing || firstMissing > known) return
-    this.window = Math.min(window, this.limits.window)
+    // With none at all nothing could ever be heard of a larger one.
+    this.window = Math.max(1, Math.min(window, this.limits.window))
     const news = firstMissing > this.firstMissing
     for (; this.firstMissing < firstMissing; this.firstMissing++) {
       this.#measure(nowMs)
       this.sentMs.shift()
       this.arrived.shift()
+      this.sentAgain.shift()
       this.lost.delete(this.firstMissing)
     }
     let last = -1
@@ -132,7 +139,7 @@ export class NumberedSender {
   /** A round trip, smoothed by eighths; what was repeated says nothing (Karn's rule). */
   #measure(nowMs: number): void {
     const sent = this.sentMs[0] ?? nowMs
-    if (this.repeated === 0) this.rttMs += (Math.max(1, nowMs - sent) - this.rttMs) / 8
+    if (!this.sentAgain[0]) this.rttMs += (Math.max(1, nowMs - sent) - this.rttMs) / 8
   }
 }
 
@@ -147,7 +154,7 @@ export class NumberedReceiver {
   private unsaid = 0
   private unsaidMs = Infinity
   private urgent = false
-  private readonly ahead: number
+  readonly ahead: number
 
   /** @param ahead numbers that far beyond the first missing one are refused */
   constructor(ahead = 64) {
@@ -184,6 +191,13 @@ export class NumberedReceiver {
   get ackMs(): number | undefined {
     if (this.unsaid === 0) return undefined
     return this.urgent || this.unsaid >= ACK_EVERY ? this.unsaidMs : this.unsaidMs + ACK_MS
+  }
+
+  /** The sender wants to hear whether somebody is there: an ACK is due at once. */
+  asked(nowMs: number): void {
+    this.unsaid = Math.max(1, this.unsaid)
+    this.unsaidMs = Math.min(this.unsaidMs, nowMs)
+    this.urgent = true
   }
 
   /** An ACK was sent. */

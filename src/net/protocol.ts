@@ -47,6 +47,8 @@ export const MESSAGE_CODES = {
   rate: 23,
   no_replica: 24,
   context: 25,
+  prompt: 26,
+  too_large: 27,
 } as const
 
 export type MessageCode = keyof typeof MESSAGE_CODES
@@ -212,6 +214,30 @@ export function readSampling([, , word, seed]: Header['words']): WireSampling {
   return { temperature: floats.getFloat32(0), topP: topP === 0 ? 1 : topP, seed }
 }
 
+export interface WireUsage {
+  promptTokens: number
+  /** Of the prompt, found in the server's memory. */
+  cachedTokens: number
+  outputTokens: number
+}
+
+/** Words 2 and 3 of END. */
+export function writeUsage({
+  promptTokens,
+  cachedTokens,
+  outputTokens,
+}: WireUsage): [bigint, bigint] {
+  return [BigInt(outputTokens), (BigInt(promptTokens) << 32n) | BigInt(cachedTokens)]
+}
+
+export function readUsage([, , output, prompt]: Header['words']): WireUsage {
+  return {
+    promptTokens: Number(prompt >> 32n),
+    cachedTokens: Number(prompt & 0xffffffffn),
+    outputTokens: Number(output),
+  }
+}
+
 /** The payload of TOKENS: count, ids, text. */
 export function writeTokens(tokens: readonly number[], text: string): Uint8Array {
   const utf8 = Buffer.from(text)
@@ -223,9 +249,11 @@ export function writeTokens(tokens: readonly number[], text: string): Uint8Array
   return bytes
 }
 
-export function readTokens(payload: Uint8Array): { tokens: Uint32Array; text: string } {
+/** Undefined if the payload is shorter than it says. */
+export function readTokens(payload: Uint8Array): { tokens: Uint32Array; text: string } | undefined {
   const view = new DataView(payload.buffer, payload.byteOffset, payload.byteLength)
-  const count = view.getUint16(0)
+  const count = payload.length < 2 ? Infinity : view.getUint16(0)
+  if (payload.length < 2 + 4 * count) return undefined
   const tokens = Uint32Array.from({ length: count }, (_, i) => view.getUint32(2 + 4 * i))
   return { tokens, text: Buffer.from(payload.subarray(2 + 4 * count)).toString('utf8') }
 }

@@ -1,11 +1,14 @@
 // Owns what the main thread and the ring thread say to each other. Prompts come over as bytes, once
 // they are complete; answers go back as tokens and text.
 
-import type { MessageCode, WireSampling } from './protocol.ts'
+import type { LatticeErrorJson } from '../errors.ts'
+import type { WireRequest } from './exchange.ts'
+import type { MessageCode, WireUsage } from './protocol.ts'
 
 export interface RingThreadOptions {
   ifindex: number
-  queue: number
+  /** Receive queues of the interface: a socket for each. */
+  queues: readonly number[]
   mode: 'copy' | 'zerocopy'
   /** Packets at a time that are taken from the driver by asking it again and again; 0 sleeps. */
   busyPollBudget: number
@@ -13,25 +16,28 @@ export interface RingThreadOptions {
   keys: ReadonlyMap<number, readonly [Uint8Array, Uint8Array]>
 }
 
+/** What went missing between the driver and us; the protocol's repeats make up for it. */
+export interface RingLosses {
+  /** Frames that the kernel had no room for. */
+  received: number
+  /** Frames that it did not take. */
+  sent: number
+}
+
 export type ToRing =
   | { kind: 'tokens'; id: number; ids: readonly number[]; text: string }
-  | { kind: 'end'; id: number; code: MessageCode; outputTokens: number; cachedTokens: number }
+  | { kind: 'end'; id: number; code: MessageCode; usage: WireUsage }
+  /** Asks for `drained` once there is nothing left to say. */
+  | { kind: 'drain' }
   | { kind: 'close' }
 
 export type FromRing =
-  /** `fd` of the AF_XDP socket; `bell` of an eventfd that wakes the thread when written to. */
-  | { kind: 'ready'; fd: number; bell: number }
-  | {
-      kind: 'start'
-      id: number
-      tenant: number
-      prompt: Uint8Array
-      chat: boolean
-      raw: boolean
-      maxTokens: number
-      sampling: WireSampling
-    }
+  /** A socket's descriptor for each queue; `bell` of an eventfd that wakes the thread. */
+  | { kind: 'ready'; fds: number[]; bell: number; zeroCopy: boolean }
+  | { kind: 'failed'; error: LatticeErrorJson }
+  | { kind: 'claimed'; tenant: number; request: bigint }
+  | { kind: 'start'; id: number; wire: WireRequest }
   | { kind: 'abort'; id: number }
   | { kind: 'finished'; tenant: number; request: bigint; usedTokens: number }
-  /** Frames that the kernel could not deliver, told when there are new ones. */
-  | { kind: 'lost'; dropped: bigint; ringFull: bigint }
+  | { kind: 'lost'; losses: RingLosses }
+  | { kind: 'drained' }

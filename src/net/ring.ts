@@ -3,101 +3,129 @@
 import { Worker } from 'node:worker_threads'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { ring } from '../ffi/bell.ts'
-import type { MessageCode, WireSampling } from './protocol.ts'
-import type { FromRing, RingThreadOptions, ToRing } from './ring-messages.ts'
-
-export interface RingPrompt {
-  tenant: number
-  prompt: Uint8Array
-  chat: boolean
-  raw: boolean
-  maxTokens: number
-  sampling: WireSampling
-}
-
-export interface RingAnswer {
-  tokens(ids: readonly number[], text: string): void
-  end(code: MessageCode, outputTokens: number, cachedTokens: number): void
-}
+import { closeFd } from '../ffi/libc.ts'
+import type { WireAnswer, WireRequest } from './exchange.ts'
+import type { FromRing, RingLosses, RingThreadOptions, ToRing } from './ring-messages.ts'
 
 export interface RingEvents {
-  /** Starts a request; returns what aborts it. */
-  start(prompt: RingPrompt, answer: RingAnswer): () => void
+  /** Starts a request; returns what aborts it. Must not throw. */
+  start(wire: WireRequest, answer: WireAnswer): () => void
+  claimed(tenant: number, request: bigint): void
   finished(tenant: number, request: bigint, usedTokens: number): void
-  lost(dropped: bigint, ringFull: bigint): void
   /** The thread is gone; nothing more comes. */
   failed(error: LatticeError): void
 }
 
+type Ready = Extract<FromRing, { kind: 'ready' }>
+
 export class Ring {
-  /** Of the AF_XDP socket, for the program's map of rings. */
-  readonly fd: number
+  /** Of the AF_XDP sockets, by queue, for the program's map of rings. */
+  readonly fds: readonly number[]
+  readonly zeroCopy: boolean
+  losses: RingLosses = { received: 0, sent: 0 }
   private readonly worker: Worker
   private readonly bell: number
   private readonly events: RingEvents
   private readonly aborts = new Map<number, () => void>()
-  private closing = false
+  private readonly drained: (() => void)[] = []
+  private over = false
 
-  private constructor(worker: Worker, fd: number, bell: number, events: RingEvents) {
+  private constructor(worker: Worker, { fds, zeroCopy, bell }: Ready, events: RingEvents) {
     this.worker = worker
-    this.fd = fd
+    this.fds = fds
+    this.zeroCopy = zeroCopy
     this.bell = bell
     this.events = events
     worker.on('message', (message: FromRing) => this.receive(message))
     worker.on('error', (thrown) => this.fail(toLatticeError(thrown)))
-    worker.on('exit', () => this.fail(new LatticeError('internal', 'The ring thread has ended.')))
+    worker.on('exit', () => {
+      // Not before: its number could be another file's by the time it is rung.
+      closeFd(bell)
+      this.fail(ended())
+    })
   }
 
-  /** @throws LatticeError what kept the socket from being opened */
+  /** @throws LatticeError what kept a socket from being opened; then none is open */
   static async open(options: RingThreadOptions, events: RingEvents): Promise<Ring> {
     const url = new URL('./ring-thread.ts', import.meta.url)
     const worker = new Worker(url, { workerData: options })
-    const ready = await new Promise<Extract<FromRing, { kind: 'ready' }>>((resolve, reject) => {
+    const ready = await new Promise<Ready>((resolve, reject) => {
       worker.once('message', (message: FromRing) => {
         if (message.kind === 'ready') resolve(message)
+        else if (message.kind === 'failed') {
+          // Its sockets are closed when it has ended.
+          worker.once('exit', () => reject(LatticeError.fromJSON(message.error)))
+        }
       })
       worker.once('error', (thrown) => reject(toLatticeError(thrown)))
     })
-    for (const event of ['message', 'error']) worker.removeAllListeners(event)
-    return new Ring(worker, ready.fd, ready.bell, events)
+    for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
+    return new Ring(worker, ready, events)
+  }
+
+  /** Resolves when all that was said has arrived, or nobody listens any more. */
+  async drain(): Promise<void> {
+    if (this.over) return
+    const drained = new Promise<void>((resolve) => this.drained.push(resolve))
+    this.say({ kind: 'drain' })
+    await drained
   }
 
   async close(): Promise<void> {
-    this.closing = true
+    if (this.over) return
+    this.over = true
     const exited = new Promise<void>((resolve) => this.worker.once('exit', () => resolve()))
-    this.say({ kind: 'close' })
+    this.post({ kind: 'close' })
     await exited
+    for (const resolve of this.drained.splice(0)) resolve()
   }
 
   private receive(message: FromRing): void {
-    if (message.kind === 'start') this.start(message)
-    else if (message.kind === 'abort') this.aborts.get(message.id)?.()
+    if (message.kind === 'start') this.start(message.id, message.wire)
+    else if (message.kind === 'abort') {
+      const abort = this.aborts.get(message.id)
+      this.aborts.delete(message.id)
+      abort?.()
+    } else if (message.kind === 'claimed') this.events.claimed(message.tenant, message.request)
     else if (message.kind === 'finished') {
       this.events.finished(message.tenant, message.request, message.usedTokens)
-    } else if (message.kind === 'lost') this.events.lost(message.dropped, message.ringFull)
+    } else if (message.kind === 'lost') this.losses = message.losses
+    else if (message.kind === 'drained') for (const resolve of this.drained.splice(0)) resolve()
+    else if (message.kind === 'failed') this.fail(LatticeError.fromJSON(message.error))
   }
 
-  private start({ id, kind: _, ...prompt }: Extract<FromRing, { kind: 'start' }>): void {
-    const answer: RingAnswer = {
+  private start(id: number, wire: WireRequest): void {
+    let isOver = false
+    const abort = this.events.start(wire, {
       tokens: (ids, text) => this.say({ kind: 'tokens', id, ids, text }),
-      end: (code, outputTokens, cachedTokens) => {
+      end: (code, usage) => {
+        isOver = true
         this.aborts.delete(id)
-        this.say({ kind: 'end', id, code, outputTokens, cachedTokens })
+        this.say({ kind: 'end', id, code, usage })
       },
-    }
-    this.aborts.set(id, this.events.start(prompt, answer))
+    })
+    if (!isOver) this.aborts.set(id, abort)
   }
 
   private say(message: ToRing): void {
+    if (!this.over) this.post(message)
+  }
+
+  private post(message: ToRing): void {
     this.worker.postMessage(message)
     ring(this.bell)
   }
 
   private fail(error: LatticeError): void {
-    if (this.closing) return
-    this.closing = true
+    if (this.over) return
+    this.over = true
     for (const abort of this.aborts.values()) abort()
     this.aborts.clear()
+    for (const resolve of this.drained.splice(0)) resolve()
     this.events.failed(error)
   }
+}
+
+function ended(): LatticeError {
+  return new LatticeError('internal', 'The ring thread has ended.')
 }

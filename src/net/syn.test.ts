@@ -52,7 +52,7 @@ test('one source opens more than its share, or another pays for it', { skip }, (
     assert.ok(send(ingress, segment(SYN, shape)))
   }
   const { syn, syn_source: bySource, syn_total: byTotal, passed: all } = ingress.counters()
-  assert.deepEqual([syn, bySource, byTotal, all], [12n, 4n, 0n, 8n])
+  assert.deepEqual([syn, bySource, byTotal, all], [12, 4, 0, 8])
 })
 
 test('addresses of one IPv6 network count as many sources', { skip }, () => {
@@ -81,7 +81,7 @@ test('many sources together open more than the server takes', { skip }, () => {
   let passed = 0
   for (let i = 0; i < 100; i++) if (send(ingress, segment(SYN, from(i)))) passed++
   assert.equal(passed, 20)
-  assert.equal(ingress.counters()['syn_total'], 80n)
+  assert.equal(ingress.counters()['syn_total'], 80)
 })
 
 test('a rate comes back too soon or never', { skip }, async () => {
@@ -108,7 +108,7 @@ test('what asks for no connection is limited, or anything while it is off', { sk
   for (let length = 14; length < 54; length++) assert.ok(send(limited, whole.slice(0, length)))
   const off = open(undefined)
   for (let i = 0; i < 20; i++) assert.ok(send(off, segment(SYN, from(1))))
-  assert.equal(limited.counters()['syn'], 0n)
-  assert.equal(off.counters()['syn'], 0n)
+  assert.equal(limited.counters()['syn'], 0)
+  assert.equal(off.counters()['syn'], 0)
   assert.throws(() => open({ source: { perSecond: 0, burst: 1 } }), /a second/)
 })

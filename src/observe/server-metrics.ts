@@ -49,6 +49,14 @@ export class ServerMetrics {
     'lattice_prefix_cache_hits_total',
     'Prompt tokens found in the prefix cache.',
   )
+  readonly #prefixEvictions = this.#r.counter(
+    'lattice_prefix_cache_evictions_total',
+    'Ends of cached prefixes that were forgotten to make room.',
+  )
+  readonly #prefixPages = this.#r.gauge(
+    'lattice_prefix_cache_pages',
+    'KV pages that cached prefixes refer to, pinned ones included.',
+  )
   readonly #promptTokens = this.#r.counter('lattice_prompt_tokens_total', 'Prompt tokens computed.')
   readonly #generationTokens = this.#r.counter(
     'lattice_generation_tokens_total',
@@ -170,6 +178,8 @@ export class ServerMetrics {
     this.#preemptions.set(snapshot.preemptions)
     this.#prefixQueries.set(snapshot.prefixQueries)
     this.#prefixHits.set(snapshot.prefixHits)
+    this.#prefixEvictions.set(snapshot.prefixEvictions)
+    this.#prefixPages.set(kv.cachedPages)
     this.#promptTokens.set(snapshot.promptTokens)
     this.#generationTokens.set(snapshot.outputTokens)
     this.#steps.set(snapshot.steps)

@@ -23,6 +23,8 @@ export interface Sharing<S> {
   prefixOf(sequence: S): readonly KvSpan[] | 'wait'
   /** Lets go of a cached prefix, to make room. False if there is none. */
   evict(): boolean
+  /** A sequence is about to lose its slot to make room; it will wait again. */
+  preempted?(sequence: S): void
 }
 
 /** One sequence's part of a step: `count` tokens from `computed` on. */
@@ -208,6 +210,7 @@ export class Scheduler<S extends Schedulable> {
   /** Sends a sequence back to the queue's front; its tokens are computed again later. */
   private preempt(sequence: S): void {
     this.preemptions++
+    this.sharing.preempted?.(sequence)
     this.remove(sequence, -Infinity)
     sequence.computed = 0
     this.waiting.unshift(sequence)

@@ -7,16 +7,19 @@ import type { Authenticator } from './auth.ts'
 import type { RouteContext, RouteEnv, ServerContext } from './context.ts'
 import { errorResponse } from './errors.ts'
 import { drainingError, livez, readyz } from './health.ts'
-import { metrics, sequences } from './metrics.ts'
+import { kv, metrics, sequences } from './metrics.ts'
+import { netAttach, netDetach, netStatus } from './net.ts'
 import { chat } from './openai/chat.ts'
 import { completions } from './openai/completions.ts'
 import { model, models } from './openai/models.ts'
+import { listPrefixes, pinPrefix, unpinPrefix } from './prefixes.ts'
 import { detokenize, tokenize } from './tokenize.ts'
 
 type Handler = (c: RouteContext) => Response | Promise<Response>
-type Route = readonly [method: 'GET' | 'POST', path: string, handler: Handler]
+type Route = readonly [method: 'GET' | 'POST' | 'DELETE', path: string, handler: Handler]
 
 const MODEL_PATH = '/v1/models/:id{.+}'
+const PREFIX_PATH = '/v1/prefixes/:id'
 
 export function createApp(context: ServerContext, auth: Authenticator): Hono<RouteEnv> {
   const routes: readonly Route[] = [
@@ -25,6 +28,9 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['POST', '/v1/completions', completions(context)],
     ['GET', '/v1/models', models(context)],
     ['GET', MODEL_PATH, model(context)],
+    ['POST', '/v1/prefixes', pinPrefix(context)],
+    ['GET', '/v1/prefixes', listPrefixes(context)],
+    ['DELETE', PREFIX_PATH, unpinPrefix(context)],
     ['POST', '/tokenize', tokenize(context)],
     ['POST', '/detokenize', detokenize(context)],
     ['GET', '/livez', livez],
@@ -32,6 +38,10 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['GET', '/health', readyz(context)],
     ['GET', '/metrics', metrics(context)],
     ['GET', '/debug/sequences', sequences(context)],
+    ['GET', '/debug/kv', kv(context)],
+    ['GET', '/debug/net', netStatus(context)],
+    ['POST', '/debug/net', netAttach(context)],
+    ['DELETE', '/debug/net', netDetach(context)],
   ]
   const app = new Hono<RouteEnv>()
   app.use(around(context, auth, new Set(routes.map(([, path]) => path))))
@@ -69,12 +79,16 @@ function admit(context: ServerContext, auth: Authenticator, c: RouteContext): vo
 
 /** Labels are few whatever clients send: a path nobody serves is 'other'. */
 function routeLabel(c: RouteContext, paths: ReadonlySet<string>): string {
-  if (c.req.path.startsWith('/v1/models/')) return '/v1/models/ID'
+  for (const path of ['/v1/models/', '/v1/prefixes/']) {
+    if (c.req.path.startsWith(path)) return `${path}ID`
+  }
   return paths.has(c.req.path) ? c.req.path : 'other'
 }
 
 function methodLabel(c: RouteContext): string {
-  return ['GET', 'HEAD', 'POST', 'OPTIONS'].includes(c.req.method) ? c.req.method : 'other'
+  return ['GET', 'HEAD', 'POST', 'DELETE', 'OPTIONS'].includes(c.req.method)
+    ? c.req.method
+    : 'other'
 }
 
 function notFound(c: RouteContext, routes: readonly Route[]): LatticeError {
@@ -85,5 +99,5 @@ function notFound(c: RouteContext, routes: readonly Route[]): LatticeError {
 }
 
 function endpoints(routes: readonly Route[]): string[] {
-  return routes.map(([method, path]) => `${method} ${path === MODEL_PATH ? '/v1/models/ID' : path}`)
+  return routes.map(([method, path]) => `${method} ${path.replace(/:id.*/, 'ID')}`)
 }

@@ -4,6 +4,7 @@ import type { HttpBindings } from '@hono/node-server'
 import type { Context } from 'hono'
 import type { Engine, EngineSnapshot } from '../engine/api.ts'
 import { LatticeError } from '../errors.ts'
+import type { NetService } from '../net/net-service.ts'
 import type { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
@@ -16,6 +17,8 @@ export interface ServerContext {
   readonly metrics: ServerMetrics
   /** Unix time in seconds at which the model was loaded. */
   readonly loadedAt: number
+  /** Undefined if the server was started without one. */
+  readonly net?: NetService | undefined
   draining: boolean
 }
 
@@ -29,15 +32,26 @@ export type RouteContext = Context<RouteEnv>
 
 const SNAPSHOT_TIMEOUT_MS = 2000
 
+/** Answers come between two steps; a step of a large model may take seconds. */
+const ANSWER_TIMEOUT_MS = 30_000
+
 /**
  * The engine's snapshot, or an error if it does not answer: health checks must not hang with it.
  * @throws LatticeError `engine_stopped`
  */
-export async function askSnapshot(engine: Engine): Promise<EngineSnapshot> {
+export function askSnapshot(engine: Engine): Promise<EngineSnapshot> {
+  return askEngine(engine.snapshot(), SNAPSHOT_TIMEOUT_MS)
+}
+
+/**
+ * What the engine answers, or an error if it does not in time.
+ * @throws LatticeError `engine_stopped`
+ */
+export async function askEngine<T>(answer: Promise<T>, withinMs = ANSWER_TIMEOUT_MS): Promise<T> {
   const { promise: late, reject } = Promise.withResolvers<never>()
-  const timer = setTimeout(() => reject(new Error('no answer in time')), SNAPSHOT_TIMEOUT_MS)
+  const timer = setTimeout(() => reject(new Error('no answer in time')), withinMs)
   try {
-    return await Promise.race([engine.snapshot(), late])
+    return await Promise.race([answer, late])
   } catch (cause) {
     throw new LatticeError('engine_stopped', 'The engine does not answer.', { cause })
   } finally {

@@ -1,7 +1,8 @@
-// Owns GET /metrics and GET /debug/sequences: what the engine does, for scrapers and `lattice ps`.
+// Owns GET /metrics, /debug/sequences and /debug/kv: what the engine does and holds, for scrapers,
+// `lattice ps` and `lattice top`.
 
 import { toLatticeError } from '../errors.ts'
-import { askSnapshot, type RouteContext, type ServerContext } from './context.ts'
+import { askEngine, askSnapshot, type RouteContext, type ServerContext } from './context.ts'
 import { logFailure } from './errors.ts'
 
 /** The exposition; while the engine does not answer, `lattice_engine_up` is 0 and says so. */
@@ -18,4 +19,12 @@ export function metrics(context: ServerContext) {
 
 export function sequences(context: ServerContext) {
   return async (c: RouteContext): Promise<Response> => c.json(await askSnapshot(context.engine))
+}
+
+/** The map of KV memory; asked for only here, so that scraping stays cheap. */
+export function kv(context: ServerContext) {
+  return async (c: RouteContext): Promise<Response> => {
+    const { snapshot, map } = await askEngine(context.engine.ask({ kind: 'map' }))
+    return c.json({ model: context.engine.model.id, engine: snapshot, kv: map })
+  }
 }

@@ -7,6 +7,7 @@ import { getRequestListener } from '@hono/node-server'
 import type { Engine } from '../engine/api.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { Steering } from '../net/steer.ts'
+import type { NetService } from '../net/net-service.ts'
 import { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
@@ -27,6 +28,8 @@ export interface ServerOptions {
   apiKeys?: readonly string[]
   /** Other servers may listen on the port too: a connection goes to who has the least to do. */
   sharePort?: boolean
+  /** The datagram path, which `lattice net` controls through this server; the caller's to close. */
+  net?: NetService | undefined
 }
 
 export interface Server {
@@ -53,6 +56,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     template: options.template,
     metrics: new ServerMetrics(),
     loadedAt: Math.floor(Date.now() / 1000),
+    net: options.net,
     draining: false,
   }
   const app = createApp(context, authenticator(options.apiKeys ?? []))

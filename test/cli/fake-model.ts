@@ -52,9 +52,10 @@ export const loadChatTemplate = () =>
           messages.map(({ role, content }) => `${role}:${content};`).join(''),
       }
 
-export const startEngine = async () => ({
+/** With FAKE_ECHO, its report is what it was asked for. */
+export const startEngine = async (_path: string, options: object) => ({
   engine: { model: { contextLength: CONTEXT }, close: async () => {}, drain: async () => {} },
-  report: ['fake engine, 1 thread'],
+  report: [process.env['FAKE_ECHO'] ? JSON.stringify(options) : 'fake engine, 1 thread'],
 })
 
 /** Says how it was asked, so that a test sees what reached it; then counts words. */

@@ -10,6 +10,7 @@ import { lattice } from './lattice.ts'
 const SNAPSHOT: EngineSnapshot = {
   sequences: [
     {
+      id: 1,
       requestId: 'chat-1',
       tenant: 'default',
       state: 'decode',
@@ -23,7 +24,14 @@ const SNAPSHOT: EngineSnapshot = {
   ],
   running: 1,
   waiting: 0,
-  kv: { pageBytes: 65_536, usedPages: 3, limitPages: 8192, residentBytes: 131_072 },
+  kv: {
+    pageBytes: 65_536,
+    usedPages: 3,
+    limitPages: 8192,
+    residentBytes: 131_072,
+    cachedPages: 0,
+    pinnedPages: 0,
+  },
   steps: 11,
   promptTokens: 90,
   outputTokens: 11,
@@ -31,6 +39,7 @@ const SNAPSHOT: EngineSnapshot = {
   preemptions: 0,
   prefixQueries: 0,
   prefixHits: 0,
+  prefixEvictions: 0,
   computeMs: 1,
   stepMs: 2,
 }

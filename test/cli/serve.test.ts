@@ -22,6 +22,28 @@ test('SIGTERM drains, then exits 0', async () => {
   assert.match(stdout, /^fake engine, 1 thread\nServing fake on http:\/\/127\.0\.0\.1:\d+/)
 })
 
+test('a flag does not reach the engine, or another one does', async () => {
+  const asked = async (...flags: string[]): Promise<Record<string, unknown>> => {
+    const { child, says, ended } = start([...SERVE, ...flags], { FAKE_ECHO: '1' })
+    await says('ready in')
+    child.kill('SIGTERM')
+    return JSON.parse((await ended).stdout.split('\n')[0]!) as Record<string, unknown>
+  }
+  assert.deepEqual(await asked(), {
+    modelId: 'fake',
+    device: 'auto',
+    prefixCacheOutput: false,
+    maxSequences: 64,
+    maxQueue: 512,
+    stepTokens: 512,
+  })
+  const flags = ['--prefix-cache', '1M', '--prefix-eviction', 'lru', '--prefix-cache-output', 'on']
+  const all = await asked(...flags, '--kv-memory', '2M', '--threads', '1', '--context', '64')
+  const { prefixCacheBytes, prefixEviction, prefixCacheOutput } = all
+  assert.deepEqual([prefixCacheBytes, prefixEviction, prefixCacheOutput], [1 << 20, 'lru', true])
+  assert.deepEqual([all['kvMemoryBytes'], all['threads'], all['contextLength']], [2 << 20, 1, 64])
+})
+
 test('one Ctrl-C that arrives three times still drains', async () => {
   const { child, says, ended } = start(SERVE, { FAKE_DRAIN_MS: '800' })
   await says('ready in')

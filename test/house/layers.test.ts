@@ -7,12 +7,29 @@ import { type Import, isTest, reachable, type Source, sources } from './sources.
 
 const product = sources.filter(({ path }) => path.startsWith('src/') && !isTest(path))
 
+/** What a datagram means and what follows from it; the other files of net/ are its machinery. */
+const PURE_NET = new Set(
+  ['exchange', 'frame', 'ingress-maps', 'numbered', 'protocol', 'replica', 'siphash'].map(
+    (name) => `src/net/${name}.ts`,
+  ),
+)
+
 test('scheduler/ and kv/ are pure policy', () => {
   complain(
     (source, { target }) =>
       /^src\/(scheduler|kv)\//.test(source.path) &&
       !/^src\/((scheduler|kv)\/|(errors|limits|assert)\.ts$)/.test(target),
     'They import each other, errors, limits and assert only: pass in what they need (also time).',
+  )
+})
+
+test('the datagram protocol is pure where it can be', () => {
+  complain(
+    (source, { target }) =>
+      PURE_NET.has(source.path) &&
+      !PURE_NET.has(target) &&
+      !/^src\/(errors|limits|assert)\.ts$/.test(target),
+    'These run the same in tests: pass in sockets, frames and time.',
   )
 })
 
@@ -45,7 +62,7 @@ test('the packages that the product imports are run-time dependencies', async ()
   })) as { default: { dependencies: Record<string, string> } }
   complain(
     (_source, { target }) =>
-      !/^(src|node:|\.\.|\/)/.test(target) &&
+      !/^(src|bpf|node:|\.\.|\/)/.test(target) &&
       !target.endsWith('.json') &&
       !Object.keys(manifest.dependencies).some(
         (name) => target === name || target.startsWith(`${name}/`),

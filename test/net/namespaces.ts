@@ -1,43 +1,97 @@
-// Owns hosts for tests: network namespaces joined by a veth pair, made and removed by the test.
+// Owns hosts for tests: network namespaces joined by a veth pair, with a process in each, made and
+// removed by the test.
 
-import { execFileSync } from 'node:child_process'
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
+import { fileURLToPath } from 'node:url'
+import type { Call, COMMANDS, Reply } from './host.ts'
 
-function ip(...args: string[]): void {
-  execFileSync('ip', args, { stdio: ['ignore', 'ignore', 'pipe'] })
+const HOST = fileURLToPath(new URL('host.ts', import.meta.url))
+
+type Commands = typeof COMMANDS
+
+/** Why tests of this kind are skipped; false where they run. */
+export const WITHOUT_ROOT: string | false =
+  process.getuid?.() === 0 ? false : 'SKIPPED: network namespaces and BPF programs need root'
+
+export function ip(...args: string[]): string {
+  return execFileSync('ip', args, { stdio: ['ignore', 'pipe', 'pipe'], encoding: 'utf8' })
+}
+
+/** A process in a namespace. */
+export class Host {
+  readonly namespace: string
+  readonly link: string
+  readonly address: string
+  readonly child: ChildProcess
+  private readonly calls = new Map<number, PromiseWithResolvers<unknown>>()
+  private nextId = 1
+
+  constructor(namespace: string, link: string, address: string) {
+    this.namespace = namespace
+    this.link = link
+    this.address = address
+    const [command, args] = inNamespace(namespace, HOST)
+    this.child = spawn(command, args, {
+      stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
+      serialization: 'advanced',
+    })
+    this.child.on('message', ({ id, value, error }: Reply) => {
+      const call = this.calls.get(id)
+      this.calls.delete(id)
+      if (error === undefined) call?.resolve(value)
+      else call?.reject(new Error(error))
+    })
+    this.child.on('exit', () => {
+      for (const call of this.calls.values()) call.reject(new Error(`${namespace} has ended`))
+    })
+  }
+
+  /** Has the process do something; what it throws is thrown here. */
+  call<N extends keyof Commands>(
+    command: N,
+    ...args: Parameters<Commands[N]>
+  ): Promise<Awaited<ReturnType<Commands[N]>>> {
+    const id = this.nextId++
+    const call = Promise.withResolvers<unknown>()
+    this.calls.set(id, call)
+    this.child.send({ id, command, args } satisfies Call)
+    return call.promise as Promise<Awaited<ReturnType<Commands[N]>>>
+  }
+
+  /** What the kernel says of its interface. */
+  details(): string {
+    return ip('-n', this.namespace, '-d', 'link', 'show', this.link)
+  }
+
+  async end(signal: NodeJS.Signals = 'SIGKILL'): Promise<void> {
+    if (this.child.exitCode !== null || this.child.signalCode !== null) return
+    const exited = new Promise((resolve) => this.child.once('exit', resolve))
+    this.child.kill(signal)
+    await exited
+  }
 }
 
 export interface TwoHosts {
-  /** Names of the namespaces. */
-  client: string
-  server: string
-  /** The interface of each, and its addresses. */
-  clientInterface: string
-  serverInterface: string
-  clientAddress: string
-  serverAddress: string
-  remove(): void
+  client: Host
+  server: Host
+  remove(): Promise<void>
 }
 
 let made = 0
 
-/** @throws if this process may not make namespaces */
-export function twoHosts(): TwoHosts {
+/**
+ * Two hosts, the client's interface ready for answers by XDP.
+ * @param queues receive queues of the server's interface
+ * @throws if this process may not make namespaces
+ */
+export async function twoHosts(queues = 1): Promise<TwoHosts> {
   const name = `lt${process.pid}-${made++}`
   const [client, server] = [`${name}c`, `${name}s`]
-  const hosts = {
-    client,
-    server,
-    clientInterface: 'veth-c',
-    serverInterface: 'veth-s',
-    clientAddress: '10.99.0.1',
-    serverAddress: '10.99.0.2',
-    remove() {
-      for (const namespace of [client, server]) ip('netns', 'del', namespace)
-    },
-  }
+  const numbers = ['numrxqueues', `${queues}`, 'numtxqueues', `${queues}`]
   ip('netns', 'add', client)
   ip('netns', 'add', server)
-  ip('link', 'add', 'veth-c', 'netns', client, 'type', 'veth', 'peer', 'veth-s', 'netns', server)
+  const peer = ['peer', 'veth-s', 'netns', server, ...numbers]
+  ip('link', 'add', 'veth-c', 'netns', client, ...numbers, 'type', 'veth', ...peer)
   for (const [namespace, link, address] of [
     [client, 'veth-c', '10.99.0.1/24'],
     [server, 'veth-s', '10.99.0.2/24'],
@@ -46,6 +100,15 @@ export function twoHosts(): TwoHosts {
     ip('-n', namespace, 'link', 'set', link, 'up')
     ip('-n', namespace, 'link', 'set', 'lo', 'up')
   }
+  const hosts = {
+    client: new Host(client, 'veth-c', '10.99.0.1'),
+    server: new Host(server, 'veth-s', '10.99.0.2'),
+    async remove() {
+      await Promise.all([this.client.end(), this.server.end()])
+      for (const namespace of [client, server]) ip('netns', 'del', namespace)
+    },
+  }
+  await hosts.client.call('pass', 'veth-c')
   return hosts
 }
 

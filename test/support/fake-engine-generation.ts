@@ -128,6 +128,10 @@ export class FakeEngine implements Engine {
     throw new Error('the fake engine has no snapshot')
   }
 
+  ask(): Promise<never> {
+    throw new Error('the fake engine has no answers')
+  }
+
   async drain(): Promise<void> {}
 
   async close(): Promise<void> {}

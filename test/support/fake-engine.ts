@@ -2,6 +2,8 @@
 
 import type {
   Engine,
+  EngineAnswers,
+  EngineQuestion,
   EngineSnapshot,
   FinishReason,
   SequenceChoice,
@@ -113,7 +115,8 @@ export class FakeEngine implements Engine {
   async snapshot(): Promise<EngineSnapshot> {
     const usedPages = this.#running.reduce((sum, sequence) => sum + pages(sequence), 0)
     return {
-      sequences: [...this.#waiting, ...this.#running].map((sequence) => ({
+      sequences: [...this.#waiting, ...this.#running].map((sequence, id) => ({
+        id,
         requestId: sequence.request.requestId,
         tenant: sequence.request.tenant,
         state: this.#running.includes(sequence) ? 'decode' : 'waiting',
@@ -126,7 +129,14 @@ export class FakeEngine implements Engine {
       })),
       running: this.#running.length,
       waiting: this.#waiting.length,
-      kv: { pageBytes: 4096, usedPages, limitPages: 1 << 20, residentBytes: usedPages * 4096 },
+      kv: {
+        pageBytes: 4096,
+        usedPages,
+        limitPages: 1 << 20,
+        residentBytes: usedPages * 4096,
+        cachedPages: 0,
+        pinnedPages: 0,
+      },
       steps: this.#steps,
       promptTokens: this.#promptTokens,
       outputTokens: this.#outputTokens,
@@ -134,9 +144,14 @@ export class FakeEngine implements Engine {
       preemptions: 0,
       prefixQueries: 0,
       prefixHits: 0,
+      prefixEvictions: 0,
       computeMs: this.#steps,
       stepMs: this.#steps * 2,
     }
+  }
+
+  async ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
+    return (question.kind === 'pinned' ? [] : false) as EngineAnswers[Q['kind']]
   }
 
   async drain(): Promise<void> {

@@ -8,7 +8,7 @@ import type {
   TokenLogprobs,
 } from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
-import { EngineCore } from '../../src/engine/core.ts'
+import { type CoreOptions, EngineCore } from '../../src/engine/core.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
@@ -48,10 +48,7 @@ export class Bench {
   readonly outcomes = new Map<number, Outcome>()
   nowMs = 0
 
-  constructor(
-    backend: Backend,
-    options: { maxSequences: number; kvPages: number; prefixPages?: number },
-  ) {
+  constructor(backend: Backend, options: CoreOptions) {
     this.backend = backend
     const of = (id: number): Outcome => {
       const outcome = this.outcomes.get(id)

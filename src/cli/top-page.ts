@@ -1,0 +1,257 @@
+// Owns how `lattice top` looks: one page of lines for a width and height, from what a server said.
+
+import { styleText } from 'node:util'
+import type { EngineSnapshot, SequenceSnapshot } from '../engine/api.ts'
+import type { KvMap, KvRun, PageState } from '../kv/map.ts'
+import { formatBytes, formatMs } from './table.ts'
+import { printable } from './terminal.ts'
+import type { KvReport, Rates } from './top-samples.ts'
+
+export interface TopOptions {
+  url: string
+  width: number
+  height: number
+  /** Without it the glyphs alone tell states apart. */
+  colour: boolean
+  rates: Rates | undefined
+}
+
+type Colour = Parameters<typeof styleText>[0]
+
+/** A glyph of its own for each state, so that the map is read without colours too. */
+const LOOKS: readonly { state: PageState; glyph: string; hot: Colour; cold: Colour }[] = [
+  { state: 'live', glyph: '█', hot: 'greenBright', cold: 'green' },
+  { state: 'shared', glyph: '▓', hot: 'cyanBright', cold: 'cyan' },
+  { state: 'pinned', glyph: '◆', hot: 'magentaBright', cold: 'magenta' },
+  { state: 'cached', glyph: '▒', hot: 'blueBright', cold: 'blue' },
+  { state: 'warm', glyph: '░', hot: 'yellowBright', cold: 'yellow' },
+]
+const FREE = '·'
+
+/** A page that was not used for this long is shown dark. */
+const COLD_MS = 60_000
+
+/** Text and its style; a line is as wide as its texts together. */
+type Part = readonly [text: string, style?: Colour | undefined]
+type Line = readonly Part[]
+
+/** The page's lines, none wider than `width`, `height` of them at most. */
+export function topPage(report: KvReport, options: TopOptions): string[] {
+  const { width, height } = options
+  const { engine, kv } = report
+  const head = [titleLine(report, options), ...memoryLines(kv, width), rateLine(report, options)]
+  const left = Math.max(0, height - head.length)
+  // The map is what the page is for: sequences and history get a share, it gets the rest.
+  const history = historyLines(kv, Math.min(8, Math.floor(left / 4)))
+  const rows = Math.min(engine.sequences.length + 1, Math.max(3, Math.floor(left / 3)))
+  const sequences = sequenceLines(engine.sequences, rows, width)
+  const map = mapLines(kv, width, left - history.length - sequences.length)
+  return [...head, ...sequences, ...map, ...history]
+    .slice(0, height)
+    .map((line) => render(line, options))
+}
+
+function titleLine({ model }: KvReport, { url, width }: TopOptions): Line {
+  const left = ` lattice top · ${printable(model)}`
+  const right = `${url.replace(/^https?:\/\//, '')} · q quits `
+  return [[spread(left, right, width), ['inverse', 'bold']]]
+}
+
+/** What is in use of the limit, by state as a bar, and how much of it is tokens. */
+function memoryLines(kv: KvMap, width: number): Line[] {
+  const cells = Math.max(10, width - 5)
+  const bar: Part[] = [[' KV ']]
+  let [shown, pages] = [0, 0]
+  for (const { state, glyph, hot } of LOOKS) {
+    pages += kv.pages[state]
+    // What is there at all gets a cell; rounding the sum keeps the whole bar's length true.
+    const end = Math.min(cells, Math.round((pages / kv.limitPages) * cells))
+    const count = Math.max(kv.pages[state] > 0 ? 1 : 0, end - shown)
+    bar.push([glyph.repeat(count), hot])
+    shown += count
+  }
+  bar.push([FREE.repeat(Math.max(0, cells - shown)), 'gray'])
+  const used = `${bytes(kv, kv.usedPages)} of ${bytes(kv, kv.limitPages)}`
+  const tokens = `${formatBytes(kv.tokenBytes)} of it tokens`
+  const fragmentation = `fragmentation ${percentText(kv.fragmentation, 1)}`
+  const share = percentText(kv.usedPages / kv.limitPages)
+  return [bar, [[`    ${used}, ${share}`, 'bold'], [` · ${tokens} · ${fragmentation}`]]]
+}
+
+function rateLine({ engine }: KvReport, { rates }: TopOptions): Line {
+  const speed = rates
+    ? `${perSecond(rates.outputPerS)} out · ${perSecond(rates.promptPerS)} in` +
+      ` · busy ${percentText(rates.busy)}`
+    : 'measuring'
+  return [[`    ${speed} · ${hitText(engine, rates)}`]]
+}
+
+/** Of the last seconds if there is something to say of them, and since the start. */
+function hitText({ prefixQueries, prefixHits }: EngineSnapshot, rates: Rates | undefined): string {
+  if (prefixQueries === 0) return 'no prefix was looked up'
+  const all = percentText(prefixHits / prefixQueries)
+  const now = rates?.hit
+  return now === undefined ? `prefix hits ${all}` : `prefix hits ${percentText(now)} (all ${all})`
+}
+
+function sequenceLines(all: readonly SequenceSnapshot[], rows: number, width: number): Line[] {
+  const running = all.filter(({ state }) => state !== 'waiting').length
+  const title = heading('SEQUENCES', `${running} running, ${all.length - running} waiting`)
+  if (rows < 3) return [title]
+  const shown = all.slice(0, all.length > rows - 1 ? rows - 2 : rows - 1)
+  const name = Math.max(8, Math.min(32, width - 66))
+  const lines = shown.map((sequence): Line => {
+    const { state, promptTokens, outputTokens, pages, bytes: size, ageMs } = sequence
+    const colour: Colour =
+      state === 'decode' ? 'greenBright' : state === 'prefill' ? 'cyanBright' : 'gray'
+    const numbers = [`${promptTokens} in`, `${outputTokens} out`, `${pages} pages`]
+      .map((text) => text.padStart(11))
+      .join('')
+    return [
+      [`  ${cut(printable(sequence.requestId), name).padEnd(name)} `],
+      [state.padEnd(8), colour],
+      [`${numbers}${formatBytes(size).padStart(10)}${formatMs(ageMs).padStart(10)}`],
+    ]
+  })
+  const more = all.length - shown.length
+  return [title, ...lines, ...(more > 0 ? [[[`  … ${more} more`, 'gray'] as const]] : [])]
+}
+
+/** Used pages as blocks, region after region; a block stands for as many columns as it must. */
+function mapLines(kv: KvMap, width: number, rows: number): Line[] {
+  if (rows < 2) return []
+  const heads = rows < 4 ? 1 : 2
+  const perLine = Math.max(10, width - 4)
+  const columns = kv.runs.reduce((sum, { first, end }) => sum + end - first, 0)
+  const each = Math.max(1, Math.ceil(columns / (perLine * (rows - heads))))
+  const block = formatBytes(each * kv.columnPages * kv.pageBytes)
+  const title: Line = [[' MAP', 'bold'], ...legend(kv)]
+  const scale: Line = [[`  A block is ${block}; a dark one was not used for a minute.`, 'gray']]
+  const lines = heads === 1 ? [title] : [title, scale]
+  const blocks = blocksOf(kv.runs, each)
+  for (let i = 0; i < blocks.length; i += perLine) {
+    lines.push([['  '], ...joined(blocks.slice(i, i + perLine))])
+  }
+  if (blocks.length === 0) lines.push([['  Nothing is in memory.', 'gray']])
+  return lines
+}
+
+function legend(kv: KvMap): Part[] {
+  return LOOKS.flatMap(({ state, glyph, hot }): Part[] => {
+    const size = kv.pages[state] > 0 ? ` ${shortBytes(kv.pages[state] * kv.pageBytes)}` : ''
+    return [['  '], [glyph, hot], [` ${state}${size}`, size === '' ? 'gray' : undefined]]
+  })
+}
+
+/** Each block has the look of most of its columns; dark if those are cold. */
+function blocksOf(runs: readonly KvRun[], each: number): Part[] {
+  const blocks: Part[] = []
+  let counts = new Map<string, { part: Part; count: number }>()
+  let filled = 0
+  const flush = (): void => {
+    const most = [...counts.values()].reduce((a, b) => (b.count > a.count ? b : a))
+    blocks.push(most.part)
+    counts = new Map()
+    filled = 0
+  }
+  for (const run of runs) {
+    const cold = run.ageMs > COLD_MS
+    const look = LOOKS.find(({ state }) => state === run.state)
+    if (!look) continue
+    const key = `${run.state} ${cold}`
+    for (let at = run.first; at < run.end;) {
+      const count = Math.min(run.end - at, each - filled)
+      const entry = counts.get(key) ?? {
+        part: [look.glyph, cold ? look.cold : look.hot] as const,
+        count: 0,
+      }
+      entry.count += count
+      counts.set(key, entry)
+      filled += count
+      at += count
+      if (filled === each) flush()
+    }
+  }
+  if (filled > 0) flush()
+  return blocks
+}
+
+/** Neighbours of one style become one part: fewer escape sequences. */
+function joined(blocks: readonly Part[]): Part[] {
+  const parts: Part[] = []
+  for (const [text, style] of blocks) {
+    const last = parts.at(-1)
+    if (last && last[1] === style) parts[parts.length - 1] = [last[0] + text, style]
+    else parts.push([text, style])
+  }
+  return parts
+}
+
+function historyLines(kv: KvMap, rows: number): Line[] {
+  if (rows < 2) return []
+  const totals = Object.entries(kv.totals).map(
+    ([kind, { count, bytes: size }]) => `${kind} ${count} (${shortBytes(size)})`,
+  )
+  const title = heading('HISTORY', totals.length > 0 ? `all: ${totals.join('  ')}` : '')
+  const events = kv.history.slice(-(rows - 1)).toReversed()
+  if (events.length === 0) return [title, [['  Nothing was shared, evicted or preempted.', 'gray']]]
+  return [
+    title,
+    ...events.map(({ kind, count, bytes: size, ageMs }): Line => {
+      const alarm = kind === 'preempt' ? 'yellowBright' : undefined
+      return [
+        [`  ${formatMs(ageMs).padStart(12)} ago  `, 'gray'],
+        [kind.padEnd(8), alarm],
+        [`${`${count} ×`.padStart(7)}  ${formatBytes(size)}`],
+      ]
+    }),
+  ]
+}
+
+function heading(title: string, rest: string): Line {
+  return [
+    [` ${title}`, 'bold'],
+    [rest === '' ? '' : `  ${rest}`, 'gray'],
+  ]
+}
+
+/** The line as the terminal gets it, cut to the width. */
+function render(line: Line, { width, colour }: TopOptions): string {
+  let [text, room] = ['', width]
+  for (const [part, style] of line) {
+    const kept = cut(part, room)
+    room -= [...kept].length
+    text +=
+      colour && style && kept !== '' ? styleText(style, kept, { validateStream: false }) : kept
+  }
+  return text
+}
+
+function spread(left: string, right: string, width: number): string {
+  const room = width - [...right].length
+  return room > [...left].length ? left.padEnd(room) + right : cut(left, width).padEnd(width)
+}
+
+function cut(text: string, width: number): string {
+  const characters = [...text]
+  if (characters.length <= width) return text
+  return width < 1 ? '' : `${characters.slice(0, width - 1).join('')}…`
+}
+
+function bytes(kv: KvMap, pages: number): string {
+  return formatBytes(pages * kv.pageBytes)
+}
+
+function percentText(share: number, digits = 0): string {
+  return `${(100 * share).toFixed(digits)} %`
+}
+
+/** As the command line takes sizes: 9.8M, 512M. */
+function shortBytes(size: number): string {
+  const [number = '', unit = ''] = formatBytes(size).split(' ')
+  return `${Number(Number(number).toFixed(Number(number) < 10 ? 1 : 0))}${unit.slice(0, 1)}`
+}
+
+function perSecond(rate: number): string {
+  return `${Number(rate.toFixed(rate < 10 ? 1 : 0)).toLocaleString('en')} tok/s`
+}

@@ -1,0 +1,67 @@
+// Owns GET, POST and DELETE /debug/net: what the datagram path does, attaching it to an interface
+// and detaching it, for `lattice net`.
+
+import { z } from 'zod'
+import { LatticeError } from '../errors.ts'
+import { NET_MODES } from '../net/interface.ts'
+import type { NetService } from '../net/net-service.ts'
+import { PROTOCOL_PORT } from '../net/protocol.ts'
+import { readJson } from './body.ts'
+import type { RouteContext, ServerContext } from './context.ts'
+import { boolean, choice, integer, optional, parseParameters, string } from './validate.ts'
+
+const attachment = z.strictObject({
+  interface: string,
+  queue: optional(integer(0, 65535)),
+  mode: optional(choice(...NET_MODES)),
+  port: optional(integer(1, 65535)),
+  busy_poll: optional(integer(0, 65535)),
+  force: optional(boolean),
+  allow_generic: optional(boolean),
+})
+
+/** `net` is null while the server is attached to nothing. */
+export function netStatus({ net }: ServerContext) {
+  return (c: RouteContext): Response => c.json({ net: net?.status() ?? null })
+}
+
+export function netAttach(context: ServerContext) {
+  return async (c: RouteContext): Promise<Response> => {
+    const net = administrated(context, c)
+    const how = parseParameters(attachment, await readJson(c))
+    const status = await net.attach({
+      name: how.interface,
+      queue: how.queue,
+      mode: how.mode ?? 'native',
+      port: how.port ?? PROTOCOL_PORT,
+      busyPollBudget: how.busy_poll ?? 0,
+      force: how.force ?? false,
+      allowGeneric: how.allow_generic ?? false,
+    })
+    return c.json({ net: status }, 201)
+  }
+}
+
+export function netDetach(context: ServerContext) {
+  return async (c: RouteContext): Promise<Response> => {
+    await administrated(context, c).detach()
+    return c.json({ net: null })
+  }
+}
+
+/**
+ * Whoever may ask for an answer may not for that reason change the machine's network: only from
+ * this machine is it allowed, with a key as ever.
+ */
+function administrated({ net }: ServerContext, c: RouteContext): NetService {
+  const address = c.env.incoming?.socket.remoteAddress ?? ''
+  if (!/^(127\.|::1$|::ffff:127\.)/.test(address)) {
+    throw new LatticeError('unauthorized', 'Interfaces are attached from this machine only.', {
+      todo: 'Run `lattice net` where the server runs.',
+    })
+  }
+  if (net) return net
+  throw new LatticeError('net_refused', 'This server has no datagram path.', {
+    todo: 'Start it with --net-tenants FILE.',
+  })
+}

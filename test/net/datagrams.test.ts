@@ -1,0 +1,170 @@
+// Catches a request that is lost, answered wrongly or charged wrongly on its way through driver,
+// ring and engine and back, over good networks and bad ones.
+
+import assert from 'node:assert/strict'
+import { createHash } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { test, type TestContext } from 'node:test'
+import type { ServeOptions } from './host.ts'
+import { type TwoHosts, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+
+const skip = WITHOUT_ROOT
+const KEY = new Uint8Array(16).fill(3)
+const TENANT = {
+  index: 1,
+  name: 'one',
+  keys: [KEY, KEY] as const,
+  tokensPerSecond: 1e6,
+  burstTokens: 1e9,
+  maxRunning: 100,
+}
+const REPLY = { text: 'Héllo wörld! ', times: 100 }
+const SERVER = '10.99.0.2'
+const CLIENT = { host: SERVER, tenant: 1, key: KEY }
+
+async function hosts(t: TestContext, options: Partial<ServeOptions> = {}): Promise<TwoHosts> {
+  const two = await twoHosts()
+  t.after(() => two.remove())
+  const status = await two.server.call('serve', {
+    interface: 'veth-s',
+    tenants: [TENANT],
+    reply: REPLY,
+    ...options,
+  })
+  assert.equal(status.attached?.mode, options.mode ?? 'native')
+  return two
+}
+
+/** What the fake engine answers to a prompt of so many bytes: a token a byte, and a begin token. */
+function answerTo(bytes: number): string {
+  return REPLY.text.repeat(REPLY.times) + (bytes + 1)
+}
+
+test('an answer is not the engine’s, or usage is not what was used', { skip }, async (t) => {
+  const { client, server } = await hosts(t)
+  for (const size of [1, 1199, 1200, 1201, 100_000]) {
+    const asked = await client.call('ask', CLIENT, { prompt: 'a'.repeat(size), maxTokens: 5000 })
+    assert.equal(asked.text, answerTo(size))
+    assert.equal(asked.reason, 'stop')
+    const outputTokens = Buffer.from(asked.text).length + 1
+    assert.deepEqual(asked.usage, { promptTokens: size + 1, cachedTokens: 0, outputTokens })
+    assert.equal(asked.tokens, outputTokens - 1)
+  }
+  const both = await Promise.all(
+    Array.from({ length: 20 }, () => {
+      return client.call('ask', CLIENT, { prompt: 'x'.repeat(3000), maxTokens: 100 })
+    }),
+  )
+  for (const { text, reason } of both) {
+    assert.equal(reason, 'length')
+    assert.equal(Buffer.from(text).length, 100)
+  }
+  const status = await server.call('status')
+  assert.equal(status?.counters['granted'], 25)
+  assert.equal(status?.running, 0, 'a place is not given back')
+  assert.equal(status?.tenants[0]?.running, 0)
+})
+
+test('loss, repeats and disorder reach the text', { skip }, async (t) => {
+  const { client, server } = await hosts(t)
+  for (const seed of [1, 2, 3]) {
+    const world = { seed, loss: 0.15, repeats: 0.15, late: 0.2, lateMs: 15 }
+    const port = await client.call('relay', world, SERVER, 7411)
+    const through = { ...CLIENT, host: '127.0.0.1', port }
+    const sizes = [10, 20_000, 90_000]
+    const answers = await Promise.all(
+      sizes.map((size) => {
+        return client.call('ask', through, { prompt: 'é'.repeat(size / 2), maxTokens: 5000 })
+      }),
+    )
+    answers.forEach((asked, i) => {
+      assert.equal(asked.text, answerTo(sizes[i]!), `seed ${seed}, ${JSON.stringify(asked)}`)
+    })
+  }
+  const status = await server.call('status')
+  assert.equal(status?.running, 0)
+  assert.equal(status?.tenants[0]?.granted, 9, 'a repeat is another request')
+})
+
+test('a cancelled request goes on, or keeps its place', { skip }, async (t) => {
+  const { client, server } = await hosts(t, { stepMs: 5 })
+  const asked = await client.call('ask', CLIENT, { prompt: 'hi', maxTokens: 5000 }, 20)
+  assert.equal(asked.reason, 'abort')
+  assert.ok(asked.text.length >= 20 && asked.text.length < 1000, `${asked.text.length}`)
+  await until(async () => (await server.call('engine')).running === 0)
+  await until(async () => (await server.call('status'))?.running === 0)
+  assert.equal((await server.call('engine')).aborts, 1)
+})
+
+test('a deadline passes unnoticed', { skip }, async (t) => {
+  const { client, server } = await hosts(t, { stepMs: 50 })
+  const request = { prompt: 'hi', maxTokens: 5000, deadlineMs: 400 }
+  const asked = await client.call('ask', CLIENT, request)
+  assert.equal(asked.code, 'timed_out')
+  await until(async () => (await server.call('engine')).running === 0)
+})
+
+test('a client that has gone keeps a place for ever', { skip }, async (t) => {
+  const two = await hosts(t, { stepMs: 20 })
+  const { client, server } = two
+  void client.call('ask', CLIENT, { prompt: 'hi', maxTokens: 5000 }).catch(() => {})
+  await until(async () => (await server.call('engine')).running === 1)
+  await client.end()
+  await until(async () => (await server.call('status'))?.running === 0, 30_000)
+  await until(async () => (await server.call('engine')).running === 0)
+})
+
+test('what is wrong is refused without its reason', { skip }, async (t) => {
+  const tenants = [
+    TENANT,
+    { ...TENANT, index: 2, name: 'two', tokensPerSecond: 10, burstTokens: 60 },
+  ]
+  const { client } = await hosts(t, { tenants })
+  const ask = (change: object, request: object = {}) =>
+    client.call('ask', { ...CLIENT, ...change }, { prompt: 'hi', maxTokens: 10, ...request })
+  const silent = await Promise.all([ask({ key: new Uint8Array(16) }), ask({ tenant: 3 })])
+  assert.deepEqual(
+    silent.map(({ error }) => error),
+    Array(2).fill('server_unreachable'),
+  )
+  assert.equal((await ask({}, { model: 'another' })).code, 'model')
+  assert.equal((await ask({ tenant: 2 }, { maxTokens: 100 })).code, 'too_large')
+  assert.equal((await ask({}, { maxTokens: 1 << 20, prompt: 'x'.repeat(1 << 20) })).code, 'context')
+  const chat = await ask({}, { prompt: [{ role: 'user', content: 'hi' }] })
+  assert.equal(chat.code, 'prompt', 'this model has no template')
+})
+
+test('a killed server leaves a program behind', { skip }, async (t) => {
+  const { client, server } = await hosts(t, { stepMs: 20 })
+  assert.match(server.details(), /prog\/xdp id \d+/)
+  const asking = client.call('ask', CLIENT, { prompt: 'hi', maxTokens: 5000 })
+  await until(async () => (await server.call('engine')).running === 1)
+  await server.end('SIGKILL')
+  await until(async () => !server.details().includes('xdp'))
+  assert.equal((await asking).error, 'server_unreachable')
+})
+
+test('what is not ours is changed or lost', { skip }, async (t) => {
+  const { client, server } = await hosts(t)
+  await server.call('listen', 7411)
+  const bytes = new Uint8Array(8 << 20).map((_, i) => (i * 2654435761) >>> 24)
+  const expected = createHash('sha256').update(bytes).digest('hex')
+  const asking = client.call('ask', CLIENT, { prompt: 'x'.repeat(50_000), maxTokens: 5000 })
+  assert.equal(await client.call('transfer', SERVER, 7411, bytes), expected)
+  assert.equal((await asking).text, answerTo(50_000))
+})
+
+test('generic mode serves nothing', { skip }, async (t) => {
+  const { client } = await hosts(t, { mode: 'generic' })
+  const asked = await client.call('ask', CLIENT, { prompt: 'x'.repeat(5000), maxTokens: 5000 })
+  assert.equal(asked.text, answerTo(5000))
+})
+
+/** Waits for what comes in its own time; fails with the test’s own limit in mind. */
+async function until(holds: () => Promise<boolean>, mostMs = 10_000): Promise<void> {
+  const end = performance.now() + mostMs
+  while (!(await holds())) {
+    assert.ok(performance.now() < end, `not within ${mostMs} ms`)
+    await sleep(50)
+  }
+}

@@ -1,0 +1,41 @@
+// Owns a bad network for tests: a UDP port whose datagrams go on to a server and back, some lost,
+// some twice, some late. Seeded, so that the same test sees the same fate.
+
+import { createSocket, type Socket } from 'node:dgram'
+import { Random } from '../support/random.ts'
+
+export interface World {
+  seed: number
+  /** Shares of datagrams, in both directions. */
+  loss: number
+  repeats: number
+  late: number
+  lateMs: number
+}
+
+/** Returns the port to which a client sends instead. Open until the process ends. */
+export async function relay(world: World, address: string, port: number): Promise<number> {
+  const random = new Random(world.seed)
+  const towards = new Map<number, Socket>()
+  const near = createSocket('udp4')
+  const pass = (send: () => void): void => {
+    if (random.next() < world.loss) return
+    const copies = random.next() < world.repeats ? 2 : 1
+    for (let i = 0; i < copies; i++) {
+      if (random.next() < world.late) setTimeout(send, random.next() * world.lateMs)
+      else send()
+    }
+  }
+  near.on('message', (message, from) => {
+    let far = towards.get(from.port)
+    if (!far) {
+      far = createSocket('udp4')
+      far.on('message', (answer) => pass(() => near.send(answer, from.port, from.address)))
+      towards.set(from.port, far)
+    }
+    const to = far
+    pass(() => to.send(message, port, address))
+  })
+  await new Promise<void>((resolve) => near.bind(0, '127.0.0.1', resolve))
+  return near.address().port
+}
