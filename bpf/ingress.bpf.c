@@ -334,15 +334,16 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
 }
 
 /**
- * The datagram is of a request that was granted, with the numbers that it was charged for. One that
- * has ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
+ * The datagram is of a request that was granted, for no more than it was charged for. One that has
+ * ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
  */
 static __always_inline int is_current(const struct lt_header *h) {
   struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
   struct request *r = bpf_map_lookup_elem(&requests, &id);
   if (!r || (r->ended && h->type == LT_DATA)) return 0;
-  return r->prompt_bytes == h->prompt_bytes && r->max_tokens == h->max_tokens &&
-         r->model == h->model && r->route == h->route;
+  return bpf_ntohl(h->prompt_bytes) <= bpf_ntohl(r->prompt_bytes) &&
+         bpf_ntohl(h->max_tokens) <= bpf_ntohl(r->max_tokens) && r->model == h->model &&
+         r->route == h->route;
 }
 
 /** Hands a datagram of a granted request to its replica. */

@@ -121,7 +121,10 @@ async function openNet(
 }
 
 /** Every key that is accepted; none lets everyone in. */
-function chooseApiKeys(flags: readonly string[] = [], variable: string | undefined): string[] {
+export function chooseApiKeys(
+  flags: readonly string[] = [],
+  variable: string | undefined,
+): string[] {
   const keys = variable === undefined ? [...flags] : [...flags, variable]
   if (keys.every((key) => key.trim() !== '')) return keys
   throw new LatticeError('usage', 'An API key is empty, which would let everyone in.', {
@@ -179,7 +182,7 @@ function curlLine({ modelId, template }: Session, url: string, needsKey: boolean
 }
 
 /** Resolves at the first SIGTERM or SIGINT; the second ends the process at once. */
-function untilAsked(): Promise<void> {
+export function untilAsked(): Promise<void> {
   return new Promise((resolve) => {
     let firstAt: number | undefined
     const onSignal = (): void => {
