@@ -2,16 +2,19 @@
 
 import { Command } from 'commander'
 import { benchCpuCommand, benchParityCommand } from './bench-cpu.ts'
+import { benchIngressCommand } from './bench-ingress.ts'
 import { benchKvCommand } from './bench-kv.ts'
 import { benchServeCommand } from './bench-serve.ts'
 
 export function benchCommand(): Command {
   return new Command('bench')
     .description(
-      'Measures a server, KV memory or the CPU backend. docs/bench.md lists the keys of the JSON.',
+      'Measures a server, KV memory, ingress or the CPU backend. docs/bench.md lists the keys of ' +
+        'the JSON.',
     )
     .addCommand(benchServeCommand())
     .addCommand(benchKvCommand())
+    .addCommand(benchIngressCommand())
     .addCommand(benchCpuCommand())
     .addCommand(benchParityCommand())
 }
