@@ -75,7 +75,7 @@ function mixed(): Trace {
 
 /** Shares of prompt tokens, and of the work to compute them, that were found. */
 function run(prompts: readonly Int32Array[], eviction: EvictionName, budget: number) {
-  const mover = { map() {}, discard() {} }
+  const mover = { map() {}, copy() {}, discard() {} }
   const regions = new RegionTable(layout, regionsFor(RUNNING), 1e9, mover)
   const slots = new SlotTable(regions, RUNNING)
   const cache = new PrefixCache(regions, budget, { eviction })

@@ -54,8 +54,9 @@ struct control {
   /** How many of the following count; with none, datagrams to any address are ours. */
   __u32 addresses;
   __u32 spare;
-  /** 16 bytes each, IPv4 as ::ffff:a.b.c.d. */
-  __u64 address[ADDRESSES][2];
+  /** As they lie in a packet; 0 is none. */
+  __u32 address4[ADDRESSES];
+  __u64 address6[ADDRESSES][2];
 };
 
 struct request_key {

@@ -121,6 +121,10 @@ static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_
   return XDP_TX;
 }
 
+static __always_inline __u64 cost_in_ns(const struct tenant *t, __u64 tokens) {
+  return tokens * t->ns_per_token_1024 >> 10;
+}
+
 #define NEVER_MS 0xffffffff
 
 /**
@@ -129,7 +133,7 @@ static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_
  */
 __noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
   if (!t) return 1;
-  __u64 cost_ns = cost_tokens * t->ns_per_token_1024 >> 10;
+  __u64 cost_ns = cost_in_ns(t, cost_tokens);
   if (cost_ns > t->burst_ns) return NEVER_MS;
   // As many tries as CPUs could plausibly charge one tenant in the same 100 ns.
 #pragma unroll
@@ -146,6 +150,11 @@ __noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
     }
   }
   return 1;
+}
+
+static __always_inline void give_back(struct tenant *t, __u64 tokens) {
+  __sync_fetch_and_add(&t->full_at_ns, -cost_in_ns(t, tokens));
+  __sync_fetch_and_add(&t->charged_tokens, -tokens);
 }
 
 /** Takes one of `max` places. */
@@ -211,20 +220,25 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
   return any & (REPLICAS - 1);
 }
 
-/** False for what is only passing through to another machine. */
+/**
+ * False for what is only passing through to another machine. Of numbers below 2^32 only 0 less 1
+ * has its highest bit set: no branches, as above.
+ */
 static __always_inline int is_for_us(const struct packet *p, const struct control *c) {
-  __u64 high = 0, low = 0, other = 1;
+  __u64 hit = 0;
   if (p->ip4) {
-    low = (__u64)p->ip4->daddr << 32 | 0xffff0000;
-  } else if (p->ip6) {
-    high = *(__u64 *)&p->ip6->daddr;
-    low = *((__u64 *)&p->ip6->daddr + 1);
-  }
+    __u32 to = p->ip4->daddr;
 #pragma unroll
-  for (int i = 0; i < ADDRESSES; i++) {
-    other &= truth((c->address[i][0] ^ high) | (c->address[i][1] ^ low));
+    for (int i = 0; i < ADDRESSES; i++) hit |= (__u64)(c->address4[i] ^ to) - 1;
+  } else if (p->ip6) {
+    const __u64 *to = (const __u64 *)&p->ip6->daddr;
+#pragma unroll
+    for (int i = 0; i < ADDRESSES; i++) {
+      __u64 other = (c->address6[i][0] ^ to[0]) | (c->address6[i][1] ^ to[1]);
+      hit |= (__u64)(__u32)(other | other >> 32) - 1;
+    }
   }
-  return !other || !c->addresses;
+  return hit >> 63 || !c->addresses;
 }
 
 static __always_inline int well_formed(const struct lt_header *h) {
@@ -286,19 +300,17 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
     leave(&c->live);
     return;
   }
-  // Taken before it is charged: of two repeats at once, one would be charged for nothing.
-  if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
-    v->code = LT_CODE_BUSY;
-    v->retry_ms = 1;
-    leave(&t->live);
-    leave(&c->live);
-    return;
-  }
   v->retry_ms = charge(t, cost, now);
   if (v->retry_ms) {
     v->code = v->retry_ms == NEVER_MS ? LT_CODE_TOO_LARGE : LT_CODE_RATE;
     if (v->code == LT_CODE_TOO_LARGE) v->retry_ms = 0;
-    bpf_map_delete_elem(&requests, &id);
+  } else if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
+    // No room; or its repeat was as fast, on another CPU, and is granted already.
+    v->code = LT_CODE_BUSY;
+    v->retry_ms = 1;
+    give_back(t, cost);
+  }
+  if (v->code) {
     leave(&t->live);
     leave(&c->live);
     return;

@@ -19,8 +19,11 @@ export const ERROR_CODES = {
   server_unreachable: { status: 502, exit: 1 },
   request_rejected: { status: 503, exit: 1 },
   engine_stopped: { status: 503, exit: 1 },
+  kv_lost: { status: 500, exit: 1 },
   kv_memory_exhausted: { status: 400, exit: 1 },
+  kv_store_invalid: { status: 500, exit: 1 },
   prefix_memory_exhausted: { status: 409, exit: 1 },
+  session_busy: { status: 409, exit: 1 },
   download_failed: { status: 502, exit: 1 },
   hash_mismatch: { status: 502, exit: 1 },
   gguf_invalid: { status: 500, exit: 1 },
@@ -31,6 +34,7 @@ export const ERROR_CODES = {
   backend_unavailable: { status: 500, exit: 1 },
   backend_failed: { status: 500, exit: 1 },
   net_refused: { status: 409, exit: 1 },
+  pager_failed: { status: 503, exit: 1 },
   os_call_failed: { status: 500, exit: 1 },
 } as const satisfies Record<string, { status: number; exit: number }>
 

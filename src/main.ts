@@ -62,6 +62,18 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/ps.ts')).psCommand(),
   },
   {
+    name: 'offload',
+    group: 'Look inside:',
+    summary: "move a session out of a server's memory",
+    load: async () => (await import('./cli/sessions.ts')).offloadCommand(),
+  },
+  {
+    name: 'reload',
+    group: 'Look inside:',
+    summary: "bring a session back into a server's memory",
+    load: async () => (await import('./cli/sessions.ts')).reloadCommand(),
+  },
+  {
     name: 'top',
     group: 'Look inside:',
     summary: "watch a server's KV memory, page by page",

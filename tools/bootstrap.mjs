@@ -24,12 +24,15 @@ if (mode === 'start') {
 } else if (mode === 'test') {
   await install('development')
   await become(['tools/test.ts', ...args])
+} else if (mode === 'sim') {
+  await install('development')
+  await become(['tools/sim.ts', ...args])
 } else if (mode === 'install') {
   await install('production')
 } else if (mode === 'npm-ci' && args[0]) {
   await npmCi(args[0])
 } else {
-  fail('usage: node tools/bootstrap.mjs start|test|install [ARGUMENTS]', 2)
+  fail('usage: node tools/bootstrap.mjs start|test|sim|install [ARGUMENTS]', 2)
 }
 
 /** Installs what package-lock.json asks for, unless node_modules holds it already. */

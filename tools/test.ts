@@ -5,6 +5,7 @@ import { spawn } from 'node:child_process'
 import { resolveModel } from '../src/model/registry.ts'
 import { globSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
+import { installSystemPackages } from './system-packages.ts'
 
 const TESTS = ['src/**/*.test.ts', 'test/**/*.test.ts']
 /** A test that hangs fails after this long, with its name, instead of stopping CI mute. */
@@ -40,6 +41,7 @@ if (files.length === 0) {
   process.stderr.write(`error: no test file's path contains ${patterns.join(' or ')}\n`)
   process.exit(2)
 }
+if (files.some((file) => /(^|\/)net\//.test(file))) installSystemPackages()
 const tests = spawn(
   process.execPath,
   [

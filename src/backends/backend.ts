@@ -4,6 +4,7 @@
 import { assert } from '../assert.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type { KvMover } from '../kv/regions.ts'
+import type { KvTier } from '../kv/tier.ts'
 
 /**
  * One step's work, in arrays that are filled again for every step. Segment i is `counts[i]`
@@ -61,6 +62,8 @@ export interface KvMemory extends KvMover {
   readonly regions: number
   /** Bytes that are physically present now, by the owner's own account (kernel or driver). */
   residentBytes(): number
+  /** Where columns can go, if anywhere. */
+  readonly tier?: KvTier
 }
 
 export interface Backend {

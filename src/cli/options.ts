@@ -4,7 +4,14 @@ import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
 import type { SamplingParams } from '../engine/api.ts'
 import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
-import { collect, parseCount, parseNumber, parseSize } from './parse.ts'
+import {
+  collect,
+  parseCount,
+  parseNumber,
+  parsePlace,
+  parseSize,
+  parseWatermarks,
+} from './parse.ts'
 
 export interface EngineOptions {
   model?: string
@@ -15,6 +22,10 @@ export interface EngineOptions {
   prefixCache?: number
   prefixEviction?: EvictionName
   prefixCacheOutput: 'on' | 'off'
+  kvOffload?: { bytes: number; path?: string }
+  kvWatermark?: { high: number; low: number }
+  kvStore?: string
+  kvStoreKey?: string
 }
 
 export interface SamplingOptions {
@@ -73,6 +84,22 @@ export function addEngineOptions(command: Command): Command {
         .choices(['on', 'off'])
         .default('off'),
     )
+    .option(
+      '--kv-offload <SIZE[:DIR]>',
+      'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
+      parsePlace,
+    )
+    .option(
+      '--kv-watermark <HIGH:LOW>',
+      'percent of --kv-memory: above HIGH, cached prompts go to that file until LOW is in use' +
+        ' (default: 90:80)',
+      parseWatermarks,
+    )
+    .option(
+      '--kv-store <DIR>',
+      'keep prompts there, encrypted, beyond a restart; with --kv-offload SIZE (default: none)',
+    )
+    .option('--kv-store-key <KEY>', 'its key: a file with 32 bytes, or keyring:NAME')
 }
 
 export function addSamplingOptions(command: Command): Command {

@@ -3,7 +3,15 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { InvalidArgumentError } from 'commander'
-import { collect, parseCount, parseNumber, parseSize, parseUrl } from './parse.ts'
+import {
+  collect,
+  parseCount,
+  parseNumber,
+  parsePlace,
+  parseSize,
+  parseUrl,
+  parseWatermarks,
+} from './parse.ts'
 
 test('sizes are powers of 1024, however they are spelt', () => {
   const sizes: [string, number][] = [
@@ -35,6 +43,22 @@ test('what is no size is refused', () => {
     '0.1',
   ]) {
     assert.throws(() => parseSize(text), InvalidArgumentError, text)
+  }
+})
+
+test('where KV goes is a size, and a directory if there is a colon', () => {
+  assert.deepEqual(parsePlace('8GiB'), { bytes: 8 * 2 ** 30 })
+  assert.deepEqual(parsePlace('1M:/mnt/a:b'), { bytes: 1 << 20, path: '/mnt/a:b' })
+  for (const text of ['1M:', ':/mnt', '/mnt']) {
+    assert.throws(() => parsePlace(text), InvalidArgumentError, text)
+  }
+})
+
+test('watermarks are percentages, the upper one first', () => {
+  assert.deepEqual(parseWatermarks('90:75'), { high: 0.9, low: 0.75 })
+  assert.deepEqual(parseWatermarks('0:0'), { high: 0, low: 0 })
+  for (const text of ['80:90', '101:80', '90', '90:', '-1:-2', '0.9:0.8', '']) {
+    assert.throws(() => parseWatermarks(text), InvalidArgumentError, text)
   }
 })
 

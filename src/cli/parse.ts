@@ -20,6 +20,30 @@ export function parseSize(text: string): number {
   return size
 }
 
+/**
+ * A size, and after a colon where, if that is said.
+ *
+ * @example parsePlace('8GiB:/mnt/nvme') // { bytes: 8589934592, path: '/mnt/nvme' }
+ */
+export function parsePlace(text: string): { bytes: number; path?: string } {
+  const colon = text.indexOf(':')
+  if (colon < 0) return { bytes: parseSize(text) }
+  const path = text.slice(colon + 1)
+  if (path === '') throw new InvalidArgumentError('Write a directory after the colon, or no colon.')
+  return { bytes: parseSize(text.slice(0, colon)), path }
+}
+
+/**
+ * Two percentages, the upper one first, as fractions.
+ *
+ * @example parseWatermarks('90:80') // { high: 0.9, low: 0.8 }
+ */
+export function parseWatermarks(text: string): { high: number; low: number } {
+  const [high = NaN, low = NaN] = (/^(\d+):(\d+)$/.exec(text.trim()) ?? []).slice(1).map(Number)
+  if (high <= 100 && low <= high) return { high: high / 100, low: low / 100 }
+  throw new InvalidArgumentError('Write two percentages, the upper one first, such as 90:80.')
+}
+
 /** A reader of whole numbers from `min` to `max`, both included. */
 export function parseCount(min: number, max = Number.MAX_SAFE_INTEGER): (text: string) => number {
   return (text) => {

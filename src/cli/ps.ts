@@ -4,11 +4,13 @@ import { Command } from 'commander'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { EngineSnapshot } from '../engine/api.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
+import { sessionList } from './sessions.ts'
 import { addServerOptions, askServer, notLattice, type ServerAddress } from './server-client.ts'
 import { formatBytes, formatMs, formatTable } from './table.ts'
 import { borrowTerminal, interruptible } from './terminal.ts'
 
 interface PsOptions extends ServerAddress {
+  sessions?: boolean
   json?: boolean
   watch?: boolean
 }
@@ -23,21 +25,22 @@ export function psCommand(): Command {
     "Shows a server's requests: state, tokens, and the pages and bytes of KV memory.",
   )
   return addServerOptions(command)
+    .option('--sessions', "this API key's cached conversations instead, and where they are")
     .option('--json', "print the server's own JSON; with --watch, a line each time")
     .option('--watch', 'again every second, until Ctrl-C')
     .action(ps)
 }
 
 async function ps(options: PsOptions): Promise<void> {
-  if (!options.watch) return print(await fetchSnapshot(options), options)
+  if (!options.watch) return print(await view(options))
   const redraw = process.stdout.isTTY && !options.json
   const restore = redraw ? borrowTerminal(ALTERNATE_SCREEN, NORMAL_SCREEN) : () => {}
   try {
     await interruptible(async (interrupt) => {
       while (!interrupt.aborted) {
-        const snapshot = await fetchSnapshot(options)
+        const text = await view(options)
         if (redraw) process.stdout.write(HOME_AND_CLEAR)
-        print(snapshot, options)
+        print(text)
         await sleep(WATCH_INTERVAL_MS, undefined, { signal: interrupt }).catch(() => {})
       }
     })
@@ -47,14 +50,21 @@ async function ps(options: PsOptions): Promise<void> {
   }
 }
 
+async function view(options: PsOptions): Promise<string> {
+  const { sessions, json = false } = options
+  if (sessions) return sessionList(options, json)
+  const snapshot = await fetchSnapshot(options)
+  return json ? JSON.stringify(snapshot) : describe(snapshot)
+}
+
 async function fetchSnapshot(options: PsOptions): Promise<EngineSnapshot> {
   const answer = await askServer(options, '/debug/sequences')
   if (!('sequences' in answer)) throw notLattice(options.url, 200)
   return answer as unknown as EngineSnapshot
 }
 
-function print(snapshot: EngineSnapshot, { json }: PsOptions): void {
-  process.stdout.write(`${json ? JSON.stringify(snapshot) : describe(snapshot)}\n`)
+function print(text: string): void {
+  process.stdout.write(`${text}\n`)
 }
 
 function describe({ sequences, running, waiting, kv }: EngineSnapshot): string {

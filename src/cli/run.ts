@@ -3,14 +3,16 @@
 import { Command } from 'commander'
 import { fstatSync } from 'node:fs'
 import { text } from 'node:stream/consumers'
+import type { BeamParams } from '../engine/api.ts'
 import { LatticeError } from '../errors.ts'
+import { MAX_CHOICES } from '../limits.ts'
 import {
   addEngineOptions,
   addSamplingOptions,
   type EngineOptions,
   type SamplingOptions,
 } from './options.ts'
-import { parseCount } from './parse.ts'
+import { parseCount, parseNumber } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
 import {
   type Answer,
@@ -24,6 +26,8 @@ import { formatMs } from './table.ts'
 import { interruptible, stdoutWriter } from './terminal.ts'
 
 interface RunOptions extends EngineOptions, SamplingOptions {
+  beams?: number
+  lengthPenalty?: number
   system?: string
   raw?: boolean
   ignoreEos?: boolean
@@ -45,7 +49,18 @@ export function runCommand(): Command {
     .option('--raw', 'continue the prompt as plain text, without the chat template')
     .option('--json', 'print one JSON object at the end: text, finish_reason, usage, timings')
     .option('-v, --verbose', 'say on stderr what was chosen and how fast it went')
-  addSamplingOptions(command).option('--ignore-eos', 'go on after the end of the answer')
+  addSamplingOptions(command)
+    .option('--ignore-eos', 'go on after the end of the answer')
+    .option(
+      '--beams <N>',
+      'search for the likeliest answer with N beams, instead of sampling',
+      parseCount(2, MAX_CHOICES),
+    )
+    .option(
+      '--length-penalty <X>',
+      'with --beams: above 1 favours longer answers (default: 1)',
+      parseNumber(-10, 10),
+    )
   addEngineOptions(command)
   return command
     .optionsGroup('Another machine:')
@@ -56,6 +71,7 @@ export function runCommand(): Command {
 }
 
 async function run(words: string[], options: RunOptions, command: Command): Promise<void> {
+  const search = searchOf(options, command)
   if (options.raw && options.system !== undefined) {
     throw new LatticeError(
       'usage',
@@ -72,12 +88,13 @@ async function run(words: string[], options: RunOptions, command: Command): Prom
     })
     return runRemotely(prompt, { ...options, server: options.server }, given)
   }
-  const session = await openSession(options)
+  const session = await openSession(options, { maxSequences: search?.width ?? 1 })
   try {
     if (options.verbose) for (const line of session.report) process.stderr.write(`${line}\n`)
+    const asked = search ? { ...options, search } : options
     const write = options.json ? () => {} : stdoutWriter()
     const result = await interruptible((interrupt) =>
-      answer(session, encode(session, prompt, options), options, write, interrupt),
+      answer(session, encode(session, prompt, options), asked, write, interrupt),
     )
     if (options.json) process.stdout.write(`${JSON.stringify(jsonResult(session, result))}\n`)
     else process.stdout.write('\n')
@@ -119,6 +136,30 @@ async function runRemotely(
   if (result.reason === 'abort') process.exitCode = EXIT_INTERRUPTED
 }
 
+/** Options that choose a token at random, of which a search has none. */
+const SAMPLING = [
+  ...['temperature', 'topK', 'topP', 'minP', 'typicalP', 'seed', 'stop'],
+  ...['repetitionPenalty', 'presencePenalty', 'frequencyPenalty'],
+]
+
+function searchOf(options: RunOptions, command: Command): BeamParams | undefined {
+  const { beams, lengthPenalty } = options
+  if (beams === undefined) {
+    if (lengthPenalty === undefined) return undefined
+    throw new LatticeError('usage', '--length-penalty ranks beams, and there are none.', {
+      todo: 'Give --beams too, or leave it out.',
+    })
+  }
+  const given = SAMPLING.find((name) => command.getOptionValueSource(name) === 'cli')
+  if (given !== undefined) {
+    const flag = `--${given.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`
+    throw new LatticeError('usage', `${flag} has no place in a search with --beams.`, {
+      todo: 'Leave one of the two out.',
+    })
+  }
+  return { width: beams, lengthPenalty: lengthPenalty ?? 1, earlyStopping: false }
+}
+
 async function readPrompt(argument: string): Promise<string> {
   const stdin = fstatSync(0)
   const piped = stdin.isFIFO() || stdin.isFile()
@@ -150,7 +191,7 @@ function jsonResult(session: Session, result: Answer): object {
     model: session.modelId,
     text: result.text,
     finish_reason: result.reason,
-    seed: result.seed,
+    ...(result.score === undefined ? { seed: result.seed } : { score: result.score }),
     usage: {
       prompt_tokens: result.promptTokens,
       completion_tokens: result.outputTokens,
@@ -169,12 +210,14 @@ function summary(session: Session, result: Answer): string {
   return (
     `loaded in ${formatMs(session.loadMs)} · ${result.promptTokens} prompt tokens, first answer ` +
     `token after ${formatMs(result.ttftMs)} · ${result.outputTokens} answer tokens, ` +
-    `${decodeRate(result).toFixed(1)} a second · seed ${result.seed}`
+    `${decodeRate(result).toFixed(1)} a second · ` +
+    (result.score === undefined ? `seed ${result.seed}` : `score ${result.score.toFixed(4)}`)
   )
 }
 
-/** Tokens a second after the first one; 0 when there was no second. */
-function decodeRate({ outputTokens, ttftMs, totalMs }: Answer): number {
+/** Tokens a second after the first one; 0 when there was no second. A search has them at once. */
+function decodeRate({ outputTokens, ttftMs, totalMs, score }: Answer): number {
+  if (score !== undefined) return (outputTokens * 1000) / totalMs
   return totalMs > ttftMs ? ((outputTokens - 1) * 1000) / (totalMs - ttftMs) : 0
 }
 

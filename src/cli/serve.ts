@@ -106,11 +106,12 @@ async function serve(options: ServeOptions): Promise<void> {
 async function openNet(
   { tenants, attach }: NetChoice,
   { engine, tokenizer, template }: Session,
-  { maxSequences, maxQueue }: ServeOptions,
+  { maxSequences, maxQueue, prefixCache }: ServeOptions,
 ): Promise<NetService> {
   const { NetService } = await import('../net/net-service.ts')
   const maxRunning = maxSequences + maxQueue
-  const net = new NetService({ engine, tokenizer, template, tenants, maxRunning, warn })
+  const limits = { tenants, maxRunning, publishes: prefixCache !== undefined }
+  const net = new NetService({ engine, tokenizer, template, ...limits, warn })
   try {
     if (attach) print(netLine(await net.attach(attach)))
     return net

@@ -1,7 +1,8 @@
 // Owns what `run` and `chat` share: a model, its engine and its texts in this very process, and
 // one answer streamed from it.
 
-import type { Engine } from '../engine/api.ts'
+import type { StorePlace } from '../engine/messages.ts'
+import { type BeamParams, type Engine, GREEDY } from '../engine/api.ts'
 import type { Generation, GenerationRequest } from '../engine/generation.ts'
 import { LatticeError } from '../errors.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
@@ -40,6 +41,8 @@ export interface Answer {
   promptTokens: number
   outputTokens: number
   seed: number
+  /** Of a beam search: what its answer was ranked by. */
+  score: number | undefined
   /** From the request to the first token, and to the last. */
   ttftMs: number
   totalMs: number
@@ -73,6 +76,9 @@ export async function openSession(
       prefixCacheBytes: options.prefixCache,
       prefixEviction: options.prefixEviction,
       prefixCacheOutput: options.prefixCacheOutput === 'on',
+      kvOffload: options.kvOffload,
+      kvWatermarks: options.kvWatermark,
+      kvStore: storePlace(options),
       maxSequences,
       maxQueue,
       stepTokens,
@@ -92,6 +98,17 @@ export async function openSession(
   }
 }
 
+/** @throws LatticeError `usage` for a directory without a key, or a key without one */
+function storePlace({ kvStore, kvStoreKey }: EngineOptions): StorePlace | undefined {
+  if (kvStore !== undefined && kvStoreKey !== undefined) {
+    return { directory: kvStore, key: kvStoreKey }
+  }
+  if (kvStore === undefined && kvStoreKey === undefined) return undefined
+  throw new LatticeError('usage', 'A KV store is a directory and a key.', {
+    todo: 'Give --kv-store DIR and --kv-store-key FILE (or keyring:NAME) together.',
+  })
+}
+
 /** The conversation as the model was trained to read it, up to where its answer begins. */
 export function chatPrompt(session: Session, messages: readonly ChatMessage[]): Int32Array {
   if (session.template === undefined) {
@@ -103,6 +120,13 @@ export function chatPrompt(session: Session, messages: readonly ChatMessage[]): 
   return session.tokenizer.encode(text, { addSpecial: false, parseSpecial: true })
 }
 
+/** What an answer depends on besides its prompt. */
+export interface AnswerOptions extends SamplingOptions {
+  ignoreEos?: boolean
+  /** Instead of sampling. */
+  search?: BeamParams
+}
+
 /**
  * Streams one answer to `write`; `interrupt` ends it early, with reason "abort".
  * @throws LatticeError as `generate` does, and the engine's own if the answer fails midway.
@@ -110,7 +134,7 @@ export function chatPrompt(session: Session, messages: readonly ChatMessage[]): 
 export async function answer(
   session: Session,
   prompt: Int32Array,
-  options: SamplingOptions & { ignoreEos?: boolean },
+  options: AnswerOptions,
   write: (text: string) => void,
   interrupt: AbortSignal,
 ): Promise<Answer> {
@@ -140,6 +164,7 @@ export async function answer(
         promptTokens: prompt.length,
         outputTokens: event.outputTokens,
         seed: request.sampling.seed,
+        score: options.search && event.score,
         ttftMs: ttftMs ?? totalMs,
         totalMs,
       }
@@ -153,7 +178,7 @@ export async function answer(
 function generationRequest(
   session: Session,
   prompt: Int32Array,
-  options: SamplingOptions & { ignoreEos?: boolean },
+  options: AnswerOptions,
 ): GenerationRequest {
   const room = session.engine.model.contextLength - prompt.length
   return {
@@ -161,7 +186,8 @@ function generationRequest(
     tenant: 'default',
     prompt,
     choices: 1,
-    sampling: samplingParams(options),
+    sampling: options.search ? GREEDY : samplingParams(options),
+    ...(options.search ? { beams: options.search } : {}),
     // A full context is refused by the engine, which names both numbers.
     maxTokens: options.maxTokens ?? Math.max(1, Math.min(ANSWER_TOKENS_DEFAULT, room)),
     stop: options.stop ?? [],

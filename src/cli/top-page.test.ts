@@ -5,6 +5,7 @@ import assert from 'node:assert/strict'
 import { stripVTControlCharacters } from 'node:util'
 import { test } from 'node:test'
 import type { KvRun, PageState } from '../kv/map.ts'
+import type { KvPlaceRun, PlaceState } from '../kv/outside.ts'
 import { topPage } from './top-page.ts'
 import { type KvReport, Samples } from './top-samples.ts'
 
@@ -21,11 +22,42 @@ const RUNS = [
   run(3, 205, 285, 'cached', 100_000),
   run(4, 0, 10, 'warm'),
 ]
-const PAGES = { live: 800, shared: 40, pinned: 0, cached: 1120, warm: 40 }
+const PAGES = { live: 800, shared: 40, pinned: 0, cached: 1120, warm: 40, moving: 0 }
 
-function report(change: { runs?: KvRun[]; sequences?: number; name?: string } = {}): KvReport {
-  const { runs = RUNS, sequences = 3, name = 'r' } = change
-  const pages = runs.length > 0 ? PAGES : { live: 0, shared: 0, pinned: 0, cached: 0, warm: 0 }
+interface Change {
+  runs?: KvRun[]
+  sequences?: number
+  name?: string
+  disk?: boolean
+  path?: string
+  lost?: number
+}
+
+const place = (first: number, end: number, state: PlaceState, ageMs = 0): KvPlaceRun => ({
+  tier: 'disk',
+  first,
+  end,
+  state,
+  ...{ sequences: [], prefixes: [], references: 1, ageMs },
+})
+
+/** 100 columns of a capacity of 400 in use. */
+const DISK = {
+  capacityPages: 1600,
+  usedPages: 400,
+  pages: { cold: 200, offloaded: 80, copy: 40, moving: 80 },
+  runs: [
+    place(0, 50, 'cold', 100_000),
+    place(50, 70, 'offloaded'),
+    place(100, 110, 'copy'),
+    place(110, 130, 'moving'),
+  ],
+}
+
+function report(change: Change = {}): KvReport {
+  const { runs = RUNS, sequences = 3, name = 'r', disk = false, path, lost = 0 } = change
+  const none = { live: 0, shared: 0, pinned: 0, cached: 0, warm: 0, moving: 0 }
+  const pages = runs.length > 0 ? PAGES : none
   const usedPages = Object.values(pages).reduce((a, b) => a + b, 0)
   return {
     model: 'some/model',
@@ -59,7 +91,23 @@ function report(change: { runs?: KvRun[]; sequences?: number; name?: string } = 
       promptTokens: 500,
       outputTokens: 100,
       finished: { stop: 0, length: 0, abort: 0, error: 0 },
+      beamCopies: 0,
       preemptions: 0,
+      ...(disk && {
+        tier: {
+          ...(path !== undefined && { path }),
+          capacityBytes: 1600 * 4096,
+          usedBytes: 400 * 4096,
+          savedBytes: 12 << 20,
+          loadedBytes: 3 << 20,
+          offloads: 1,
+          demotions: 2,
+          fetches: 1,
+          lost,
+          faults: 1,
+          kept: 0,
+        },
+      }),
       computeMs: 1000,
       stepMs: 1000,
     },
@@ -73,6 +121,7 @@ function report(change: { runs?: KvRun[]; sequences?: number; name?: string } = 
       tokenBytes: 7 << 20,
       fragmentation: 0.0312,
       runs,
+      ...(disk && { disk: DISK }),
       prefixes: [],
       history: [
         { kind: 'fork', ageMs: 65_000, count: 4, bytes: 1 << 20 },
@@ -88,7 +137,12 @@ const page = (given: KvReport, width = 80, height = 24, colour = false) =>
 
 test('a page is wider or longer than its terminal', () => {
   for (const sequences of [0, 1, 3, 200]) {
-    for (const runs of [RUNS, []]) {
+    for (const [runs, disk] of [
+      [RUNS, false],
+      [[], false],
+      [RUNS, true],
+      [[], true],
+    ] as const) {
       for (const [width, height] of [
         [80, 24],
         [40, 10],
@@ -98,7 +152,7 @@ test('a page is wider or longer than its terminal', () => {
         [1, 1],
       ] as const) {
         const lines = page(
-          report({ sequences, runs, name: 'a-long-name-of-a-request-' }),
+          report({ sequences, runs: [...runs], disk, name: 'a-long-name-of-a-request-' }),
           width,
           height,
         )
@@ -128,6 +182,32 @@ test('at 80 × 24 something is missing', () => {
   ]) {
     assert.ok(text.includes(wanted), `no "${wanted}" in\n${text}`)
   }
+})
+
+test('what is on disk is not shown, or as if it were in memory', () => {
+  const lines = page(report({ disk: true, path: '/var/tmp' }), 100, 50)
+  const text = lines.join('\n')
+  for (const wanted of [
+    '1.56 MiB of 6.25 MiB, 25 % · 12M out, 3M in · 1 fault · 0 lost · encrypted in /var/tmp',
+    'DISK  ■ cold 800K  ▣ offloaded 320K  □ copy 160K  ▞ moving 320K',
+  ]) {
+    assert.ok(text.includes(wanted), `no "${wanted}" in\n${text}`)
+  }
+  const start = lines.findIndex((line) => line.startsWith(' DISK  ■ cold'))
+  const blocks = lines
+    .slice(
+      start + 1,
+      lines.findIndex((line) => line.includes('HISTORY')),
+    )
+    .join('')
+  const count = (glyph: string) => blocks.split(glyph).length - 1
+  assert.deepEqual(['■', '▣', '□', '▞', '█'].map(count), [50, 20, 10, 20, 0])
+  const bar = lines[3]!
+  assert.ok(Math.abs(bar.split('·').length - 1 - 0.75 * 93) < 1, 'three quarters are free')
+  const small = page(report({ disk: true, path: '/var/tmp', lost: 3 })).join('\n')
+  assert.ok(small.includes('■ cold 800K') && small.includes(' · 3 lost'), small)
+  const evil = page(report({ disk: true, path: '/\x1b[2J' })).join('\n')
+  assert.ok(!evil.includes('\x1b'), "a directory's name commands the terminal")
 })
 
 test('the map has blocks of what is not there, or not as many', () => {

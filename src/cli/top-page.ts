@@ -2,7 +2,8 @@
 
 import { styleText } from 'node:util'
 import type { EngineSnapshot, SequenceSnapshot } from '../engine/api.ts'
-import type { KvMap, KvRun, PageState } from '../kv/map.ts'
+import type { KvMap, PageState } from '../kv/map.ts'
+import type { KvOutside, PlaceState } from '../kv/outside.ts'
 import { formatBytes, formatMs } from './table.ts'
 import { printable } from './terminal.ts'
 import type { KvReport, Rates } from './top-samples.ts'
@@ -18,13 +19,27 @@ export interface TopOptions {
 
 type Colour = Parameters<typeof styleText>[0]
 
+interface Look<State> {
+  state: State
+  glyph: string
+  hot: Colour
+  cold: Colour
+}
+
 /** A glyph of its own for each state, so that the map is read without colours too. */
-const LOOKS: readonly { state: PageState; glyph: string; hot: Colour; cold: Colour }[] = [
+const LOOKS: readonly Look<PageState>[] = [
   { state: 'live', glyph: '█', hot: 'greenBright', cold: 'green' },
   { state: 'shared', glyph: '▓', hot: 'cyanBright', cold: 'cyan' },
   { state: 'pinned', glyph: '◆', hot: 'magentaBright', cold: 'magenta' },
   { state: 'cached', glyph: '▒', hot: 'blueBright', cold: 'blue' },
   { state: 'warm', glyph: '░', hot: 'yellowBright', cold: 'yellow' },
+  { state: 'moving', glyph: '▞', hot: 'redBright', cold: 'red' },
+]
+const DISK_LOOKS: readonly Look<PlaceState>[] = [
+  { state: 'cold', glyph: '■', hot: 'blueBright', cold: 'blue' },
+  { state: 'offloaded', glyph: '▣', hot: 'greenBright', cold: 'green' },
+  { state: 'copy', glyph: '□', hot: 'white', cold: 'gray' },
+  { state: 'moving', glyph: '▞', hot: 'redBright', cold: 'red' },
 ]
 const FREE = '·'
 
@@ -39,7 +54,12 @@ type Line = readonly Part[]
 export function topPage(report: KvReport, options: TopOptions): string[] {
   const { width, height } = options
   const { engine, kv } = report
-  const head = [titleLine(report, options), ...memoryLines(kv, width), rateLine(report, options)]
+  const head = [
+    titleLine(report, options),
+    ...memoryLines(kv, width),
+    ...diskLines(report, width),
+    rateLine(report, options),
+  ]
   const left = Math.max(0, height - head.length)
   // The map is what the page is for: sequences and history get a share, it gets the rest.
   const history = historyLines(kv, Math.min(8, Math.floor(left / 4)))
@@ -59,23 +79,56 @@ function titleLine({ model }: KvReport, { url, width }: TopOptions): Line {
 
 /** What is in use of the limit, by state as a bar, and how much of it is tokens. */
 function memoryLines(kv: KvMap, width: number): Line[] {
-  const cells = Math.max(10, width - 5)
-  const bar: Part[] = [[' KV ']]
-  let [shown, pages] = [0, 0]
-  for (const { state, glyph, hot } of LOOKS) {
-    pages += kv.pages[state]
-    // What is there at all gets a cell; rounding the sum keeps the whole bar's length true.
-    const end = Math.min(cells, Math.round((pages / kv.limitPages) * cells))
-    const count = Math.max(kv.pages[state] > 0 ? 1 : 0, end - shown)
-    bar.push([glyph.repeat(count), hot])
-    shown += count
-  }
-  bar.push([FREE.repeat(Math.max(0, cells - shown)), 'gray'])
+  const bar = barLine(' KV ', LOOKS, kv.pages, kv.limitPages, width)
   const used = `${bytes(kv, kv.usedPages)} of ${bytes(kv, kv.limitPages)}`
   const tokens = `${formatBytes(kv.tokenBytes)} of it tokens`
   const fragmentation = `fragmentation ${percentText(kv.fragmentation, 1)}`
   const share = percentText(kv.usedPages / kv.limitPages)
   return [bar, [[`    ${used}, ${share}`, 'bold'], [` · ${tokens} · ${fragmentation}`]]]
+}
+
+/** The same of the disk, and what went there and came back since the start. */
+function diskLines({ engine: { tier }, kv }: KvReport, width: number): Line[] {
+  const { disk } = kv
+  if (!disk || !tier) return []
+  const bar = barLine(' DISK ', DISK_LOOKS, disk.pages, disk.capacityPages, width)
+  const used = `${bytes(kv, disk.usedPages)} of ${bytes(kv, disk.capacityPages)}`
+  const share = percentText(disk.usedPages / disk.capacityPages)
+  const moved = `${shortBytes(tier.savedBytes)} out, ${shortBytes(tier.loadedBytes)} in`
+  const { faults, lost } = tier
+  const rest = ` · ${moved} · ${faults} fault${faults === 1 ? '' : 's'}`
+  const where = tier.path === undefined ? '' : ` · encrypted in ${printable(tier.path)}`
+  return [
+    bar,
+    [
+      [`    ${used}, ${share}`, 'bold'],
+      [rest],
+      [` · ${lost} lost`, lost > 0 ? 'yellowBright' : undefined],
+      [where],
+    ],
+  ]
+}
+
+function barLine<State extends string>(
+  title: string,
+  looks: readonly Look<State>[],
+  states: Record<State, number>,
+  limitPages: number,
+  width: number,
+): Line {
+  const cells = Math.max(10, width - title.length - 1)
+  const bar: Part[] = [[title]]
+  let [shown, pages] = [0, 0]
+  for (const { state, glyph, hot } of looks) {
+    pages += states[state]
+    // What is there at all gets a cell; rounding the sum keeps the whole bar's length true.
+    const end = Math.min(cells, Math.round((pages / limitPages) * cells))
+    const count = Math.max(states[state] > 0 ? 1 : 0, end - shown)
+    bar.push([glyph.repeat(count), hot])
+    shown += count
+  }
+  bar.push([FREE.repeat(Math.max(0, cells - shown)), 'gray'])
+  return bar
 }
 
 function rateLine({ engine }: KvReport, { rates }: TopOptions): Line {
@@ -95,11 +148,14 @@ function hitText({ prefixQueries, prefixHits }: EngineSnapshot, rates: Rates | u
 }
 
 function sequenceLines(all: readonly SequenceSnapshot[], rows: number, width: number): Line[] {
-  const running = all.filter(({ state }) => state !== 'waiting').length
-  const title = heading('SEQUENCES', `${running} running, ${all.length - running} waiting`)
+  const waiting = all.filter(({ state }) => state === 'waiting').length
+  const out = all.filter(({ state }) => state.startsWith('offload')).length
+  const running = all.length - waiting - out
+  const onDisk = out > 0 ? `, ${out} on disk` : ''
+  const title = heading('SEQUENCES', `${running} running, ${waiting} waiting${onDisk}`)
   if (rows < 3) return [title]
   const shown = all.slice(0, all.length > rows - 1 ? rows - 2 : rows - 1)
-  const name = Math.max(8, Math.min(32, width - 66))
+  const name = Math.max(8, Math.min(32, width - 68))
   const lines = shown.map((sequence): Line => {
     const { state, promptTokens, outputTokens, pages, bytes: size, ageMs } = sequence
     const colour: Colour =
@@ -109,7 +165,7 @@ function sequenceLines(all: readonly SequenceSnapshot[], rows: number, width: nu
       .join('')
     return [
       [`  ${cut(printable(sequence.requestId), name).padEnd(name)} `],
-      [state.padEnd(8), colour],
+      [state.padEnd(10), colour],
       [`${numbers}${formatBytes(size).padStart(10)}${formatMs(ageMs).padStart(10)}`],
     ]
   })
@@ -117,34 +173,65 @@ function sequenceLines(all: readonly SequenceSnapshot[], rows: number, width: nu
   return [title, ...lines, ...(more > 0 ? [[[`  … ${more} more`, 'gray'] as const]] : [])]
 }
 
-/** Used pages as blocks, region after region; a block stands for as many columns as it must. */
+/**
+ * Used pages as blocks, region after region, then those on disk, place after place; a block stands
+ * for as many columns as it must.
+ */
 function mapLines(kv: KvMap, width: number, rows: number): Line[] {
   if (rows < 2) return []
+  const { disk } = kv
+  // The disk's legend, and a third of the rows as long as there is something to show.
+  const below = !disk || rows < 6 ? 0 : disk.runs.length > 0 ? Math.floor(rows / 3) : 1
   const heads = rows < 4 ? 1 : 2
   const perLine = Math.max(10, width - 4)
-  const columns = kv.runs.reduce((sum, { first, end }) => sum + end - first, 0)
-  const each = Math.max(1, Math.ceil(columns / (perLine * (rows - heads))))
+  const each = Math.max(
+    columnsPerBlock(kv.runs, perLine * (rows - below - heads)),
+    below > 1 ? columnsPerBlock(disk?.runs ?? [], perLine * (below - 1)) : 1,
+  )
   const block = formatBytes(each * kv.columnPages * kv.pageBytes)
-  const title: Line = [[' MAP', 'bold'], ...legend(kv)]
   const scale: Line = [[`  A block is ${block}; a dark one was not used for a minute.`, 'gray']]
-  const lines = heads === 1 ? [title] : [title, scale]
-  const blocks = blocksOf(kv.runs, each)
-  for (let i = 0; i < blocks.length; i += perLine) {
-    lines.push([['  '], ...joined(blocks.slice(i, i + perLine))])
-  }
-  if (blocks.length === 0) lines.push([['  Nothing is in memory.', 'gray']])
+  const lines: Line[] = [legend(' MAP', LOOKS, kv.pages, kv.pageBytes)]
+  if (heads === 2) lines.push(scale)
+  lines.push(...blockLines(blocksOf(kv.runs, LOOKS, each), perLine))
+  if (kv.runs.length === 0) lines.push([['  Nothing is in memory.', 'gray']])
+  if (!disk || below === 0) return lines
+  lines.push(legend(' DISK', DISK_LOOKS, disk.pages, kv.pageBytes))
+  if (below > 1) lines.push(...blockLines(blocksOf(disk.runs, DISK_LOOKS, each), perLine))
   return lines
 }
 
-function legend(kv: KvMap): Part[] {
-  return LOOKS.flatMap(({ state, glyph, hot }): Part[] => {
-    const size = kv.pages[state] > 0 ? ` ${shortBytes(kv.pages[state] * kv.pageBytes)}` : ''
+function legend<State extends string>(
+  title: string,
+  looks: readonly Look<State>[],
+  states: Record<State, number>,
+  pageBytes: number,
+): Line {
+  const parts = looks.flatMap(({ state, glyph, hot }): Part[] => {
+    const size = states[state] > 0 ? ` ${shortBytes(states[state] * pageBytes)}` : ''
     return [['  '], [glyph, hot], [` ${state}${size}`, size === '' ? 'gray' : undefined]]
   })
+  return [[title, 'bold'], ...parts]
+}
+
+function blockLines(blocks: readonly Part[], perLine: number): Line[] {
+  const lines: Line[] = []
+  for (let i = 0; i < blocks.length; i += perLine) {
+    lines.push([['  '], ...joined(blocks.slice(i, i + perLine))])
+  }
+  return lines
+}
+
+function columnsPerBlock(runs: KvOutside['runs'] | KvMap['runs'], blocks: number): number {
+  const columns = runs.reduce((sum: number, { first, end }) => sum + end - first, 0)
+  return Math.max(1, Math.ceil(columns / blocks))
 }
 
 /** Each block has the look of most of its columns; dark if those are cold. */
-function blocksOf(runs: readonly KvRun[], each: number): Part[] {
+function blocksOf<State extends string>(
+  runs: readonly { first: number; end: number; state: State; ageMs: number }[],
+  looks: readonly Look<State>[],
+  each: number,
+): Part[] {
   const blocks: Part[] = []
   let counts = new Map<string, { part: Part; count: number }>()
   let filled = 0
@@ -156,7 +243,7 @@ function blocksOf(runs: readonly KvRun[], each: number): Part[] {
   }
   for (const run of runs) {
     const cold = run.ageMs > COLD_MS
-    const look = LOOKS.find(({ state }) => state === run.state)
+    const look = looks.find(({ state }) => state === run.state)
     if (!look) continue
     const key = `${run.state} ${cold}`
     for (let at = run.first; at < run.end;) {
@@ -198,7 +285,7 @@ function historyLines(kv: KvMap, rows: number): Line[] {
   return [
     title,
     ...events.map(({ kind, count, bytes: size, ageMs }): Line => {
-      const alarm = kind === 'preempt' ? 'yellowBright' : undefined
+      const alarm = kind === 'preempt' || kind === 'lost' ? 'yellowBright' : undefined
       return [
         [`  ${formatMs(ageMs).padStart(12)} ago  `, 'gray'],
         [kind.padEnd(8), alarm],

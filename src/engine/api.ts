@@ -3,6 +3,7 @@
 
 import type { LatticeError } from '../errors.ts'
 import type { KvMap } from '../kv/map.ts'
+import type { Watch } from '../kv/watches.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {
@@ -61,6 +62,18 @@ export interface SequenceRequest {
    * is too short to be cached.
    */
   pin?: string
+  /** Beam search instead of sampling, which must be greedy then: the choices are its best. */
+  beams?: BeamParams
+}
+
+/** A beam search, with the meaning that HF transformers' `generate` gives each. */
+export interface BeamParams {
+  /** Beams that run side by side (num_beams), ≥ 2; choices of the request at most. */
+  width: number
+  /** A score is the sum of log-probabilities over the tokens to the power of this. */
+  lengthPenalty: number
+  /** When to stop. true: at `width` finished; false: no better is likely; 'never': possible. */
+  earlyStopping: boolean | 'never'
 }
 
 /** Natural logarithms of probabilities under the model's own distribution (before sampling). */
@@ -81,8 +94,16 @@ export interface SequenceSink {
   onStart?(cachedTokens: number): void
   /** A stop token that ends the sequence is counted but not delivered here. */
   onToken(token: number, logprobs: TokenLogprobs | undefined): void
-  /** Called once, last. `outputTokens` includes the stop token. */
-  onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void
+  /**
+   * Called once, last. `outputTokens` includes the stop token, and so does `score`: of a beam what
+   * it was ranked by, else the mean log-probability of a token; known if log-probabilities are.
+   */
+  onFinish(
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+    score?: number,
+  ): void
 }
 
 /** One of several answers to the same prompt. */
@@ -95,15 +116,35 @@ export interface SequenceChoice {
 export interface SequenceHandle {
   /** Ends the sequence; its pages are freed within one step. Idempotent. */
   abort(): void
+  /**
+   * Begins another sequence where this one is when the engine hears of it, in the same memory
+   * until they differ. Its sink is told all tokens, those before the fork too (without logprobs).
+   * With the same sampling, seed included, it goes on as this one does.
+   * @throws LatticeError `not_found` if this one has ended, `queue_full`, `draining`,
+   *   `engine_stopped`. The sink is told `not_found` if it has ended when the engine hears of it,
+   *   and `invalid_request` if it is a beam.
+   */
+  fork(choice: SequenceChoice): SequenceHandle
 }
+
+/**
+ * A preempted sequence waits again, then is in prefill until its output is computed again too. Or
+ * it is offloading until its memory is free, offloaded while it waits, loading until it is back.
+ */
+export type SequenceState =
+  | 'waiting'
+  | 'prefill'
+  | 'decode'
+  | 'offloading'
+  | 'offloaded'
+  | 'loading'
 
 export interface SequenceSnapshot {
   /** No other sequence of this engine has had it. */
   id: number
   requestId: string
   tenant: string
-  /** A preempted sequence waits again, then is in prefill until its output is recomputed too. */
-  state: 'waiting' | 'prefill' | 'decode'
+  state: SequenceState
   promptTokens: number
   /** Tokens whose KV is in memory. */
   kvTokens: number
@@ -113,6 +154,29 @@ export interface SequenceSnapshot {
   /** Bytes of the keys and values in memory, without page rounding. */
   bytes: number
   ageMs: number
+}
+
+/** KV outside of memory. */
+export interface TierSnapshot {
+  /** Of the encrypted file, or of its directory if it has no name. */
+  path?: string
+  capacityBytes: number
+  usedBytes: number
+  /** Written and read since the start. */
+  savedBytes: number
+  loadedBytes: number
+  /** Preempted sequences that were moved out; the others were computed again. */
+  offloads: number
+  /** Cached prefixes that went out of memory. */
+  demotions: number
+  /** Prompts for which some came back. */
+  fetches: number
+  /** Sequences and prefixes computed again in the end because writing or reading failed. */
+  lost: number
+  /** Touches of pages that were on their way: each waited for its column. */
+  faults: number
+  /** Prefixes that would outlive the process now (`--kv-store`). */
+  kept: number
 }
 
 /** A prefix that stays in memory until it is unpinned. */
@@ -128,13 +192,41 @@ export interface PinnedPrefix {
   ageMs: number
 }
 
+/** What is cached of a conversation, from its first token on. */
+export interface SessionSnapshot {
+  id: string
+  tokens: number
+  /** In memory, those of other sessions with the same beginning included. */
+  pages: number
+  /** Outside of memory. */
+  outPages: number
+  /** Of all of them. */
+  bytes: number
+  where: 'memory' | 'disk' | 'both'
+  /** Since it was last used. */
+  idleMs: number
+}
+
+/**
+ * moving: it is on its way; busy: a sequence uses it, or there is no room; unknown: there is no
+ * such session; impossible: there is nowhere to move it.
+ */
+export type SessionMove = 'done' | 'moving' | 'busy' | 'unknown' | 'impossible'
+
 /** What an engine is asked, or told to do with its memory, between two steps. */
 export type EngineQuestion =
   | { kind: 'pinned'; tenant: string }
   /** The prefix stays cached for a while. */
   | { kind: 'unpin'; tenant: string; id: string }
+  | { kind: 'sessions'; tenant: string }
+  /** Begins to move a session's KV out of memory, or back. */
+  | { kind: 'offload' | 'reload'; tenant: string; id: string }
   /** Every page in use; takes longer than a snapshot. */
   | { kind: 'map' }
+  /** Which first tokens of a prompt are cached; of each that is, `forgotten` tells the end. */
+  | { kind: 'watch'; tenant: string; tokens: Int32Array; prefixes: readonly Watch[] }
+  /** Which watched prefixes are not cached any more, since the last time. */
+  | { kind: 'forgotten' }
 
 /** The answer to each kind of question. */
 export interface EngineAnswers {
@@ -142,7 +234,14 @@ export interface EngineAnswers {
   pinned: PinnedPrefix[]
   /** False if the tenant has no such prefix. */
   unpin: boolean
+  /** Of this tenant's, the latest used first. */
+  sessions: SessionSnapshot[]
+  offload: SessionMove
+  reload: SessionMove
   map: { snapshot: EngineSnapshot; map: KvMap }
+  /** Ids of those that are cached. */
+  watch: string[]
+  forgotten: string[]
 }
 
 /** Counters only grow; gauges are of now. */
@@ -171,7 +270,12 @@ export interface EngineSnapshot {
   promptTokens: number
   outputTokens: number
   finished: Record<FinishReason, number>
+  /** Sequences that made room for others. */
   preemptions: number
+  /** Absent if there is no memory but the one. */
+  tier?: TierSnapshot
+  /** Forks of beams that were copied in part, because their tokens lay in too many places. */
+  beamCopies: number
   /** Wall time inside the backend's compute and in whole steps, in milliseconds. */
   computeMs: number
   stepMs: number
@@ -195,6 +299,7 @@ export interface Engine {
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle
   /**
    * Queues several sequences that share a prompt, which is computed once: all of them or none.
+   * Those of a beam search get all of their tokens at its end, the best hypothesis first.
    * @returns a handle for each, in order
    * @throws LatticeError as `submit` does
    */

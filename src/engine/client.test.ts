@@ -58,7 +58,7 @@ function ask(engine: EngineClient, change: Partial<SequenceRequest> = {}) {
     onFinish: (reason, outputTokens, error) =>
       resolve({ tokens, started, reason, outputTokens, error }),
   })
-  return { tokens, answer: promise, abort: () => handle.abort() }
+  return { ...handle, tokens, answer: promise }
 }
 
 async function until(condition: () => boolean): Promise<void> {
@@ -309,5 +309,22 @@ test('an idle engine keeps memory, or keeps a core busy', async () => {
   const { user, system } = process.cpuUsage(before)
   assert.ok(user + system < 100_000, `${user + system} µs of CPU in 200 ms of rest`)
   assert.equal((await engine.snapshot()).steps, steps)
+  await engine.close()
+})
+
+test('a fork across threads is told other tokens than its parent, or never ends', async () => {
+  const engine = await start({ backend: { stepMs: 5 } })
+  const parent = ask(engine, { maxTokens: 70 })
+  const tokens: number[] = []
+  const ended = Promise.withResolvers<void>()
+  const sink = {
+    onToken: (token: number) => void tokens.push(token),
+    onFinish: () => ended.resolve(),
+  }
+  const fork = parent.fork({ sampling: GREEDY, sink })
+  await ended.promise
+  const { tokens: whole } = await parent.answer
+  assert.deepEqual(tokens, whole)
+  assert.equal(refusal(() => fork.fork({ sampling: GREEDY, sink })).code, 'not_found')
   await engine.close()
 })

@@ -5,6 +5,7 @@ import { Worker } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { pagesFor } from '../kv/layout.ts'
+import { PagerHost } from '../tier/pager-host.ts'
 import type {
   Engine,
   EngineAnswers,
@@ -16,7 +17,13 @@ import type {
   SequenceRequest,
   SequenceSink,
 } from './api.ts'
-import type { EngineFacts, EngineThreadOptions, FromEngine, ToEngine } from './messages.ts'
+import {
+  type EngineFacts,
+  type EngineThreadOptions,
+  type FromEngine,
+  sequenceEnded,
+  type ToEngine,
+} from './messages.ts'
 
 export interface ClientLimits {
   /** Sequences that run and wait together, at most. */
@@ -40,6 +47,7 @@ export class EngineClient implements Engine {
   readonly model: EngineModel
   readonly facts: EngineFacts
   private readonly worker: Worker
+  private readonly pager: PagerHost | undefined
   private readonly signal: Int32Array
   private readonly limits: ClientLimits
   private readonly live = new Map<number, LiveSequence>()
@@ -53,19 +61,27 @@ export class EngineClient implements Engine {
 
   private constructor(
     worker: Worker,
+    pager: PagerHost | undefined,
     signal: Int32Array,
     model: EngineModel,
     facts: EngineFacts,
     limits: ClientLimits,
   ) {
     this.worker = worker
+    this.pager = pager
     this.signal = signal
     this.model = model
     this.facts = facts
     this.limits = limits
     worker.on('message', (message: FromEngine) => this.receive(message))
     worker.on('error', (thrown) => this.stop(toLatticeError(thrown)))
-    worker.on('exit', () => this.stop(stopped()))
+    worker.on('exit', () => {
+      this.stop(stopped())
+      void this.pager?.terminate()
+    })
+    if (!pager) return
+    pager.onDeath = (why) => this.stop(why)
+    if (pager.death) this.stop(pager.death)
   }
 
   /**
@@ -80,17 +96,22 @@ export class EngineClient implements Engine {
     const signal = new SharedArrayBuffer(4)
     const workerData: EngineThreadOptions = { ...options, signal }
     const worker = new Worker(new URL('./thread.ts', import.meta.url), { workerData })
+    let pager: PagerHost | undefined
     const facts = await new Promise<EngineFacts>((resolve, reject) => {
-      worker.once('message', (message: FromEngine) => {
+      worker.on('message', (message: FromEngine) => {
         if (message.kind === 'ready') resolve(message.facts)
+        else if (message.kind === 'pager') pager = new PagerHost(message.start)
         else if (message.kind === 'failed') reject(LatticeError.fromJSON(message.error))
       })
       worker.once('error', (thrown) => reject(toLatticeError(thrown)))
       worker.once('exit', () => reject(stopped()))
+    }).catch((thrown: unknown) => {
+      void pager?.terminate()
+      throw thrown
     })
     // Each by name: the worker keeps internal listeners that deliver its messages.
     for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
-    return new EngineClient(worker, new Int32Array(signal), model, facts, limits)
+    return new EngineClient(worker, pager, new Int32Array(signal), model, facts, limits)
   }
 
   submit(request: SequenceRequest, sink: SequenceSink): SequenceHandle {
@@ -98,18 +119,33 @@ export class EngineClient implements Engine {
   }
 
   submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
-    this.check(request, choices.length)
+    this.check(request)
+    this.checkRoom(choices.length)
     const ids = choices.map(() => this.nextId++)
     const samplings = choices.map(({ sampling }) => sampling)
     this.send({ kind: 'submit', ids, request, samplings })
     choices.forEach(({ sink }, i) => {
       this.live.set(present(ids[i], 'an id'), { sink, outputTokens: 0 })
     })
-    return ids.map((id) => ({
+    return ids.map((id) => this.handle(id))
+  }
+
+  private handle(id: number): SequenceHandle {
+    return {
       abort: () => {
         if (this.live.has(id)) this.send({ kind: 'abort', id })
       },
-    }))
+      fork: (choice) => this.fork(id, choice),
+    }
+  }
+
+  private fork(parent: number, { sampling, sink }: SequenceChoice): SequenceHandle {
+    this.checkRoom(1)
+    if (!this.live.has(parent)) throw sequenceEnded()
+    const id = this.nextId++
+    this.send({ kind: 'fork', parent, id, sampling })
+    this.live.set(id, { sink, outputTokens: 0 })
+    return this.handle(id)
   }
 
   queueRoom(): number {
@@ -152,11 +188,19 @@ export class EngineClient implements Engine {
     await exited
   }
 
-  private check({ prompt, maxTokens }: SequenceRequest, choices: number): void {
+  /** Whether so many more sequences may be queued now. */
+  private checkRoom(sequences: number): void {
     if (this.stopped) throw stopped(this.stopped)
     if (this.draining) {
       throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
     }
+    if (this.queueRoom() >= sequences) return
+    throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
+      todo: 'Retry later, or start with a larger --max-queue.',
+    })
+  }
+
+  private check({ prompt, maxTokens }: SequenceRequest): void {
     const { contextLength } = this.limits
     this.checkTokens(prompt)
     if (!Number.isInteger(maxTokens) || maxTokens < 1) {
@@ -183,11 +227,6 @@ export class EngineClient implements Engine {
           ` the limit is ${kvPages * pageBytes}.`,
         { todo: 'Ask for fewer tokens or start with a larger --kv-memory.' },
       )
-    }
-    if (this.queueRoom() < choices) {
-      throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
-        todo: 'Retry later, or start with a larger --max-queue.',
-      })
     }
   }
 
@@ -232,10 +271,10 @@ export class EngineClient implements Engine {
       sequence.outputTokens++
       sequence.sink.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
     }
-    for (const { id, reason, outputTokens, error } of finished) {
+    for (const { id, reason, outputTokens, error, score } of finished) {
       const sequence = this.live.get(id)
       this.live.delete(id)
-      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error))
+      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error), score)
     }
     if (this.live.size === 0) for (const resolve of this.drained.splice(0)) resolve()
   }

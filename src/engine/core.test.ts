@@ -6,6 +6,7 @@ import { test } from 'node:test'
 import fc from 'fast-check'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
 import { NullBackend, type NullBackendOptions } from '../backends/null/backend.ts'
+import { LatticeError } from '../errors.ts'
 import { GREEDY, type SequenceRequest } from './api.ts'
 
 /** 4 tokens a page and two layers: 2 pages for each 4 tokens. */
@@ -16,7 +17,11 @@ const PLENTY = 10_000
 function bench(options: Partial<NullBackendOptions> = {}, kvPages = PLENTY): Bench {
   const maxSequences = options.maxSequences ?? 4
   const defaults = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens: 16, kv: KV }
-  return new Bench(new NullBackend({ ...defaults, ...options }), { maxSequences, kvPages })
+  return new Bench(new NullBackend({ ...defaults, ...options }), {
+    maxSequences,
+    kvPages,
+    greedy: true,
+  })
 }
 
 const requests: fc.Arbitrary<SequenceRequest> = fc
@@ -277,4 +282,19 @@ test('an idle engine keeps gigabytes warm until their time is over', () => {
   assert.ok(resident() > 0 && resident() <= 64 << 20, `${resident()} bytes`)
   engine.settle()
   assert.equal(resident(), 0)
+})
+
+test('memory that cannot be given back passes for the error of a sequence', () => {
+  const engine = bench()
+  const prompt = new Int32Array(8).fill(1)
+  engine.submitChoices([0, 1], sequenceRequest({ prompt, maxTokens: 2 }), [GREEDY, GREEDY])
+  engine.step()
+  // A fork's page goes back as the fork ends.
+  const { kv } = engine.backend
+  kv.discard = () => {
+    throw new LatticeError('os_call_failed', 'no')
+  }
+  assert.throws(() => engine.step(), { code: 'os_call_failed' })
+  const reasons = [engine.outcome(0).reason, engine.outcome(1).reason]
+  assert.ok(!reasons.includes('error'), `${reasons}`)
 })

@@ -4,15 +4,16 @@
 // Newcomers start at `step`.
 
 import { present } from '../assert.ts'
-import { LatticeError } from '../errors.ts'
-import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
+import { type ErrorCode, LatticeError } from '../errors.ts'
+import { EVICTION_DEFAULT } from '../kv/eviction.ts'
 import { KvHistory, watched } from '../kv/history.ts'
-import { liveBytes } from '../kv/layout.ts'
 import { type KvMap, kvMap } from '../kv/map.ts'
 import { PrefixCache } from '../kv/prefix.ts'
 import { RegionTable } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'
+import { Transfers } from '../kv/transfers.ts'
 import { KV_MAPPINGS_MAX } from '../limits.ts'
+import { Costs } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
 import { type Backend, StepBatch } from '../backends/backend.ts'
 import type {
@@ -22,37 +23,16 @@ import type {
   FinishReason,
   SamplingParams,
   SequenceRequest,
-  SequenceSnapshot,
-  TokenLogprobs,
 } from './api.ts'
+import { BeamGroup, beamsFork, tooFew } from './beam-group.ts'
+import type { Hypothesis } from './beams.ts'
+import type { CoreOptions, CoreSink } from './core-contract.ts'
+import { Offload } from './offload.ts'
+import { sequenceEnded } from './messages.ts'
 import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
+import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
-
-export interface CoreOptions {
-  maxSequences: number
-  /** Hard limit on physical KV pages. */
-  kvPages: number
-  /** How many of them cached prefixes may keep; 0 is no prefix cache. */
-  prefixPages?: number
-  /** Which of them go first; 'cost' unless told. */
-  prefixEviction?: EvictionName | undefined
-  /** Whether answers are cached as prompts are. */
-  prefixOutput?: boolean | undefined
-}
-
-/** Where the core's news go, while one of its methods runs. It must not call back into the core. */
-export interface CoreSink {
-  /** The sequence has left the queue; the step that begins its prompt is about to be computed. */
-  onStart(id: number, cachedTokens: number): void
-  onToken(id: number, token: number, logprobs: TokenLogprobs | undefined): void
-  onFinish(
-    id: number,
-    reason: FinishReason,
-    outputTokens: number,
-    error: LatticeError | undefined,
-  ): void
-}
 
 /**
  * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
@@ -60,6 +40,12 @@ export interface CoreSink {
  * kernel within 100 ms and the kernel takes 50 ms a GiB.
  */
 const WARM_MS = 20
+
+/** How soon to look again for what is on its way, when there is nothing else to do. */
+const TIER_WAIT_MS = 1
+
+/** How soon to look again whether what shall outlive the process can be written. */
+const KEEP_WAIT_MS = 50
 
 /** An idle engine keeps no more than this warm; the rest goes back at once. */
 const WARM_IDLE_BYTES = 64 << 20
@@ -72,7 +58,12 @@ export class EngineCore {
   private readonly sharing: PromptSharing
   private readonly history: KvHistory
   private readonly scheduler: Scheduler<Sequence>
+  private readonly offload: Offload | undefined
+  private readonly sessions: Sessions | undefined
+  private readonly costs: Costs
   private readonly sequences = new Map<number, Sequence>()
+  /** Regions besides its own that a slot's tokens may lie in. */
+  private readonly spansMax: number
   private readonly batch: StepBatch
   private readonly sampler: Sampler
   /** A row of logits, for another sequence to sample from. */
@@ -82,6 +73,7 @@ export class EngineCore {
   private outputTokens = 0
   private computeMs = 0
   private stepMs = 0
+  private keptMs = 0
   private readonly finished: Record<FinishReason, number> = {
     stop: 0,
     length: 0,
@@ -99,22 +91,33 @@ export class EngineCore {
     const mover = watched(kv, kv.layout, this.history)
     const regions = new RegionTable(kv.layout, kv.regions, options.kvPages, mover)
     this.slots = new SlotTable(regions, kv.slots)
+    this.spansMax = Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1)
     const { prefixPages, prefixEviction: eviction = EVICTION_DEFAULT } = options
     const { pageBytes } = kv.layout.shape
-    const onEvict = (pages: number): void => this.history.add('evict', pages * pageBytes)
+    const onGone = (kind: 'evict' | 'demote', pages: number): void =>
+      this.history.add(kind, pages * pageBytes)
+    const transfers = kv.tier && new Transfers(kv.tier)
+    const places = transfers && { places: transfers.places }
     const cache = prefixPages
-      ? new PrefixCache(regions, prefixPages, { eviction, now, onEvict })
+      ? new PrefixCache(regions, prefixPages, { eviction, now, onGone, ...places })
       : undefined
-    this.sharing = new PromptSharing(this.slots, cache, {
+    this.costs = new Costs(kv.layout.shape.pageBytes)
+    const { slots, costs, history } = this
+    this.offload =
+      transfers && new Offload(transfers, slots, cache, costs, options, history, kv.tier?.store)
+    this.sessions = cache && new Sessions(this.slots, cache, this.offload)
+    this.sharing = new PromptSharing(this.slots, cache, this.offload, {
       output: options.prefixOutput ?? false,
       onPreempt: (pages) => this.history.add('preempt', pages * pageBytes),
       computeMin: Math.max(1, chunkTokensMin),
-      spansMax: Math.max(1, Math.floor(KV_MAPPINGS_MAX / (kv.slots * kv.layout.ranges)) - 1),
+      spansMax: this.spansMax,
     })
+    const { maxSequences, greedy = false } = options
     this.scheduler = new Scheduler(
       this.slots,
-      { stepTokens: backend.stepTokensMax, maxSequences: options.maxSequences, chunkTokensMin },
+      { stepTokens: backend.stepTokensMax, maxSequences, chunkTokensMin, greedy },
       this.sharing,
+      this.offload,
     )
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -136,6 +139,7 @@ export class EngineCore {
     request: SequenceRequest,
     samplings: readonly SamplingParams[],
   ): void {
+    if (request.beams) return this.submitBeams(ids, request)
     const group: Sequence[] = []
     ids.forEach((id, i) => {
       try {
@@ -147,31 +151,63 @@ export class EngineCore {
         this.scheduler.waiting.push(sequence)
       } catch (thrown) {
         if (!(thrown instanceof LatticeError)) throw thrown
-        this.finished.error++
-        this.sink.onFinish(id, 'error', 0, thrown)
+        this.report(id, 'error', 0, thrown)
       }
     })
   }
 
+  /** Takes in a sequence that begins with the tokens that another one has now. */
+  fork(parent: number, id: number, sampling: SamplingParams): void {
+    try {
+      const source = this.sequences.get(parent)
+      if (!source) throw sequenceEnded()
+      if (source.unit) throw beamsFork()
+      const fork = source.fork(id, sampling, this.now())
+      const { group } = source
+      group.splice(0, Infinity, ...group.filter((one) => this.sequences.has(one.id)), fork)
+      this.sequences.set(id, fork)
+      const decodes = source.slot >= 0 && isDecoding(source)
+      if (!decodes || !this.sharing.spreads(source) || !this.scheduler.fork(fork, source)) {
+        this.scheduler.waiting.push(fork)
+      }
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      this.report(id, 'error', 0, thrown)
+    }
+  }
+
   abort(id: number): void {
     const sequence = this.sequences.get(id)
-    if (sequence) this.finish(sequence, 'abort')
+    if (!sequence) return
+    const { unit } = sequence
+    if (!unit) return this.finish(sequence, 'abort')
+    unit.ids[unit.ids.indexOf(id)] = undefined
+    this.report(id, 'abort', 0)
+    if (unit.abandoned) this.endBeams(unit, -Infinity)
   }
 
   /**
    * Runs one step: every decoding sequence gains a token and prompts advance by a chunk.
-   * @returns false if there was nothing to do.
+   * @returns false if there was nothing to do, or all wait for what comes from outside of memory.
    * @throws what the backend throws; then the core is of no more use.
    */
   step(): boolean {
     const start = this.now()
+    this.scheduler.settle(start)
     const parts = this.scheduler.plan()
-    if (parts.length === 0) return false
+    // After the plan: what has just come back for a sequence must not go before that begins.
+    this.offload?.keepRoom()
+    if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
+    if (parts.length === 0) return this.giveUpStuck()
     this.fill(parts)
     const computeStart = this.now()
     this.backend.launch(this.batch)
     const rows = this.backend.collect()
-    this.computeMs += this.now() - computeStart
+    // What a step read after the pager's death is not what was there: nothing of it is told.
+    this.backend.kv.tier?.check()
+    const computeMs = this.now() - computeStart
+    this.computeMs += computeMs
+    this.costs.stepped(parts, computeMs)
     this.commit(parts, rows)
     this.releaseOverdue()
     this.steps++
@@ -185,6 +221,30 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
+    const wait = this.giveBack()
+    this.offload?.keepRoom()
+    this.keep()
+    if (!this.offload?.busy) {
+      return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+    }
+    if (this.idle) this.scheduler.settle(this.now())
+    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+  }
+
+  /**
+   * Before the end: writes what shall outlive the process.
+   * @returns false when there is no more to write
+   */
+  flush(): boolean {
+    return this.offload?.flush(this.now()) ?? false
+  }
+
+  private keep(): void {
+    this.keptMs = this.now()
+    this.offload?.keep()
+  }
+
+  private giveBack(): number | undefined {
     const bytes = this.slots.warmPages * this.backend.kv.layout.shape.pageBytes
     if (this.idle && bytes > WARM_IDLE_BYTES) {
       this.slots.reclaim(Infinity)
@@ -197,32 +257,25 @@ export class EngineCore {
 
   /** Throws if the account of memory contradicts itself. */
   check(): void {
-    this.sharing.check()
+    this.offload?.check()
+    this.sharing.check(this.offload?.holds())
+  }
+
+  /** The machine has too little memory: cached prefixes go out of it. */
+  relieve(): void {
+    this.offload?.relieve()
   }
 
   snapshot(): EngineSnapshot {
     const { layout } = this.backend.kv
     const { cachedPages, pinnedPages, evictions } = this.sharing.gauges
     const now = this.now()
-    const sequences = [...this.sequences.values()].map((sequence): SequenceSnapshot => {
-      const { request, computed, slot } = sequence
-      return {
-        id: sequence.id,
-        requestId: request.requestId,
-        tenant: request.tenant,
-        state: slot < 0 ? 'waiting' : isDecoding(sequence) ? 'decode' : 'prefill',
-        promptTokens: request.prompt.length,
-        kvTokens: computed,
-        outputTokens: sequence.outputTokens,
-        pages: slot < 0 ? 0 : this.slots.pagesOf(slot),
-        bytes: liveBytes(layout, computed),
-        ageMs: now - sequence.arrivedMs,
-      }
-    })
+    const { running, waiting } = this.scheduler
+    const { offload, recompute } = this.scheduler.preemptions
     return {
-      sequences,
-      running: this.scheduler.running.length,
-      waiting: this.scheduler.waiting.length,
+      sequences: [...running, ...waiting].map((sequence) => sequence.snapshot(this.slots, now)),
+      running: running.length,
+      waiting: waiting.length,
       kv: {
         pageBytes: layout.shape.pageBytes,
         usedPages: this.slots.usedPages,
@@ -238,7 +291,9 @@ export class EngineCore {
       promptTokens: this.promptTokens,
       outputTokens: this.outputTokens,
       finished: { ...this.finished },
-      preemptions: this.scheduler.preemptions,
+      preemptions: offload + recompute,
+      ...(this.offload && { tier: this.offload.snapshot(offload, this.scheduler.imagesLost) }),
+      beamCopies: this.slots.compactions,
       computeMs: this.computeMs,
       stepMs: this.stepMs,
     }
@@ -247,14 +302,25 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
-    if (question.kind === 'pinned') return this.sharing.pinned(this.now(), question.tenant)
-    if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
-    return this.sharing.unpin(question.tenant, question.id)
+    const { kind } = question
+    if (kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    if (kind === 'forgotten') return this.sharing.forgotten()
+    const { tenant } = question
+    if (kind === 'watch') {
+      return this.sharing.watch(tenant, question.tokens, question.prefixes)
+    }
+    if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
+    if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
+    if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
+    if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
+    return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
   }
 
   private map(): KvMap {
-    const { slots, history, scheduler } = this
-    return kvMap(slots, this.sharing.cache, history, scheduler.running, this.now())
+    const { slots, history, offload } = this
+    const { running, waiting } = this.scheduler
+    const sequences = [...running, ...waiting]
+    return kvMap(slots, this.sharing.cache, history, sequences, this.now(), offload?.outside)
   }
 
   private fill(parts: readonly ScheduledPart<Sequence>[]): void {
@@ -274,7 +340,8 @@ export class EngineCore {
       if (sequence.computed < sequence.length) continue
       const logits = present(rows[row++], 'a row of logits')
       if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
-      this.advance(sequence, logits)
+      if (sequence.unit) this.advanceBeam(sequence.unit, sequence, logits)
+      else this.advance(sequence, logits)
     }
   }
 
@@ -286,14 +353,15 @@ export class EngineCore {
     try {
       this.sharing.computed(sequence)
     } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
+      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
+      if (!full) throw thrown
       this.finish(sequence, 'error', thrown)
       return false
     }
     for (;;) {
       const next = this.scheduler.waiting[0]
       if (!next || !this.sharing.continues(next, sequence)) return true
-      if (!this.scheduler.fork(sequence)) return true
+      if (!this.scheduler.fork(next, sequence)) return true
       this.start(next)
       // Sampling changes the logits that it samples from.
       this.row.set(logits)
@@ -305,34 +373,119 @@ export class EngineCore {
     if (sequence.started) return
     this.sharing.started(sequence)
     sequence.started = true
-    this.sink.onStart(sequence.id, sequence.cachedTokens)
+    for (const id of sequence.unit?.ids ?? [sequence.id]) {
+      if (id !== undefined) this.sink.onStart(id, sequence.cachedTokens)
+    }
+    // Only a fork has output before it has begun.
+    const { tokens, request, length, unit } = sequence
+    if (unit) return
+    for (const token of tokens.subarray(request.prompt.length, length)) {
+      this.sink.onToken(sequence.id, token, undefined)
+    }
   }
 
   /** Samples a sequence's next token and ends it if that was the last. */
   private advance(sequence: Sequence, logits: Float32Array): void {
     const { topLogprobs, stopTokens, maxTokens } = sequence.request
+    let token: number
     try {
-      const token = this.sampler.sample(logits, sequence.sampler)
-      sequence.push(token)
-      this.outputTokens++
-      if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
-      const logprobs =
-        topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-      this.sink.onToken(sequence.id, token, logprobs)
-      if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
+      token = this.sampler.sample(logits, sequence.sampler)
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
-      this.finish(sequence, 'error', thrown)
+      return this.finish(sequence, 'error', thrown)
     }
+    sequence.push(token)
+    this.outputTokens++
+    const logprobs =
+      topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
+    sequence.logprobs += logprobs?.logprob ?? 0
+    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
+    this.sink.onToken(sequence.id, token, logprobs)
+    if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
   }
 
   private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
     if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
-    this.sequences.delete(sequence.id)
+    const { id, outputTokens, logprobs, request } = sequence
+    const scored = request.topLogprobs !== undefined && outputTokens > 0
+    this.report(id, reason, outputTokens, error, scored ? logprobs / outputTokens : undefined)
+  }
+
+  private report(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error?: LatticeError,
+    score?: number,
+  ): void {
+    this.sequences.delete(id)
     this.finished[reason]++
-    this.sink.onFinish(sequence.id, reason, sequence.outputTokens, error)
+    this.sink.onFinish(id, reason, outputTokens, error, score)
+  }
+
+  private submitBeams(ids: readonly number[], request: SequenceRequest): void {
+    try {
+      const group = new BeamGroup(ids, request, this.backend.kv.layout, this.now())
+      this.scheduler.checkUnit(group)
+      for (const id of ids) this.sequences.set(id, group.lead)
+      this.scheduler.waiting.push(group.lead)
+    } catch (thrown) {
+      if (!(thrown instanceof LatticeError)) throw thrown
+      for (const id of ids) this.report(id, 'error', 0, thrown)
+    }
+  }
+
+  /** Takes a beam's logits in; once those of all are there, their search goes on by a token. */
+  private advanceBeam(group: BeamGroup, member: Sequence, logits: Float32Array): void {
+    if (group.abandoned) return
+    try {
+      if (!group.offer(member, logits, this.sampler)) return
+      const hypotheses = group.advance(this.scheduler, this.spansMax)
+      if (hypotheses) this.deliver(group, hypotheses)
+    } catch (thrown) {
+      // What fails beneath it stops the engine: it is not its own.
+      const own = thrown instanceof LatticeError && !BENEATH.has(thrown.code)
+      if (!own) throw thrown
+      this.endBeams(group, -Infinity, thrown)
+    }
+  }
+
+  /** Hands out what a beam search has found, the best to its first choice. */
+  private deliver(group: BeamGroup, hypotheses: readonly Hypothesis[]): void {
+    const { topLogprobs } = group.lead.request
+    hypotheses.forEach(({ tokens, logprobs, score, stopped }, i) => {
+      const id = group.ids[i]
+      if (id === undefined) return
+      const shown = stopped ? tokens.slice(0, -1) : tokens
+      shown.forEach((token, at) => {
+        this.sink.onToken(id, token, topLogprobs === undefined ? undefined : logprobs[at])
+      })
+      this.outputTokens += tokens.length
+      group.ids[i] = undefined
+      this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
+    })
+    this.endBeams(group, this.now(), tooFew(hypotheses.length))
+  }
+
+  /** Ends a beam search that has no room even alone, because of what is pinned. */
+  private giveUpStuck(): boolean {
+    const unit = this.scheduler.stuck?.unit
+    if (!unit) return false
+    this.endBeams(unit, -Infinity, this.scheduler.tooLarge(unit))
+    return true
+  }
+
+  /** Takes all beams out; who still waits for a hypothesis gets the error. */
+  private endBeams(group: BeamGroup, sinceMs: number, error?: LatticeError): void {
+    const running = this.scheduler.running.filter(({ unit }) => unit === group)
+    for (const member of new Set([...running, group.lead])) this.scheduler.remove(member, sinceMs)
+    group.ids.forEach((id, i) => {
+      if (id === undefined) return
+      group.ids[i] = undefined
+      this.report(id, 'error', 0, error)
+    })
   }
 
   /** Gives back the pages of all aborted sequences, and of one that ended a while ago. */
@@ -341,3 +494,6 @@ export class EngineCore {
     this.slots.reclaim(this.now() - WARM_MS)
   }
 }
+
+/** Errors of those who move memory: nobody knows what is where afterwards. */
+const BENEATH: ReadonlySet<ErrorCode> = new Set(['os_call_failed', 'pager_failed'])

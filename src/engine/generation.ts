@@ -5,6 +5,7 @@ import { LatticeError, toLatticeError } from '../errors.ts'
 import { MAX_CHOICES } from '../limits.ts'
 import type { Detokenizer, Tokenizer } from '../text/tokenizer.ts'
 import type {
+  BeamParams,
   Engine,
   FinishReason,
   SamplingParams,
@@ -18,8 +19,9 @@ export interface GenerationRequest {
   requestId: string
   tenant: string
   prompt: Int32Array
-  /** Independent samples; choice i samples with seed + i. */
+  /** Independent samples, of which i samples with seed + i; or the best of a beam search. */
   choices: number
+  beams?: BeamParams
   /** Without a seed the caller draws one: here it is always set. */
   sampling: SamplingParams
   maxTokens: number
@@ -48,11 +50,15 @@ export type GenerationEvent =
       matched: string | undefined
       outputTokens: number
       error: LatticeError | undefined
+      /** As `SequenceSink.onFinish` has it. */
+      score?: number
     }
 
 export interface Generation {
   /** Ends after every choice's finish. Leaving the loop early aborts what still runs. */
   readonly events: AsyncIterable<GenerationEvent>
+  /** Output tokens of samples that were not told, once all events are. */
+  readonly discardedTokens: number
   abort(): void
 }
 
@@ -80,7 +86,10 @@ export function generate(
     (_, i) => new Choice(i, tokenizer, request, news),
   )
   const handles = engine.submitChoices(
-    { requestId, tenant, prompt, sampling, maxTokens, stopTokens, topLogprobs },
+    {
+      ...{ requestId, tenant, prompt, sampling, maxTokens, stopTokens, topLogprobs },
+      ...(request.beams ? { beams: request.beams } : {}),
+    },
     choices.map((sink, i) => ({ sink, sampling: { ...sampling, seed: sampling.seed + i } })),
   )
   handles.forEach((handle, i) => choices[i]?.submitted(handle))
@@ -95,17 +104,25 @@ export function generate(
         },
       }),
     },
+    discardedTokens: 0,
     abort: () => {
       for (const choice of choices) choice.abort()
     },
   }
 }
 
-function checkChoices({ choices, sampling }: GenerationRequest): void {
+function checkChoices({ choices, sampling, beams, stop }: GenerationRequest): void {
   if (!Number.isInteger(choices) || choices < 1 || choices > MAX_CHOICES) {
     throw new LatticeError('invalid_request', `n is ${choices}; it must be 1 to ${MAX_CHOICES}.`, {
       todo: `Ask for 1 to ${MAX_CHOICES} choices.`,
       details: { param: 'n' },
+    })
+  }
+  // Beams end by their tokens; where their text would end, others would be the best.
+  if (beams && stop.length > 0) {
+    throw new LatticeError('unsupported_parameter', 'A beam search has no stop strings.', {
+      todo: 'Leave out either.',
+      details: { param: 'stop' },
     })
   }
   // Beyond 2^53 − 1, seed + i would be rounded and choices share a seed.
@@ -129,9 +146,11 @@ class Choice implements SequenceSink {
   #ended = false
   #abortWanted = false
   #received = 0
+  /** Sum of the log-probabilities of received tokens. */
+  #logprobs = 0
   #text = ''
   #tokens: DeltaToken[] = []
-  #finish: GenerationEvent | undefined
+  #finish: (GenerationEvent & { kind: 'finish' }) | undefined
   /** In the news' queue; theirs to set. */
   queued = false
 
@@ -169,6 +188,7 @@ class Choice implements SequenceSink {
   onToken(token: number, logprobs: TokenLogprobs | undefined): void {
     if (this.#ended) return
     this.#received += 1
+    this.#logprobs += logprobs?.logprob ?? NaN
     this.#tokens.push({ token, logprobs })
     try {
       this.#text += this.#stop.push(this.#detokenizer.push(token))
@@ -178,14 +198,20 @@ class Choice implements SequenceSink {
       return
     }
     if (this.#stop.matched !== undefined) {
-      this.#end('stop', this.#received, undefined)
+      const mean = this.#logprobs / this.#received
+      this.#end('stop', this.#received, undefined, Number.isNaN(mean) ? undefined : mean)
       this.#abortEngine()
       return
     }
     this.#news.of(this)
   }
 
-  onFinish(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void {
+  onFinish(
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+    score?: number,
+  ): void {
     if (this.#ended) return
     try {
       this.#text += this.#stop.push(this.#detokenizer.end())
@@ -194,11 +220,11 @@ class Choice implements SequenceSink {
       return
     }
     if (this.#stop.matched !== undefined) {
-      this.#end('stop', outputTokens, undefined)
+      this.#end('stop', outputTokens, undefined, score)
       return
     }
     this.#text += this.#stop.end()
-    this.#end(reason, outputTokens, error)
+    this.#end(reason, outputTokens, error, score)
   }
 
   /** What is to be told next, in order: text and tokens, then the finish. */
@@ -219,10 +245,16 @@ class Choice implements SequenceSink {
     return this.#finish !== undefined
   }
 
-  #end(reason: FinishReason, outputTokens: number, error: LatticeError | undefined): void {
+  #end(
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+    score?: number,
+  ): void {
     this.#ended = true
-    const matched = this.#stop.matched
-    this.#finish = { kind: 'finish', choice: this.#index, reason, matched, outputTokens, error }
+    const told = { reason, matched: this.#stop.matched, outputTokens, error }
+    this.#finish = { kind: 'finish', choice: this.#index, ...told }
+    if (score !== undefined) this.#finish.score = score
     this.#news.of(this)
   }
 

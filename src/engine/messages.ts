@@ -2,7 +2,7 @@
 // all of its tokens; a shared counter wakes the engine when it sleeps.
 
 import type { NullBackendOptions } from '../backends/null/backend.ts'
-import type { LatticeErrorJson } from '../errors.ts'
+import { LatticeError, type LatticeErrorJson } from '../errors.ts'
 import type { EvictionName } from '../kv/eviction.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type {
@@ -14,6 +14,9 @@ import type {
   SequenceRequest,
   TokenLogprobs,
 } from './api.ts'
+import type { Watermarks } from './offload.ts'
+import type { PagerStart } from '../tier/pager.ts'
+import type { TierFacts } from '../tier/tier.ts'
 
 export interface EngineThreadOptions {
   backend: BackendChoice
@@ -28,18 +31,38 @@ export interface EngineThreadOptions {
   prefixEviction?: EvictionName
   /** Whether they hold answers too; not unless given. */
   prefixCacheOutput?: boolean
+  kvOffload?: OffloadPlace
+  /** When cached prefixes go there; 90 and 80 % unless given. */
+  kvWatermarks?: Watermarks
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
+}
+
+/** A file that KV goes to: how large, and the directory that it lies in. */
+export interface OffloadPlace {
+  bytes: number
+  path?: string
+  store?: StorePlace
+}
+
+/** A directory where prefixes outlive the process; its key as src/tier/store/secret.ts has it. */
+export interface StorePlace {
+  directory: string
+  key: string
 }
 
 export type BackendChoice =
   /** `cpus`: cores for compute threads. */
   | { kind: 'cpu'; modelPath: string; cpus: readonly number[] }
-  | ({ kind: 'null' } & Pick<NullBackendOptions, 'vocab' | 'kv' | 'stepMs' | 'fault'>)
+  | ({ kind: 'null' } & Pick<
+      NullBackendOptions,
+      'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns'
+    >)
 
 export type ToEngine =
   /** Choices of one request in one message, so that their prompt is computed once for certain. */
   | { kind: 'submit'; ids: number[]; request: SequenceRequest; samplings: SamplingParams[] }
+  | { kind: 'fork'; parent: number; id: number; sampling: SamplingParams }
   | { kind: 'abort'; id: number }
   | { kind: 'snapshot'; ticket: number }
   | { kind: 'ask'; ticket: number; question: EngineQuestion }
@@ -50,6 +73,7 @@ export interface FinishMessage {
   reason: FinishReason
   outputTokens: number
   error: LatticeErrorJson | undefined
+  score: number | undefined
 }
 
 export interface EngineFacts {
@@ -57,9 +81,12 @@ export interface EngineFacts {
   repackedBytes: Record<string, number>
   layout: KvLayout
   kvPages: number
+  tier?: TierFacts
 }
 
 export type FromEngine =
+  /** Sent before `ready`, by an engine that needs a pager. */
+  | { kind: 'pager'; start: PagerStart }
   | { kind: 'ready'; facts: EngineFacts }
   /** Sent before the step that begins the sequence is computed, not with its tokens. */
   | { kind: 'started'; id: number; cachedTokens: number }
@@ -76,3 +103,10 @@ export type FromEngine =
   | { kind: 'answer'; ticket: number; answer: EngineAnswers[keyof EngineAnswers] }
   /** The engine cannot go on: nothing follows, and whoever has no finish yet gets none from it. */
   | { kind: 'failed'; error: LatticeErrorJson }
+
+/** What a fork of a sequence is told that has ended. */
+export function sequenceEnded(): LatticeError {
+  return new LatticeError('not_found', 'The sequence to fork has ended.', {
+    todo: 'Fork it while it runs, or send its tokens as a prompt.',
+  })
+}

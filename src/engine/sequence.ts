@@ -1,6 +1,10 @@
 // Owns one sequence as the engine sees it: its tokens, how far its KV goes, and its sampler.
 
-import type { SequenceRequest } from './api.ts'
+import { liveBytes } from '../kv/layout.ts'
+import type { SlotTable } from '../kv/slots.ts'
+import type { Image } from '../kv/tiers.ts'
+import type { SamplingParams, SequenceRequest, SequenceSnapshot, SequenceState } from './api.ts'
+import type { BeamGroup } from './beam-group.ts'
 import { SamplerState } from './sampler.ts'
 
 export class Sequence {
@@ -13,16 +17,31 @@ export class Sequence {
   length: number
   computed = 0
   slot = -1
+  image: Image | undefined
+  preemptions = 0
+  /** What is cached of its prompt outside of memory: on its way, or no matter any more. */
+  fetched: 'coming' | 'done' | undefined
   /** Tokens of its prompt that were in memory when it first left the queue. */
   cachedTokens = 0
   /** The choices of its request, which share its prompt; itself too. */
-  readonly group: readonly Sequence[]
+  readonly group: Sequence[]
+  /** The beam search that it is a part of. */
+  readonly unit: BeamGroup | undefined
+  /** Sum of its tokens' log-probabilities, the stop token's too, if any were asked for. */
+  logprobs = 0
   /** It has left the queue once; it may wait again if it is preempted. */
   started = false
 
-  constructor(id: number, request: SequenceRequest, group: readonly Sequence[], nowMs: number) {
+  constructor(
+    id: number,
+    request: SequenceRequest,
+    group: Sequence[],
+    nowMs: number,
+    unit?: BeamGroup,
+  ) {
     this.id = id
     this.group = group
+    this.unit = unit
     this.request = request
     this.arrivedMs = nowMs
     this.sampler = new SamplerState(request.sampling, request.prompt)
@@ -31,8 +50,53 @@ export class Sequence {
     this.length = request.prompt.length
   }
 
+  get promptLength(): number {
+    return this.request.prompt.length
+  }
+
+  get lengthMax(): number {
+    return this.tokens.length
+  }
+
+  /** Another sequence with the tokens that this one has, to go on by itself. */
+  fork(id: number, sampling: SamplingParams, nowMs: number): Sequence {
+    const { request, group, tokens, length, outputTokens } = this
+    const fork = new Sequence(id, { ...request, sampling }, group, nowMs)
+    for (const token of tokens.subarray(length - outputTokens, length)) {
+      // Draws what this one has drawn, so that the same sampling goes on alike.
+      if (sampling.temperature > 0) fork.sampler.random.uniform()
+      fork.push(token)
+    }
+    fork.logprobs = this.logprobs
+    return fork
+  }
+
   get outputTokens(): number {
-    return this.length - this.request.prompt.length
+    return this.length - this.promptLength
+  }
+
+  get state(): SequenceState {
+    if (this.image?.state === 'leaving') return 'offloading'
+    if (this.image) return this.image.state === 'out' ? 'offloaded' : 'loading'
+    if (this.slot < 0) return 'waiting'
+    const decodes = this.outputTokens > 0 && this.computed === this.length - 1
+    return decodes ? 'decode' : 'prefill'
+  }
+
+  snapshot(slots: SlotTable, nowMs: number): SequenceSnapshot {
+    const { id, request, state, slot, computed, outputTokens } = this
+    return {
+      id,
+      requestId: request.requestId,
+      tenant: request.tenant,
+      state,
+      promptTokens: request.prompt.length,
+      kvTokens: computed,
+      outputTokens,
+      pages: slot < 0 ? 0 : slots.pagesOf(slot),
+      bytes: liveBytes(slots.layout, computed),
+      ageMs: nowMs - this.arrivedMs,
+    }
   }
 
   push(token: number): void {

@@ -6,6 +6,7 @@ import { test } from 'node:test'
 import fc from 'fast-check'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
 import { NullBackend } from '../backends/null/backend.ts'
+import { LatticeError } from '../errors.ts'
 import { EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
 import { GREEDY, type SequenceRequest } from './api.ts'
 
@@ -18,6 +19,7 @@ interface Options {
   stepTokens: number
   kvPages: number
   prefixPages: number
+  greedy: boolean
   prefixEviction: EvictionName
   prefixOutput: boolean
 }
@@ -25,7 +27,7 @@ interface Options {
 function bench(options: Partial<Options> = {}): Bench {
   const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, ...prefix } = options
   const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv: KV }
-  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, ...prefix })
+  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, greedy: true, ...prefix })
 }
 
 /** Prompts of a few words, so that they begin alike. */
@@ -42,6 +44,7 @@ const loads = fc.record({
   // One sequence of 80 tokens needs 50 pages.
   kvPages: fc.integer({ min: 50, max: 110 }),
   prefixPages: fc.constantFrom(0, 12, 50, 50),
+  greedy: fc.boolean(),
   prefixEviction: fc.constantFrom(...EVICTION_NAMES),
   prefixOutput: fc.boolean(),
   arrivals: fc.array(
@@ -160,14 +163,17 @@ test('choices that share a prompt take its pages each', () => {
   engine.step()
   const { kv, running } = engine.core.snapshot()
   assert.equal(running, 8)
-  // 40 tokens fill 12.5 pages a layer; each choice has the 13th of its own.
-  assert.equal(kv.usedPages, 2 * (12 + 8))
-  // What the first has of its 13th is where the others copied theirs from: it is held by all.
+  // 40 tokens fill 12.5 pages a layer: all have the 13th together until they write to it.
+  assert.equal(kv.usedPages, 2 * 13)
+  engine.step()
+  const { kv: diverged } = engine.core.snapshot()
+  assert.equal(diverged.usedPages, 2 * (12 + 8))
+  assert.equal(diverged.residentBytes, diverged.usedPages * kv.pageBytes)
   const { pages, tokenBytes, fragmentation } = engine.core.answer({ kind: 'map' }).map
-  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0 })
-  assert.equal(tokenBytes, 2 * (12 * 256 + 8 * 128), 'each 13th page is half empty')
-  assert.ok(Math.abs(fragmentation - 0.2) < 1e-9)
-  assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+  assert.deepEqual(pages, { live: 2 * 7, shared: 2 * 13, pinned: 0, cached: 0, warm: 0, moving: 0 })
+  // 41 tokens of 80 bytes a layer: 208 of each 13th page.
+  assert.equal(tokenBytes, 2 * (12 * 256 + 8 * 208))
+  assert.ok(Math.abs(fragmentation - 0.075) < 1e-9)
 })
 
 test('a prefix within a page is missed, or one of another tenant is hit', () => {
@@ -192,4 +198,63 @@ test('a prefix within a page is missed, or one of another tenant is hit', () => 
   const { prefixHits, prefixQueries } = engine.core.snapshot()
   assert.equal(prefixQueries, 11 * 50 + 20)
   assert.equal(prefixHits, 49 + 110 + 19)
+})
+
+test('a watched prefix goes unnoticed, or is said to have gone while it is there', () => {
+  let [found, gone] = [0, 0]
+  const requests = fc.array(
+    fc.record({ tenant: fc.constantFrom('a', 'b'), prompt: prompts, cut: fc.nat(40) }),
+    { minLength: 5, maxLength: 40 },
+  )
+  fc.assert(
+    fc.property(requests, (list) => {
+      const engine = bench({ prefixPages: 24 })
+      const watched = new Map<string, { tenant: string; tokens: Int32Array }>()
+      const isCached = (tenant: string, tokens: Int32Array, id: string): boolean => {
+        const prefixes = [{ id, length: tokens.length }]
+        const answer = engine.core.answer({ kind: 'watch', tenant, tokens, prefixes })
+        return answer.length === 1
+      }
+      list.forEach(({ tenant, prompt, cut }, i) => {
+        engine.submit(i, sequenceRequest({ tenant, prompt, maxTokens: 1 }))
+        engine.runAll()
+        engine.core.check()
+        for (const id of engine.core.answer({ kind: 'forgotten' })) {
+          // Those that only a check below asked about are not counted.
+          if (watched.delete(id)) gone++
+        }
+        for (const { tenant: owner, tokens } of watched.values()) {
+          assert.ok(isCached(owner, tokens, 'check'), 'it has gone, and nobody said so')
+        }
+        const tokens = prompt.slice(0, 1 + (cut % prompt.length))
+        if (!isCached(tenant, tokens, `${i}`)) return
+        watched.set(`${i}`, { tenant, tokens })
+        found++
+        // What the engine itself finds when such a prompt comes; one token is always computed.
+        const longer = Int32Array.from([...tokens, 0])
+        engine.submit(1000 + i, sequenceRequest({ tenant, prompt: longer, maxTokens: 1 }))
+        engine.runAll()
+        assert.equal(engine.outcome(1000 + i).cachedTokens, tokens.length)
+      })
+    }),
+    { seed: 23, numRuns: 100 },
+  )
+  assert.ok(found > 500 && gone > 100, `${found} ${gone}`)
+})
+
+test('memory that a cached prefix cannot give back passes for the error of a sequence', () => {
+  const engine = bench({ prefixPages: 10 })
+  const prompt = (token: number) => new Int32Array(20).fill(token)
+  engine.submit(0, sequenceRequest({ prompt: prompt(1), maxTokens: 1 }))
+  engine.runAll()
+  engine.settle()
+  const { kv } = engine.backend
+  const discard = kv.discard.bind(kv)
+  kv.discard = () => {
+    kv.discard = discard
+    throw new LatticeError('os_call_failed', 'no')
+  }
+  engine.submit(1, sequenceRequest({ prompt: prompt(2), maxTokens: 4 }))
+  assert.throws(() => engine.step(), { code: 'os_call_failed' })
+  assert.equal(engine.outcome(1).reason, undefined)
 })

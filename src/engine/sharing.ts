@@ -2,11 +2,13 @@
 // request with the cached prefixes of its tenant.
 
 import { LatticeError } from '../errors.ts'
-import type { KvSpan } from '../kv/regions.ts'
+import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
-import type { SlotTable } from '../kv/slots.ts'
+import type { Watch } from '../kv/watches.ts'
+import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
 import type { PinnedPrefix, SequenceRequest } from './api.ts'
+import type { Offload } from './offload.ts'
 import type { Sequence } from './sequence.ts'
 
 export interface SharingOptions {
@@ -26,30 +28,62 @@ export class PromptSharing implements Sharing<Sequence> {
   hits = 0
   private readonly slots: SlotTable
   readonly cache: PrefixCache | undefined
+  private readonly offload: Offload | undefined
   private readonly options: SharingOptions
 
-  constructor(slots: SlotTable, cache: PrefixCache | undefined, options: SharingOptions) {
+  constructor(
+    slots: SlotTable,
+    cache: PrefixCache | undefined,
+    offload: Offload | undefined,
+    options: SharingOptions,
+  ) {
     this.slots = slots
     this.cache = cache
+    this.offload = offload
     this.options = options
   }
 
-  /**
-   * Never so much that fewer than `computeMin` tokens are left: their chunk would be too short, and
-   * another kernel's bits could change an answer. So it never depends on what was cached.
-   */
-  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' {
-    const { tokens, request } = sequence
-    const length = Math.min(sequence.length - this.options.computeMin, request.prompt.length)
+  prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' | 'coming' {
+    const { tokens, promptLength, request, unit } = sequence
+    if (unit?.restarted) return []
     let spans: KvSpan[] = []
     const sibling = inMemory(sequence)
     if (sibling) {
-      if (sibling.computed < request.prompt.length) return 'wait'
-      spans = length > 0 ? this.slots.spansOf(sibling.slot, length) : []
-    } else if (this.cache && length > 0) {
-      spans = this.cache.lookup(request.tenant, tokens, length)
+      if (sibling.computed < promptLength) return 'wait'
+      spans = this.slots.spansOf(sibling.slot, promptLength)
+    } else if (this.cache) {
+      if (this.comes(sequence)) return 'coming'
+      spans = this.cache.lookup(request.tenant, tokens, promptLength)
     }
-    return spans.slice(0, this.options.spansMax)
+    // Beams lie in more and more regions; of those that they may, a prompt gets less than half.
+    const spansMax = unit ? beamSpansKept(this.options.spansMax) - 1 : this.options.spansMax
+    return this.usable(sequence, spans.slice(0, spansMax))
+  }
+
+  /**
+   * All of a prompt, if nothing is sampled from its end any more. Else never so much that fewer
+   * than `computeMin` tokens are left: their chunk would be too short, and another kernel's bits
+   * could change an answer. So it never depends on what was cached.
+   */
+  private usable({ promptLength, outputTokens }: Sequence, spans: KvSpan[]): KvSpan[] {
+    if (outputTokens > 0 && spannedTokens(spans) === promptLength) return spans
+    return clipSpans(spans, promptLength - this.options.computeMin)
+  }
+
+  /**
+   * What is cached outside of memory of its prompt is on its way. It waits for that once: if memory
+   * is short it may have to go again, and a sequence must not wait for ever.
+   */
+  private comes(sequence: Sequence): boolean {
+    const { tokens, promptLength, request } = sequence
+    if (sequence.fetched === 'done') return false
+    const length = promptLength - (sequence.outputTokens > 0 ? 0 : this.options.computeMin)
+    const comes =
+      sequence.fetched === 'coming'
+        ? this.cache?.cold(request.tenant, tokens, length) === 'coming'
+        : this.offload?.fetch(request.tenant, tokens, length)
+    sequence.fetched = comes ? 'coming' : 'done'
+    return comes ?? false
   }
 
   evict(): boolean {
@@ -110,6 +144,17 @@ export class PromptSharing implements Sharing<Sequence> {
     this.cache.pins.checkFits(prompt.length)
   }
 
+  /** Ids of those of a prompt's prefixes that are cached; they are watched from now on. */
+  watch(tenant: string, tokens: Int32Array, prefixes: readonly Watch[]): string[] {
+    return prefixes
+      .filter((prefix) => this.cache?.watches.watch(tenant, tokens, prefix))
+      .map(({ id }) => id)
+  }
+
+  forgotten(): string[] {
+    return this.cache?.watches.take() ?? []
+  }
+
   /** Of every tenant unless one is named. */
   pinned(now: number, tenant?: string): PinnedPrefix[] {
     const { cache } = this
@@ -140,14 +185,26 @@ export class PromptSharing implements Sharing<Sequence> {
 
   /** A sequence in the queue can start where this one, whose prompt was just computed, is. */
   continues(waiting: Sequence | undefined, source: Sequence): boolean {
-    if (waiting?.group !== source.group) return false
-    const spans = this.slots.spansOf(source.slot, source.computed)
-    return !waiting.started && spans.length <= this.options.spansMax
+    if (waiting?.group !== source.group || waiting.length !== source.length) return false
+    return !waiting.started && this.spreads(source)
   }
 
-  check(): void {
-    this.slots.check()
-    this.cache?.check()
+  /** What a sequence has in memory lies in few enough places to be forked. */
+  spreads(source: Sequence): boolean {
+    return this.slots.spansOf(source.slot, source.computed).length <= this.options.spansMax
+  }
+
+  /**
+   * Throws if the account of memory contradicts itself or those who hold it.
+   * @param kept what is held besides by neither slots nor the cache
+   */
+  check(kept: Iterable<KvColumns> = []): void {
+    const { slots, cache } = this
+    slots.check()
+    cache?.check()
+    const live = [...slots.holds(), ...(cache?.pins.holds() ?? []), ...kept]
+    slots.regions.checkHolders('live', live)
+    slots.regions.checkHolders('cache', cache?.holds() ?? [])
   }
 
   private keep({ request, slot }: Sequence, tokens: Int32Array): void {

@@ -14,7 +14,10 @@ import type { ModelConfig } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { type MemoryBudget, memoryBudget } from '../os/memory.ts'
 import type { Engine } from './api.ts'
+import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
+import type { Watermarks } from './offload.ts'
+import type { OffloadPlace, StorePlace } from './messages.ts'
 
 export interface EngineOptions {
   /** How the API names the model. */
@@ -31,6 +34,12 @@ export interface EngineOptions {
   prefixEviction?: EvictionName
   /** Answers are cached as prompts are. */
   prefixCacheOutput?: boolean
+  /** A file for KV that memory has no room for. */
+  kvOffload?: OffloadPlace
+  /** When cached prefixes go there. */
+  kvWatermarks?: Watermarks
+  /** Where prefixes outlive the process; `kvOffload` says how large. */
+  kvStore?: StorePlace
   maxSequences?: number
   maxQueue?: number
   /** Tokens of one step, at most. */
@@ -66,6 +75,11 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
     )
   }
+  if (options.kvWatermarks && !options.kvOffload) {
+    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
+      todo: 'Give --kv-offload SIZE too.',
+    })
+  }
   const contextLength = chooseContext(config, kvBytes, options.contextLength)
   const maxSequences = options.maxSequences ?? MAX_SEQUENCES_DEFAULT
   const maxQueue = options.maxQueue ?? MAX_QUEUE_DEFAULT
@@ -88,6 +102,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       prefixCacheBytes,
       prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
       prefixCacheOutput: options.prefixCacheOutput ?? false,
+      ...(options.kvWatermarks && { kvWatermarks: options.kvWatermarks }),
+      ...offloadPlace(options),
     },
     {
       id: options.modelId,
@@ -97,7 +113,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     },
     { sequences: maxSequences + maxQueue, contextLength },
   )
-  const { variant, repackedBytes, layout } = engine.facts
+  const { variant, repackedBytes, layout, tier } = engine.facts
   const repacked = Object.entries(repackedBytes).map(
     ([name, bytes]) => `${mib(bytes)} of weights repacked for ${name}`,
   )
@@ -117,6 +133,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
         : ''),
+    ...(tier ? [`tier     ${describeTier(tier)}`] : []),
+    ...(tier?.store ? [`store    ${describeStore(tier.store)}`] : []),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
   return { engine, report }
@@ -161,6 +179,34 @@ function whence(options: EngineOptions, budget: MemoryBudget): string {
     `${KV_SHARE * 100} % of ${mib(budget.availableBytes)} available;` +
     ` machine ${mib(budget.machineBytes)}${cgroup}`
   )
+}
+
+/** @throws LatticeError `usage` for a store without a size, or with two directories */
+function offloadPlace({ kvOffload, kvStore }: EngineOptions): { kvOffload?: OffloadPlace } {
+  if (!kvStore) return kvOffload ? { kvOffload } : {}
+  if (kvOffload && kvOffload.path === undefined)
+    return { kvOffload: { ...kvOffload, store: kvStore } }
+  throw new LatticeError('usage', 'A KV store has a size, and one directory.', {
+    todo: 'Give --kv-offload SIZE, without a directory, together with --kv-store DIR.',
+  })
+}
+
+function describeStore({ directory, prefixes, tokens, lost }: StoreFacts): string {
+  const gone = lost === 0 ? 'nothing lost' : `${lost} torn or changed records or prefixes lost`
+  return `${prefixes} prefixes of ${tokens} tokens kept in ${directory}, ${gone}`
+}
+
+function describeTier({ bytes, file, touches }: TierFacts): string {
+  const { path, direct, tmpfs } = file
+  const cache = direct ? 'past the page cache' : 'through the page cache: its disk knows no other'
+  const memory = tmpfs ? ' (which is memory itself: a tmpfs)' : ''
+  const waits = {
+    all: 'a touch of what is absent waits for it',
+    user: 'a touch of what is absent waits for it (user code only: no right to more)',
+    none: 'no right to userfaultfd, so a reload is waited for as a whole',
+  }
+  const where = `${mib(bytes)} encrypted in ${path}${memory}, ${cache}`
+  return `KV beyond that on disk, ${where}; ${waits[touches]}`
 }
 
 function mib(bytes: number): string {

@@ -4,10 +4,20 @@
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import type { Backend } from '../backends/backend.ts'
+import type { CpuOffload } from '../backends/cpu/backend.ts'
 import { toLatticeError } from '../errors.ts'
 import type { TokenLogprobs } from './api.ts'
+import type { PagerStart } from '../tier/pager.ts'
+import type { TierFacts } from '../tier/tier.ts'
+import { memoryPressure } from '../os/pressure.ts'
 import { EngineCore } from './core.ts'
-import type { EngineThreadOptions, FinishMessage, FromEngine, ToEngine } from './messages.ts'
+import type {
+  EngineThreadOptions,
+  FinishMessage,
+  FromEngine,
+  OffloadPlace,
+  ToEngine,
+} from './messages.ts'
 
 const port = present(parentPort, 'the parent thread')
 const options = workerData as EngineThreadOptions
@@ -33,6 +43,7 @@ interface Opened {
   backend: Backend
   variant: string
   repackedBytes: Record<string, number>
+  tier?: TierFacts | undefined
 }
 
 /** Only the chosen backend's code is loaded. */
@@ -47,9 +58,21 @@ async function openBackend(): Promise<Opened> {
     import('../backends/cpu/backend.ts'),
     import('../model/load.ts'),
   ])
-  const backend = new CpuBackend(openModel(choice.modelPath), { ...options, cpus: choice.cpus })
+  const backend = new CpuBackend(openModel(choice.modelPath), {
+    ...options,
+    cpus: choice.cpus,
+    ...(options.kvOffload && { offload: await offloadTo(options.kvOffload) }),
+  })
   const repackedBytes = Object.fromEntries(backend.weights.repackedBytes)
-  return { backend, variant: backend.variant, repackedBytes }
+  return { backend, variant: backend.variant, repackedBytes, tier: backend.kv.tier?.facts }
+}
+
+async function offloadTo({ store, ...place }: OffloadPlace): Promise<CpuOffload> {
+  const startPager = (start: PagerStart) => say({ kind: 'pager', start })
+  const offload = { ...place, signal: options.signal, startPager }
+  if (!store) return offload
+  const { readSecret } = await import('../tier/store/secret.ts')
+  return { ...offload, store: { directory: store.directory, secret: readSecret(store.key) } }
 }
 
 function makeCore(backend: Backend, kvPages: number): EngineCore {
@@ -63,6 +86,7 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
       prefixPages,
       prefixEviction: options.prefixEviction,
       prefixOutput: options.prefixCacheOutput,
+      watermarks: options.kvWatermarks,
     },
     {
       onStart(id, cachedTokens) {
@@ -72,8 +96,8 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
         if (chosen) (logprobs ??= new Map()).set(tokens.length / 2, chosen)
         tokens.push(id, token)
       },
-      onFinish(id, reason, outputTokens, error) {
-        finished.push({ id, reason, outputTokens, error: error?.toJSON() })
+      onFinish(id, reason, outputTokens, error, score) {
+        finished.push({ id, reason, outputTokens, error: error?.toJSON(), score })
       },
     },
     () => performance.now(),
@@ -83,17 +107,38 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
 /** How old the client's last snapshot may be when a step begins. */
 const SNAPSHOT_AGE_MS = 500
 
+/** How often the kernel is asked whether the machine has too little memory, if that helps. */
+const PRESSURE_CHECK_MS = 1000
+
+/** Percent of the time that some task waits for memory, from which on cached prefixes go. */
+const PRESSURE_MAX = 10
+
+/** At the end: a disk that takes longer gets no more of it. */
+const FLUSH_MS_MAX = 5_000
+
+function flushStore(core: EngineCore): void {
+  const end = performance.now() + FLUSH_MS_MAX
+  for (;;) {
+    const seen = Atomics.load(signal, 0)
+    if (!core.flush() || performance.now() > end) return
+    Atomics.wait(signal, 0, seen, 10)
+  }
+}
+
 /** Returns when the engine is closed. */
 function run(core: EngineCore): void {
   let publishedMs = -Infinity
+  let pressureMs = -Infinity
   for (;;) {
     const seen = Atomics.load(signal, 0)
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
       const message = item.message as ToEngine
       if (message.kind === 'submit') {
         core.submitChoices(message.ids, message.request, message.samplings)
+      } else if (message.kind === 'fork') {
+        core.fork(message.parent, message.id, message.sampling)
       } else if (message.kind === 'abort') core.abort(message.id)
-      else if (message.kind === 'close') return
+      else if (message.kind === 'close') return flushStore(core)
       else if (message.kind === 'ask') {
         const answer = core.answer(message.question)
         say({ kind: 'answer', ticket: message.ticket, answer })
@@ -103,20 +148,29 @@ function run(core: EngineCore): void {
       say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
       publishedMs = performance.now()
     }
+    if (options.kvOffload && performance.now() - pressureMs > PRESSURE_CHECK_MS) {
+      if ((memoryPressure() ?? 0) > PRESSURE_MAX) core.relieve()
+      pressureMs = performance.now()
+    }
     const worked = core.step()
     flush()
-    if (!worked) Atomics.wait(signal, 0, seen, core.settle())
+    if (worked) continue
+    const idleMs = options.kvOffload ? PRESSURE_CHECK_MS : Infinity
+    Atomics.wait(signal, 0, seen, Math.min(idleMs, core.settle() ?? Infinity))
   }
 }
 
 let opened: Opened | undefined
 try {
   opened = await openBackend()
-  const { backend, variant, repackedBytes } = opened
+  const { backend, variant, repackedBytes, tier } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
   const core = makeCore(backend, kvPages)
-  say({ kind: 'ready', facts: { variant, repackedBytes, layout, kvPages } })
+  say({
+    kind: 'ready',
+    facts: { variant, repackedBytes, layout, kvPages, ...(tier && { tier }) },
+  })
   run(core)
 } catch (thrown) {
   flush()

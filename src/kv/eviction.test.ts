@@ -10,7 +10,7 @@ import { type KvColumns, type KvSpan, RegionTable, spannedTokens } from './regio
 
 /** 4 tokens a page, one layer: a page a column. */
 const SHAPE = { layers: 1, rowBytes: 64, maxTokens: 4096, pageBytes: 256 }
-const MOVER = { map() {}, discard() {} }
+const MOVER = { map() {}, copy() {}, discard() {} }
 
 class Fixture {
   readonly regions: RegionTable

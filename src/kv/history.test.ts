@@ -41,19 +41,25 @@ test('a fork shares or copies other bytes than are said', () => {
   const moved: unknown[] = []
   const history = new KvHistory(() => 0)
   const mover = watched(
-    { map: (...args) => moved.push(args), discard: (...args) => moved.push(args) },
+    {
+      map: (...args) => moved.push(args),
+      copy: (...args) => moved.push(args),
+      discard: (...args) => moved.push(args),
+    },
     layout,
     history,
   )
   mover.map(1, 5, [])
   mover.discard(2, 3, 4)
   assert.equal(history.totals.size, 0)
-  mover.map(1, 5, [{ region: 0, from: 0, to: 10 }])
+  const shared = [{ region: 0, from: 0, to: 10 }]
+  mover.map(1, 5, shared)
+  mover.copy(1, 3, shared)
   assert.deepEqual(Object.fromEntries(history.totals), {
     fork: { count: 1, bytes: 2 * 3 * 256 },
     copy: { count: 1, bytes: 2 * (800 - 768) },
   })
   mover.map(1, 5, [{ region: 0, from: 0, to: 16 }])
   assert.equal(history.totals.get('copy')?.count, 1, '16 tokens fill whole pages')
-  assert.equal(moved.length, 4)
+  assert.equal(moved.length, 5)
 })

@@ -6,10 +6,23 @@ import { fullColumns, type KvMover, type KvSpan, spannedTokens } from './regions
 
 /**
  * fork: a slot begins with others' pages, so many bytes of which it shares; copy: what it copied of
- * a page that it cannot share; evict: cached prefixes were forgotten; preempt: a sequence had to
+ * pages that it cannot share; evict: cached prefixes were forgotten; preempt: a sequence had to
  * make room, and its pages went.
+ *
+ * Between memory and disk: offload: columns were written, reload: read back; demote: cached
+ * prefixes went from memory and are on disk; fault: pages were touched while they were on their
+ * way; lost: columns could not be written or did not come back as they went.
  */
-export type KvEventKind = 'fork' | 'copy' | 'evict' | 'preempt'
+export type KvEventKind =
+  | 'fork'
+  | 'copy'
+  | 'evict'
+  | 'preempt'
+  | 'offload'
+  | 'reload'
+  | 'demote'
+  | 'fault'
+  | 'lost'
 
 export interface KvEvent {
   kind: KvEventKind
@@ -57,9 +70,9 @@ export class KvHistory {
     return [...this.ring.slice(this.next), ...this.ring.slice(0, this.next)]
   }
 
-  /** The last event of a kind, if it is one of the last few: forks and copies alternate. */
+  /** The last event of a kind, if it is one of the last few: kinds alternate within a step. */
   private latest(kind: KvEventKind): KvEvent | undefined {
-    for (let back = 1; back <= 4; back++) {
+    for (let back = 1; back <= 9; back++) {
       const event = this.ring[(this.next - back + EVENTS_MAX) % EVENTS_MAX]
       if (event?.kind === kind) return event
     }
@@ -77,8 +90,11 @@ export function watched(mover: KvMover, layout: KvLayout, history: KvHistory): K
       const { pageBytes } = layout.shape
       const whole = fullColumns(layout, tokens) * pageBytes
       history.add('fork', whole * layout.ranges)
-      const copied = tokens * layout.tokenStride - whole
-      if (copied > 0) history.add('copy', copied * layout.ranges)
+    },
+    copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+      mover.copy(slot, first, shared)
+      const from = first * layout.shape.pageBytes
+      history.add('copy', (spannedTokens(shared) * layout.tokenStride - from) * layout.ranges)
     },
     discard: (region, first, end) => mover.discard(region, first, end),
   }

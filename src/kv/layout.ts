@@ -67,6 +67,13 @@ export function liveBytes(layout: KvLayout, tokens: number): number {
   return tokens * layout.shape.rowBytes * layout.shape.layers
 }
 
+/** The last column at or before `column` that begins with a token's first byte. */
+export function tokenAlignedColumn(layout: KvLayout, column: number): number {
+  const { pageBytes } = layout.shape
+  const unit = leastCommonMultiple(pageBytes, layout.tokenStride) / pageBytes
+  return column - (column % unit)
+}
+
 function leastCommonMultiple(a: number, b: number): number {
   let [x, y] = [a, b]
   while (y > 0) [x, y] = [y, x % y]

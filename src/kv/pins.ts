@@ -5,7 +5,7 @@ import { assert } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
 import { MAX_PINNED_PREFIXES, PREFIX_REGIONS } from '../limits.ts'
 import { pagesFor } from './layout.ts'
-import { type KvSpan, type RegionTable, spannedColumns } from './regions.ts'
+import { type KvColumns, type KvSpan, type RegionTable, spannedColumns } from './regions.ts'
 
 export interface Pin {
   tenant: string
@@ -87,6 +87,10 @@ export class PinTable {
 
   pagesOf(pin: Pin): number {
     return this.extent([pin]).pages
+  }
+
+  *holds(): Generator<KvColumns> {
+    for (const { spans } of this.list) yield* spannedColumns(this.regions.layout, spans)
   }
 
   check(): void {

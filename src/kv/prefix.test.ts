@@ -33,10 +33,14 @@ class Memory implements KvMover {
 
   map(slot: number, region: number, shared: readonly KvSpan[]): void {
     this.slots.set(slot, { region, shared })
+  }
+
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void {
     const { tokenStride, shape } = this.layout
     const end = spannedTokens(shared) * tokenStride
-    const from = this.bytes[shared.at(-1)?.region ?? region]!
-    for (let i = end - (end % shape.pageBytes); i < end; i++) this.bytes[region]![i] = from[i]!
+    const { region } = this.slots.get(slot)!
+    const from = this.bytes[shared.at(-1)!.region]!
+    for (let i = first * shape.pageBytes; i < end; i++) this.bytes[region]![i] = from[i]!
   }
 
   discard(region: number, first: number, end: number): void {

@@ -9,8 +9,10 @@ import { assert, present } from '../assert.ts'
 import { EVICTION_DEFAULT, type EvictionName, EVICTION_POLICIES } from './eviction.ts'
 import { columnsOf, type Evictable, EvictionQueue } from './eviction-queue.ts'
 import { tokensIn } from './layout.ts'
+import type { PlaceTable } from './places.ts'
 import { type Pin, pinLimitPages, PinTable } from './pins.ts'
-import { type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
+import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
+import { type Watch, WatchTable } from './watches.ts'
 
 export interface PrefixNode extends Evictable {
   /** No other node has had it. */
@@ -21,13 +23,24 @@ export interface PrefixNode extends Evictable {
   tokens: Int32Array
   /** Position of the first of them. */
   from: number
+  /** -1: outside of memory, as all that follows it is. */
   region: number
+  /** Where its columns are outside of memory, if they are; in memory too if it has a region. */
+  places: Uint32Array | undefined
+  /** Its region is being filled: nobody may use it yet. */
+  coming: boolean
+  /** Children that have a region. */
+  warm: number
   /** By their first token. */
   children: Map<number, PrefixNode>
   /** When it was last used, in milliseconds; it decides nothing. */
   usedMs: number
   /** Pinned prefixes that end here. */
   pins: number
+  /** Watched prefixes that end in here: they are cached for as long as this is. */
+  watches: Watch[]
+  /** Forgotten. */
+  gone: boolean
 }
 
 export interface PrefixCacheOptions {
@@ -35,20 +48,26 @@ export interface PrefixCacheOptions {
   eviction?: EvictionName
   /** Milliseconds that never go back; for what is shown only. */
   now?: () => number
-  /** Told of each end that is forgotten, with the pages that came back. */
-  onEvict?: (pages: number) => void
+  /** What is kept outside of memory has places there. */
+  places?: PlaceTable
+  /** Told of each end that is forgotten, or went out of memory, with the pages that came back. */
+  onGone?: (kind: 'evict' | 'demote', pages: number) => void
 }
 
 export class PrefixCache {
   evictions = 0
+  /** Those that went out of memory, and are cached still. */
+  demotions = 0
   readonly pins: PinTable
   private readonly regions: RegionTable
   private readonly budgetPages: number
   private readonly queue: EvictionQueue<PrefixNode>
   private readonly now: () => number
-  private readonly onEvict: (pages: number) => void
+  private readonly places: PlaceTable | undefined
+  private readonly onGone: (kind: 'evict' | 'demote', pages: number) => void
   /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
   private readonly roots = new Map<string, PrefixNode>()
+  readonly watches = new WatchTable(this.roots)
   private clock = 0
   private nextId = 1
 
@@ -57,12 +76,13 @@ export class PrefixCache {
     this.regions = regions
     this.budgetPages = budgetPages
     this.now = options.now ?? (() => 0)
-    this.onEvict = options.onEvict ?? (() => {})
+    this.places = options.places
+    this.onGone = options.onGone ?? (() => {})
     this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
     this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
   }
 
-  /** Where the longest cached prefix of the first `length` tokens lies. */
+  /** Where the longest prefix of the first `length` tokens lies that is cached in memory. */
   lookup(tenant: string, tokens: Int32Array, length: number): KvSpan[] {
     const spans: KvSpan[] = []
     let node = this.roots.get(tenant)
@@ -75,6 +95,7 @@ export class PrefixCache {
       if (!child) break
       const common = commonLength(child.tokens, tokens.subarray(at, length))
       this.touch(child)
+      if (child.region < 0 || child.coming) break
       addSpan(spans, { region: child.region, from: at, to: at + common })
       at += common
       node = common === child.tokens.length ? child : undefined
@@ -96,8 +117,13 @@ export class PrefixCache {
     while (at < length) {
       const child = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
-      const common = commonLength(child.tokens, tokens.subarray(at, length))
+      if (child.coming) return this.keepBudget()
+      const span = child.region < 0 ? spans.find(({ to }) => to > at) : undefined
+      const end = Math.min(length, span?.to ?? length)
+      const common = commonLength(child.tokens, tokens.subarray(at, end))
       node = common === child.tokens.length ? child : this.split(child, common)
+      // What is outside of memory was computed again meanwhile.
+      if (span) this.warmUp(node, span.region)
       node.uses++
       this.touch(node)
       at += common
@@ -113,14 +139,124 @@ export class PrefixCache {
   }
 
   /**
-   * Forgets ends of prefixes, those worth least, until memory comes back. False, with nothing
-   * forgotten, if none would: sequences use whatever is cached, or it is pinned.
+   * Takes in what is outside of memory, where its columns have these places.
+   * @returns the node at which it ends
+   */
+  restore(tenant: string, tokens: Int32Array, places: Uint32Array): PrefixNode {
+    let node = this.root(tenant)
+    let at = 0
+    while (at < tokens.length) {
+      const child = node.children.get(present(tokens[at], 'a token'))
+      if (!child) break
+      const common = commonLength(child.tokens, tokens.subarray(at))
+      node = common === child.tokens.length ? child : this.split(child, common)
+      at += common
+    }
+    if (at === tokens.length) return node
+    const rest = { tokens: tokens.slice(at), from: at, region: -1 }
+    const end = this.node({ parent: node, tenant, ...rest })
+    const { first, end: last } = columnsOf(this.regions, end)
+    end.places = places.slice(first, last)
+    this.places?.claim(end.places)
+    node.children.set(present(tokens[at], 'a token'), end)
+    return end
+  }
+
+  /**
+   * Takes ends of prefixes out of memory, those worth least, until memory comes back: they are
+   * forgotten unless they are outside of memory too. False, with nothing changed, if none would
+   * come back: sequences use whatever is cached, or it is pinned.
    */
   evict(): boolean {
     if (this.regions.evictablePages === 0) return false
     const before = this.regions.usedPages
-    while (this.regions.usedPages === before) this.forget(this.queue.firstToFree())
+    while (this.regions.usedPages === before) this.yield(this.queue.firstToFree())
     return true
+  }
+
+  /** What `evict` would take out of memory first. */
+  get coldest(): PrefixNode | undefined {
+    return this.regions.evictablePages === 0 ? undefined : this.queue.firstToFree()
+  }
+
+  /** Takes out of memory what is in its places too. */
+  demote(node: PrefixNode): void {
+    assert(node.region >= 0 && node.places && node.warm === 0, 'the end of what is in memory goes')
+    const parent = present(node.parent, 'a parent')
+    if (this.queue.has(node)) this.queue.remove(node)
+    this.queue.went(node)
+    const before = this.regions.usedPages
+    this.regions.drop(columnsOf(this.regions, node), 'cache')
+    node.region = -1
+    parent.warm--
+    this.demotions++
+    this.onGone('demote', before - this.regions.usedPages)
+    if (mayGo(parent)) this.queue.add(parent)
+  }
+
+  /** Makes room for `pages` more in the budget. False, having forgotten in vain, if it cannot. */
+  reserve(pages: number): boolean {
+    while (this.regions.cachedPages + pages > this.budgetPages) {
+      if (!this.queue.first) return false
+      this.yield(this.queue.first)
+    }
+    return true
+  }
+
+  /** Keeps a node from going, whatever follows it, until it is let go. */
+  hold(node: PrefixNode): void {
+    node.pins++
+    if (this.queue.has(node)) this.queue.remove(node)
+  }
+
+  letGo(node: PrefixNode): void {
+    node.pins--
+    if (mayGo(node)) this.queue.add(node)
+  }
+
+  /** What was coming is there. */
+  arrived(node: PrefixNode): void {
+    node.coming = false
+    if (mayGo(node)) this.queue.add(node)
+  }
+
+  /** A node that is out has its content in `region`, or will when it is no longer `coming`. */
+  warmUp(node: PrefixNode, region: number, coming = false): void {
+    const parent = present(node.parent, 'a parent')
+    assert(node.region < 0, 'what is brought back was out')
+    node.region = region
+    node.coming = coming
+    parent.warm++
+    if (this.queue.has(parent)) this.queue.remove(parent)
+    this.regions.hold(columnsOf(this.regions, node), 'cache')
+    if (mayGo(node)) this.queue.add(node)
+  }
+
+  /**
+   * The nodes that follow what is in memory of the first `length` tokens, outside of memory, and
+   * 'coming' if they are on their way. The last is made to end where these tokens leave it.
+   */
+  cold(tenant: string, tokens: Int32Array, length: number): PrefixNode[] | 'coming' {
+    const found: PrefixNode[] = []
+    let node = this.roots.get(tenant)
+    for (let at = 0; node && at < length;) {
+      const child: PrefixNode | undefined = node.children.get(present(tokens[at], 'a token'))
+      if (!child) break
+      if (child.coming) return 'coming'
+      const common = commonLength(child.tokens, tokens.subarray(at, length))
+      const whole = common === child.tokens.length
+      node = whole || child.region >= 0 ? child : this.split(child, common)
+      if (node.region < 0) found.push(node)
+      if (!whole) break
+      at += common
+    }
+    return found
+  }
+
+  /** Forgets a node and all that follows it. */
+  forgetAll(node: PrefixNode): void {
+    for (const child of node.children.values()) this.forgetAll(child)
+    this.forget(node)
   }
 
   /**
@@ -165,12 +301,20 @@ export class PrefixCache {
     for (const root of this.roots.values()) yield* visit(root)
   }
 
+  /** What the nodes hold. */
+  *holds(): Generator<KvColumns> {
+    for (const node of this.nodes()) if (node.region >= 0) yield columnsOf(this.regions, node)
+  }
+
   /** Throws if the tree contradicts itself. */
   check(): void {
-    assert(this.regions.cachedPages <= this.budgetPages, 'cached pages keep to their budget')
     this.queue.check()
     let ends = 0
     const visit = (node: PrefixNode): void => {
+      const warm = [...node.children.values()].filter(({ region }) => region >= 0).length
+      assert(node.warm === warm, 'a node knows how many that follow are in memory')
+      assert(warm === 0 || node.region >= 0 || !node.parent, 'what leads to memory is in memory')
+      assert(node.region >= 0 || node.places || !node.parent, 'what is not in memory has places')
       assert(this.queue.has(node) === mayGo(node), 'ends that are not pinned can go, only they')
       if (mayGo(node)) ends++
       for (const [token, child] of node.children) {
@@ -181,6 +325,9 @@ export class PrefixCache {
       }
     }
     for (const root of this.roots.values()) visit(root)
+    const coming = [...this.nodes()].some((node) => node.coming)
+    const within = this.regions.cachedPages <= this.budgetPages
+    assert(within || coming, 'cached pages keep to their budget')
     assert(this.queue.size === ends, 'nothing is queued that has gone')
     this.pins.check()
     for (const pin of this.pins.list) {
@@ -188,23 +335,39 @@ export class PrefixCache {
     }
   }
 
-  private keepBudget(): void {
-    while (this.regions.cachedPages > this.budgetPages) {
-      this.forget(present(this.queue.first, 'a prefix that is not pinned'))
+  /** As far as it can: what is coming, and what leads to it, stays until it is there. */
+  keepBudget(): void {
+    while (this.regions.cachedPages > this.budgetPages && this.queue.first) {
+      this.yield(this.queue.first)
     }
+  }
+
+  /** The end of what is in memory goes from there. */
+  private yield(end: PrefixNode): void {
+    if (end.places) this.demote(end)
+    else this.forgetAll(end)
   }
 
   private forget(leaf: PrefixNode): void {
     const parent = present(leaf.parent, 'a parent')
     const before = this.regions.usedPages
-    this.queue.remove(leaf)
-    this.queue.went(leaf)
+    if (this.queue.has(leaf)) {
+      this.queue.remove(leaf)
+      this.queue.went(leaf)
+    }
     parent.children.delete(present(leaf.tokens[0], 'a token'))
-    this.regions.drop(columnsOf(this.regions, leaf), 'cache')
+    if (leaf.places) this.places?.give(leaf.places)
+    leaf.places = undefined
+    if (leaf.region >= 0) {
+      parent.warm--
+      this.regions.drop(columnsOf(this.regions, leaf), 'cache')
+    }
+    leaf.gone = true
+    this.watches.went(leaf)
     this.evictions++
-    this.onEvict(before - this.regions.usedPages)
+    this.onGone('evict', before - this.regions.usedPages)
     if (!parent.parent) this.forgetIfEmpty(parent)
-    else if (mayGo(parent)) this.queue.add(parent)
+    else if (mayGo(parent) && !this.queue.has(parent)) this.queue.add(parent)
   }
 
   private forgetIfEmpty(root: PrefixNode): void {
@@ -230,6 +393,7 @@ export class PrefixCache {
     const node = this.node({ parent, tenant: parent.tenant, tokens, from, region })
     parent.children.set(present(tokens[0], 'a token'), node)
     if (this.queue.has(parent)) this.queue.remove(parent)
+    parent.warm++
     this.regions.hold(columnsOf(this.regions, node), 'cache')
     this.touch(node)
     this.queue.add(node)
@@ -247,13 +411,27 @@ export class PrefixCache {
     node.parent = upper
     node.tokens = node.tokens.slice(count)
     node.from += count
+    this.watches.split(upper, node)
     upper.children.set(present(node.tokens[0], 'a token'), node)
+    if (node.places) this.splitPlaces(upper, node, node.places)
+    if (region < 0) return upper
+    upper.warm = 1
     this.regions.hold(columnsOf(this.regions, upper), 'cache')
     this.regions.hold(columnsOf(this.regions, node), 'cache')
     this.regions.drop(before, 'cache')
     this.queue.revalue(upper)
     this.queue.revalue(node)
     return upper
+  }
+
+  /** A column that both have bytes of has a place that both hold. */
+  private splitPlaces(upper: PrefixNode, lower: PrefixNode, places: Uint32Array): void {
+    const above = columnsOf(this.regions, upper)
+    const below = columnsOf(this.regions, lower)
+    upper.places = places.slice(0, above.end - above.first)
+    lower.places = places.slice(below.first - above.first)
+    const shared = above.end > below.first ? present(lower.places[0], 'a place') : -1
+    if (shared >= 0) this.places?.share(shared)
   }
 
   private node(
@@ -275,6 +453,11 @@ export class PrefixCache {
       value: 0,
       heapIndex: -1,
       pins: 0,
+      watches: [],
+      places: undefined,
+      coming: false,
+      warm: 0,
+      gone: false,
     }
   }
 
@@ -297,9 +480,9 @@ export class PrefixCache {
   }
 }
 
-/** An end of the tree that no pinned prefix needs. */
-function mayGo({ parent, children, pins }: PrefixNode): boolean {
-  return parent !== undefined && children.size === 0 && pins === 0
+/** An end of what is in memory that no pinned prefix needs. */
+function mayGo({ parent, region, coming, warm, pins }: PrefixNode): boolean {
+  return parent !== undefined && region >= 0 && !coming && warm === 0 && pins === 0
 }
 
 function addSpan(spans: KvSpan[], span: KvSpan): void {

@@ -31,9 +31,14 @@ export interface KvMover {
   /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
    * there on lie in `region`. Whole columns are shared; what the shared tokens have of the column
-   * after them is copied. Whatever was mapped there before is no longer.
+   * after them is nobody's to read until `copy`. Whatever was mapped there before is no longer.
    */
   map(slot: number, region: number, shared: readonly KvSpan[]): void
+  /**
+   * Makes the columns of a mapped slot from `first` on its own: what the tokens of `shared` have of
+   * them is copied into its region.
+   */
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void
   /** Gives pages back to the kernel; they read as zeros. */
   discard(region: number, first: number, end: number): void
 }
@@ -49,6 +54,10 @@ export function regionsFor(slots: number): number {
 /** live: a sequence that runs, or a slot that keeps its pages warm; cache: a cached prefix. */
 export type Holder = 'live' | 'cache'
 
+export function pagesOf(layout: KvLayout, { first, end }: KvColumns): number {
+  return (end - first) * layout.ranges
+}
+
 /** Columns whose every byte lies before token `tokens`. */
 export function fullColumns(layout: KvLayout, tokens: number): number {
   return Math.floor((tokens * layout.tokenStride) / layout.shape.pageBytes)
@@ -57,6 +66,24 @@ export function fullColumns(layout: KvLayout, tokens: number): number {
 /** Columns that hold a byte of the first `tokens` tokens. */
 export function columnsFor(layout: KvLayout, tokens: number): number {
   return pagesFor(layout, tokens) / layout.ranges
+}
+
+/**
+ * Spans of which each has a column of its own, for the same tokens: one that lies within a column
+ * goes to the next, whose region has all of that column. The last stays as it is.
+ */
+export function mergeSpans(layout: KvLayout, spans: readonly KvSpan[]): KvSpan[] {
+  const merged: KvSpan[] = []
+  let from = 0
+  spans.forEach(({ region, to }, i) => {
+    const last = merged.at(-1)
+    if (last?.region === region && last.to === from) last.to = to
+    else if (i === spans.length - 1 || fullColumns(layout, from) < fullColumns(layout, to)) {
+      merged.push({ region, from, to })
+    } else return
+    from = to
+  })
+  return merged
 }
 
 /** The columns of spans that can be mapped: all but the last one if it is not full. */
@@ -69,6 +96,21 @@ export function sharedColumns(layout: KvLayout, spans: readonly KvSpan[]): KvCol
       end: fullColumns(layout, to),
     }))
     .filter(({ first, end }) => end > first)
+}
+
+/** The columns from `first` on that hold a byte of spans, each where all of its bytes lie. */
+export function copiedColumns(
+  layout: KvLayout,
+  spans: readonly KvSpan[],
+  first: number,
+): KvColumns[] {
+  return spans
+    .map(({ region, from, to }, i) => ({
+      region,
+      first: Math.max(first, fullColumns(layout, from)),
+      end: i === spans.length - 1 ? columnsFor(layout, to) : fullColumns(layout, to),
+    }))
+    .filter((columns) => columns.end > columns.first)
 }
 
 /** Every column that holds a byte of a span: what its holder keeps, so that it can be shared on. */
@@ -110,6 +152,8 @@ export class RegionTable {
   readonly loosened = new Set<number>()
   private readonly regions: (Region | undefined)[]
   private readonly columns: number
+  /** By region and column; only `checkHolders` uses it. */
+  private readonly recounted: Uint16Array
   private used = 0
   private cached = 0
   private evictable = 0
@@ -120,6 +164,7 @@ export class RegionTable {
     this.mover = mover
     this.columns = layout.rangeBytes / layout.shape.pageBytes
     this.regions = Array.from({ length: regions }, () => undefined)
+    this.recounted = new Uint16Array(regions * this.columns)
   }
 
   get usedPages(): number {
@@ -159,6 +204,26 @@ export class RegionTable {
   /** How many columns of a region are held, counting each hold. */
   holds(region: number): number {
     return this.regions[region]?.holds ?? 0
+  }
+
+  /** A slot may write to it at any time. */
+  isWritten(region: number): boolean {
+    return this.regions[region]?.owned ?? false
+  }
+
+  /** Whether no more than one sequence refers to a column, whatever is cached. */
+  hasOneUser(region: number, column: number): boolean {
+    return (this.regions[region]?.live[column] ?? 0) <= 1
+  }
+
+  /** Whether others than the one who holds `own` hold a column of its region from `from` on. */
+  isHeldFrom({ region, first, end }: KvColumns, from: number): boolean {
+    const { live, cache } = this.region(region)
+    for (let c = from; c < this.columns; c++) {
+      const own = c >= first && c < end ? 1 : 0
+      if ((live[c] ?? 0) + (cache[c] ?? 0) > own) return true
+    }
+    return false
   }
 
   /** Of these columns, the pages that only cached prefixes refer to. */
@@ -223,13 +288,14 @@ export class RegionTable {
     for (const region of this.regions) {
       if (!region) continue
       let [holds, inUse] = [0, 0]
-      region.live.forEach((live, c) => {
+      for (let c = 0; c < this.columns; c++) {
+        const live = region.live[c] ?? 0
         const cache = region.cache[c] ?? 0
         holds += live + cache
         if (live + cache > 0) inUse++
         if (cache > 0) cached++
         if (cache > 0 && live === 0) evictable++
-      })
+      }
       assert(holds === region.holds, 'a region knows its holds')
       assert(inUse === region.used, 'a region knows its used columns')
       used += inUse
@@ -238,6 +304,21 @@ export class RegionTable {
     assert(cached === this.cached, 'cached columns are the sum over regions')
     assert(evictable === this.evictable, 'evictable columns are the sum over regions')
     assert(this.usedPages <= this.limitPages, 'used pages keep to the limit')
+  }
+
+  /** Throws unless these, and nobody else, are counted as the holders of this kind. */
+  checkHolders(holder: Holder, holds: Iterable<KvColumns>): void {
+    this.recounted.fill(0)
+    for (const { region, first, end } of holds) {
+      for (let c = first; c < end; c++) this.recounted[region * this.columns + c]!++
+    }
+    this.regions.forEach((region, r) => {
+      for (let c = 0; region && c < this.columns; c++) {
+        const [counted, held] = [region[holder][c] ?? 0, this.recounted[r * this.columns + c] ?? 0]
+        if (counted === held) continue
+        assert(false, `column ${c} of region ${r} counts ${counted} ${holder}, not ${held}`)
+      }
+    })
   }
 
   private tally(region: Region, column: number, by: number): void {

@@ -7,7 +7,7 @@ import { layerMajor, pagesFor } from './layout.ts'
 import { type KvMover, RegionTable } from './regions.ts'
 import { SlotTable } from './slots.ts'
 
-const NOBODY: KvMover = { map: () => {}, discard: () => {} }
+const NOBODY: KvMover = { map: () => {}, copy: () => {}, discard: () => {} }
 
 const LAYOUT = layerMajor({ layers: 2, rowBytes: 64, maxTokens: 40, pageBytes: 256 })
 const SLOTS = 4

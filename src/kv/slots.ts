@@ -8,16 +8,22 @@
 // A warm slot keeps the pages of the sequence that ended, for one that will soon overwrite them:
 // faulting a page in costs more than writing to it. They count as used until reclaimed. A slot
 // whose pages are also another's cannot be overwritten: it becomes free as it retires.
+//
+// A fork takes no page: the column that it shares in part is copied when it first grows, and until
+// then counts as promised, so that nobody else is let in for it.
 
 import { assert, present } from '../assert.ts'
 import { type KvLayout, pagesFor } from './layout.ts'
 import {
   clipSpans,
   columnsFor,
+  copiedColumns,
   fullColumns,
   type KvColumns,
   type KvSpan,
+  mergeSpans,
   type RegionTable,
+  sharedColumns,
   spannedColumns,
   spannedTokens,
 } from './regions.ts'
@@ -30,10 +36,40 @@ interface Slot {
   region: number
   /** Tokens that lie in other regions, or were copied from there into the boundary column. */
   shared: readonly KvSpan[]
+  /** Columns of other regions that it holds. */
+  held: readonly KvColumns[]
   /** Columns of its own region that it holds. */
   first: number
   end: number
+  /** Tokens of these spans lie in `first` and after, to be copied when it first grows. */
+  pending: readonly KvSpan[] | undefined
+  /** Columns that it will need for its next token, while it is pending. */
+  promised: number
+  /** It holds only columns that it maps, and forks at its full length only. */
+  beam: boolean
 }
+
+/** A slot that is not free, and all that it holds. */
+export interface SlotInUse extends Pick<Slot, 'state' | 'region' | 'first' | 'end' | 'held'> {
+  slot: number
+  /** Since when it is warm, as `retire` took it. */
+  sinceMs: number
+  /** The tokens that lie in `held`. */
+  spans: readonly KvSpan[]
+  /** Its own first columns have nothing of these tokens yet. */
+  pending: boolean
+}
+
+/** What a slot holds while it is free. */
+const NOTHING = {
+  shared: [],
+  held: [],
+  first: 0,
+  end: 0,
+  pending: undefined,
+  promised: 0,
+  beam: false,
+} satisfies Partial<Slot>
 
 interface WarmSlot {
   slot: number
@@ -46,6 +82,9 @@ export class SlotTable {
   private readonly slots: Slot[]
   /** Longest warm first. */
   private readonly warm: WarmSlot[] = []
+  private promised = 0
+  /** Forks of beams that were copied in part, because they lay in too many regions. */
+  compactions = 0
 
   constructor(regions: RegionTable, slots: number) {
     this.layout = regions.layout
@@ -53,9 +92,7 @@ export class SlotTable {
     this.slots = Array.from({ length: slots }, (_, slot) => ({
       state: 'free',
       region: slot,
-      shared: [],
-      first: 0,
-      end: 0,
+      ...NOTHING,
     }))
   }
 
@@ -77,14 +114,16 @@ export class SlotTable {
     return this.warm.reduce((sum, { slot }) => sum + this.pagesOf(slot), 0)
   }
 
-  /** Slots that are not free; `sinceMs` of those that are warm, as `retire` took it. */
-  *inUse(): Generator<
-    Pick<Slot, 'region' | 'first' | 'end' | 'shared'> & { slot: number; sinceMs: number }
-  > {
+  *inUse(): Generator<SlotInUse> {
     const since = new Map(this.warm.map(({ slot, sinceMs }) => [slot, sinceMs]))
-    for (const [slot, { state, region, first, end, shared }] of this.slots.entries()) {
+    for (const [
+      slot,
+      { state, region, first, end, held, shared, pending },
+    ] of this.slots.entries()) {
       if (state === 'free') continue
-      yield { slot, sinceMs: since.get(slot) ?? -Infinity, region, first, end, shared }
+      const spans = pending ?? shared
+      const holds = { region, first, end, held, spans, pending: pending !== undefined }
+      yield { slot, state, sinceMs: since.get(slot) ?? -Infinity, ...holds }
     }
   }
 
@@ -92,6 +131,23 @@ export class SlotTable {
   pagesOf(slot: number): number {
     const { first, end } = this.slot(slot)
     return (end - first) * this.layout.ranges
+  }
+
+  /** Pages that a held slot lacks to hold `tokens` tokens. */
+  missingPages(slot: number, tokens: number): number {
+    const more = columnsFor(this.layout, tokens) - this.slot(slot).end
+    return Math.max(0, more) * this.layout.ranges
+  }
+
+  /** What a slot holds of the region where it writes. */
+  ownColumns(slot: number): KvColumns {
+    const { region, first, end } = this.slot(slot)
+    return { region, first, end }
+  }
+
+  /** Part of what it holds is in another's region still, until it grows. */
+  isPending(slot: number): boolean {
+    return this.slot(slot).pending !== undefined
   }
 
   /** Where the first `tokens` tokens of a held slot lie. */
@@ -106,15 +162,30 @@ export class SlotTable {
    * cached prefix but these made room.
    */
   fits(tokens: number, shared: readonly KvSpan[] = []): boolean {
-    const columns = spannedColumns(this.layout, shared)
-    const shareable = fullColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
-    const available = this.availablePages() - this.regions.evictableIn(columns)
-    return pagesFor(this.layout, tokens) - shareable <= available
+    return this.pagesBeside(tokens, shared) <= this.availableBeside(shared)
   }
 
-  /** Pages that could be had now, counting those of warm slots and of prefixes only cached. */
+  /** Pages that a slot of `tokens` tokens has of its own if it begins with `shared`. */
+  pagesBeside(tokens: number, shared: readonly KvSpan[]): number {
+    const shareable = fullColumns(this.layout, spannedTokens(shared)) * this.layout.ranges
+    return pagesFor(this.layout, tokens) - shareable
+  }
+
+  /** Pages that could be had now by whoever keeps `shared`. */
+  availableBeside(shared: readonly KvSpan[]): number {
+    const columns = spannedColumns(this.layout, shared)
+    return this.availablePages() - this.regions.evictableIn(columns)
+  }
+
+  /**
+   * Pages that could be had now, counting those of warm slots and of prefixes only cached, without
+   * those that forks are about to take.
+   */
   availablePages(): number {
-    return this.limitPages - this.usedPages + this.warmPages + this.regions.evictablePages
+    const { limitPages, usedPages, warmPages, regions, layout } = this
+    return (
+      limitPages - usedPages - this.promised * layout.ranges + warmPages + regions.evictablePages
+    )
   }
 
   /**
@@ -133,23 +204,42 @@ export class SlotTable {
 
   /**
    * Takes a free slot that begins with the tokens of `shared`, which are pinned: the pin passes to
-   * the slot. The column after the whole ones is copied, so it must be within the limit.
-   * @returns -1, with nothing changed, if it is not, or no slot or region is free
+   * the slot. No page is taken before it grows.
+   * @returns -1, with nothing changed, if no slot or region is free
    */
   acquireShared(shared: readonly KvSpan[]): number {
-    const tokens = spannedTokens(shared)
-    const first = fullColumns(this.layout, tokens)
-    const boundary = columnsFor(this.layout, tokens) - first
-    if (this.usedPages + boundary * this.layout.ranges > this.limitPages) return -1
-    const slot = this.acquireFree()
+    const slot = this.acquireFree(shared)
     if (slot < 0) return -1
     const taken = this.slot(slot)
-    taken.shared = shared
-    taken.first = first
-    taken.end = first
-    this.extend(taken, first + boundary)
-    this.regions.mover.map(slot, taken.region, shared)
+    taken.held = spannedColumns(this.layout, shared)
+    this.share(taken, shared, shared)
     return slot
+  }
+
+  /**
+   * Lets a slot go on from all `tokens` tokens of another one, as beams do at every token. It holds
+   * what it maps and no more, so it can be forked at its full length only.
+   * @param slot a beam's that was given up and is held still; -1 takes a free one
+   * @param spansMax other regions that its tokens may lie in; beyond it the later ones are copied
+   * @returns the slot, or -1, with nothing changed, if no slot or region is free
+   */
+  forkBeam(slot: number, parent: number, tokens: number, spansMax: number): number {
+    const spans = mergeSpans(this.layout, this.spansOf(parent, tokens))
+    const tooLong = spans.length > spansMax
+    const shared = tooLong ? spans.slice(0, beamSpansKept(spansMax)) : spans
+    const held = copiedColumns(this.layout, spans, 0)
+    for (const columns of held) this.regions.hold(columns, 'live')
+    const index = slot < 0 ? this.acquireFree(shared) : this.giveUp(slot, shared, tokens)
+    if (index < 0) {
+      for (const columns of held) this.regions.drop(columns, 'live')
+      return -1
+    }
+    const taken = this.slot(index)
+    taken.beam = true
+    taken.held = held
+    this.share(taken, shared, spans)
+    if (tooLong) this.compactions++
+    return index
   }
 
   /** Keeps the pages of a prefix from going while room is made for its new user. */
@@ -169,9 +259,13 @@ export class SlotTable {
     const held = this.slot(slot)
     assert(held.state === 'held', 'only a held slot grows')
     const end = columnsFor(this.layout, tokens)
-    if (end <= held.end) return true
-    if (this.usedPages + (end - held.end) * this.layout.ranges > this.limitPages) return false
-    this.extend(held, end)
+    const more = Math.max(0, end - held.end)
+    if (more > 0) {
+      if (this.usedPages + more * this.layout.ranges > this.limitPages) return false
+      this.regions.hold({ region: held.region, first: held.end, end }, 'live')
+      held.end = end
+    }
+    if (held.pending) this.copyPending(slot, held.pending)
     return true
   }
 
@@ -204,6 +298,15 @@ export class SlotTable {
     return longest.slot
   }
 
+  /** What the slots hold: each its own columns, and every column of what it shares. */
+  *holds(): Generator<KvColumns> {
+    for (const { state, region, first, end, held } of this.slots) {
+      if (state === 'free') continue
+      yield { region, first, end }
+      yield* held
+    }
+  }
+
   /** Throws if the counts contradict each other. */
   check(): void {
     this.regions.check()
@@ -215,6 +318,8 @@ export class SlotTable {
       const from = fullColumns(this.layout, spannedTokens(shared))
       assert(first === from && end >= first, `slot ${slot} writes after what it shares`)
     })
+    const promised = this.slots.reduce((sum, slot) => sum + slot.promised, 0)
+    assert(promised === this.promised, 'promised columns are the sum over slots')
     for (const { slot } of this.warm) {
       const { state, region, first, end } = this.slot(slot)
       assert(state === 'warm', `slot ${slot} is warm`)
@@ -222,39 +327,93 @@ export class SlotTable {
     }
   }
 
-  private acquireFree(): number {
+  private acquireFree(shared: readonly KvSpan[] = []): number {
     const slot = this.slots.findIndex(({ state }) => state === 'free')
     if (slot < 0) return -1
     const free = this.slot(slot)
     const region = this.regions.take(free.region)
     if (region < 0) return -1
-    if (region !== free.region) this.regions.mover.map(slot, region, [])
+    if (region !== free.region || shared.length > 0) this.regions.mover.map(slot, region, shared)
     free.region = region
     free.state = 'held'
     return slot
   }
 
-  private extend(slot: Slot, end: number): void {
-    this.regions.hold({ region: slot.region, first: slot.end, end }, 'live')
-    slot.end = end
+  /**
+   * Takes everything from a held slot but what it will write to as a fork of `tokens` tokens, and
+   * maps `shared` into it. -1, with nothing changed, if that needs another region and none is free.
+   */
+  private giveUp(index: number, shared: readonly KvSpan[], tokens: number): number {
+    const slot = this.slot(index)
+    const from = fullColumns(this.layout, spannedTokens(shared))
+    const { region } = slot
+    const own = { region, first: slot.first, end: slot.end }
+    if (this.regions.isHeldFrom(own, from)) {
+      const other = this.regions.take(-1)
+      if (other < 0) return -1
+      this.regions.leave(region)
+      this.regions.drop(own, 'live')
+      slot.region = other
+      slot.end = 0
+    } else {
+      const end = Math.max(slot.first, Math.min(slot.end, columnsFor(this.layout, tokens)))
+      const first = slot.first <= from && from < end ? from : end
+      this.regions.drop({ region, first: slot.first, end: first }, 'live')
+      this.regions.drop({ region, first: end, end: slot.end }, 'live')
+      slot.end = first < end ? end : 0
+    }
+    for (const columns of slot.held) this.regions.drop(columns, 'live')
+    this.regions.mover.map(index, slot.region, shared)
+    return index
+  }
+
+  /** Notes what a slot begins with: the tokens of `spans`, as far as `shared` goes by mapping. */
+  private share(slot: Slot, shared: readonly KvSpan[], spans: readonly KvSpan[]): void {
+    slot.shared = shared
+    slot.first = fullColumns(this.layout, spannedTokens(shared))
+    slot.end = Math.max(slot.first, slot.end)
+    slot.pending = spans
+    const needed = columnsFor(this.layout, spannedTokens(spans) + 1)
+    this.promise(slot, Math.max(0, needed - slot.end))
+  }
+
+  private copyPending(index: number, spans: readonly KvSpan[]): void {
+    const slot = this.slot(index)
+    if (columnsFor(this.layout, spannedTokens(spans)) > slot.first) {
+      this.regions.mover.copy(index, slot.first, spans)
+    }
+    slot.pending = undefined
+    this.promise(slot, 0)
+    if (!slot.beam) return
+    const { held } = slot
+    slot.held = sharedColumns(this.layout, slot.shared)
+    for (const columns of slot.held) this.regions.hold(columns, 'live')
+    for (const columns of held) this.regions.drop(columns, 'live')
+  }
+
+  private promise(slot: Slot, columns: number): void {
+    this.promised += columns - slot.promised
+    slot.promised = columns
   }
 
   private free(index: number): void {
     const slot = this.slot(index)
-    const { region, first, end, shared } = slot
+    const { region, first, end, shared, held } = slot
     const own: KvColumns = { region, first, end }
+    this.promise(slot, 0)
     this.regions.leave(region)
     this.regions.drop(own, 'live')
-    this.unpin(shared)
-    slot.state = 'free'
-    slot.first = 0
-    slot.end = 0
+    for (const columns of held) this.regions.drop(columns, 'live')
     // With another's pages mapped into it, it is mapped anew for its next sequence.
-    if (shared.length > 0) slot.region = -1
-    slot.shared = []
+    Object.assign(slot, NOTHING, { state: 'free', region: shared.length > 0 ? -1 : region })
   }
 
   private slot(slot: number): Slot {
     return present(this.slots[slot], 'a slot')
   }
+}
+
+/** Of the regions that a beam's tokens may lie in, those that stay when it lies in too many. */
+export function beamSpansKept(spansMax: number): number {
+  return Math.max(1, spansMax >> 1)
 }

@@ -17,8 +17,8 @@ export interface AnswersOptions {
   template: ChatTemplate | undefined
   /** Says on the server's side what a code does not tell the client. */
   warn: (line: string) => void
-  /** A prompt is in memory. */
-  onComputed?: (wire: WireRequest, tokens: Int32Array) => void
+  /** A prompt of a tenant's is in memory. */
+  onComputed?: (wire: WireRequest, tokens: Int32Array, tenant: string) => void
 }
 
 export class EngineAnswers {
@@ -62,7 +62,7 @@ export class EngineAnswers {
         onStart: (cached) => (usage.cachedTokens = cached),
       })
       void this.answer(generation.events, answer, usage, () => {
-        this.options.onComputed?.(wire, prompt)
+        this.options.onComputed?.(wire, prompt, tenant)
       })
       return () => generation.abort()
     } catch (thrown) {

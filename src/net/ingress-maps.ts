@@ -24,7 +24,9 @@ export const CONTROL = {
   liveMax: 28,
   replicas: 32,
   addresses: 288,
-  address: 296,
+  address4: 296,
+  address6: 360,
+  bytes: 616,
 } as const
 export const ADDRESSES_MAX = 16
 

@@ -163,9 +163,12 @@ export class Ingress {
         todo: `The program knows ${ADDRESSES_MAX}: remove some from the interface.`,
       })
     }
+    const four = addresses.filter(isMapped)
+    const six = addresses.filter((address) => !isMapped(address))
     const bytes = new Uint8Array(this.control.buffer)
     for (let i = 0; i < ADDRESSES_MAX; i++) {
-      bytes.set(addresses[i] ?? new Uint8Array(16), CONTROL.address + 16 * i)
+      bytes.set(four[i]?.subarray(12) ?? new Uint8Array(4), CONTROL.address4 + 4 * i)
+      bytes.set(six[i] ?? new Uint8Array(16), CONTROL.address6 + 16 * i)
     }
     this.control.setUint32(CONTROL.addresses, addresses.length, true)
   }
@@ -323,6 +326,11 @@ function tuneSyn(rodata: DataView, { port, source, total }: SynLimits): void {
   }
   set(source, TUNABLES.synSourceNs, TUNABLES.synSourceBurstNs)
   set(total, TUNABLES.synTotalNs, TUNABLES.synTotalBurstNs)
+}
+
+/** ::ffff:a.b.c.d */
+function isMapped(address: Uint8Array): boolean {
+  return address.every((byte, i) => i > 11 || byte === (i < 10 ? 0 : 255))
 }
 
 function requestKey(tenant: number, request: bigint): Uint8Array {

@@ -89,17 +89,21 @@ export function addressBytes(address: string): Uint8Array {
   return Uint8Array.from([...first, ...gap, ...last].flatMap((word) => [word >> 8, word & 255]))
 }
 
+/** RTF_REJECT: a route that leads nowhere. */
+const REJECTS = 0x200
+
 function isDefaultRoute(name: string): boolean {
-  const lines = (path: string) => readFileSync(path, 'utf8').split('\n')
-  const zero = /^0+$/
+  const lines = (path: string) => readFileSync(path, 'utf8').trimEnd().split('\n')
+  const isZero = (hex = '') => /^0+$/.test(hex)
+  // Interface, destination, gateway, flags, reference count, uses, metric, mask.
   const four = lines('/proc/net/route').map((line) => line.split('\t'))
+  if (four.some((row) => row[0] === name && isZero(row[1]) && isZero(row[7]))) return true
+  // Destination and its bits, source and its bits, gateway, metric, two counts, flags, interface.
   const six = lines('/proc/net/ipv6_route').map((line) => line.trim().split(/\s+/))
-  return (
-    four.some(([device, to = '', , , , , , mask = '']) => {
-      return device === name && zero.test(to) && zero.test(mask)
-    }) ||
-    six.some(([to = '', bits, ...rest]) => rest.at(-1) === name && zero.test(to) && bits === '00')
-  )
+  return six.some((row) => {
+    const leads = (Number.parseInt(row[8] ?? '', 16) & REJECTS) === 0
+    return row[9] === name && isZero(row[0]) && isZero(row[1]) && leads
+  })
 }
 
 /** Receive queues, ascending. */

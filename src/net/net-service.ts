@@ -8,6 +8,7 @@ import type { Tokenizer } from '../text/tokenizer.ts'
 import { type DatagramOptions, DatagramServer, type DatagramStatus } from './datagram-server.ts'
 import { EngineAnswers } from './engine-answers.ts'
 import { refused } from './interface.ts'
+import { PrefixNews } from './prefix-news.ts'
 import type { DatagramTenant } from './tenants.ts'
 
 export interface NetServiceOptions {
@@ -17,6 +18,8 @@ export interface NetServiceOptions {
   /** Without any, nothing can be attached. */
   tenants: readonly DatagramTenant[]
   maxRunning: number
+  /** The engine has a prefix cache: what is in it is published. */
+  publishes: boolean
   warn: (line: string) => void
 }
 
@@ -29,13 +32,23 @@ export type AttachOptions = Pick<
 export class NetService {
   private readonly options: NetServiceOptions
   private readonly answers: EngineAnswers
+  private readonly news: PrefixNews | undefined
   private server: DatagramServer | undefined
+  /** Of our own engine, among the replicas. */
+  private index = 0
   /** Attaching or detaching: only one at a time. */
   private busy = false
 
   constructor(options: NetServiceOptions) {
     this.options = options
-    this.answers = new EngineAnswers(options)
+    const { engine, tenants } = options
+    this.news = options.publishes
+      ? new PrefixNews(engine, tenants, (hash, isHeld) => {
+          this.server?.publish(this.index, hash, isHeld)
+        })
+      : undefined
+    const onComputed = this.news?.computed
+    this.answers = new EngineAnswers(onComputed ? { ...options, onComputed } : options)
   }
 
   /** @throws LatticeError `net_refused`, and as `DatagramServer.start` does; nothing is attached */
@@ -55,24 +68,21 @@ export class NetService {
         maxRunning,
         onFailure: (error: LatticeError) => warn(`datagrams are refused: ${error.message}`),
       })
-      server.addReplica({
+      this.index = server.addReplica({
         model: engine.model.id,
         start: (wire, tenant, answer) => this.answers.start(wire, tenant, answer),
       })
       this.server = server
+      this.news?.begin()
       return server.status()
     })
   }
 
   /** @throws LatticeError `net_refused` if it is attached to nothing */
   async detach(): Promise<void> {
-    const { server } = this
-    if (!server) throw refused('This server is attached to no interface.', 'Nothing is to be done.')
-    await this.alone(async () => {
-      await server.drain()
-      this.server = undefined
-      await server.close()
-    })
+    if (!this.server)
+      throw refused('This server is attached to no interface.', 'Nothing is to be done.')
+    await this.alone(() => this.close())
   }
 
   /** Undefined while it is attached to nothing. */
@@ -88,8 +98,9 @@ export class NetService {
   /** Lets what was answered arrive, then detaches. */
   async close(): Promise<void> {
     const { server } = this
-    this.server = undefined
+    this.news?.end()
     await server?.drain()
+    this.server = undefined
     await server?.close()
   }
 

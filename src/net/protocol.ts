@@ -1,7 +1,7 @@
 // Owns the datagram protocol on this side of the wire: headers as objects and as bytes, MACs,
 // cookies and prefix hashes. docs/protocol.md specifies it; bpf/protocol.h is the kernel's view.
 
-import { type SipKey, sipHash } from './siphash.ts'
+import { type SipKey, sipHash, sipPrefixes } from './siphash.ts'
 
 export const PROTOCOL_VERSION = 1
 export const PROTOCOL_PORT = 7411
@@ -162,12 +162,21 @@ export function hashOf(key: SipKey, bytes: Uint8Array): bigint {
   return mac.getBigUint64(0)
 }
 
-/** What a HELLO says of its prompt: the four longest prefixes that it has, ascending, then zeros. */
+/** The hash of each of these lengths, ascending, of a prompt that is no shorter. */
+export function allPrefixHashes(
+  key: SipKey,
+  prompt: Uint8Array,
+  lengths: readonly number[],
+): bigint[] {
+  const view = new DataView(prompt.buffer, prompt.byteOffset, prompt.byteLength)
+  return sipPrefixes(key, view, lengths)
+}
+
+/** What a HELLO says of its prompt: its four longest prefixes, ascending, then zeros. */
 export function prefixHashes(key: SipKey, prompt: Uint8Array): Header['words'] {
-  const words: Header['words'] = [0n, 0n, 0n, 0n]
-  const lengths = PREFIX_LADDER.filter((bytes) => bytes <= prompt.length).slice(-words.length)
-  lengths.forEach((bytes, i) => (words[i] = hashOf(key, prompt.subarray(0, bytes))))
-  return words
+  const lengths = PREFIX_LADDER.filter((bytes) => bytes <= prompt.length).slice(-4)
+  const hashes = allPrefixHashes(key, prompt, lengths)
+  return [...hashes, 0n, 0n, 0n, 0n].slice(0, 4) as Header['words']
 }
 
 /** @param address 16 bytes; IPv4 as ::ffff:a.b.c.d */

@@ -39,7 +39,34 @@ export class ServerMetrics {
   readonly #engineUp = this.#r.gauge('lattice_engine_up', '1 while the engine answers, else 0.')
   readonly #preemptions = this.#r.counter(
     'lattice_num_preemptions_total',
-    'Sequences set back to the queue to make room.',
+    'Sequences that made room, by how they come back: offload or recompute.',
+    ['how'],
+  )
+  readonly #offloadBytes = this.#r.gauge('lattice_kv_offload_bytes', 'KV outside of memory.')
+  readonly #offloadLimit = this.#r.gauge(
+    'lattice_kv_offload_limit_bytes',
+    'KV that may be outside of memory.',
+  )
+  readonly #offloadMoved = this.#r.counter(
+    'lattice_kv_offload_moved_bytes_total',
+    'KV written to outside of memory (out) and read back (in).',
+    ['direction'],
+  )
+  readonly #faults = this.#r.counter(
+    'lattice_kv_faults_total',
+    'Touches of KV pages that were on their way from disk.',
+  )
+  readonly #kept = this.#r.gauge(
+    'lattice_kv_store_prefixes',
+    'Cached prefixes that would outlive the process.',
+  )
+  readonly #offloadLost = this.#r.counter(
+    'lattice_kv_offload_lost_total',
+    'Sequences and prefixes whose KV could not be written or read back.',
+  )
+  readonly #beamCopies = this.#r.counter(
+    'lattice_beam_copies_total',
+    'Forks of beams that were copied in part, because their tokens lay in too many places.',
   )
   readonly #prefixQueries = this.#r.counter(
     'lattice_prefix_cache_queries_total',
@@ -175,7 +202,17 @@ export class ServerMetrics {
     this.#kvUsedPages.set(kv.usedPages)
     this.#kvLimitPages.set(kv.limitPages)
     this.#kvResident.set(kv.residentBytes)
-    this.#preemptions.set(snapshot.preemptions)
+    const { tier } = snapshot
+    this.#preemptions.set(tier?.offloads ?? 0, ['offload'])
+    this.#preemptions.set(snapshot.preemptions - (tier?.offloads ?? 0), ['recompute'])
+    this.#offloadBytes.set(tier?.usedBytes ?? 0)
+    this.#offloadLimit.set(tier?.capacityBytes ?? 0)
+    this.#offloadMoved.set(tier?.savedBytes ?? 0, ['out'])
+    this.#offloadMoved.set(tier?.loadedBytes ?? 0, ['in'])
+    this.#offloadLost.set(tier?.lost ?? 0)
+    this.#beamCopies.set(snapshot.beamCopies)
+    this.#faults.set(tier?.faults ?? 0)
+    this.#kept.set(tier?.kept ?? 0)
     this.#prefixQueries.set(snapshot.prefixQueries)
     this.#prefixHits.set(snapshot.prefixHits)
     this.#prefixEvictions.set(snapshot.prefixEvictions)

@@ -19,13 +19,17 @@ function slotTable(
   pages: number,
   discard: KvMover['discard'] = () => {},
 ): SlotTable {
-  const mover = { map: () => {}, discard }
+  const mover = { map: () => {}, copy: () => {}, discard }
   return new SlotTable(new RegionTable(LAYOUT, slots, pages, mover), slots)
 }
 
 interface Item {
   id: number
   prompt: number
+  readonly promptLength: number
+  readonly lengthMax: number
+  image: undefined
+  preemptions: number
   output: number
   /** Steps after its arrival at which it is aborted. */
   abortAfter: number | undefined
@@ -35,10 +39,17 @@ interface Item {
   slot: number
 }
 
+function newItem(id: number, prompt: number, output: number): Item {
+  const lengths = { length: prompt, promptLength: prompt, lengthMax: prompt + output }
+  const state = { computed: 0, slot: -1, image: undefined, preemptions: 0 }
+  return { id, prompt, output, abortAfter: undefined, arriveAt: 0, ...lengths, ...state }
+}
+
 interface Load {
   maxSequences: number
   extraBudget: number
   limitPages: number
+  greedy: boolean
   items: { prompt: number; output: number; gap: number; abortAfter: number | undefined }[]
 }
 
@@ -47,6 +58,7 @@ const loads: fc.Arbitrary<Load> = fc.record({
   extraBudget: fc.nat(20),
   // The longest sequence needs 32 pages: from just that to plenty.
   limitPages: fc.integer({ min: 32, max: 100 }),
+  greedy: fc.boolean(),
   items: fc.array(
     fc.record({
       prompt: fc.integer({ min: 1, max: 40 }),
@@ -71,17 +83,17 @@ class Run {
   private readonly alive = new Set<Item>()
   private step = 0
 
-  constructor({ maxSequences, extraBudget, limitPages, items }: Load) {
+  constructor({ maxSequences, extraBudget, limitPages, greedy, items }: Load) {
     this.maxSequences = maxSequences
     this.stepTokens = maxSequences + extraBudget
     // Without sharing, a slot's region is its own.
     this.slots = slotTable(maxSequences, limitPages, (region) => this.released.push(region))
-    const options = { stepTokens: this.stepTokens, maxSequences, chunkTokensMin: 1 }
+    const options = { stepTokens: this.stepTokens, maxSequences, chunkTokensMin: 1, greedy }
     this.scheduler = new Scheduler(this.slots, options, ALONE)
     let arriveAt = 0
-    this.coming = items.map(({ gap, ...item }, id) => {
+    this.coming = items.map(({ gap, prompt, output, abortAfter }, id) => {
       arriveAt += gap
-      return { ...item, id, arriveAt, length: item.prompt, computed: 0, slot: -1 }
+      return { ...newItem(id, prompt, output), arriveAt, abortAfter }
     })
   }
 
@@ -140,6 +152,8 @@ class Run {
     assert.equal(new Set(parts.map(({ sequence }) => sequence)).size, parts.length)
     for (const { sequence, count } of parts) {
       assert.ok(count >= 1 && sequence.computed + count <= sequence.length)
+      // What was decoded once is decoded again.
+      if (sequence.computed + count > sequence.prompt) assert.equal(count, 1)
       const pages = pagesFor(LAYOUT, sequence.computed + count)
       assert.ok(pages <= this.slots.pagesOf(sequence.slot), 'a token has no page')
     }
@@ -155,10 +169,10 @@ class Run {
       filling.slice(0, chunks.length),
       'prompts are not filled in order of arrival',
     )
-    if (filling.some(({ length, computed }, i) => length - computed !== chunks[i]?.count)) {
+    if (filling.some(({ prompt, computed }, i) => prompt - computed !== chunks[i]?.count)) {
       assert.equal(used, this.stepTokens, 'a prompt waits while budget is left')
       chunks.slice(0, -1).forEach(({ sequence, count }) => {
-        assert.equal(sequence.computed + count, sequence.length, 'a later prompt was preferred')
+        assert.equal(sequence.computed + count, sequence.prompt, 'a later prompt was preferred')
       })
     }
     if (this.alive.size > 0) {
@@ -235,7 +249,7 @@ test('memory for one sequence alone stops the others for good', () => {
     gap: 0,
     abortAfter: undefined,
   }))
-  new Run({ maxSequences: 6, extraBudget: 0, limitPages: 32, items }).toTheEnd()
+  new Run({ maxSequences: 6, extraBudget: 0, limitPages: 32, greedy: true, items }).toTheEnd()
 })
 
 test('a step too small for every sequence to decode is taken', () => {
@@ -254,8 +268,7 @@ test('a prompt is let in whose first output throws it out again', () => {
     { stepTokens: 16, maxSequences: 2, chunkTokensMin: 1 },
     ALONE,
   )
-  const item = { prompt: 4, output: 4, arriveAt: 0, abortAfter: undefined, length: 4, computed: 0 }
-  const [first, second] = [0, 1].map((id) => ({ ...item, id, slot: -1 })) as [Item, Item]
+  const [first, second] = [0, 1].map((id) => newItem(id, 4, 4)) as [Item, Item]
   scheduler.waiting.push(first, second)
   assert.deepEqual(scheduler.plan(), [{ sequence: first, count: 4 }])
   assert.deepEqual(scheduler.waiting, [second])
@@ -273,8 +286,7 @@ test('a prompt is cut into a chunk that another kernel would compute, or waits f
         const stepTokens = stepTokensNeeded(maxSequences, chunkTokensMin) + extra
         const options = { stepTokens, maxSequences, chunkTokensMin }
         const scheduler = new Scheduler<Item>(slots, options, ALONE)
-        const item = { output: 5, arriveAt: 0, abortAfter: undefined, computed: 0, slot: -1 }
-        const items = prompts.map((prompt, id): Item => ({ ...item, id, prompt, length: prompt }))
+        const items = prompts.map((prompt, id) => newItem(id, prompt, 5))
         scheduler.waiting.push(...items)
         for (let step = 0; scheduler.waiting.length + scheduler.running.length > 0; step++) {
           assert.ok(step < 500, 'a prompt never advances')

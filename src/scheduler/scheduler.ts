@@ -4,27 +4,71 @@
 // step and Sarathi-Serve (Agrawal et al. 2024) for sharing a step with chunks of prompts.
 
 import { assert, present } from '../assert.ts'
-import { type KvSpan, spannedTokens } from '../kv/regions.ts'
+import { LatticeError } from '../errors.ts'
+import type { KvSpan } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
+import type { Image, Tiers } from '../kv/tiers.ts'
+import { Residence } from './residence.ts'
+import { type Growing, OutputLengths, peakPages } from './growth.ts'
 
 /** What the scheduler sees, and changes, of a sequence. */
 export interface Schedulable {
   /** Tokens known: prompt and output. */
   readonly length: number
+  /** The first of them, which are computed in chunks; what was decoded is computed so again. */
+  readonly promptLength: number
   /** Tokens whose KV is in memory. */
   computed: number
+  /** Tokens that it may have in the end. */
+  readonly lengthMax: number
   /** -1 while waiting. */
   slot: number
+  /** What it has outside of memory, or on the way; it does not run meanwhile. */
+  image: Image | undefined
+  /** How often it had to make room. */
+  preemptions: number
+  /** Those it goes together with, if any. */
+  readonly unit?: SchedulingUnit<Schedulable> | undefined
+}
+
+/**
+ * Sequences that are let in, decode and give way together, such as beams. One of them waits for
+ * all; when its prompt is computed the others fork from it.
+ */
+export interface SchedulingUnit<S> {
+  /** Sequences that it will have, at most. */
+  readonly width: number
+  /** Pages that it may need to run to its end, and those that it is to find when it is let in. */
+  readonly pagesMost: number
+  readonly pagesToEnter: number
+  /** Those that run, or the one that waits. */
+  readonly members: readonly S[]
+  /** All have lost their memory: leaves one that begins again. */
+  restart(): void
 }
 
 /** What of a sequence may be in memory before it is let in. */
 export interface Sharing<S> {
-  /** Where its first tokens lie; 'wait' while another sequence is about to compute them. */
-  prefixOf(sequence: S): readonly KvSpan[] | 'wait'
+  /**
+   * Where its first tokens lie; 'wait' while another sequence is about to compute them, 'coming'
+   * while they come from outside of memory: others may go first.
+   */
+  prefixOf(sequence: S): readonly KvSpan[] | 'wait' | 'coming'
   /** Lets go of a cached prefix, to make room. False if there is none. */
   evict(): boolean
   /** A sequence is about to lose its slot to make room; it will wait again. */
   preempted?(sequence: S): void
+}
+
+/** How a sequence that makes room comes back. */
+export interface Preemption {
+  readonly tiers: Tiers
+  /** Something is on its way out of memory or back. */
+  readonly busy: boolean
+  /** Pages that become free without anybody's doing. */
+  readonly leavingPages: number
+  /** Whether moving so many pages costs less than computing so many tokens. */
+  preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean
 }
 
 /** One sequence's part of a step: `count` tokens from `computed` on. */
@@ -38,6 +82,8 @@ export interface SchedulerOptions {
   maxSequences: number
   /** No prompt is cut into chunks shorter than this; see `Backend.chunkTokensMin`. */
   chunkTokensMin: number
+  /** Lets in whoever fits now, whatever those that run will need. */
+  greedy?: boolean
 }
 
 /** The least a step must hold: a token for each sequence, and room to cut a prompt beside them. */
@@ -50,15 +96,26 @@ export class Scheduler<S extends Schedulable> {
   readonly waiting: S[] = []
   /** In order of admission: the last one gives way first. */
   readonly running: S[] = []
-  preemptions = 0
+  /** Sequences that made room and had to be computed again: writing or reading failed. */
+  imagesLost = 0
   private readonly slots: SlotTable
   private readonly options: SchedulerOptions
   private readonly sharing: Sharing<S>
+  private readonly preemption: Preemption | undefined
+  private readonly residence: Residence<S>
+  private readonly lengths = new OutputLengths()
+  /** Pages that sequences of this step wait for while others leave. */
+  private owedPages = 0
   private readonly parts: ScheduledPart<S>[] = []
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
 
-  constructor(slots: SlotTable, options: SchedulerOptions, sharing: Sharing<S>) {
+  constructor(
+    slots: SlotTable,
+    options: SchedulerOptions,
+    sharing: Sharing<S>,
+    preemption?: Preemption,
+  ) {
     assert(
       options.stepTokens >= stepTokensNeeded(options.maxSequences, options.chunkTokensMin),
       'every sequence can decode in every step, and a prompt advance beside them',
@@ -66,6 +123,27 @@ export class Scheduler<S extends Schedulable> {
     this.slots = slots
     this.options = options
     this.sharing = sharing
+    this.preemption = preemption
+    this.residence = new Residence(slots, sharing, preemption)
+  }
+
+  /** Sequences that made room, by how they were to come back. */
+  get preemptions(): { readonly offload: number; readonly recompute: number } {
+    return this.residence.preemptions
+  }
+
+  /**
+   * Takes note of what has moved out of memory, or back, since the last call.
+   * @throws LatticeError `pager_failed`
+   */
+  settle(nowMs: number): void {
+    if (!this.preemption) return
+    for (const image of this.preemption.tiers.poll(nowMs)) {
+      if (image.state === 'lost') this.computeAgain(image)
+      if (image.state !== 'back') continue
+      const sequence = this.running.find((running) => running.image === image)
+      this.residence.isBack(present(sequence, 'whose image is back'), image)
+    }
   }
 
   /**
@@ -75,6 +153,7 @@ export class Scheduler<S extends Schedulable> {
    */
   plan(): readonly ScheduledPart<S>[] {
     this.parts.length = 0
+    this.owedPages = 0
     this.planDecodes()
     const budget = this.options.stepTokens - this.parts.length
     this.admit(budget - this.planPrompts(budget))
@@ -86,22 +165,26 @@ export class Scheduler<S extends Schedulable> {
    * @param sinceMs as `SlotTable.retire` takes it
    */
   remove(sequence: S, sinceMs: number): void {
+    if (!sequence.unit) this.lengths.ended(sequence.length - sequence.promptLength)
     const waitingAt = this.waiting.indexOf(sequence)
     if (waitingAt >= 0) this.waiting.splice(waitingAt, 1)
     const runningAt = this.running.indexOf(sequence)
     if (runningAt >= 0) this.running.splice(runningAt, 1)
+    if (sequence.image) this.residence.forgetImage(sequence, sequence.image)
     if (sequence.slot >= 0) this.slots.retire(sequence.slot, sinceMs)
     sequence.slot = -1
   }
 
   private planDecodes(): void {
+    let stalled: S['unit']
     // Making room takes out the last of the running, never one that this loop has passed.
     for (let i = 0; i < this.running.length; i++) {
       const sequence = present(this.running[i], 'a running sequence')
-      if (isDecoding(sequence) && this.makeRoom(sequence, sequence.length)) {
+      if (sequence.image || !isDecoding(sequence) || isStalled(sequence, stalled)) continue
+      if (this.makeRoom(sequence)) {
         this.addPart(sequence, 1)
         this.sortLastPart()
-      }
+      } else stalled = sequence.unit
     }
   }
 
@@ -121,7 +204,8 @@ export class Scheduler<S extends Schedulable> {
   private planPrompts(budget: number): number {
     let used = 0
     for (const sequence of this.running) {
-      if (!isDecoding(sequence)) used += this.planChunk(sequence, budget - used)
+      if (sequence.image || isDecoding(sequence)) continue
+      used += this.planChunk(sequence, budget - used)
     }
     return used
   }
@@ -129,50 +213,155 @@ export class Scheduler<S extends Schedulable> {
   /** Lets sequences in while there is budget; a prompt gets all of its pages now or waits. */
   private admit(budget: number): void {
     let left = budget
-    while (left > 0 && this.running.length < this.options.maxSequences) {
-      const sequence = this.waiting[0]
-      if (!sequence || this.chunkOf(sequence, left) === 0) return
-      const shared = this.sharing.prefixOf(sequence)
-      if (shared === 'wait') return
-      // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
-      if (!this.place(sequence, shared)) {
-        if (this.running.length > 0 || !this.place(sequence, [])) return
-      }
-      this.waiting.shift()
+    let at = 0
+    // Who runs already waits for memory: nobody else gets any.
+    while (left > 0 && this.owedPages === 0) {
+      const sequence = this.waiting[at]
+      if (!sequence) return
+      while (!this.mayEnter(sequence)) if (!this.unblock()) return
+      if (!sequence.image && this.chunkOf(sequence, left) === 0) return
+      let entry = this.letIn(sequence)
+      while (entry === false && this.unblock()) entry = this.letIn(sequence)
+      if (entry === 'coming') at++
+      if (entry === false) return
+      if (entry !== true) continue
+      this.waiting.splice(at, 1)
       this.running.push(sequence)
-      left -= this.planChunk(sequence, left)
+      if (sequence.image) continue
+      if (!isDecoding(sequence)) left -= this.planChunk(sequence, left)
+      else {
+        this.addPart(sequence, 1)
+        left--
+      }
     }
   }
 
+  private letIn(sequence: S): boolean | 'coming' {
+    const { image } = sequence
+    if (image) {
+      if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared)) return false
+      return this.residence.resume(sequence, image)
+    }
+    const shared = this.sharing.prefixOf(sequence)
+    if (shared === 'wait') return false
+    if (shared === 'coming') return shared
+    if (this.expectsRoom(sequence, shared) && this.residence.place(sequence, shared)) return true
+    // With nobody to wait for, what a prefix keeps from being evicted may be what is missing.
+    return this.running.length === 0 && this.residence.place(sequence, [])
+  }
+
+  /** Whether a sequence can run beside the others without throwing any out before it ends. */
+  private expectsRoom(sequence: S, shared: readonly KvSpan[]): boolean {
+    // A unit finds what it needs, or it does not enter.
+    if (this.options.greedy || this.running.length === 0 || sequence.unit) return true
+    const { slots } = this
+    let room = slots.availableBeside(shared) + (this.preemption?.leavingPages ?? 0)
+    const growing = this.running.map((running): Growing => {
+      const pages = slots.pagesOf(running.slot)
+      room += pages
+      return { pages, remaining: this.remaining(running) }
+    })
+    const pages = slots.pagesBeside(sequence.length + 1, shared)
+    growing.push({ pages, remaining: this.remaining(sequence) })
+    const { ranges, tokenStride, shape } = slots.layout
+    return peakPages(growing, (ranges * tokenStride) / shape.pageBytes, ranges) <= room
+  }
+
+  private remaining({ lengthMax, length, preemptions }: S): number {
+    return this.lengths.remaining(lengthMax - length, preemptions)
+  }
+
   /**
-   * Lets in the first of the queue with everything that another sequence has in memory.
+   * When nothing runs, or is on its way, what images keep in memory may be what is missing: the
+   * last of the queue gives up its own.
+   * @returns false if there is none, or something to wait for
+   */
+  private unblock(): boolean {
+    if (this.running.length > 0 || this.preemption?.busy) return false
+    const last = this.waiting.findLast(({ image }) => image && image.shared.length > 0)
+    if (!last?.image) return false
+    this.residence.forgetImage(last, last.image)
+    return true
+  }
+
+  /**
+   * Lets a sequence in, from the queue or not, with everything that another one has in memory. Its
+   * slot grows in the step that writes its next token.
    * @returns false, with nothing changed, if there is no room for it
    */
-  fork(source: S): boolean {
-    const sequence = present(this.waiting[0], 'a waiting sequence')
-    if (this.running.length === this.options.maxSequences) return false
-    if (!this.place(sequence, this.slots.spansOf(source.slot, source.computed))) return false
-    this.waiting.shift()
+  fork(sequence: S, source: S): boolean {
+    if (!this.mayEnter(sequence)) return false
+    const shared = this.slots.spansOf(source.slot, source.computed)
+    if (!this.residence.place(sequence, shared, 'grow later')) return false
+    const at = this.waiting.indexOf(sequence)
+    if (at >= 0) this.waiting.splice(at, 1)
     this.running.push(sequence)
     return true
   }
 
-  /** Finds a slot and pages for a sequence that begins with `shared`. False: there is no room. */
-  private place(sequence: S, shared: readonly KvSpan[]): boolean {
-    const { slots } = this
-    // One token more than it has: else its first output could throw it out again at once.
-    const tokens = sequence.length + 1
-    if (!slots.fits(tokens, shared)) return false
-    slots.pin(shared)
-    const slot = this.acquire(tokens, shared)
-    if (slot < 0) {
-      slots.unpin(shared)
-      return false
+  /**
+   * Lets a member of a unit go on from all that another one has in memory.
+   * @returns false, with nothing changed, if memory has no region for it
+   */
+  forkBeam(member: S, parent: S, spansMax: number): boolean {
+    const { slots, running } = this
+    for (;;) {
+      const slot = slots.forkBeam(member.slot, parent.slot, parent.computed, spansMax)
+      if (slot < 0) {
+        if (this.residence.reclaimOne()) continue
+        return false
+      }
+      if (member.slot < 0) running.splice(running.indexOf(parent) + 1, 0, member)
+      member.slot = slot
+      member.computed = parent.computed
+      return true
     }
-    sequence.slot = slot
-    sequence.computed = spannedTokens(shared)
-    assert(this.growOrReclaim(sequence, tokens), 'a sequence that fits gets its pages')
-    return true
+  }
+
+  /** @throws LatticeError if a unit could never be let in, or not come to its end alone */
+  checkUnit({ width, pagesMost }: SchedulingUnit<S>): void {
+    const { maxSequences } = this.options
+    const { limitPages } = this.slots
+    if (width > maxSequences) {
+      throw new LatticeError(
+        'invalid_request',
+        `${width} beams were asked for; ${maxSequences} sequences run at once here.`,
+        {
+          todo: 'Ask for fewer, or start with a larger --max-sequences.',
+          details: { param: 'best_of' },
+        },
+      )
+    }
+    if (pagesMost <= limitPages) return
+    throw this.tooLarge({ width, pagesMost })
+  }
+
+  /** Why a unit cannot run: what is pinned is not its to have. */
+  tooLarge({ width, pagesMost }: Pick<SchedulingUnit<S>, 'width' | 'pagesMost'>): LatticeError {
+    const { layout, limitPages } = this.slots
+    const { pageBytes } = layout.shape
+    const available = this.slots.availablePages() * pageBytes
+    return new LatticeError(
+      'kv_memory_exhausted',
+      `${width} beams may need ${pagesMost * pageBytes} bytes of KV memory; of` +
+        ` ${limitPages * pageBytes} they can have ${available}.`,
+      { todo: 'Ask for fewer beams or tokens, or start with a larger --kv-memory.' },
+    )
+  }
+
+  /** The first of the queue if it could not even be let in alone: then it never will be. */
+  get stuck(): S | undefined {
+    const first = this.waiting[0]
+    const alone = this.running.length === 0 && !this.preemption?.busy
+    return alone && first && !this.mayEnter(first) ? first : undefined
+  }
+
+  /** A unit gets all of its places at once. */
+  private mayEnter({ unit }: S): boolean {
+    const places = this.running.reduce((sum, sequence) => sum + placesOf(sequence), 0)
+    const leaving = this.preemption?.tiers.leavingSlots ?? 0
+    if (places + leaving + (unit?.width ?? 1) > this.options.maxSequences) return false
+    return !unit || unit.pagesToEnter <= this.slots.availablePages()
   }
 
   private planChunk(sequence: S, budget: number): number {
@@ -183,7 +372,7 @@ export class Scheduler<S extends Schedulable> {
 
   /** Tokens of the prompt that go into a step with this budget, so that no chunk is too short. */
   private chunkOf(sequence: S, budget: number): number {
-    const remaining = sequence.length - sequence.computed
+    const remaining = sequence.promptLength - sequence.computed
     if (remaining <= budget) return remaining
     const { chunkTokensMin } = this.options
     const count = Math.min(budget, remaining - chunkTokensMin)
@@ -197,43 +386,81 @@ export class Scheduler<S extends Schedulable> {
     this.parts.push(part)
   }
 
-  /** Finds pages for a decoding sequence, preempting later ones if need be. False: it gave way. */
-  private makeRoom(sequence: S, tokens: number): boolean {
-    while (!this.growOrReclaim(sequence, tokens)) {
+  /**
+   * Finds pages for a decoding sequence, preempting later ones if need be.
+   * @returns false if it gave way itself, or waits until others have left
+   */
+  private makeRoom(sequence: S): boolean {
+    const { unit } = sequence
+    while (!this.growForToken(sequence)) {
+      const missing = this.missingPages(sequence)
+      const leaving = this.preemption?.leavingPages ?? 0
+      if (this.owedPages + missing <= leaving) {
+        this.owedPages += missing
+        return false
+      }
       const victim = present(this.running.at(-1), 'a running sequence')
       this.preempt(victim)
-      if (victim === sequence) return false
+      if (victim === sequence || (unit && victim.unit === unit)) return false
     }
     return true
   }
 
-  /** Sends a sequence back to the queue's front; its tokens are computed again later. */
+  /** All of a unit grow, or none of it runs. */
+  private growForToken({ unit, slot, length }: S): boolean {
+    if (!unit) return this.residence.grow(slot, length)
+    return unit.members.every((member) => this.residence.grow(member.slot, member.length))
+  }
+
+  private missingPages(sequence: S): number {
+    const members = sequence.unit?.members ?? [sequence]
+    return members.reduce((sum, { slot, length }) => sum + this.slots.missingPages(slot, length), 0)
+  }
+
+  /** Sends a sequence back to the queue's front; a unit begins again. */
   private preempt(sequence: S): void {
-    this.preemptions++
-    this.sharing.preempted?.(sequence)
-    this.remove(sequence, -Infinity)
-    sequence.computed = 0
-    this.waiting.unshift(sequence)
-  }
-
-  private growOrReclaim(sequence: S, tokens: number): boolean {
-    while (!this.slots.grow(sequence.slot, tokens)) if (!this.reclaimOne()) return false
-    return true
-  }
-
-  private acquire(tokens: number, shared: readonly KvSpan[]): number {
-    for (;;) {
-      const slot = shared.length > 0 ? this.slots.acquireShared(shared) : this.slots.acquire(tokens)
-      if (slot >= 0 || !this.reclaimOne()) return slot
+    const { unit } = sequence
+    const members = (unit?.members ?? [sequence]) as readonly S[]
+    const first = present(members[0], 'a member')
+    for (const member of members) {
+      this.sharing.preempted?.(member)
+      this.running.splice(this.running.indexOf(member), 1)
+      this.residence.vacate(member, unit !== undefined)
     }
+    unit?.restart()
+    this.waiting.unshift(first)
   }
 
-  private reclaimOne(): boolean {
-    return this.slots.reclaim(Infinity) >= 0 || this.sharing.evict()
+  /** Of an image that was on its way nothing is left. */
+  private computeAgain(image: Image): void {
+    this.imagesLost++
+    const at = this.running.findIndex((sequence) => sequence.image === image)
+    const sequence = this.running[at] ?? this.waiting.find((waiting) => waiting.image === image)
+    const lost = present(sequence, 'whose image is lost')
+    lost.image = undefined
+    lost.slot = -1
+    if (at < 0) return
+    this.running.splice(at, 1)
+    this.waiting.unshift(lost)
   }
 }
 
-/** One token is pending and everything before it is in memory. */
+/**
+ * Its prompt is in memory: it goes on by a token a step. After a preemption these are known at
+ * first, and computed as they were before, so that they have the same bits.
+ */
 export function isDecoding(sequence: Schedulable): boolean {
-  return sequence.computed > 0 && sequence.length - sequence.computed === 1
+  return sequence.computed >= sequence.promptLength
+}
+
+/** A unit runs as a whole or not at all. */
+function isStalled({ unit }: Schedulable, stalled: Schedulable['unit']): boolean {
+  return unit !== undefined && unit === stalled
+}
+
+/** Places that a running sequence takes: the first of a unit takes all of the unit's. */
+function placesOf(sequence: Schedulable): number {
+  const { unit } = sequence
+  if (!unit) return 1
+  return unit.members[0] === sequence ? unit.width : 0
 }

@@ -13,6 +13,7 @@ import { chat } from './openai/chat.ts'
 import { completions } from './openai/completions.ts'
 import { model, models } from './openai/models.ts'
 import { listPrefixes, pinPrefix, unpinPrefix } from './prefixes.ts'
+import { listSessions, moveSession } from './sessions.ts'
 import { detokenize, tokenize } from './tokenize.ts'
 
 type Handler = (c: RouteContext) => Response | Promise<Response>
@@ -31,6 +32,9 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['POST', '/v1/prefixes', pinPrefix(context)],
     ['GET', '/v1/prefixes', listPrefixes(context)],
     ['DELETE', PREFIX_PATH, unpinPrefix(context)],
+    ['GET', '/v1/sessions', listSessions(context)],
+    ['POST', '/v1/sessions/:id/offload', moveSession(context, 'offload')],
+    ['POST', '/v1/sessions/:id/reload', moveSession(context, 'reload')],
     ['POST', '/tokenize', tokenize(context)],
     ['POST', '/detokenize', detokenize(context)],
     ['GET', '/livez', livez],
@@ -79,7 +83,7 @@ function admit(context: ServerContext, auth: Authenticator, c: RouteContext): vo
 
 /** Labels are few whatever clients send: a path nobody serves is 'other'. */
 function routeLabel(c: RouteContext, paths: ReadonlySet<string>): string {
-  for (const path of ['/v1/models/', '/v1/prefixes/']) {
+  for (const path of ['/v1/models/', '/v1/prefixes/', '/v1/sessions/']) {
     if (c.req.path.startsWith(path)) return `${path}ID`
   }
   return paths.has(c.req.path) ? c.req.path : 'other'

@@ -78,7 +78,7 @@ export function generate(_engine: unknown, _text: unknown, request: GenerationRe
     const end = { choice: 0, matched: undefined, outputTokens: words, error: undefined }
     yield { kind: 'finish', reason, ...end }
   }
-  return { events: events(), abort: () => abort.abort() }
+  return { events: events(), discardedTokens: 0, abort: () => abort.abort() }
 }
 
 /** Answers everything with {}; a drain takes as long as FAKE_DRAIN_MS says. */

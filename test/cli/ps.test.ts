@@ -37,6 +37,7 @@ const SNAPSHOT: EngineSnapshot = {
   outputTokens: 11,
   finished: { stop: 0, length: 0, abort: 0, error: 0 },
   preemptions: 0,
+  beamCopies: 0,
   prefixQueries: 0,
   prefixHits: 0,
   prefixEvictions: 0,

@@ -75,3 +75,20 @@ test('a reader that leaves early ends the program quietly', async () => {
   assert.equal(code, 0)
   assert.equal(stderr, '')
 })
+
+test('--beams samples, or takes an option of sampling without a word', async () => {
+  const { code, stdout } = await lattice(['run', 'hi', '--beams', '4', '--max-tokens', '2'])
+  assert.equal(code, 0)
+  assert.equal(stdout, '[user:hi;] w0 w1\n')
+  for (const [options, said] of [
+    [['--beams', '4', '--temperature', '0.5'], /--temperature has no place/],
+    [['--beams', '4', '--top-p', '0.9'], /--top-p has no place/],
+    [['--beams', '4', '--stop', 'x'], /--stop has no place/],
+    [['--length-penalty', '2'], /there are none/],
+    [['--beams', '1'], /beams/],
+  ] as const) {
+    const refused = await lattice(['run', 'hi', ...options])
+    assert.equal(refused.code, 2)
+    assert.match(refused.stderr, said)
+  }
+})

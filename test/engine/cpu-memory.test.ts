@@ -37,7 +37,7 @@ function requests() {
 test(`attention touches pages that nobody accounted for (seed ${seed})`, () => {
   const backend = cpuBackend()
   // Tight enough for preemption: the 8 together would need about 120.
-  const engine = new Bench(backend, { maxSequences: SEQUENCES, kvPages: 50 })
+  const engine = new Bench(backend, { maxSequences: SEQUENCES, kvPages: 50, greedy: true })
   requests().forEach((request, id) => engine.submit(id, request))
   while (engine.step()) {
     const { usedPages, limitPages, pageBytes, residentBytes } = engine.core.snapshot().kv
@@ -56,7 +56,7 @@ test(`attention touches pages that nobody accounted for (seed ${seed})`, () => {
 test(`a sequence's tokens change when it is preempted or batched (seed ${seed})`, () => {
   const run = (maxSequences: number, kvPages: number) => {
     const backend = cpuBackend()
-    const engine = new Bench(backend, { maxSequences, kvPages })
+    const engine = new Bench(backend, { maxSequences, kvPages, greedy: true })
     requests().forEach((request, id) => engine.submit(id, request))
     engine.runAll()
     const { preemptions } = engine.core.snapshot()

@@ -154,6 +154,26 @@ test('what is not ours is changed or lost', { skip }, async (t) => {
   assert.equal((await asking).text, answerTo(50_000))
 })
 
+test('a prefix in memory is not published, or one that has gone stays', { skip }, async (t) => {
+  const { client, server } = await hosts(t, { prefixCacheBytes: 1 << 20 })
+  const ask = (prompt: string) => client.call('ask', CLIENT, { prompt, maxTokens: 2 })
+  const published = async () => (await server.call('status'))?.replicas[0]?.prefixes
+  assert.equal((await ask('short'.repeat(100))).usage?.outputTokens, 2)
+  assert.equal(await published(), 0)
+  const [first] = [await ask('a'.repeat(5000)), await ask('a'.repeat(5000))]
+  assert.equal(first.usage?.cachedTokens, 1, 'the begin token is every prompt’s')
+  await until(async () => (await published()) === 2)
+  // The first 1 KiB is the same.
+  const { usage } = await ask('a'.repeat(1100) + 'b'.repeat(4000))
+  assert.ok((usage?.cachedTokens ?? 0) > 1000, JSON.stringify(usage))
+  await until(async () => (await published()) === 3)
+  // Each has 160 KiB in a cache of 1 MiB.
+  for (const letter of 'cdefghijk') await ask(letter.repeat(5000))
+  await until(async () => ((await published()) ?? 0) < 20)
+  const held = (await published()) ?? 0
+  assert.ok(held >= 4 && held <= 14, `${held} prefixes`)
+})
+
 test('generic mode serves nothing', { skip }, async (t) => {
   const { client } = await hosts(t, { mode: 'generic' })
   const asked = await client.call('ask', CLIENT, { prompt: 'x'.repeat(5000), maxTokens: 5000 })

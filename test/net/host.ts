@@ -2,13 +2,16 @@
 // it by messages. A test starts it through namespaces.ts.
 
 import { createHash } from 'node:crypto'
-import { readFileSync } from 'node:fs'
+import { readdirSync, readFileSync } from 'node:fs'
 import { connect, createServer } from 'node:net'
+import type { Engine } from '../../src/engine/api.ts'
+import { EngineClient } from '../../src/engine/client.ts'
 import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
 import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
 import type { LatticeError } from '../../src/errors.ts'
+import { Ingress } from '../../src/net/ingress.ts'
 import { NetService } from '../../src/net/net-service.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
@@ -35,10 +38,48 @@ export interface ServeOptions {
   reply: { text: string; times: number }
   mode?: 'native' | 'generic' | 'zerocopy'
   maxRunning?: number
+  force?: boolean
+  allowGeneric?: boolean
+  /** Instead of the fake engine a real one that computes nothing, with so large a prefix cache. */
+  prefixCacheBytes?: number
 }
 
+const CACHE_CONTEXT = 8192
+
+/** 64 bytes a token: a prompt of 4 KiB has 256 KiB in the cache. */
+function cachingEngine(prefixCacheBytes: number): Promise<Engine> {
+  const kv = { layers: 1, rowBytes: 32, pageBytes: 4096 }
+  const { vocabSize } = fakeTokenizer()
+  const limits = { contextLength: CACHE_CONTEXT, maxSequences: 4 }
+  const memory = { kvBytes: 16 << 20, prefixCacheBytes, prefixEviction: 'lru' as const }
+  return EngineClient.start(
+    { backend: { kind: 'null', vocab: vocabSize, kv }, ...limits, ...memory, stepTokens: 512 },
+    { id: 'null', architecture: 'none', contextLength: CACHE_CONTEXT, vocabSize },
+    { sequences: 100, contextLength: CACHE_CONTEXT },
+  )
+}
+
+/** What this process holds of the kernel's. */
+interface Held {
+  descriptors: number
+  bpfMappings: number
+  ringMappings: number
+}
+
+function held(): Held {
+  const mappings = readFileSync('/proc/self/maps', 'utf8').split('\n')
+  const count = (name: string) => mappings.filter((line) => line.includes(name)).length
+  return {
+    descriptors: readdirSync('/proc/self/fd').length,
+    bpfMappings: count('bpf-map'),
+    ringMappings: count('socket:'),
+  }
+}
+
+const DETACHED = { queue: undefined, busyPollBudget: 0, port: 7411 }
+
 let service: NetService | undefined
-let engine: FakeEngine | undefined
+let engine: Engine | undefined
 
 /** What a test can ask for. Each survives a message between processes. */
 export const COMMANDS = {
@@ -49,23 +90,62 @@ export const COMMANDS = {
   },
 
   async serve({ reply, stepMs = 0, tenants, maxRunning = 1000, ...options }: ServeOptions) {
-    engine = new FakeEngine({
-      contextLength: 1 << 21,
-      stepMs,
-      reply: ({ prompt }) => reply.text.repeat(reply.times) + prompt.length,
-    })
+    const { prefixCacheBytes } = options
+    engine =
+      prefixCacheBytes === undefined
+        ? new FakeEngine({
+            contextLength: 1 << 21,
+            stepMs,
+            reply: ({ prompt }) => reply.text.repeat(reply.times) + prompt.length,
+          })
+        : await cachingEngine(prefixCacheBytes)
     const tokenizer = fakeTokenizer()
     const warn = (line: string): void => void process.stderr.write(`${line}\n`)
-    service = new NetService({ engine, tokenizer, template: undefined, tenants, maxRunning, warn })
+    const parts = { engine, tokenizer, template: undefined, warn }
+    const publishes = prefixCacheBytes !== undefined
+    service ??= new NetService({ ...parts, publishes, tenants, maxRunning })
     return await service.attach({
+      ...DETACHED,
       name: options.interface,
-      queue: undefined,
-      force: false,
+      force: options.force ?? false,
       mode: options.mode ?? 'native',
-      allowGeneric: false,
-      busyPollBudget: 0,
-      port: 7411,
+      allowGeneric: options.allowGeneric ?? false,
     })
+  },
+
+  /** Attaches and detaches one program so often. What is held before and after. */
+  cycle(name: string, times: number): { before: Held; after: Held } {
+    const once = (count: number): void => {
+      const ingress = Ingress.load()
+      for (let i = 0; i < count; i++) {
+        ingress.program.attachXdp(interfaceIndex(name), 'native')()
+        if (i % 50 === 0) Ingress.load().close()
+      }
+      ingress.close()
+    }
+    // The first time libraries are loaded.
+    once(1)
+    const before = held()
+    once(times)
+    return { before, after: held() }
+  },
+
+  /** The whole path: program, rings, thread. */
+  async cycleServing(tenants: DatagramTenant[], name: string, times: number) {
+    const serving = new FakeEngine()
+    const warn = (): void => {}
+    const parts = { engine: serving, tokenizer: fakeTokenizer(), template: undefined, warn }
+    const net = new NetService({ ...parts, tenants, maxRunning: 10, publishes: false })
+    const how = { ...DETACHED, name, force: false, mode: 'native', allowGeneric: false } as const
+    const once = async (): Promise<void> => {
+      await net.attach(how)
+      await net.detach()
+    }
+    await once()
+    await once()
+    const before = held()
+    for (let i = 0; i < times; i++) await once()
+    return { before, after: held() }
   },
 
   status: () => service?.status(),
@@ -76,7 +156,29 @@ export const COMMANDS = {
   /** How many aborts the engine has seen, and what runs there. */
   async engine() {
     const snapshot = await engine?.snapshot()
-    return { aborts: engine?.aborts.length, running: snapshot?.running }
+    const aborts = engine instanceof FakeEngine ? engine.aborts.length : undefined
+    return { aborts, running: snapshot?.running }
+  },
+
+  /** CPU time of this process so far, in µs. */
+  cpuUs(): number {
+    const { user, system } = process.cpuUsage()
+    return user + system
+  },
+
+  /** The same request so often, this many at a time; how long each took in ms. */
+  async askMany(client: ClientOptions, request: GenerateOptions, times: number, atOnce: number) {
+    const durations: number[] = []
+    const asking = new LatticeClient(client)
+    const worker = async (): Promise<void> => {
+      while (durations.length + atOnce <= times) {
+        const started = performance.now()
+        for await (const _delta of asking.generate(request)) continue
+        durations.push(performance.now() - started)
+      }
+    }
+    await Promise.all(Array.from({ length: atOnce }, worker))
+    return durations
   },
 
   async stop(): Promise<void> {

@@ -63,6 +63,10 @@ export class Host {
     return ip('-n', this.namespace, '-d', 'link', 'show', this.link)
   }
 
+  route(...args: string[]): void {
+    ip('-n', this.namespace, 'route', 'add', ...args)
+  }
+
   async end(signal: NodeJS.Signals = 'SIGKILL'): Promise<void> {
     if (this.child.exitCode !== null || this.child.signalCode !== null) return
     const exited = new Promise((resolve) => this.child.once('exit', resolve))
@@ -100,16 +104,14 @@ export async function twoHosts(queues = 1): Promise<TwoHosts> {
     ip('-n', namespace, 'link', 'set', link, 'up')
     ip('-n', namespace, 'link', 'set', 'lo', 'up')
   }
-  const hosts = {
-    client: new Host(client, 'veth-c', '10.99.0.1'),
-    server: new Host(server, 'veth-s', '10.99.0.2'),
-    async remove() {
-      await Promise.all([this.client.end(), this.server.end()])
-      for (const namespace of [client, server]) ip('netns', 'del', namespace)
-    },
+  const both = [new Host(client, 'veth-c', '10.99.0.1'), new Host(server, 'veth-s', '10.99.0.2')]
+  const [clientHost, serverHost] = both as [Host, Host]
+  const remove = async (): Promise<void> => {
+    await Promise.all(both.map((host) => host.end()))
+    for (const namespace of [client, server]) ip('netns', 'del', namespace)
   }
-  await hosts.client.call('pass', 'veth-c')
-  return hosts
+  await clientHost.call('pass', 'veth-c')
+  return { client: clientHost, server: serverHost, remove }
 }
 
 /** The command line that runs this Node in a namespace. */

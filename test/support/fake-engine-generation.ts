@@ -90,6 +90,7 @@ export class FakeEngine implements Engine {
       abort: () => {
         sequence.aborted = true
       },
+      fork: (choice) => this.submit({ ...request, sampling: choice.sampling }, choice.sink),
     }
   }
 

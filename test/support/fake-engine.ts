@@ -25,6 +25,8 @@ export interface FakeEngineOptions {
   reply?: (request: SequenceRequest) => string
   /** Tokens of each prompt that were in memory already. Default: 0. */
   cachedTokens?: number
+  /** The mean log-probability of an answer's tokens. Default: that of probability 1/2. */
+  score?: (request: SequenceRequest) => number
   /** Ends each sequence with this error after so many tokens. */
   failure?: { afterTokens: number; error: LatticeError }
 }
@@ -66,6 +68,7 @@ export class FakeEngine implements Engine {
       stepMs: 0,
       reply: () => 'Hello!',
       cachedTokens: 0,
+      score: () => -Math.LN2,
       ...options,
     }
     this.model = {
@@ -105,6 +108,7 @@ export class FakeEngine implements Engine {
         this.aborts.push({ requestId: request.requestId, atMs: performance.now() })
         sequence.aborted = true
       },
+      fork: (choice) => this.submit({ ...request, sampling: choice.sampling }, choice.sink),
     }
   }
 
@@ -142,6 +146,7 @@ export class FakeEngine implements Engine {
       outputTokens: this.#outputTokens,
       finished: { ...this.#finished },
       preemptions: 0,
+      beamCopies: 0,
       prefixQueries: 0,
       prefixHits: 0,
       prefixEvictions: 0,
@@ -151,7 +156,7 @@ export class FakeEngine implements Engine {
   }
 
   async ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
-    return (question.kind === 'pinned' ? [] : false) as EngineAnswers[Q['kind']]
+    return (question.kind === 'unpin' ? false : []) as EngineAnswers[Q['kind']]
   }
 
   async drain(): Promise<void> {
@@ -210,7 +215,9 @@ export class FakeEngine implements Engine {
   #end(from: Sequence[], sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
     from.splice(from.indexOf(sequence), 1)
     this.#finished[reason]++
-    sequence.sink.onFinish(reason, sequence.outputs, error)
+    const { request } = sequence
+    const score = request.topLogprobs === undefined ? undefined : this.#options.score(request)
+    sequence.sink.onFinish(reason, sequence.outputs, error, score)
   }
 }
 

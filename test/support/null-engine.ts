@@ -8,7 +8,8 @@ import type {
   TokenLogprobs,
 } from '../../src/engine/api.ts'
 import { GREEDY } from '../../src/engine/api.ts'
-import { type CoreOptions, EngineCore } from '../../src/engine/core.ts'
+import { EngineCore } from '../../src/engine/core.ts'
+import type { CoreOptions } from '../../src/engine/core-contract.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
@@ -39,6 +40,7 @@ export interface Outcome {
   reason: FinishReason | undefined
   outputTokens: number
   error: LatticeError | undefined
+  score: number | undefined
 }
 
 /** An engine core whose clock moves a millisecond a step. */
@@ -64,8 +66,14 @@ export class Bench {
         of(id).tokens.push(token)
         of(id).logprobs.push(logprobs)
       },
-      onFinish: (id: number, reason: FinishReason, count: number, error?: LatticeError) => {
-        Object.assign(of(id), { reason, outputTokens: count, error })
+      onFinish: (
+        id: number,
+        reason: FinishReason,
+        count: number,
+        error: LatticeError | undefined,
+        score: number | undefined,
+      ) => {
+        Object.assign(of(id), { reason, outputTokens: count, error, score })
       },
     }
     this.core = new EngineCore(backend, options, sink, () => this.nowMs)
@@ -80,18 +88,26 @@ export class Bench {
     request: SequenceRequest,
     samplings: readonly SamplingParams[],
   ): void {
-    for (const id of ids) {
-      this.outcomes.set(id, {
-        started: 0,
-        cachedTokens: 0,
-        tokens: [],
-        logprobs: [],
-        reason: undefined,
-        outputTokens: 0,
-        error: undefined,
-      })
-    }
+    for (const id of ids) this.expect(id)
     this.core.submitChoices(ids, request, samplings)
+  }
+
+  fork(parent: number, id: number, sampling: SamplingParams): void {
+    this.expect(id)
+    this.core.fork(parent, id, sampling)
+  }
+
+  private expect(id: number): void {
+    this.outcomes.set(id, {
+      started: 0,
+      cachedTokens: 0,
+      tokens: [],
+      logprobs: [],
+      reason: undefined,
+      outputTokens: 0,
+      error: undefined,
+      score: undefined,
+    })
   }
 
   step(): boolean {
@@ -101,7 +117,8 @@ export class Bench {
 
   /** Steps until nothing is left to do. */
   runAll(stepsMax = 100_000): void {
-    for (let i = 0; this.step(); i++) if (i > stepsMax) throw new Error('the engine never ends')
+    for (let i = 0; this.step() || !this.core.idle; i++)
+      if (i > stepsMax) throw new Error('the engine never ends')
   }
 
   /** Lets time pass until all memory is back. */

@@ -22,6 +22,15 @@ export class Random {
     return Math.floor(this.next() * bound)
   }
 
+  /** A whole number from `least` to `most`. */
+  between(least: number, most: number): number {
+    return least + this.below(most - least + 1)
+  }
+
+  chance(probability: number): boolean {
+    return this.next() < probability
+  }
+
   pick<T>(items: readonly T[]): T {
     return items[this.below(items.length)]!
   }

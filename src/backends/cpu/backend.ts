@@ -3,7 +3,10 @@
 import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type GgmlBase, type GgmlCpu, loadBase, loadVariant } from '../../ffi/ggml.ts'
+import type { KvLayout } from '../../kv/layout.ts'
 import { regionsFor } from '../../kv/regions.ts'
+import type { StoreOptions } from '../../tier/store/open.ts'
+import type { OffloadOptions } from '../../tier/tier.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
@@ -12,6 +15,7 @@ import { Activations } from './activations.ts'
 import { AttentionPlans } from './attention.ts'
 import { StepGraph } from './graph.ts'
 import { HostKvMemory, hostKvLayout } from './kv-memory.ts'
+import { kvNamespace } from './kv-namespace.ts'
 import { StepMemory } from './step-memory.ts'
 import { createThreadPool, type ThreadPool } from './threads.ts'
 import { bestVariant } from './variant.ts'
@@ -27,9 +31,14 @@ export interface CpuBackendOptions {
   pin?: boolean
   /** Order of KV in a slot; see docs/decisions/0001-kv-layout-on-the-host.md. */
   kvOrder?: 'layer-major' | 'token-major'
+  /** Where KV goes when memory is short. */
+  offload?: CpuOffload
   /** A build's name instead of the best one, for tests. */
   variant?: string
 }
+
+/** The backend knows under which name its KV is kept. */
+export type CpuOffload = Omit<OffloadOptions, 'store'> & { store?: Omit<StoreOptions, 'namespace'> }
 
 /** Graphs are built for up to 1, 4, 16 … attention pieces, each at its first use. */
 const PIECES_GROWTH = 4
@@ -73,9 +82,9 @@ export class CpuBackend implements Backend {
       (op) => this.tensors.joined(op) !== undefined,
     )
     const layout = hostKvLayout(config, options.contextLength, options.kvOrder)
-    this.kv = new HostKvMemory(layout, options.maxSequences, regionsFor(options.maxSequences))
-
     const { stepTokens, maxSequences, contextLength } = options
+    const offload = options.offload && this.named(options.offload, model, layout)
+    this.kv = new HostKvMemory(layout, maxSequences, regionsFor(maxSequences), offload)
     this.memory = new StepMemory({
       activationBytes: this.activations.bytes,
       stepTokens,
@@ -120,6 +129,12 @@ export class CpuBackend implements Backend {
     this.kv.close()
     this.weights.free()
     this.memory.free()
+  }
+
+  private named({ store, ...rest }: CpuOffload, model: Model, layout: KvLayout): OffloadOptions {
+    if (!store) return rest
+    const kernels = `${this.variant} ${this.g.ggml_version()}`
+    return { ...rest, store: { ...store, namespace: kvNamespace(model, kernels, layout) } }
   }
 
   private graphFor(pieces: number): StepGraph {

@@ -20,8 +20,15 @@ import {
   unmap,
 } from '../../ffi/libc.ts'
 import { type KvLayout, layerMajor, tokenMajor } from '../../kv/layout.ts'
-import { fullColumns, type KvSpan, sharedColumns, spannedTokens } from '../../kv/regions.ts'
+import {
+  copiedColumns,
+  type KvColumns,
+  type KvSpan,
+  sharedColumns,
+  spannedTokens,
+} from '../../kv/regions.ts'
 import type { ModelConfig } from '../../model/model.ts'
+import { DiskTier, type OffloadOptions } from '../../tier/tier.ts'
 import type { KvMemory } from '../backend.ts'
 
 /** What the kernel allocates at a time in a memfd unless huge pages were asked for. */
@@ -51,14 +58,17 @@ export class HostKvMemory implements KvMemory {
   /** Address of slot 0. */
   readonly address: number
   readonly fd: number
+  readonly tier?: DiskTier
   /** By slot: the region where it writes. */
   private readonly own: Int32Array
-  /** By slot: other regions are mapped into it. */
-  private readonly mixed: Uint8Array
+  /** By slot: which region's columns are mapped into it, all of them in order. */
+  private readonly mapped: KvColumns[][]
+  private readonly columns: number
   private readonly bytes: number
   private readonly scratch: number
 
-  constructor(layout: KvLayout, slots: number, regions = slots) {
+  /** @throws LatticeError what a tier throws, if `offload` asks for one */
+  constructor(layout: KvLayout, slots: number, regions = slots, offload?: OffloadOptions) {
     this.layout = layout
     this.slots = slots
     this.regions = regions
@@ -66,31 +76,60 @@ export class HostKvMemory implements KvMemory {
     this.fd = createMemfd('lattice-kv', layout.slotBytes * regions)
     this.address = mapShared(this.fd, this.bytes)
     this.own = Int32Array.from({ length: slots }, (_, slot) => slot)
-    this.mixed = new Uint8Array(slots)
+    this.columns = layout.rangeBytes / layout.shape.pageBytes
+    this.mapped = Array.from({ length: slots }, (_, region) => [
+      { region, first: 0, end: this.columns },
+    ])
     this.scratch = mapAnonymous(layout.shape.pageBytes)
+    if (offload) this.tier = new DiskTier(this, offload)
   }
 
   map(slot: number, region: number, shared: readonly KvSpan[]): void {
-    const { ranges, rangeBytes, slotBytes } = this.layout
-    const { pageBytes } = this.layout.shape
-    const address = this.address + slot * slotBytes
-    if (this.own[slot] !== region || this.mixed[slot] === 1) {
-      mapSharedAt(address, slotBytes, this.fd, region * slotBytes)
-    }
-    this.own[slot] = region
     const parts = sharedColumns(this.layout, shared)
-    this.mixed[slot] = parts.length > 0 ? 1 : 0
-    for (const part of parts) {
-      const bytes = (part.end - part.first) * pageBytes
-      for (let range = 0; range < ranges; range++) {
-        const at = range * rangeBytes + part.first * pageBytes
-        mapSharedAt(address + at, bytes, this.fd, part.region * slotBytes + at)
+    parts.push({ region, first: parts.at(-1)?.end ?? 0, end: this.columns })
+    const changes = differingColumns(parts, this.mapped[slot] ?? [])
+    this.mapped[slot] = parts
+    this.own[slot] = region
+    this.tier?.forget(slot)
+    // One mapping for the whole slot, if that and what is put over it are fewer.
+    if (changes.length * this.layout.ranges > 1 + (parts.length - 1) * this.layout.ranges) {
+      const { slotBytes } = this.layout
+      mapSharedAt(this.address + slot * slotBytes, slotBytes, this.fd, region * slotBytes)
+      parts.slice(0, -1).forEach((part) => this.mapColumns(slot, part))
+    } else for (const part of changes) this.mapColumns(slot, part)
+    this.tier?.show(slot, region, parts)
+  }
+
+  copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+    const { ranges, rangeBytes, slotBytes, tokenStride } = this.layout
+    const { pageBytes } = this.layout.shape
+    const end = spannedTokens(shared) * tokenStride
+    const own = (this.own[slot] ?? slot) * slotBytes
+    for (const part of copiedColumns(this.layout, shared, first)) {
+      // System calls do not wait for a page of the file as a touch of a mapping does.
+      this.tier?.settle(part)
+      const other = part.region * slotBytes
+      for (let column = part.first; column < part.end; column++) {
+        const start = column * pageBytes
+        const bytes = Math.min(pageBytes, end - start)
+        for (let at = start; at < ranges * rangeBytes; at += rangeBytes) {
+          copyInFile(this.fd, own + at, other + at, bytes, this.scratch)
+        }
       }
     }
-    this.copyBoundary(region, shared)
+  }
+
+  private mapColumns(slot: number, { region, first, end }: KvColumns): void {
+    const { ranges, rangeBytes, slotBytes } = this.layout
+    const { pageBytes } = this.layout.shape
+    const bytes = (end - first) * pageBytes
+    for (let at = first * pageBytes; at < ranges * rangeBytes; at += rangeBytes) {
+      mapSharedAt(this.address + slot * slotBytes + at, bytes, this.fd, region * slotBytes + at)
+    }
   }
 
   discard(region: number, first: number, end: number): void {
+    this.tier?.settle({ region, first, end })
     const { ranges, rangeBytes, slotBytes } = this.layout
     const { pageBytes } = this.layout.shape
     const start = region * slotBytes + first * pageBytes
@@ -103,7 +142,7 @@ export class HostKvMemory implements KvMemory {
 
   /** Gives back the whole region that a slot writes to. */
   release(slot: number): void {
-    this.discard(this.own[slot] ?? slot, 0, this.layout.rangeBytes / this.layout.shape.pageBytes)
+    this.discard(this.own[slot] ?? slot, 0, this.columns)
   }
 
   residentBytes(): number {
@@ -111,22 +150,28 @@ export class HostKvMemory implements KvMemory {
   }
 
   close(): void {
+    this.tier?.close()
     unmap(this.address, this.bytes)
     unmap(this.scratch, this.layout.shape.pageBytes)
     closeFd(this.fd)
   }
+}
 
-  /** What the shared tokens have of a page that is not theirs alone; see decision 0005. */
-  private copyBoundary(region: number, shared: readonly KvSpan[]): void {
-    const { ranges, rangeBytes, slotBytes, tokenStride } = this.layout
-    const tokens = spannedTokens(shared)
-    const first = fullColumns(this.layout, tokens) * this.layout.shape.pageBytes
-    const bytes = tokens * tokenStride - first
-    if (bytes === 0) return
-    const from = (shared.at(-1)?.region ?? 0) * slotBytes + first
-    const to = region * slotBytes + first
-    for (let at = 0; at < ranges * rangeBytes; at += rangeBytes) {
-      copyInFile(this.fd, to + at, from + at, bytes, this.scratch)
+/** The parts of `wanted` where `present`, which covers the same columns, has another region. */
+function differingColumns(
+  wanted: readonly KvColumns[],
+  present: readonly KvColumns[],
+): KvColumns[] {
+  return wanted.flatMap(({ region, first, end }) => {
+    const parts: KvColumns[] = []
+    for (const old of present) {
+      const from = Math.max(first, old.first)
+      const to = Math.min(end, old.end)
+      if (from >= to || old.region === region) continue
+      const last = parts.at(-1)
+      if (last?.end === from) last.end = to
+      else parts.push({ region, first: from, end: to })
     }
-  }
+    return parts
+  })
 }

@@ -4,6 +4,7 @@
 import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { test } from 'node:test'
+import { Random } from '../../../test/support/random.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 import { layerMajor, pagesFor } from '../../kv/layout.ts'
 import { RegionTable, regionsFor } from '../../kv/regions.ts'
@@ -64,7 +65,7 @@ class Memory {
   }
 }
 
-test('a fork copies more than the boundary page, or a write reaches the parent', () => {
+test('a fork copies before it writes, more than the boundary page, or writes to the parent', () => {
   const memory = new Memory()
   const parent = memory.begin(2000, 1)
   assert.equal(memory.pages(), pagesFor(LAYOUT, 2000))
@@ -72,10 +73,11 @@ test('a fork copies more than the boundary page, or a write reaches the parent',
   const whole = memory.fork(parent, 2000)
   assert.equal(memory.pages(), pagesFor(LAYOUT, 2000))
   const within = memory.fork(parent, 1999)
-  assert.equal(memory.pages(), pagesFor(LAYOUT, 2000) + 30)
+  assert.equal(memory.pages(), pagesFor(LAYOUT, 2000))
+  // The parent writes on, in the very page that the fork has not copied yet.
+  memory.write(parent, 2000, 2010, 4)
   memory.write(whole, 2000, 2010, 2)
   memory.write(within, 1999, 2010, 3)
-  memory.write(parent, 2000, 2010, 4)
   memory.assertHolds(parent, 0, 2000, 1)
   memory.assertHolds(parent, 2000, 2010, 4)
   memory.assertHolds(whole, 0, 2000, 1)
@@ -114,6 +116,38 @@ test('pages go with the parent, or stay after the last of a family', () => {
   for (const slot of [grandchild, cousin, next]) memory.table.retire(slot, 0)
   while (memory.table.reclaim(Infinity) >= 0);
   assert.equal(memory.pages(), 0)
+  memory.kv.close()
+})
+
+test('a beam reads the tokens of another after its slot was mapped anew', () => {
+  const seed = 9
+  const random = new Random(seed)
+  const memory = new Memory()
+  const root = memory.begin(100, 0)
+  const marks = new Map([[root, [] as number[]]])
+  let beams = [root]
+  for (let length = 100; length < 180; length++) {
+    const parents = [0, 1, 2, 3].map(() => random.below(beams.length))
+    const spare = beams.filter((_, i) => !parents.includes(i))
+    const first = (i: number) => parents.indexOf(parents[i]!) === i
+    const next = parents.map((p, i) => {
+      const parent = beams[p]!
+      if (first(i)) return parent
+      return memory.table.forkBeam(spare.pop() ?? -1, parent, length, 4)
+    })
+    const histories = parents.map((p) => marks.get(beams[p]!)!.slice())
+    beams = next
+    beams.forEach((slot, i) => {
+      memory.write(slot, length, length + 1, 1000 * length + i)
+      marks.set(slot, [...histories[i]!, 1000 * length + i])
+    })
+    for (const slot of beams) {
+      memory.assertHolds(slot, 0, 100, 0)
+      marks.get(slot)!.forEach((mark, i) => memory.assertHolds(slot, 100 + i, 101 + i, mark))
+    }
+    memory.pages()
+  }
+  assert.ok(memory.table.compactions > 0, `seed ${seed}: no fork was copied in part`)
   memory.kv.close()
 })
 

@@ -8,6 +8,7 @@ import { layerMajor } from '../../kv/layout.ts'
 import { regionsFor } from '../../kv/regions.ts'
 import type { Backend, StepBatch } from '../backend.ts'
 import { NullKvMemory } from './kv-memory.ts'
+import { NullTier } from './tier.ts'
 
 export interface NullBackendOptions {
   vocab: number
@@ -19,6 +20,8 @@ export interface NullBackendOptions {
   /** How long a step seems to compute. */
   stepMs?: number
   fault?: NullFault
+  /** Columns that a tier holds; none unless told. */
+  tierColumns?: number
 }
 
 /** What goes wrong in step `atStep` (the first is 0). */
@@ -50,6 +53,8 @@ export class NullBackend implements Backend {
     this.stepTokensMax = stepTokens
     const layout = layerMajor({ ...kv, maxTokens: contextLength })
     this.kv = new NullKvMemory(layout, maxSequences, regionsFor(maxSequences))
+    const { tierColumns: capacity } = options
+    if (capacity) this.kv.tier = new NullTier(this.kv, { capacity })
     this.rows = Array.from({ length: maxSequences }, () => new Float32Array(vocab))
   }
 
@@ -62,6 +67,7 @@ export class NullBackend implements Backend {
       for (const end = position + (batch.counts[s] ?? 0); position < end; position++) {
         this.kv.append(slot, position, batch.tokens[token++] ?? 0)
       }
+      this.kv.beginReading(slot, position)
       if (!batch.wantsLogits[s]) continue
       nullLogits(this.kv.hashAt(slot, position - 1), present(this.rows[row++], 'a row of logits'))
     }
@@ -71,6 +77,7 @@ export class NullBackend implements Backend {
   }
 
   collect(): readonly Float32Array[] {
+    this.kv.endReading()
     return this.rows
   }
 

@@ -44,7 +44,12 @@ export class BenchEngine implements Engine {
       }
       this.running.add(step)
       this.schedule()
-      return { abort: () => void (aborted = true) }
+      return {
+        abort: () => void (aborted = true),
+        fork: () => {
+          throw new LatticeError('engine_stopped', 'Nothing forks here.')
+        },
+      }
     })
   }
 

@@ -58,6 +58,7 @@ export const COMMANDS = {
       engine,
       tokenizer: BYTES,
       template: undefined,
+      publishes: false,
       maxRunning: 1 << 20,
       warn: (line) => process.stderr.write(`${line}\n`),
       tenants: [

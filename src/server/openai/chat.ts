@@ -20,6 +20,7 @@ import { chatPrompt, templateExtra } from './chat-prompt.ts'
 import { type ChatTool, messagesField, toolsField } from './messages.ts'
 import { checkModel, fitMaxTokens, samplingOf, sharedFields } from './parameters.ts'
 import { Run } from './run.ts'
+import { selectionOf } from './selection.ts'
 
 const INT32_MAX = 2 ** 31 - 1
 
@@ -91,7 +92,7 @@ function startRun(context: ServerContext, c: RouteContext, parameters: ChatParam
   const asked = parameters.max_completion_tokens ?? parameters.max_tokens
   const maxTokens = fitMaxTokens(asked, INT32_MAX, tokens.length, model, 'messages')
   const request = {
-    choices: parameters.n ?? 1,
+    ...selectionOf(parameters),
     sampling: samplingOf(parameters, model),
     stop: parameters.stop ?? [],
     ignoreEos: parameters.ignore_eos ?? false,

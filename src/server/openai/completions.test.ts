@@ -132,3 +132,39 @@ test('a queue with room for one prompt of two takes neither', async () => {
   const { running, waiting, finished } = await engine.snapshot()
   assert.deepEqual([running, waiting, finished.abort], [0, 0, 1])
 })
+
+test('best_of returns others than the best, in another order, or hides their cost', async () => {
+  const scores = [-3, -1, -9, -2]
+  const { app, engine } = fakeApp({
+    reply: ({ sampling }) => `seed ${sampling.seed}`,
+    score: ({ sampling }) => scores[sampling.seed - 7]!,
+  })
+  const body = { prompt: 'abc', best_of: 4, n: 2, seed: 7 }
+  const { json } = await post(app.request, PATH, body)
+  const texts = json.choices.map(({ text }: { text: string }) => text)
+  assert.deepEqual(texts, ['seed 8', 'seed 10'])
+  assert.deepEqual(
+    json.choices.map(({ index, logprobs }: { index: number; logprobs: null }) => [index, logprobs]),
+    [
+      [0, null],
+      [1, null],
+    ],
+  )
+  // Six letters and an end token each, but seven for seed 10.
+  assert.equal(json.usage.completion_tokens, 3 * 7 + 8)
+  assert.equal(json.usage.prompt_tokens, 4)
+  const asked = await post(app.request, PATH, { ...body, logprobs: 1 })
+  assert.equal(asked.json.choices[1].logprobs.tokens.length, 7)
+  assert.equal(engine.requests.length, 8)
+})
+
+test('a beam search reaches the engine as something else', async () => {
+  const { app, engine } = fakeApp({ reply })
+  const body = { prompt: 'a', use_beam_search: true, best_of: 4, n: 2, early_stopping: 'never' }
+  const { json } = await post(app.request, PATH, { ...body, length_penalty: 0.5 })
+  assert.equal(json.choices.length, 2)
+  assert.equal(engine.requests.length, 2)
+  const { beams, sampling } = engine.requests[0]!
+  assert.deepEqual(beams, { width: 4, lengthPenalty: 0.5, earlyStopping: 'never' })
+  assert.equal(sampling.temperature, 0)
+})

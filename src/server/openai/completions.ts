@@ -11,6 +11,7 @@ import { CompletionDocument, CompletionFrames, type CompletionShape } from './co
 import { checkModel, fitMaxTokens, samplingOf, sharedFields } from './parameters.ts'
 import { parsePrompts, type Prompt } from './prompt.ts'
 import { Run } from './run.ts'
+import { selectionOf } from './selection.ts'
 
 /** OpenAI's default. */
 const MAX_TOKENS_DEFAULT = 16
@@ -20,7 +21,6 @@ export const completionFields = {
   prompt: z.unknown().optional(),
   logprobs: optional(integer(0, MAX_TOP_LOGPROBS)),
   echo: optional(boolean),
-  best_of: unsupported('Ask for n choices and pick the best.', 1),
   suffix: unsupported('Text is only continued at its end.'),
 }
 
@@ -54,12 +54,17 @@ function startRun(
   prompts: readonly Prompt[],
 ): Run {
   const { model } = context.engine
-  const choices = parameters.n ?? 1
-  if (prompts.length * choices > MAX_CHOICES) {
-    throw wrong('n', `times the number of prompts is over ${MAX_CHOICES}.`)
+  const { bestOf, choices, ...selection } = selectionOf(parameters)
+  if (prompts.length * bestOf > MAX_CHOICES) {
+    throw wrong(
+      bestOf > choices ? 'best_of' : 'n',
+      `times the number of prompts is over ${MAX_CHOICES}.`,
+    )
   }
   const request = {
+    ...selection,
     choices,
+    bestOf,
     sampling: samplingOf(parameters, model),
     stop: parameters.stop ?? [],
     ignoreEos: parameters.ignore_eos ?? false,

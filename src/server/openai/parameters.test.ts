@@ -17,6 +17,8 @@ const assistant = (more: object): object => ({ messages: [{ role: 'assistant', .
 /** [what is added to a good request, the error's code, the param it names, words it must have] */
 type Case = readonly [more: object, code: string, param: string, words?: RegExp]
 
+const BEAMS = { use_beam_search: true, best_of: 4 }
+
 const BOTH: Case[] = [
   [{ temperature: 2.1 }, 'invalid_request', 'temperature', /from 0 to 2, not 2.1/],
   [{ temperature: '1' }, 'invalid_request', 'temperature', /number/],
@@ -40,6 +42,22 @@ const BOTH: Case[] = [
   [{ stop: 'é'.repeat(513) }, 'invalid_request', 'stop', /1024/],
   [{ n: 0 }, 'invalid_request', 'n', /from 1 to 128/],
   [{ n: 129 }, 'invalid_request', 'n', /from 1 to 128/],
+  [{ best_of: 129 }, 'invalid_request', 'best_of', /from 1 to 128/],
+  [{ n: 3, best_of: 2 }, 'invalid_request', 'best_of', /'n', which is 3/],
+  [{ best_of: 2, stream: true }, 'invalid_request', 'stream', /end/],
+  [{ best_of: 2, temperature: 0 }, 'invalid_request', 'best_of', /'temperature'/],
+  [{ length_penalty: 2 }, 'invalid_request', 'length_penalty', /'use_beam_search'/],
+  [{ early_stopping: true }, 'invalid_request', 'early_stopping', /'use_beam_search'/],
+  [{ early_stopping: 'always' }, 'invalid_request', 'early_stopping', /"never"/],
+  [{ use_beam_search: 1 }, 'invalid_request', 'use_beam_search', /true or false/],
+  [{ use_beam_search: true }, 'invalid_request', 'best_of', /at least 2/],
+  [{ ...BEAMS, stream: true }, 'invalid_request', 'stream', /end/],
+  [{ ...BEAMS, temperature: 0.5 }, 'invalid_request', 'temperature', /must be 0/],
+  [{ ...BEAMS, top_p: 0.5 }, 'invalid_request', 'top_p', /must be 1/],
+  [{ ...BEAMS, top_k: 5 }, 'invalid_request', 'top_k', /must be 0/],
+  [{ ...BEAMS, presence_penalty: 1 }, 'invalid_request', 'presence_penalty'],
+  [{ ...BEAMS, logit_bias: { 1: 1 } }, 'unsupported_parameter', 'logit_bias'],
+  [{ ...BEAMS, stop: 'x' }, 'unsupported_parameter', 'stop', /'use_beam_search'/],
   [{ max_tokens: 0 }, 'invalid_request', 'max_tokens', /from 1/],
   [{ stream: 'yes' }, 'invalid_request', 'stream', /true or false/],
   [{ stream_options: { include_usage: true } }, 'invalid_request', 'stream_options', /'stream'/],
@@ -130,7 +148,7 @@ const COMPLETION_ONLY: Case[] = [
   [{ logprobs: 21 }, 'invalid_request', 'logprobs', /from 0 to 20/],
   [{ logprobs: true }, 'invalid_request', 'logprobs'],
   [{ echo: true, logprobs: 1 }, 'unsupported_parameter', 'echo'],
-  [{ best_of: 2 }, 'unsupported_parameter', 'best_of'],
+  [{ prompt: ['a', 'b'], best_of: 65 }, 'invalid_request', 'best_of', /128/],
   [{ suffix: 'x' }, 'unsupported_parameter', 'suffix'],
   [{ messages: [] }, 'unknown_parameter', 'messages'],
 ]
@@ -174,7 +192,8 @@ test('what asks for nothing special is taken: nulls, neutral values, labels', as
     tools: [],
   }
   assert.equal((await chat({ ...labels, ...neutral, parallel_tool_calls: true })).status, 200)
-  assert.equal((await complete({ ...labels, best_of: 1, suffix: null })).status, 200)
+  const alone = { best_of: 1, use_beam_search: false, length_penalty: 1, early_stopping: false }
+  assert.equal((await complete({ ...labels, ...alone, suffix: null })).status, 200)
   const nulls = (fields: object, kept: string): object =>
     Object.fromEntries(
       Object.keys(fields)

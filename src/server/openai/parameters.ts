@@ -46,6 +46,11 @@ const logitBias = record.transform((bias, ctx): [number, number][] => {
   return pairs
 })
 
+const earlyStopping = z.custom<boolean | 'never'>(
+  (value) => typeof value === 'boolean' || value === 'never',
+  { error: 'must be true, false or "never".' },
+)
+
 const metadata = record.refine(
   (value) => Object.values(value).every((entry) => typeof entry === 'string'),
   { error: 'must map strings to strings.' },
@@ -62,6 +67,10 @@ export const sharedFields = {
     }),
   ),
   n: optional(integer(1, MAX_CHOICES)),
+  best_of: optional(integer(1, MAX_CHOICES)),
+  use_beam_search: optional(boolean),
+  length_penalty: optional(number(-10, 10)),
+  early_stopping: optional(earlyStopping),
   max_tokens: optional(integer(1, INT32_MAX)),
   temperature: optional(number(0, 2)),
   top_p: optional(number(0, 1)),
@@ -96,7 +105,7 @@ export function samplingOf(parameters: SharedParameters, model: EngineModel): Sa
     throw new LatticeError('invalid_request', what, { details: { param: 'logit_bias' } })
   }
   return {
-    temperature: parameters.temperature ?? 1,
+    temperature: parameters.temperature ?? (parameters.use_beam_search ? 0 : 1),
     topK: Math.max(0, parameters.top_k ?? 0),
     topP: parameters.top_p ?? 1,
     minP: parameters.min_p ?? 0,

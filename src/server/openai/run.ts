@@ -6,6 +6,7 @@ import {
   type GenerationEvent,
   type GenerationRequest,
 } from '../../engine/generation.ts'
+import { generateBest } from '../../engine/best-of.ts'
 import { LatticeError } from '../../errors.ts'
 import { GenerationTimer } from '../../observe/generation-timer.ts'
 import type { AbortCause } from '../../observe/server-metrics.ts'
@@ -22,7 +23,10 @@ export interface Usage {
 export type RunRequest = Omit<
   GenerationRequest,
   'requestId' | 'tenant' | 'prompt' | 'maxTokens' | 'onStart'
->
+> & {
+  /** Samples of which `choices` are told. */
+  bestOf: number
+}
 
 export interface RunPrompt {
   tokens: Int32Array
@@ -112,19 +116,24 @@ export class Run {
     const { metrics, engine, tokenizer } = this.#context
     const submittedMs = performance.now()
     let started = false
-    const generation = generate(engine, tokenizer, {
-      ...this.#request,
+    const { bestOf, ...request } = this.#request
+    const sampled = {
+      ...request,
       requestId: this.requestId,
       tenant,
       prompt: prompt.tokens,
       maxTokens: prompt.maxTokens,
-      onStart: (cachedTokens) => {
+      onStart: (cachedTokens: number) => {
         // Choices share their prompt; it counts once.
         if (!started) this.#cachedTokens += cachedTokens
         started = true
         metrics.requestQueueTime.observe((performance.now() - submittedMs) / 1000)
       },
-    })
+    }
+    const pick = bestOf > request.choices && !request.beams
+    const generation = pick
+      ? generateBest(engine, tokenizer, sampled, bestOf)
+      : generate(engine, tokenizer, sampled)
     this.#generations.push(generation)
     this.#promptTokens += prompt.tokens.length
     metrics.requestPromptTokens.observe(prompt.tokens.length)
@@ -144,6 +153,7 @@ export class Run {
       if (event.kind === 'finish') checkFinish(event)
       take(firstChoice === 0 ? event : { ...event, choice: firstChoice + event.choice })
     }
+    this.#outputTokens += generation.discardedTokens
   }
 
   #stop(): void {

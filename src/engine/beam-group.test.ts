@@ -1,0 +1,307 @@
+// Catches a beam search in the engine that finds something else than a plain one, alone or beside
+// others, under memory pressure or not, and memory that it keeps or promises twice.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import fc from 'fast-check'
+import { referenceBeams } from '../../test/support/beam-reference.ts'
+import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
+import { NullBackend, nullLogits } from '../backends/null/backend.ts'
+import { extendHash } from '../backends/null/kv-memory.ts'
+import { LatticeError } from '../errors.ts'
+import { type BeamParams, GREEDY, type SequenceRequest } from './api.ts'
+
+/** 3.2 tokens a page, so that rows lie across pages; two layers. */
+const KV = { layers: 2, rowBytes: 80, pageBytes: 256 }
+const CONTEXT = 80
+const BEAMS: BeamParams = { width: 4, lengthPenalty: 1, earlyStopping: false }
+
+interface Options {
+  maxSequences: number
+  stepTokens: number
+  kvPages: number
+  prefixPages: number
+  layers: number
+  tierColumns: number
+}
+
+function bench(options: Partial<Options> = {}): Bench {
+  const { maxSequences = 8, stepTokens = 64, kvPages = 10_000, prefixPages = 0 } = options
+  const kv = { ...KV, layers: options.layers ?? KV.layers }
+  const { tierColumns = 0 } = options
+  const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv, tierColumns }
+  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages, greedy: true })
+}
+
+function logprobsAfter(hash: number): number[] {
+  const row = new Float32Array(VOCAB)
+  nullLogits(hash, row)
+  const sum = Math.log(row.reduce((total, logit) => total + Math.exp(logit), 0))
+  return Array.from(row, (logit) => logit - sum)
+}
+
+function columns(tokens: number): number {
+  return Math.ceil((tokens * KV.rowBytes) / KV.pageBytes)
+}
+
+function expectedBeams({ prompt, maxTokens, stopTokens, beams }: SequenceRequest) {
+  const hash = prompt.reduce(extendHash, 0)
+  return referenceBeams(beams!, maxTokens, stopTokens, (tokens) =>
+    logprobsAfter(tokens.reduce(extendHash, hash)),
+  )
+}
+
+function assertBeams(engine: Bench, request: SequenceRequest, ids: readonly number[]): void {
+  const expected = expectedBeams(request)
+  ids.forEach((id, i) => {
+    const { tokens, stopped, score } = expected[i]!
+    const found = engine.outcome(id)
+    assert.deepEqual(found.tokens, stopped ? tokens.slice(0, -1) : tokens)
+    assert.equal(found.outputTokens, tokens.length)
+    assert.equal(found.reason, stopped ? 'stop' : 'length')
+    assert.ok(Math.abs(found.score! - score) < 1e-5, `${found.score} for ${score}`)
+    assert.equal(found.started, 1)
+  })
+}
+
+const params = fc.record({
+  width: fc.integer({ min: 2, max: 5 }),
+  lengthPenalty: fc.constantFrom(0, 0.5, 1, 2, -1),
+  earlyStopping: fc.constantFrom(true, false, 'never' as const),
+})
+const prompts = fc.array(fc.nat(VOCAB - 1), { minLength: 1, maxLength: 20 })
+
+const loads = fc.record({
+  maxSequences: fc.integer({ min: 5, max: 9 }),
+  extraBudget: fc.nat(30),
+  extraColumns: fc.nat(12),
+  prefixPages: fc.constantFrom(0, 30),
+  tierColumns: fc.constantFrom(0, 50),
+  // Few regions may be mixed in a slot of so many layers: then beams are copied in part.
+  layers: fc.constantFrom(2, 2, 700),
+  arrivals: fc.array(
+    fc.record({
+      prompt: prompts,
+      beams: fc
+        .constantFrom(undefined, 0, 0)
+        .chain((no) => (no === undefined ? fc.constant(no) : params)),
+      maxTokens: fc.integer({ min: 1, max: 25 }),
+      more: fc.nat(35),
+      stopTokens: fc.constantFrom([], [7], [7, 11, 30]),
+      gap: fc.nat(4),
+      abortAfter: fc.nat(30).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
+    }),
+    { minLength: 3, maxLength: 8 },
+  ),
+})
+
+test('pressure, aborts or others beside them change the hypotheses of a beam search', () => {
+  let [preemptions, compactions, searches] = [0, 0, 0]
+  fc.assert(
+    fc.property(loads, ({ extraBudget, extraColumns, arrivals, layers, ...options }) => {
+      const needs = arrivals.map(({ prompt, maxTokens, more, beams }) =>
+        beams
+          ? columns(prompt.length) + beams.width * columns(maxTokens + 4)
+          : columns(prompt.length + maxTokens + more),
+      )
+      const kvPages = (Math.max(...needs) + extraColumns) * layers
+      const stepTokens = options.maxSequences + extraBudget
+      const engine = bench({
+        ...options,
+        prefixPages: options.prefixPages * layers,
+        layers,
+        kvPages,
+        stepTokens,
+      })
+      const events: { at: number; act: () => void }[] = []
+      const asked: { request: SequenceRequest; ids: number[] }[] = []
+      let at = 0
+      let id = 0
+      for (const { beams, gap, abortAfter, prompt, more, ...rest } of arrivals) {
+        at += gap
+        const request = sequenceRequest({ ...rest, prompt: Int32Array.from(prompt) })
+        if (beams) request.beams = beams
+        else request.maxTokens += more
+        const ids = Array.from({ length: beams ? beams.width - 1 : 1 }, () => id++)
+        asked.push({ request, ids })
+        const samplings = ids.map(() => GREEDY)
+        events.push({ at, act: () => engine.submitChoices(ids, request, samplings) })
+        if (abortAfter === undefined) continue
+        const abort = (): void => ids.forEach((one) => engine.core.abort(one))
+        events.push({ at: at + abortAfter, act: abort })
+      }
+      for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
+        for (const event of events.filter((event) => event.at === step)) {
+          events.splice(events.indexOf(event), 1)
+          event.act()
+        }
+        engine.step()
+        engine.core.check()
+        const { usedPages, pageBytes, residentBytes } = engine.core.snapshot().kv
+        assert.ok(usedPages <= kvPages, 'the limit is exceeded')
+        assert.ok(residentBytes <= usedPages * pageBytes, 'memory is used that nobody counted')
+        assert.ok(step < 5000, 'it does not end')
+      }
+      engine.settle()
+      const { kv, preemptions: preempted, running, beamCopies } = engine.core.snapshot()
+      preemptions += preempted
+      compactions += beamCopies
+      assert.equal(running, 0)
+      assert.ok(kv.usedPages <= options.prefixPages * layers, 'pages are left behind')
+      assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
+      for (const { request, ids } of asked) {
+        if (engine.outcome(ids[0]!).reason === 'abort') continue
+        if (request.beams) {
+          searches++
+          assertBeams(engine, request, ids)
+          continue
+        }
+        const { tokens, reason, outputTokens } = engine.outcome(ids[0]!)
+        assert.deepEqual({ tokens, reason, outputTokens }, expectedOutcome(request))
+      }
+    }),
+    { seed: 23, numRuns: 300 },
+  )
+  const seen = `${searches} ${preemptions} ${compactions}`
+  assert.ok(searches > 300 && preemptions > 50 && compactions > 50, seen)
+})
+
+test('a beam search gives way in part, or goes on with the memory of a beam that is gone', () => {
+  // Early sequences grow until the beams, which fitted when they were let in, must give way.
+  const long = sequenceRequest({ prompt: new Int32Array(20).fill(3), maxTokens: 55 })
+  const beams = sequenceRequest({ prompt: Int32Array.of(5, 6), maxTokens: 30, beams: BEAMS })
+  const engine = bench({ kvPages: 2 * 42 })
+  engine.submitChoices([0, 3, 4], long, [GREEDY, GREEDY, GREEDY])
+  for (let i = 0; i < 3; i++) engine.step()
+  engine.submitChoices([1, 2], beams, [GREEDY, GREEDY])
+  let restarts = 0
+  let before = 0
+  while (engine.step()) {
+    engine.core.check()
+    const { sequences, preemptions } = engine.core.snapshot()
+    const of = sequences.filter(({ promptTokens }) => promptTokens === 2)
+    assert.ok([0, 1, 4].includes(of.length), `${of.length} beams`)
+    if (preemptions > before && of.length === 1) restarts++
+    before = preemptions
+  }
+  assert.ok(restarts > 0, 'the beams never gave way')
+  assert.deepEqual(engine.outcome(0).tokens, expectedOutcome(long).tokens)
+  assertBeams(engine, beams, [1, 2])
+})
+
+test('a beam search that cannot run is queued for ever', () => {
+  const engine = bench({ maxSequences: 3, kvPages: 2 * 30 })
+  const refused = (change: Partial<SequenceRequest>, answers = 1) => {
+    const ids = Array.from({ length: answers }, (_, i) => i)
+    const request = sequenceRequest({ beams: { ...BEAMS, width: 3 }, ...change })
+    engine.submitChoices(ids, request, [])
+    assert.ok(engine.core.idle)
+    return ids.map((id) => engine.outcome(id).error?.code)
+  }
+  assert.deepEqual(refused({ beams: BEAMS }), ['invalid_request'])
+  assert.deepEqual(refused({}, 4), Array(4).fill('invalid_request'))
+  assert.deepEqual(refused({ beams: { ...BEAMS, width: 1 } }), ['invalid_request'])
+  assert.deepEqual(refused({ sampling: { ...GREEDY, temperature: 1 } }), ['invalid_request'])
+  assert.deepEqual(refused({ maxTokens: 60 }), ['kv_memory_exhausted'])
+  assert.equal(engine.core.snapshot().finished.error, 8)
+})
+
+test('beams that pinned prefixes leave no room begin again for ever', () => {
+  const sizes = { vocab: VOCAB, contextLength: 40, maxSequences: 8, stepTokens: 64, kv: KV }
+  const memory = { maxSequences: 8, kvPages: 2 * 45, prefixPages: 2 * 45 }
+  const engine = new Bench(new NullBackend(sizes), memory)
+  for (const id of [4, 5]) {
+    const prompt = new Int32Array(39).fill(id)
+    engine.submit(id, sequenceRequest({ prompt, maxTokens: 1, pin: `${id}` }))
+  }
+  engine.runAll()
+  const request = sequenceRequest({
+    maxTokens: 12,
+    beams: { ...BEAMS, width: 8, lengthPenalty: 9 },
+  })
+  engine.submitChoices([1, 2], request, [])
+  engine.submit(3, sequenceRequest())
+  engine.runAll(500)
+  const { kv, preemptions } = engine.core.snapshot()
+  assert.equal(kv.pinnedPages, 2 * 26)
+  assert.equal(preemptions, 8, 'its beams were refused at once, or let in more than once')
+  for (const id of [1, 2]) assert.equal(engine.outcome(id).error?.code, 'kv_memory_exhausted')
+  assert.deepEqual(engine.outcome(3).tokens, expectedOutcome(sequenceRequest()).tokens)
+})
+
+test('an answer that nobody waits for ends the others, or beams run on for nobody', () => {
+  const request = sequenceRequest({ maxTokens: 20, beams: BEAMS })
+  const engine = bench()
+  engine.submitChoices([0, 1, 2], request, [])
+  for (let i = 0; i < 5; i++) engine.step()
+  engine.core.abort(1)
+  assert.equal(engine.outcome(1).reason, 'abort')
+  engine.runAll()
+  const expected = expectedBeams(request)
+  assert.deepEqual(engine.outcome(0).tokens, expected[0]!.tokens)
+  assert.deepEqual(engine.outcome(2).tokens, expected[2]!.tokens)
+  engine.submitChoices([3, 4], request, [])
+  for (let i = 0; i < 5; i++) engine.step()
+  engine.core.abort(3)
+  engine.core.abort(4)
+  assert.ok(engine.core.idle)
+  assert.equal(engine.step(), false)
+  engine.settle()
+  assert.equal(engine.core.snapshot().kv.residentBytes, 0)
+})
+
+test('a row of NaN leaves beams behind, or ends another sequence', () => {
+  for (const atStep of [0, 4]) {
+    const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences: 8, stepTokens: 64, kv: KV }
+    const backend = new NullBackend({ ...sizes, fault: { atStep, kind: 'nan' } })
+    const engine = new Bench(backend, { maxSequences: 8, kvPages: 10_000 })
+    engine.submitChoices([0, 1], sequenceRequest({ maxTokens: 20, beams: BEAMS }), [])
+    engine.submit(2, sequenceRequest({ prompt: Int32Array.of(9) }))
+    engine.runAll()
+    for (const id of [0, 1]) assert.equal(engine.outcome(id).error?.code, 'backend_failed')
+    assert.deepEqual(
+      engine.outcome(2).tokens,
+      expectedOutcome(sequenceRequest({ prompt: Int32Array.of(9) })).tokens,
+    )
+    engine.settle()
+    assert.equal(engine.core.snapshot().kv.residentBytes, 0)
+  }
+})
+
+test('log-probabilities of a beam are of another, or missing', () => {
+  const request = sequenceRequest({ maxTokens: 12, beams: BEAMS, topLogprobs: 3 })
+  const engine = bench()
+  engine.submitChoices([0, 1], request, [])
+  engine.runAll()
+  for (const id of [0, 1]) {
+    let hash = request.prompt.reduce(extendHash, 0)
+    const { tokens, logprobs, score } = engine.outcome(id)
+    assert.equal(logprobs.length, tokens.length)
+    tokens.forEach((token, i) => {
+      const all = logprobsAfter(hash)
+      hash = extendHash(hash, token)
+      assert.ok(Math.abs(logprobs[i]!.logprob - all[token]!) < 1e-5)
+      const best = [...all.keys()].toSorted((a, b) => all[b]! - all[a]!).slice(0, 3)
+      assert.deepEqual(
+        logprobs[i]!.top.map((top) => top.token),
+        best,
+      )
+    })
+    const sum = logprobs.reduce((total, one) => total + one!.logprob, 0)
+    assert.ok(Math.abs(score! - sum / tokens.length) < 1e-9)
+  }
+})
+
+test('memory that cannot be mapped for a beam passes for the error of its search', () => {
+  const engine = bench()
+  const prompt = new Int32Array(10).fill(1)
+  engine.submit(0, sequenceRequest({ prompt, beams: BEAMS, maxTokens: 4 }))
+  const { kv } = engine.backend
+  const map = kv.map.bind(kv)
+  kv.map = () => {
+    kv.map = map
+    throw new LatticeError('os_call_failed', 'no')
+  }
+  assert.throws(() => engine.runAll(), { code: 'os_call_failed' })
+  assert.equal(engine.outcome(0).reason, undefined)
+})

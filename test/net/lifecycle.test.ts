@@ -1,0 +1,57 @@
+// Catches what attaching leaves behind: links, descriptors, mappings; and what it takes over.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+
+const skip = WITHOUT_ROOT
+const KEY = new Uint8Array(16).fill(3)
+const LIMITS = { tokensPerSecond: 1e6, burstTokens: 1e9, maxRunning: 100 }
+const TENANTS = [{ index: 1, name: 'one', keys: [KEY, KEY] as const, ...LIMITS }]
+const REPLY = { text: 'hi', times: 1 }
+
+test('attaching a thousand times leaves something behind', { skip }, async (t) => {
+  const { server, remove } = await twoHosts()
+  t.after(() => remove())
+  const { before, after } = await server.call('cycle', 'veth-s', 1000)
+  t.diagnostic(JSON.stringify(after))
+  assert.deepEqual(after, before)
+  assert.ok(!server.details().includes('xdp'), server.details())
+})
+
+test('serving and stopping leaves something behind', { skip }, async (t) => {
+  const { server, remove } = await twoHosts(2)
+  t.after(() => remove())
+  const { before, after } = await server.call('cycleServing', TENANTS, 'veth-s', 12)
+  t.diagnostic(JSON.stringify(after))
+  assert.deepEqual(after, before)
+  assert.ok(!server.details().includes('xdp'), server.details())
+})
+
+test('another program is replaced, or a wrong interface is taken', { skip }, async (t) => {
+  const { client, server, remove } = await twoHosts()
+  t.after(() => remove())
+  const serve = (name: string, change: object = {}) =>
+    server.call('serve', { interface: name, tenants: TENANTS, reply: REPLY, ...change })
+  const taken = { interface: 'veth-c', tenants: TENANTS, reply: REPLY }
+  await assert.rejects(client.call('serve', taken), /program \d+, "pass", native/)
+  assert.match(client.details(), /prog\/xdp/)
+  await assert.rejects(serve('eth9'), /no interface 'eth9'/)
+  await assert.rejects(serve('veth-s', { mode: 'zerocopy' }), /veth-s cannot do zerocopy/)
+  await assert.rejects(serve('lo'), /lo cannot do native/)
+  assert.ok(!server.details().includes('xdp'), 'a refused attachment leaves the program')
+  server.route('default', 'via', '10.99.0.1')
+  await assert.rejects(serve('veth-s'), /default route leads through veth-s/)
+  assert.equal((await serve('veth-s', { force: true })).attached?.mode, 'native')
+  await assert.rejects(serve('veth-s', { force: true }), /already/)
+})
+
+test('a downgrade is not said, or is made without being allowed', { skip }, async (t) => {
+  const { server, remove } = await twoHosts()
+  t.after(() => remove())
+  const options = { interface: 'veth-s', tenants: TENANTS, reply: REPLY, allowGeneric: true }
+  const status = await server.call('serve', { ...options, mode: 'zerocopy' })
+  assert.equal(status.attached?.mode, 'native')
+  assert.equal(status.zeroCopy, false)
+  assert.match(server.details(), /prog\/xdp/)
+})

@@ -1,0 +1,121 @@
+// Catches a `lattice serve --net` that does not serve, hides how it is attached, or stays attached;
+// a `lattice net` that shows or changes something else; a `lattice run --server` with no answer.
+
+import assert from 'node:assert/strict'
+import { type ChildProcess, execFile, spawn } from 'node:child_process'
+import { writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { test, type TestContext } from 'node:test'
+import { temporaryDirectory } from '../support/temporary.ts'
+import { tinyLlama, writeTinyGguf } from '../support/tiny-gguf.ts'
+import { inNamespace, type TwoHosts, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+
+const skip = WITHOUT_ROOT
+const MAIN = fileURLToPath(new URL('../../src/main.ts', import.meta.url))
+const KEY = '000102030405060708090a0b0c0d0e0f'
+const URL_OF_SERVER = 'http://127.0.0.1:8099'
+const SERVE = ['serve', '--model', writeTinyGguf(tinyLlama()), '--threads', '1', '--port', '8099']
+
+interface Ended {
+  code: number | null
+  stdout: string
+  stderr: string
+}
+
+/** Runs `lattice` in a namespace, to its end. */
+function lattice(namespace: string, args: string[], env: object = {}): Promise<Ended> {
+  const [command, argv] = inNamespace(namespace, MAIN, ...args)
+  return new Promise((resolve) => {
+    const options = { env: { ...process.env, ...env } }
+    const child = execFile(command, argv, options, (_error, stdout, stderr) => {
+      resolve({ code: child.exitCode, stdout, stderr })
+    })
+    child.stdin?.end()
+  })
+}
+
+interface Serving {
+  two: TwoHosts
+  child: ChildProcess
+  said: () => string
+  ended: Promise<number | null>
+}
+
+async function serving(t: TestContext, ...flags: string[]): Promise<Serving> {
+  const tenants = join(temporaryDirectory('net'), 'tenants.jsonc')
+  const limits = { tokens_per_second: 1e6, burst_tokens: 1e6, max_running: 4 }
+  writeFileSync(tenants, JSON.stringify([{ tenant: 7, name: 'seven', keys: [KEY], ...limits }]))
+  const two = await twoHosts()
+  const argv = [MAIN, ...SERVE, '--net-tenants', tenants, ...flags]
+  const [command, args] = inNamespace(two.server.namespace, ...argv)
+  const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'] })
+  t.after(async () => {
+    child.kill('SIGKILL')
+    await two.remove()
+  })
+  let text = ''
+  const ended = new Promise<number | null>((resolve) => child.on('exit', resolve))
+  await new Promise<void>((resolve, reject) => {
+    const hear = (chunk: Buffer): void => {
+      text += String(chunk)
+      if (text.includes('ready in')) resolve()
+    }
+    child.stdout.on('data', hear)
+    child.stderr.on('data', hear)
+    void ended.then(() => reject(new Error(`it ended: ${text}`)))
+  })
+  return { two, child, said: () => text, ended }
+}
+
+const ASK = ['run', '--server', 'lattice://10.99.0.2', '--raw', '--max-tokens', '5', 'hello']
+const AS_TENANT = { LATTICE_TENANT: '7', LATTICE_TENANT_KEY: KEY }
+
+test('serve --net does not answer, or stays attached', { skip }, async (t) => {
+  const { two, child, said, ended } = await serving(t, '--net', 'veth-s')
+  const { server, client } = two
+  assert.match(said(), /Datagrams on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, queue 0/)
+  assert.ok(!said().includes(KEY))
+  const [first, again] = [
+    await lattice(client.namespace, [...ASK, '--temperature', '0', '--json'], AS_TENANT),
+    await lattice(client.namespace, [...ASK, '--temperature', '0'], AS_TENANT),
+  ]
+  assert.equal(first.code, 0, first.stderr)
+  const answer = JSON.parse(first.stdout)
+  assert.equal(answer.usage.completion_tokens, 5)
+  assert.equal(answer.finish_reason, 'length')
+  assert.equal(again.stdout, `${answer.text}\n`)
+  const http = await lattice(server.namespace, ['net', 'status', '--json', '--url', URL_OF_SERVER])
+  const status = JSON.parse(http.stdout)
+  assert.equal(status.counters.granted, 2)
+  assert.equal(status.running, 0)
+  assert.ok(!http.stdout.includes(KEY))
+  child.kill('SIGTERM')
+  assert.equal(await ended, 0)
+  assert.ok(!server.details().includes('xdp'))
+})
+
+test('lattice net does not attach, detach or say why not', { skip }, async (t) => {
+  const { two } = await serving(t)
+  const net = (...args: string[]) => {
+    return lattice(two.server.namespace, ['net', ...args, '--url', URL_OF_SERVER])
+  }
+  const nothing = await net('status')
+  assert.equal(nothing.code, 3)
+  assert.match(nothing.stderr, /attached to no interface/)
+  assert.match((await net('detach')).stderr, /attached to no interface/)
+  assert.match((await net('attach', 'eth9')).stderr, /no interface 'eth9'/)
+  assert.match((await net('attach', 'veth-s', '--mode', 'zerocopy')).stderr, /cannot do zerocopy/)
+  const attached = await net('attach', 'veth-s', '--mode', 'generic', '--port', '9000')
+  assert.equal(attached.code, 0, attached.stderr)
+  assert.match(attached.stdout, /veth-s, UDP port 9000: generic XDP/)
+  assert.match(two.server.details(), /xdpgeneric/)
+  assert.match((await net('attach', 'veth-s')).stderr, /attached to veth-s already/)
+  const asked = ASK.map((word) => (word.startsWith('lattice:') ? `${word}:9000` : word))
+  assert.equal((await lattice(two.client.namespace, asked, AS_TENANT)).code, 0)
+  const page = (await net('status')).stdout
+  assert.match(page, /granted +1\n/)
+  assert.match(page, /seven +7 +0 +1 +0/)
+  assert.equal((await net('detach')).code, 0)
+  assert.ok(!two.server.details().includes('xdp'))
+})

@@ -1,0 +1,99 @@
+// Owns the simulated memory: hashes in place of keys and values, salted by tenant, under the eyes
+// of a reader that reads all of a sequence as attention would.
+
+import { assert } from '../../src/assert.ts'
+import { extendHash, NullKvMemory } from '../../src/backends/null/kv-memory.ts'
+import { fullColumns, type KvSpan, spannedTokens } from '../../src/kv/regions.ts'
+import type { Insides } from './insides.ts'
+
+/** What a sequence of no tokens hashes to: another number for each tenant. */
+export function saltOf(tenant: string): number {
+  let salt = 1
+  for (const character of tenant) salt = extendHash(salt, character.codePointAt(0) ?? 0)
+  return salt
+}
+
+/** A hash over the hashes of the first `count` tokens: what attention over all of them gives. */
+export function digestOf(salt: number, tokens: ArrayLike<number>, count: number): number {
+  let [hash, digest] = [salt, salt]
+  for (let t = 0; t < count; t++) {
+    hash = extendHash(hash, tokens[t] ?? 0)
+    digest = extendHash(digest, hash)
+  }
+  return digest
+}
+
+export class SimMemory extends NullKvMemory {
+  /** By slot: the salt of the tenant whose sequence is in it. */
+  readonly salts: Uint32Array = new Uint32Array(this.slots)
+  /** Called before memory is moved; may throw, as a kernel out of mappings does. */
+  onMove: (what: 'map' | 'copy' | 'discard') => void = () => {}
+
+  override map(slot: number, region: number, shared: readonly KvSpan[]): void {
+    this.onMove('map')
+    const first = fullColumns(this.layout, spannedTokens(shared))
+    const dirty = this.region(region).touched.indexOf(1, first)
+    const inPlace = this.own[slot] === region
+    assert(
+      dirty < 0 || inPlace,
+      `column ${dirty} of region ${region} is zeroed before it is used again`,
+    )
+    super.map(slot, region, shared)
+  }
+
+  override copy(slot: number, first: number, shared: readonly KvSpan[]): void {
+    this.onMove('copy')
+    super.copy(slot, first, shared)
+  }
+
+  override discard(region: number, first: number, end: number): void {
+    this.onMove('discard')
+    super.discard(region, first, end)
+  }
+
+  /** A hash over what all of a slot's rows up to `tokens` hold, read wherever they are mapped. */
+  digest(slot: number, tokens: number): number {
+    let digest = this.salts[slot] ?? 0
+    for (let t = 0; t < tokens; t++) digest = extendHash(digest, this.hashAt(slot, t))
+    return digest
+  }
+
+  /**
+   * Throws unless a region holds these tokens whole, the first at position `from`.
+   * @returns the hash of all tokens up to there, given that of those before
+   */
+  checkRows(region: number, from: number, tokens: Int32Array, before: number): number {
+    let hash = before
+    for (let i = 0; i < tokens.length; i++) {
+      hash = extendHash(hash, tokens[i] ?? 0)
+      const kept = this.holds(region, from + i, hash)
+      assert(kept, `position ${from + i} of region ${region} keeps what is cached`)
+    }
+    return hash
+  }
+
+  /** Throws if a page is in memory that the table does not count: it was not given back. */
+  checkCounted(regions: Insides['regions']): void {
+    this.memory.forEach((region, r) => {
+      if (!region) return
+      for (let c = region.touched.indexOf(1); c >= 0; c = region.touched.indexOf(1, c + 1)) {
+        assert(
+          (regions[r]?.live[c] ?? 0) + (regions[r]?.cache[c] ?? 0) > 0,
+          `column ${c} of region ${r} is in memory and counted`,
+        )
+      }
+    })
+  }
+
+  /** Throws unless a slot writes to `region` and reads `shared` before that. */
+  checkMapped(slot: number, region: number, shared: readonly KvSpan[]): void {
+    assert(this.own[slot] === region, `slot ${slot} is mapped to region ${region}`)
+    const whole = fullColumns(this.layout, spannedTokens(shared))
+    const mapped = this.sharedEnd[slot] === whole
+    assert(mapped, `slot ${slot} is mapped to the ${whole} columns that it shares`)
+  }
+
+  protected override origin(slot: number): number {
+    return this.salts[slot] ?? 0
+  }
+}
