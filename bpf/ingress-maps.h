@@ -97,6 +97,10 @@ enum counter {
   C_EVENTS_LOST,
   /** Of a request that was never granted, or DATA of one that has ended. */
   C_STALE,
+  /** Connections that were asked for at the watched port, and those of them that were dropped. */
+  C_SYN,
+  C_SYN_SOURCE,
+  C_SYN_TOTAL,
   /** Rejections by code: C_CODE + code − 16. */
   C_CODE = 16,
   COUNTERS = 32,

@@ -18,11 +18,21 @@ const volatile __u32 load_slack = 4;
 /** One decision in so many becomes an event; a power of two, 0 for none. */
 const volatile __u32 sample_every = 0;
 
+/** TCP port whose new connections are counted and limited (syn.h); 0 is off. */
+const volatile __u16 syn_port = 0;
+/** Time between two connections of one source, or of all, that may go on; 0 is no limit. */
+const volatile __u64 syn_source_ns = 0;
+const volatile __u64 syn_source_burst_ns = 0;
+const volatile __u64 syn_total_ns = 0;
+const volatile __u64 syn_total_burst_ns = 0;
+
 static __always_inline void count(enum counter which) {
   __u32 zero = 0;
   struct counters *c = bpf_map_lookup_elem(&counts, &zero);
   if (c) c->count[which]++;
 }
+
+#include "syn.h"
 
 // Functions that are not static are verified once, on their own, instead of along every path that
 // leads to a call: without that the program is too large for the verifier.
@@ -336,15 +346,16 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
 }
 
 /**
- * The datagram is of a request that was granted, with the numbers that it was charged for. One that
- * has ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
+ * The datagram is of a request that was granted, for no more than it was charged for. One that has
+ * ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
  */
 static __always_inline int is_current(const struct lt_header *h) {
   struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
   struct request *r = bpf_map_lookup_elem(&requests, &id);
   if (!r || (r->ended && h->type == LT_DATA)) return 0;
-  return r->prompt_bytes == h->prompt_bytes && r->max_tokens == h->max_tokens &&
-         r->model == h->model && r->route == h->route;
+  return bpf_ntohl(h->prompt_bytes) <= bpf_ntohl(r->prompt_bytes) &&
+         bpf_ntohl(h->max_tokens) <= bpf_ntohl(r->max_tokens) && r->model == h->model &&
+         r->route == h->route;
 }
 
 /** Hands a datagram of a granted request to its replica. */
@@ -374,9 +385,11 @@ static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct 
 SEC("xdp")
 int ingress(struct xdp_md *ctx) {
   struct packet p;
+  void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
   __u32 zero = 0;
   struct control *c = bpf_map_lookup_elem(&controls, &zero);
-  if (!c || !packet_parse(ctx, port, &p) || !is_for_us(&p, c)) {
+  if (!c || !packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port) || !is_for_us(&p, c)) {
+    if (syn_port && !syn_admit(data, end)) return XDP_DROP;
     count(C_PASSED);
     return XDP_PASS;
   }

@@ -30,46 +30,57 @@ struct packet {
 };
 
 #define IP_FRAGMENT 0x3fff /* more fragments, or an offset */
+#define IP_LATER_FRAGMENT 0x1fff /* an offset */
 
 /**
- * Finds the header of a datagram that is for us.
- * @return 0 if the frame is anything else, or shorter than it says
+ * Finds the way through Ethernet, VLAN and IP.
+ * @param protocol set to what follows: of IPv6 the next header, which may be an extension
+ * @return where that begins, which may be the end; 0 if the frame holds no IP
  */
-static __always_inline int packet_parse(struct xdp_md *ctx, __u16 port, struct packet *p) {
-  void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+static __always_inline void *packet_network(void *data, void *end, struct packet *p,
+                                            __u8 *protocol) {
   struct ethhdr *eth = data;
   void *at = eth + 1;
   if (at > end) return 0;
   p->eth = eth;
-  __be16 protocol = eth->h_proto;
+  __be16 type = eth->h_proto;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    if (protocol != bpf_htons(ETH_P_8021Q) && protocol != bpf_htons(ETH_P_8021AD)) break;
+    if (type != bpf_htons(ETH_P_8021Q) && type != bpf_htons(ETH_P_8021AD)) break;
     struct vlan_header *vlan = at;
     at = vlan + 1;
     if (at > end) return 0;
-    protocol = vlan->protocol;
+    type = vlan->protocol;
   }
-  if (protocol == bpf_htons(ETH_P_IP)) {
+  if (type == bpf_htons(ETH_P_IP)) {
     struct iphdr *ip = at;
-    if ((void *)(ip + 1) > end) return 0;
-    if (ip->version != 4 || ip->ihl < 5 || ip->protocol != IPPROTO_UDP) return 0;
-    if (ip->frag_off & bpf_htons(IP_FRAGMENT)) return 0;
-    at += ip->ihl * 4;
+    if ((void *)(ip + 1) > end || ip->version != 4 || ip->ihl < 5) return 0;
     p->ip4 = ip;
     p->ip6 = 0;
-  } else if (protocol == bpf_htons(ETH_P_IPV6)) {
+    *protocol = ip->protocol;
+    return at + ip->ihl * 4;
+  }
+  if (type == bpf_htons(ETH_P_IPV6)) {
     struct ipv6hdr *ip = at;
-    at = ip + 1;
-    if (at > end) return 0;
-    if (ip->version != 6 || ip->nexthdr != IPPROTO_UDP) return 0;
+    if ((void *)(ip + 1) > end || ip->version != 6) return 0;
     p->ip4 = 0;
     p->ip6 = ip;
-  } else {
-    return 0;
+    *protocol = ip->nexthdr;
+    return ip + 1;
   }
-  struct udphdr *udp = at;
-  if ((void *)(udp + 1) > end || udp->dest != bpf_htons(port)) return 0;
+  return 0;
+}
+
+/**
+ * Finds what may be a header of the protocol, between any two ports.
+ * @return 0 if the frame is anything else, or shorter than it says
+ */
+static __always_inline int packet_parse(void *data, void *end, struct packet *p) {
+  __u8 protocol;
+  struct udphdr *udp = packet_network(data, end, p, &protocol);
+  if (!udp || protocol != IPPROTO_UDP) return 0;
+  if (p->ip4 && p->ip4->frag_off & bpf_htons(IP_FRAGMENT)) return 0;
+  if ((void *)(udp + 1) > end) return 0;
   struct lt_header *header = (void *)(udp + 1);
   if ((void *)(header + 1) > end) return 0;
   p->udp = udp;

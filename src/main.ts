@@ -20,6 +20,12 @@ const COMMANDS: readonly Entry[] = [
     load: async () => (await import('./cli/serve.ts')).serveCommand(),
   },
   {
+    name: 'gateway',
+    group: 'Use a model:',
+    summary: 'answer the OpenAI API by asking another machine over datagrams',
+    load: async () => (await import('./cli/gateway.ts')).gatewayCommand(),
+  },
+  {
     name: 'run',
     group: 'Use a model:',
     summary: 'answer one prompt on stdout, without a server',

@@ -90,18 +90,18 @@ export async function answerRemotely(
 }
 
 /** An address such as lattice://10.0.0.2:7411. */
-function parseServer(text: string): { host: string; port: number } {
+export function parseServer(text: string, flag = '--server'): { host: string; port: number } {
   const match = /^lattice:\/\/(\[[0-9a-f:.%\w]+\]|[^/:[\]]+)(?::(\d{1,5}))?\/?$/i.exec(text)
   const port = Number(match?.[2] ?? PROTOCOL_PORT)
   if (match?.[1] && port > 0 && port < 65536) {
     return { host: match[1].replace(/^\[|\]$/g, ''), port }
   }
-  throw new LatticeError('usage', `--server ${text} is no address of the datagram protocol.`, {
+  throw new LatticeError('usage', `${flag} ${text} is no address of the datagram protocol.`, {
     todo: `Write one such as lattice://10.0.0.2:${PROTOCOL_PORT}.`,
   })
 }
 
-function chooseTenant(flag: number | undefined): number {
+export function chooseTenant(flag: number | undefined): number {
   const variable = process.env['LATTICE_TENANT']
   const tenant = flag ?? (variable === undefined ? undefined : Number(variable))
   if (tenant !== undefined && Number.isInteger(tenant)) return tenant
@@ -111,7 +111,7 @@ function chooseTenant(flag: number | undefined): number {
 }
 
 /** Never from an argument: those can be read by every user of the machine. */
-function chooseKey(file: string | undefined): Uint8Array {
+export function chooseKey(file: string | undefined): Uint8Array {
   const variable = process.env['LATTICE_TENANT_KEY']
   if (file === undefined && variable === undefined) {
     throw new LatticeError('usage', 'The server needs the tenant’s key.', {

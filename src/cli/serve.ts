@@ -22,6 +22,7 @@ interface ServeOptions extends EngineOptions, NetOptions {
   host: string
   port: number
   apiKey?: string[]
+  sharePort?: true
   maxSequences: number
   maxQueue: number
   stepTokens?: number
@@ -47,6 +48,7 @@ export function serveCommand(): Command {
       8080,
     )
     .option('--api-key <KEY>', 'ask for this key; may be repeated (or LATTICE_API_KEY)', collect)
+    .option('--share-port', 'beside other servers: a connection goes to who has the least to do')
     .optionsGroup('Load:')
     .option(
       '--max-sequences <N>',
@@ -74,7 +76,7 @@ async function serve(options: ServeOptions): Promise<void> {
   // Said now, not after the model has been fetched and loaded.
   const [chosen] = await Promise.all([
     chooseNet(options),
-    assertPortIsFree(options.host, options.port),
+    options.sharePort ? undefined : assertPortIsFree(options.host, options.port),
   ])
   const session = await openSession(options, options)
   for (const line of session.report) print(line)
@@ -87,6 +89,7 @@ async function serve(options: ServeOptions): Promise<void> {
     host: options.host,
     port: options.port,
     apiKeys,
+    sharePort: options.sharePort ?? false,
     net,
   })
   const asked = untilAsked()
@@ -124,7 +127,10 @@ async function openNet(
 }
 
 /** Every key that is accepted; none lets everyone in. */
-function chooseApiKeys(flags: readonly string[] = [], variable: string | undefined): string[] {
+export function chooseApiKeys(
+  flags: readonly string[] = [],
+  variable: string | undefined,
+): string[] {
   const keys = variable === undefined ? [...flags] : [...flags, variable]
   if (keys.every((key) => key.trim() !== '')) return keys
   throw new LatticeError('usage', 'An API key is empty, which would let everyone in.', {
@@ -182,7 +188,7 @@ function curlLine({ modelId, template }: Session, url: string, needsKey: boolean
 }
 
 /** Resolves at the first SIGTERM or SIGINT; the second ends the process at once. */
-function untilAsked(): Promise<void> {
+export function untilAsked(): Promise<void> {
   return new Promise((resolve) => {
     let firstAt: number | undefined
     const onSignal = (): void => {

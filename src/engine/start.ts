@@ -107,7 +107,6 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       : ''
   const whence = options.kvMemoryBytes === undefined ? place.whence : 'as asked'
   const answers = options.prefixCacheOutput ? ' and answers' : ''
-  const whence = options.kvMemoryBytes === undefined ? place.whence : 'as asked'
   const report = [
     `model    ${config.name} (${config.architecture}), context ${contextLength} tokens${shortened}`,
     `device   ${place.describe(engine.facts)}`,

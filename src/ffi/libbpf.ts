@@ -36,6 +36,7 @@ interface Natives {
   initialValue(map: number, bytes: Uint8Array): number
   programName(program: number): string
   programFd(program: number): number
+  programType(program: number): number
   createLink(program: number, ifindex: number, type: number, options: Uint8Array): number
   queryXdp(ifindex: number, flags: number, answer: Uint8Array): number
   programById(id: number): number
@@ -87,6 +88,7 @@ function bpf(): Natives {
     initialValue: f('bpf_map__initial_value', pointer, [pointer, 'void *']),
     programName: f('bpf_program__name', 'str', [pointer]),
     programFd: f('bpf_program__fd', 'int', [pointer]),
+    programType: f('bpf_program__type', 'int', [pointer]),
     createLink: f('bpf_link_create', 'int', ['int', 'int', 'int', 'const void *']),
     queryXdp: f('bpf_xdp_query', 'int', ['int', 'int', 'void *']),
     programById: f('bpf_prog_get_fd_by_id', 'int', ['uint32_t']),
@@ -235,18 +237,26 @@ export function attachedXdp(ifindex: number): AttachedXdp | undefined {
 
 /** What running a program on a packet came to. */
 export interface TestRun {
-  /** XDP_ABORTED 0, DROP 1, PASS 2, TX 3, REDIRECT 4. */
+  /** XDP_ABORTED 0, DROP 1, PASS 2, TX 3, REDIRECT 4; of tc NEXT −1, DROP 2. */
   action: number
   packet: Uint8Array
   /** Mean of the repeats. */
   durationNs: number
+  /** struct __sk_buff after a tc program; empty after others. */
+  context: DataView
 }
+
+/** struct __sk_buff, or more. */
+const CONTEXT_BYTES = 192
+const PROG_TYPE_SCHED_CLS = 3
 
 export class BpfProgram {
   readonly name: string
   readonly fd: number
+  private readonly isTc: boolean
 
   constructor(program: number) {
+    this.isTc = bpf().programType(program) === PROG_TYPE_SCHED_CLS
     this.name = bpf().programName(program)
     this.fd = bpf().programFd(program)
   }
@@ -279,12 +289,19 @@ export class BpfProgram {
     options.setBigUint64(16, BigInt(koffi.address(out)), true)
     options.setUint32(24, packet.length, true)
     options.setUint32(28, out.length, true)
+    const context = new DataView(new ArrayBuffer(CONTEXT_BYTES))
+    // For XDP it would be read as well: a packet without a byte.
+    if (this.isTc) {
+      options.setBigUint64(40, BigInt(koffi.address(context.buffer)), true)
+      options.setUint32(52, CONTEXT_BYTES, true)
+    }
     options.setInt32(60, repeat, true)
     this.run(new Uint8Array(options.buffer))
     return {
-      action: options.getUint32(56, true),
+      action: options.getInt32(56, true),
       packet: out.slice(0, options.getUint32(28, true)),
       durationNs: options.getUint32(64, true),
+      context: new DataView(context.buffer, 0, options.getUint32(52, true)),
     }
   }
 

@@ -28,12 +28,23 @@ import {
 } from './protocol.ts'
 import type { SipKey } from './siphash.ts'
 
-export type ClientRequest = GenerateOptions &
+export type ClientRequest = Omit<GenerateOptions, 'prompt'> &
   ClientOptions & {
-    /** The prompt in UTF-8. */
-    bytes: Uint8Array
+    /** The prompt has no more bytes than this. */
+    promptBytes: number
     request: bigint
+    /** How often a busy server is asked again. */
+    retries?: number
   }
+
+/** What may be known only once it was granted. */
+export interface ClientPrompt extends Pick<GenerateOptions, 'temperature' | 'topP' | 'seed'> {
+  /** UTF-8, of at least one byte and no more than was asked for. */
+  bytes: Uint8Array
+  isChat: boolean
+  /** No more than was asked for. */
+  maxTokens: number
+}
 
 /** Server busy: asked again so often, after what it says or at least a while that doubles. */
 const RETRIES = 5
@@ -65,8 +76,9 @@ export class ClientExchange {
   readonly #socket: Socket
   readonly #key: SipKey
   readonly #request: ClientRequest
-  readonly #base: Partial<Header>
-  readonly #sampling: [bigint, bigint]
+  #base: Partial<Header>
+  #prompt: ClientPrompt | undefined
+  #sampling: [bigint, bigint] = [0n, 0n]
   readonly #sender = new NumberedSender()
   readonly #receiver = new NumberedReceiver()
   /** Arrived, but not yet in order; by number. */
@@ -91,31 +103,32 @@ export class ClientExchange {
 
   /** @param socket connected to the server; it is this exchange's from now on */
   constructor(socket: Socket, request: ClientRequest, key: SipKey) {
-    const { bytes, tenant, keyIndex = 0, prompt, maxTokens, model, deadlineMs = 0 } = request
+    const { promptBytes, tenant, keyIndex = 0, maxTokens, model, deadlineMs = 0 } = request
     this.#socket = socket
     this.#key = key
     this.#request = request
     this.#dueMs = deadlineMs === 0 ? Infinity : performance.now() + deadlineMs
-    const { temperature = 0, topP = 1, seed = randomInt(2 ** 47) } = request
-    this.#sampling = writeSampling({ temperature, topP, seed: BigInt(seed) })
     this.#base = {
       tenant,
       key: keyIndex,
       request: request.request,
-      flags: typeof prompt === 'string' ? 0 : MESSAGE_FLAGS.chat,
       model: model === undefined ? 0 : modelHash(model),
-      promptBytes: bytes.length,
+      promptBytes,
       maxTokens,
-      fragments: fragmentsOf(bytes.length),
+      fragments: fragmentsOf(promptBytes),
     }
     socket.on('message', (message) => this.#receive(message))
     socket.on('error', (error) => this.#fail(networkFailed(error)))
     request.signal?.addEventListener('abort', this.#onAbort)
   }
 
-  /** Asks, sends the prompt, and yields what comes back. */
-  async *run(): AsyncGenerator<TextDelta, GenerateResult> {
-    if (!(await this.#ask())) return CUT_OFF
+  /**
+   * Asks, sends the prompt, and yields what comes back.
+   * @param prompt what the answer is to; it may have been asked for before
+   */
+  async *run(prompt: ClientPrompt): AsyncGenerator<TextDelta, GenerateResult> {
+    if (this.#granted) this.#setPrompt(prompt)
+    else if (!(await this.ask(prompt))) return CUT_OFF
     this.#sender.extend(this.#base.fragments ?? 0)
     this.#tick()
     for (;;) {
@@ -130,6 +143,20 @@ export class ClientExchange {
     return resultOf(this.#end)
   }
 
+  #setPrompt(prompt: ClientPrompt): void {
+    const { bytes, isChat, maxTokens, temperature = 0, topP = 1 } = prompt
+    const { seed = randomInt(2 ** 47) } = prompt
+    this.#prompt = prompt
+    this.#sampling = writeSampling({ temperature, topP, seed: BigInt(seed) })
+    this.#base = {
+      ...this.#base,
+      flags: isChat ? MESSAGE_FLAGS.chat : 0,
+      promptBytes: bytes.length,
+      maxTokens,
+      fragments: fragmentsOf(bytes.length),
+    }
+  }
+
   close(): void {
     clearTimeout(this.#timer)
     this.#request.signal?.removeEventListener('abort', this.#onAbort)
@@ -139,12 +166,19 @@ export class ClientExchange {
     setImmediate(() => this.#socket.close())
   }
 
-  /** Says HELLO until it is granted. False if the caller gave up meanwhile. */
-  async #ask(): Promise<boolean> {
+  /**
+   * Says HELLO until it is granted; before the prompt is known, for as much as it may be. False if
+   * the caller gave up meanwhile.
+   * @throws LatticeError `server_unreachable`, `request_rejected`
+   */
+  async ask(prompt?: ClientPrompt): Promise<boolean> {
+    if (prompt) this.#setPrompt(prompt)
     // Only key 0 makes prefix hashes that the server compares.
-    const { keyIndex = 0, bytes } = this.#request
+    const { keyIndex = 0 } = this.#request
     const words: Header['words'] =
-      keyIndex === 0 ? prefixHashes(this.#key, bytes) : [0n, 0n, 0n, 0n]
+      keyIndex === 0 && this.#prompt
+        ? prefixHashes(this.#key, this.#prompt.bytes)
+        : [0n, 0n, 0n, 0n]
     for (let retry = 0; ; retry++) {
       this.#answer = undefined
       for (let i = 0; i < HELLO_REPEATS && !this.#answer; i++) {
@@ -172,7 +206,8 @@ export class ClientExchange {
     const waitMs = Math.max(answer.deadlineMs, RETRY_MS << retry)
     const passes = ['busy', 'tenant_busy', 'no_replica', 'rate'].includes(code)
     const inTime = waitMs <= RETRY_MS_MAX && performance.now() + waitMs < this.#dueMs
-    if (passes && retry < RETRIES && inTime) return waitMs
+    const { retries = RETRIES } = this.#request
+    if (passes && retry < retries && inTime) return waitMs
     throw new LatticeError('request_rejected', `The server refused the request: ${code}.`, {
       todo: passes ? `Try again in ${waitMs} ms or later.` : REFUSALS,
       details: { code, retryAfterMs: answer.deadlineMs },
@@ -204,7 +239,7 @@ export class ClientExchange {
   #sendPrompt(now: number): void {
     for (const fragment of this.#sender.due(now)) {
       const from = fragment * FRAGMENT_BYTES
-      const payload = this.#request.bytes.subarray(from, from + FRAGMENT_BYTES)
+      const payload = (this.#prompt?.bytes ?? EMPTY).subarray(from, from + FRAGMENT_BYTES)
       const words: Header['words'] = [this.#cookie, hashOf(this.#key, payload), ...this.#sampling]
       this.#send(MESSAGE_TYPES.data, { fragment, words }, payload)
     }

@@ -4,7 +4,7 @@
 import { createSocket, type Socket } from 'node:dgram'
 import { lookup } from 'node:dns/promises'
 import { LatticeError } from '../errors.ts'
-import { ClientExchange } from './client-exchange.ts'
+import { ClientExchange, type ClientPrompt } from './client-exchange.ts'
 import {
   MAX_TOKENS_MAX,
   PROMPT_BYTES_MAX,
@@ -43,6 +43,13 @@ export interface GenerateOptions {
   signal?: AbortSignal
 }
 
+export interface ReserveOptions extends Pick<GenerateOptions, 'model' | 'deadlineMs' | 'signal'> {
+  /** The prompt will have no more. */
+  promptBytes: number
+  /** Nor the answer. */
+  maxTokens: number
+}
+
 export interface TextDelta {
   text: string
   tokens: Uint32Array
@@ -78,20 +85,39 @@ export class LatticeClient {
    * for await (const { text } of client.generate({ prompt: 'Hello', maxTokens: 20 })) write(text)
    */
   async *generate(options: GenerateOptions): AsyncGenerator<TextDelta, GenerateResult> {
-    const prompt = promptBytes(options)
-    const request = this.#nextRequest
-    this.#nextRequest = BigInt.asUintN(64, request + 1n)
-    const socket = await this.#connect()
-    const exchange = new ClientExchange(
-      socket,
-      { ...options, ...this.#options, bytes: prompt, request },
-      this.#key,
-    )
+    const { prompt, maxTokens } = options
+    const bytes = promptBytes(options)
+    const exchange = await this.#exchange({ ...options, promptBytes: bytes.length })
     try {
-      return yield* exchange.run()
+      const isChat = typeof prompt !== 'string'
+      return yield* exchange.run({ ...options, bytes, isChat, maxTokens })
     } finally {
       exchange.close()
     }
+  }
+
+  /**
+   * Asks for room, once; the prompt may be known already or not yet.
+   * @returns what takes the prompt, or is closed without
+   * @throws LatticeError `server_unreachable`, or `request_rejected` with the server's code in
+   *   `details.code` and when to try again in `details.retryAfterMs`
+   */
+  async reserve(options: ReserveOptions, prompt?: ClientPrompt): Promise<ClientExchange> {
+    const exchange = await this.#exchange({ ...options, retries: 0 })
+    try {
+      await exchange.ask(prompt)
+      return exchange
+    } catch (thrown) {
+      exchange.close()
+      throw thrown
+    }
+  }
+
+  async #exchange(options: ReserveOptions & { retries?: number }): Promise<ClientExchange> {
+    const request = this.#nextRequest
+    this.#nextRequest = BigInt.asUintN(64, request + 1n)
+    const socket = await this.#connect()
+    return new ClientExchange(socket, { ...options, ...this.#options, request }, this.#key)
   }
 
   async #connect(): Promise<Socket> {

@@ -4,6 +4,7 @@
 import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
+import { Egress, type TenantAccount } from './egress.ts'
 import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
 import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
 import {
@@ -53,7 +54,7 @@ export interface DatagramStatus {
   running: number
   counters: IngressCounters
   losses: RingLosses
-  tenants: (TenantUse & { index: number; name: string })[]
+  tenants: (TenantUse & { index: number; name: string; sent: TenantAccount })[]
   replicas: { model: string; running: number; prefixes: number }[]
   failure: string | undefined
 }
@@ -69,6 +70,7 @@ interface Attached {
 
 export class DatagramServer {
   readonly ingress: Ingress
+  readonly egress: Egress
   private readonly options: DatagramOptions
   private readonly link: CheckedInterface
   private ring!: Ring
@@ -89,7 +91,11 @@ export class DatagramServer {
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
     this.ingress = Ingress.load({ port: options.port })
     this.ingress.setMaxRunning(options.maxRunning)
-    for (const tenant of options.tenants) this.ingress.setTenant(tenant.index, tenant)
+    this.egress = Egress.load(options.port)
+    for (const tenant of options.tenants) {
+      this.ingress.setTenant(tenant.index, tenant)
+      if (tenant.egress) this.egress.setTenant(tenant.index, tenant.egress)
+    }
     this.ingress.setAddresses(addressesOf(link.name))
   }
 
@@ -105,6 +111,7 @@ export class DatagramServer {
       server.detach = detach
     } catch (thrown) {
       server.ingress.close()
+      server.egress.close()
       throw thrown
     }
     server.timer = setInterval(() => server.sync(), SYNC_MS)
@@ -147,7 +154,7 @@ export class DatagramServer {
   }
 
   status(): DatagramStatus {
-    const { link, options, ring, ingress } = this
+    const { link, options, ring, ingress, egress } = this
     const counters = ingress.counters()
     return {
       interface: link.name,
@@ -159,7 +166,9 @@ export class DatagramServer {
       running: ingress.running,
       counters,
       losses: ring.losses,
-      tenants: options.tenants.map(({ index, name }) => ({ index, name, ...ingress.use(index) })),
+      tenants: options.tenants.map(({ index, name }) => {
+        return { index, name, ...ingress.use(index), sent: egress.tenant(index) }
+      }),
       replicas: this.replicas.flatMap((replica, i) => {
         if (!replica) return []
         const prefixes = this.prefixes.values().reduce((n, held) => n + (held & bit(i) ? 1 : 0), 0)
@@ -189,6 +198,7 @@ export class DatagramServer {
     this.detach()
     await this.ring.close()
     this.ingress.close()
+    this.egress.close()
   }
 
   /** The program first: which mode it gets decides about the rings. */
@@ -214,10 +224,16 @@ export class DatagramServer {
   }
 
   private async attachAs(mode: NetMode): Promise<Attached> {
-    const { link, options, ingress } = this
+    const { link, options, ingress, egress } = this
     const keys = new Map(options.tenants.map(({ index, keys: pair }) => [index, pair]))
-    const detach = ingress.program.attachXdp(link.index, mode === 'generic' ? mode : 'native')
+    const leave = egress.attach(link.name)
+    let detach = leave
     try {
+      const detachXdp = ingress.program.attachXdp(link.index, mode === 'generic' ? mode : 'native')
+      detach = () => {
+        detachXdp()
+        leave()
+      }
       const { index: ifindex, queues } = link
       const copy = mode === 'zerocopy' ? mode : 'copy'
       const { busyPollBudget } = options

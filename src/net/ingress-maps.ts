@@ -55,6 +55,11 @@ export const TUNABLES = {
   loadFactor2: 24,
   loadSlack: 28,
   sampleEvery: 32,
+  synPort: 36,
+  synSourceNs: 40,
+  synSourceBurstNs: 48,
+  synTotalNs: 56,
+  synTotalBurstNs: 64,
 } as const
 
 /** enum counter, in order; those of rejections follow from 16 on, by code − 16. */
@@ -72,6 +77,9 @@ export const COUNTERS = [
   'no_ring',
   'events_lost',
   'stale',
+  'syn',
+  'syn_source',
+  'syn_total',
 ] as const
 export const COUNTERS_MAX = 32
 export const COUNTERS_BY_CODE = 16

@@ -29,6 +29,23 @@ export interface IngressTunables {
   credit: number
   /** One decision in so many becomes an event: a power of two, or 0 for none. */
   sampleEvery: number
+  /** Limits the new connections of a plain TCP port as well; off unless given. */
+  syn: SynLimits | undefined
+}
+
+export interface SynLimits {
+  port: number
+  /** Of one source: an IPv4 address, or 64 bits of IPv6. */
+  source: SynRate | undefined
+  /** Of all together, counted after the source's. */
+  total: SynRate | undefined
+}
+
+export interface SynRate {
+  /** Connections that may be opened. */
+  perSecond: number
+  /** How many at once after a rest. */
+  burst: number
 }
 
 export const INGRESS_DEFAULTS: IngressTunables = {
@@ -36,6 +53,7 @@ export const INGRESS_DEFAULTS: IngressTunables = {
   windowMs: 30_000,
   credit: 64,
   sampleEvery: 0,
+  syn: undefined,
 }
 
 export interface TenantLimits {
@@ -77,6 +95,7 @@ export class Ingress {
       view.setBigUint64(TUNABLES.windowUs, BigInt(chosen.windowMs) * 1000n, true)
       view.setBigUint64(TUNABLES.credit, BigInt(chosen.credit), true)
       view.setUint32(TUNABLES.sampleEvery, chosen.sampleEvery, true)
+      if (chosen.syn) tuneSyn(view, chosen.syn)
     })
     this.program = this.object.program('ingress')
     const tenants = this.object.map('tenants').view()
@@ -284,6 +303,29 @@ export class Ingress {
   close(): void {
     this.object.close()
   }
+}
+
+/** @throws LatticeError `invalid_request` for numbers out of bounds */
+function tuneSyn(rodata: DataView, { port, source, total }: SynLimits): void {
+  rodata.setUint16(TUNABLES.synPort, port, true)
+  const set = (rate: SynRate | undefined, gapAt: number, burstAt: number) => {
+    if (!rate) return
+    const { perSecond, burst } = rate
+    if (!(perSecond >= 0.01 && perSecond <= 1e7 && burst >= 1 && burst <= 1e6)) {
+      throw new LatticeError(
+        'invalid_request',
+        `${perSecond} connections a second, ${burst} once.`,
+        {
+          todo: 'Use 0.01 to 10,000,000 a second, and a burst of 1 to 1,000,000.',
+        },
+      )
+    }
+    const gapNs = BigInt(Math.round(1e9 / perSecond))
+    rodata.setBigUint64(gapAt, gapNs, true)
+    rodata.setBigUint64(burstAt, gapNs * BigInt(Math.round(burst)), true)
+  }
+  set(source, TUNABLES.synSourceNs, TUNABLES.synSourceBurstNs)
+  set(total, TUNABLES.synTotalNs, TUNABLES.synTotalBurstNs)
 }
 
 /** ::ffff:a.b.c.d */

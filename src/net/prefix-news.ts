@@ -3,7 +3,7 @@
 
 import type { Engine } from '../engine/api.ts'
 import type { WireRequest } from './exchange.ts'
-import { hashOf, PREFIX_LADDER } from './protocol.ts'
+import { allPrefixHashes, PREFIX_LADDER } from './protocol.ts'
 import { type SipKey, sipKey } from './siphash.ts'
 import type { DatagramTenant } from './tenants.ts'
 
@@ -49,10 +49,10 @@ export class PrefixNews {
   ): void => {
     const key = this.keys.get(index)
     if (!key || prompt.length < PREFIX_LADDER[0]) return
-    const prefixes = PREFIX_LADDER.flatMap((bytes) => {
-      if (prompt.length < bytes || this.known.size >= PREFIXES_MAX) return []
-      const hash = hashOf(key, prompt.subarray(0, bytes))
-      if (this.known.has(hash)) return []
+    const lengths = PREFIX_LADDER.filter((bytes) => bytes <= prompt.length)
+    const prefixes = allPrefixHashes(key, prompt, lengths).flatMap((hash, i) => {
+      const bytes = lengths[i] ?? 0
+      if (this.known.size >= PREFIXES_MAX || this.known.has(hash)) return []
       this.known.add(hash)
       // Where in the tokens the bytes end is known as well as one part of a text is like another.
       const length = Math.ceil((tokens.length * bytes) / prompt.length)

@@ -1,7 +1,7 @@
 // Owns the datagram protocol on this side of the wire: headers as objects and as bytes, MACs,
 // cookies and prefix hashes. docs/protocol.md specifies it; bpf/protocol.h is the kernel's view.
 
-import { type SipKey, sipHash } from './siphash.ts'
+import { type SipKey, sipHash, sipPrefixes } from './siphash.ts'
 
 export const PROTOCOL_VERSION = 1
 export const PROTOCOL_PORT = 7411
@@ -11,8 +11,13 @@ export const FRAGMENT_BYTES = 1200
 export const TENANTS_MAX = 1024
 export const PROMPT_BYTES_MAX = 1 << 26
 export const MAX_TOKENS_MAX = 1 << 20
-/** How many first bytes of a prompt each word of a HELLO hashes. */
-export const PREFIX_LADDER = [1 << 10, 4 << 10, 16 << 10, 64 << 10] as const
+/**
+ * Lengths of the prefixes that can be published, in bytes: steps of 1.5 and 1.33. With steps of 4 a
+ * system prompt that all chats share would often be all that is known of one (bench/steering.ts).
+ */
+export const PREFIX_LADDER = [
+  1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768, 49_152, 65_536,
+] as const
 
 const MAGIC = 0x4c54
 const MAC_AT = 88
@@ -157,11 +162,21 @@ export function hashOf(key: SipKey, bytes: Uint8Array): bigint {
   return mac.getBigUint64(0)
 }
 
-/** What a HELLO says of its prompt's first bytes, under the tenant's key 0. */
+/** The hash of each of these lengths, ascending, of a prompt that is no shorter. */
+export function allPrefixHashes(
+  key: SipKey,
+  prompt: Uint8Array,
+  lengths: readonly number[],
+): bigint[] {
+  const view = new DataView(prompt.buffer, prompt.byteOffset, prompt.byteLength)
+  return sipPrefixes(key, view, lengths)
+}
+
+/** What a HELLO says of its prompt: its four longest prefixes, ascending, then zeros. */
 export function prefixHashes(key: SipKey, prompt: Uint8Array): Header['words'] {
-  return PREFIX_LADDER.map((bytes) =>
-    prompt.length < bytes ? 0n : hashOf(key, prompt.subarray(0, bytes)),
-  ) as Header['words']
+  const lengths = PREFIX_LADDER.filter((bytes) => bytes <= prompt.length).slice(-4)
+  const hashes = allPrefixHashes(key, prompt, lengths)
+  return [...hashes, 0n, 0n, 0n, 0n].slice(0, 4) as Header['words']
 }
 
 /** @param address 16 bytes; IPv4 as ::ffff:a.b.c.d */

@@ -64,8 +64,10 @@ export class Replica {
     const id = `${header.tenant}:${header.request}`
     let exchange = this.exchanges.get(id)
     if (!exchange) {
-      // What comes late after the end, or an answer to nothing.
-      if (header.type !== MESSAGE_TYPES.data || header.promptBytes === 0) return
+      // What comes late after the end, or an answer to nothing. CANCEL may come before any DATA.
+      const { type } = header
+      if (type !== MESSAGE_TYPES.data && type !== MESSAGE_TYPES.cancel) return
+      if (header.promptBytes === 0) return
       exchange = new Exchange(header, key, new ReturnPath(view, at, layout), this.world)
       this.exchanges.set(id, exchange)
       this.world.claimed(header.tenant, header.request)

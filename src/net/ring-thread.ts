@@ -6,6 +6,7 @@ import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_thread
 import { present } from '../assert.ts'
 import { toLatticeError } from '../errors.ts'
 import { type Bell, openBell } from '../ffi/bell.ts'
+import { PacketSocket } from '../ffi/packet-socket.ts'
 import { XdpSocket } from '../ffi/xdp-socket.ts'
 import type { WireAnswer } from './exchange.ts'
 import { Replica } from './replica.ts'
@@ -18,10 +19,10 @@ const { mode, busyPollBudget } = options
 
 /** How long a sleep lasts at most, so that lost frames are told. */
 const SLEEP_MS = 1000
-/** A frame that the kernel does not take after so many tries is left to the protocol's repeats. */
-const SEND_TRIES = 64
 
 const sockets: XdpSocket[] = []
+/** Answers leave through the kernel's stack, where the egress program accounts for them. */
+let out: PacketSocket | undefined
 const answers = new Map<number, WireAnswer>()
 const losses: RingLosses = { received: 0, sent: 0 }
 let nextId = 1
@@ -53,18 +54,8 @@ function makeReplica(): Replica {
     finished: (tenant, request, usedTokens) => {
       say({ kind: 'finished', tenant, request, usedTokens })
     },
-    send,
+    send: (write) => out?.send(write),
   })
-}
-
-function send(write: (frame: Uint8Array) => number): void {
-  const socket = present(sockets[0], 'a socket')
-  for (let i = 0; i < SEND_TRIES; i++) {
-    if (socket.send(write)) return
-    // Full only while the kernel has not sent what is in it.
-    socket.flush()
-  }
-  losses.sent++
 }
 
 /** Returns false when the thread is to end. */
@@ -91,7 +82,7 @@ function run(replica: Replica, bell: Bell): void {
       taken += socket.receive((view, at, bytes) => replica.take(view, at, bytes))
     }
     const next = replica.turn()
-    for (const socket of sockets) socket.flush()
+    out?.flush()
     if (draining && replica.settled) {
       draining = false
       say({ kind: 'drained' })
@@ -100,6 +91,7 @@ function run(replica: Replica, bell: Bell): void {
     const waitMs = next === undefined ? SLEEP_MS : Math.min(SLEEP_MS, next - performance.now())
     if (waitMs > 0) bell.wait(Math.ceil(waitMs))
     losses.received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
+    losses.sent = out?.lost ?? 0
     if (losses.received + losses.sent > told) {
       told = losses.received + losses.sent
       say({ kind: 'lost', losses })
@@ -116,6 +108,7 @@ try {
   for (const queue of options.queues) {
     sockets.push(new XdpSocket(options.ifindex, queue, { mode, busyPollBudget }))
   }
+  out = new PacketSocket(options.ifindex)
   const fds = sockets.map(({ fd }) => fd)
   const bell = openBell(fds)
   const zeroCopy = sockets.every((socket) => socket.zeroCopy)
@@ -125,4 +118,5 @@ try {
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
 }
 for (const socket of sockets) socket.close()
+out?.close()
 port.close()

@@ -57,6 +57,27 @@ function take(low: number, high: number): void {
   v[1] = v[1]! ^ high
 }
 
+function begin(key: SipKey): void {
+  const [k0, k1, k2, k3] = key.words as unknown as [number, number, number, number]
+  v[0] = k0 ^ 0x70736575
+  v[1] = k1 ^ 0x736f6d65
+  v[2] = k2 ^ 0x6e646f6d
+  v[3] = k3 ^ 0x646f7261
+  v[4] = k0 ^ 0x6e657261
+  v[5] = k1 ^ 0x6c796765
+  v[6] = k2 ^ 0x79746573
+  v[7] = k3 ^ 0x74656462
+}
+
+/** Takes the last word in and writes the hash, big-endian. */
+function finish(low: number, high: number, out: DataView, at: number): void {
+  take(low, high)
+  v[4] = v[4]! ^ 0xff
+  for (let i = 0; i < 4; i++) round()
+  out.setInt32(at, v[1]! ^ v[3]! ^ v[5]! ^ v[7]!)
+  out.setInt32(at + 4, v[0]! ^ v[2]! ^ v[4]! ^ v[6]!)
+}
+
 /**
  * Writes the hash of bytes [from, to) of `data` into `out` at `at`, big-endian, as the protocol
  * has it.
@@ -69,15 +90,7 @@ export function sipHash(
   out: DataView,
   at: number,
 ): void {
-  const [k0, k1, k2, k3] = key.words as unknown as [number, number, number, number]
-  v[0] = k0 ^ 0x70736575
-  v[1] = k1 ^ 0x736f6d65
-  v[2] = k2 ^ 0x6e646f6d
-  v[3] = k3 ^ 0x646f7261
-  v[4] = k0 ^ 0x6e657261
-  v[5] = k1 ^ 0x6c796765
-  v[6] = k2 ^ 0x79746573
-  v[7] = k3 ^ 0x74656462
+  begin(key)
   const whole = to - ((to - from) & 7)
   for (let i = from; i < whole; i += 8) take(data.getInt32(i, true), data.getInt32(i + 4, true))
   const last = [0, (to - from) << 24]
@@ -85,9 +98,24 @@ export function sipHash(
     const byte = i - whole
     last[byte >> 2]! |= data.getUint8(i) << (8 * (byte & 3))
   }
-  take(last[0]!, last[1]!)
-  v[4] = v[4]! ^ 0xff
-  for (let i = 0; i < 4; i++) round()
-  out.setInt32(at, v[1]! ^ v[3]! ^ v[5]! ^ v[7]!)
-  out.setInt32(at + 4, v[0]! ^ v[2]! ^ v[4]! ^ v[6]!)
+  finish(last[0]!, last[1]!, out, at)
+}
+
+const saved = new Int32Array(8)
+const hash = new DataView(new ArrayBuffer(8))
+
+/**
+ * Hashes of several prefixes of the same bytes, in the time of the longest.
+ * @param lengths ascending, multiples of 8, no longer than the data
+ */
+export function sipPrefixes(key: SipKey, data: DataView, lengths: readonly number[]): bigint[] {
+  begin(key)
+  let at = 0
+  return lengths.map((length) => {
+    for (; at < length; at += 8) take(data.getInt32(at, true), data.getInt32(at + 4, true))
+    saved.set(v)
+    finish(0, length << 24, hash, 0)
+    v.set(saved)
+    return hash.getBigUint64(0)
+  })
 }

@@ -3,6 +3,7 @@
 
 import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
+import type { EgressPolicy } from './egress.ts'
 import type { TenantLimits } from './ingress.ts'
 import { TENANTS_MAX } from './protocol.ts'
 
@@ -11,6 +12,8 @@ export interface DatagramTenant extends TenantLimits {
   index: number
   /** As the engine knows it: its prefixes are its own. */
   name: string
+  /** How its answers are marked and paced; not at all unless given. */
+  egress?: EgressPolicy
 }
 
 const FIELDS = ['tenant', 'name', 'keys', 'tokens_per_second', 'burst_tokens', 'max_running']

@@ -1,11 +1,12 @@
 // Owns the listening server: the socket below the routes, draining, closing.
 
 import { createServer, type Server as HttpServer, STATUS_CODES } from 'node:http'
-import type { AddressInfo, Socket } from 'node:net'
+import type { AddressInfo, ListenOptions, Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { getRequestListener } from '@hono/node-server'
 import type { Engine } from '../engine/api.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
+import { Steering } from '../net/steer.ts'
 import type { NetService } from '../net/net-service.ts'
 import { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
@@ -25,6 +26,8 @@ export interface ServerOptions {
   port: number
   /** None lets everyone in. */
   apiKeys?: readonly string[]
+  /** Other servers may listen on the port too: a connection goes to who has the least to do. */
+  sharePort?: boolean
   /** The datagram path, which `lattice net` controls through this server; the caller's to close. */
   net?: NetService | undefined
 }
@@ -64,18 +67,22 @@ export async function startServer(options: ServerOptions): Promise<Server> {
   // Clients of HTTP/1.0 send no Host, and nothing here depends on it.
   const http = createServer({ requireHostHeader: false }, listener)
   http.on('clientError', refuseGarbage)
-  await listen(http, options.host, options.port)
+  const { sharePort = false } = options
+  await listen(http, { host: options.host, port: options.port, reusePort: sharePort })
+  const leave = sharePort ? steer(http) : () => {}
   const closed = new Promise<void>((resolve) => http.once('close', resolve))
   return {
     url: urlOf(http.address() as AddressInfo),
     async drain() {
       context.draining = true
+      leave()
       http.closeIdleConnections()
       await options.engine.drain()
       await closeGently(http, closed)
     },
     async close() {
       context.draining = true
+      leave()
       http.close()
       http.closeAllConnections()
       await closed
@@ -83,15 +90,33 @@ export async function startServer(options: ServerOptions): Promise<Server> {
   }
 }
 
-async function listen(http: HttpServer, host: string, port: number): Promise<void> {
+/** Takes part in the choice of who gets a connection; returns what leaves it. */
+function steer(http: HttpServer): () => void {
+  const { fd } = (http as unknown as { _handle: { fd: number } })._handle
+  let steering: Steering
+  try {
+    steering = Steering.join(fd, (http.address() as AddressInfo).port)
+  } catch (thrown) {
+    http.close()
+    throw thrown
+  }
+  let running = 0
+  http.on('request', (_request, response) => {
+    steering.setLoad(++running)
+    response.once('close', () => steering.setLoad(--running))
+  })
+  return () => steering.leave()
+}
+
+async function listen(http: HttpServer, at: ListenOptions): Promise<void> {
   const { promise, resolve, reject } = Promise.withResolvers<void>()
   http.once('error', reject)
-  http.listen(port, host, resolve)
+  http.listen(at, resolve)
   try {
     await promise
   } catch (error) {
     const why = error instanceof Error ? error.message : String(error)
-    throw new LatticeError('usage', `Cannot listen on ${host}:${port}: ${why}.`, {
+    throw new LatticeError('usage', `Cannot listen on ${at.host}:${at.port}: ${why}.`, {
       todo: 'Choose another address with --host and --port.',
       cause: error,
     })

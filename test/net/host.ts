@@ -6,6 +6,7 @@ import { readdirSync, readFileSync } from 'node:fs'
 import { connect, createServer } from 'node:net'
 import type { Engine } from '../../src/engine/api.ts'
 import { EngineClient } from '../../src/engine/client.ts'
+import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
 import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
@@ -148,6 +149,9 @@ export const COMMANDS = {
   },
 
   status: () => service?.status(),
+
+  /** How many programs see what an interface sends. */
+  accountants: (name: string) => attachedPrograms(interfaceIndex(name), ATTACH.tcxEgress),
 
   /** How many aborts the engine has seen, and what runs there. */
   async engine() {

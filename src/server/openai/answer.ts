@@ -3,13 +3,25 @@
 import type { GenerationEvent } from '../../engine/generation.ts'
 import { toLatticeError } from '../../errors.ts'
 import { warn } from '../../log.ts'
+import type { AbortCause } from '../../observe/server-metrics.ts'
 import type { RouteContext } from '../context.ts'
 import { errorBody, logFailure } from '../errors.ts'
 import { openSse, SSE_HEADERS, type SseStream } from '../sse.ts'
-import type { Run, Usage } from './run.ts'
+import type { Usage } from './run.ts'
 
 /** Who waits for an answer and has gone: nginx's number, seen by metrics only. */
 const CLIENT_CLOSED_REQUEST = 499
+
+/** What is answered: generations here, or elsewhere. */
+export interface Answering {
+  readonly requestId: string
+  readonly aborted: boolean
+  /** Complete once `each` has resolved. */
+  readonly usage: Usage
+  each(take: (event: GenerationEvent) => void): Promise<void>
+  /** False if it had ended already. */
+  abort(cause: AbortCause): boolean
+}
 
 /** An endpoint's answer as one document. */
 export interface Document {
@@ -26,7 +38,7 @@ export interface Frames {
 
 export async function answerWhole(
   c: RouteContext,
-  run: Run,
+  run: Answering,
   document: Document,
 ): Promise<Response> {
   await run.each((event) => document.take(event))
@@ -34,13 +46,18 @@ export async function answerWhole(
   return c.json(document.json(run.usage))
 }
 
-export function answerStream(c: RouteContext, run: Run, frames: Frames): Response {
+export function answerStream(c: RouteContext, run: Answering, frames: Frames): Response {
   const stream = openSse(() => run.abort('disconnect'))
   void pump(c, run, frames, stream)
   return c.body(stream.body, 200, SSE_HEADERS)
 }
 
-async function pump(c: RouteContext, run: Run, frames: Frames, stream: SseStream): Promise<void> {
+async function pump(
+  c: RouteContext,
+  run: Answering,
+  frames: Frames,
+  stream: SseStream,
+): Promise<void> {
   try {
     await run.each((event) => {
       const text = frames.of(event)
@@ -56,7 +73,7 @@ async function pump(c: RouteContext, run: Run, frames: Frames, stream: SseStream
 }
 
 /** A reader that leaves too much unread costs memory without end: its connection is cut. */
-function dropSlowReader(c: RouteContext, run: Run): void {
+function dropSlowReader(c: RouteContext, run: Answering): void {
   if (!run.abort('slow_reader')) return
   warn(`${run.requestId}: the client does not read its stream; the connection is cut.`)
   c.env.outgoing?.destroy()

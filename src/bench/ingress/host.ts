@@ -1,0 +1,162 @@
+// Owns one end of the bench in its namespace: the server that decides, serves datagrams or refuses
+// over HTTP, or a client that reads streams. It does what the bench tells it by messages.
+
+import { readFileSync } from 'node:fs'
+import { Agent, request as httpRequest } from 'node:http'
+import { text } from 'node:stream/consumers'
+import { BpfObject } from '../../ffi/libbpf.ts'
+import { interfaceIndex } from '../../ffi/xdp-socket.ts'
+import { LatticeClient } from '../../net/client.ts'
+import { Ingress } from '../../net/ingress.ts'
+import { NetService } from '../../net/net-service.ts'
+import { startServer } from '../../server/server.ts'
+import { BenchEngine, BYTES } from './engine.ts'
+
+export const TENANT = { granted: 1, refused: 2 } as const
+export const KEY = new Uint8Array(16).fill(3)
+export const HTTP_PORT = 9100
+const keys = [KEY, KEY] as const
+
+let ingress: Ingress | undefined
+let detach: (() => void) | undefined
+let service: NetService | undefined
+const engine = new BenchEngine()
+
+export const COMMANDS = {
+  /** A veth takes what XDP sends only if it has a program of its own. */
+  pass(name: string): void {
+    const testing = readFileSync(new URL('../../../bpf/testing.o', import.meta.url))
+    const object = new BpfObject(testing)
+    detach = object.program('pass').attachXdp(interfaceIndex(name), 'native')
+  },
+
+  detach(): void {
+    detach?.()
+    detach = undefined
+  },
+
+  /** The program alone, with a replica that nobody is behind; what was granted is forgotten. */
+  decide(name: string): void {
+    detach?.()
+    ingress?.close()
+    ingress = Ingress.load()
+    ingress.setMaxRunning(1 << 30)
+    ingress.setReplica(0, 'bench')
+    const maxRunning = 1 << 30
+    const rich = { keys, tokensPerSecond: 1e9, burstTokens: 1e9, maxRunning }
+    ingress.setTenant(TENANT.granted, rich)
+    ingress.setTenant(TENANT.refused, { ...rich, tokensPerSecond: 10, burstTokens: 300_000 })
+    detach = ingress.program.attachXdp(interfaceIndex(name), 'native')
+  },
+
+  async datagrams(name: string): Promise<void> {
+    detach?.()
+    detach = undefined
+    const limits = { keys, tokensPerSecond: 1e9, burstTokens: 1e9, maxRunning: 1 << 20 }
+    const poor = { ...limits, tokensPerSecond: 10, burstTokens: 1000 }
+    service = new NetService({
+      engine,
+      tokenizer: BYTES,
+      template: undefined,
+      publishes: false,
+      maxRunning: 1 << 20,
+      warn: (line) => process.stderr.write(`${line}\n`),
+      tenants: [
+        { index: TENANT.granted, name: 'granted', ...limits },
+        { index: TENANT.refused, name: 'refused', ...poor },
+      ],
+    })
+    const how = { name, queue: undefined, force: false, mode: 'native', port: 7411 } as const
+    await service.attach({ ...how, allowGeneric: false, busyPollBudget: 0 })
+  },
+
+  async http(): Promise<void> {
+    const at = { host: '0.0.0.0', port: HTTP_PORT }
+    await startServer({ engine, tokenizer: BYTES, template: undefined, ...at })
+  },
+
+  set(options: { full?: boolean; stepMs?: number }): void {
+    Object.assign(engine, options)
+  },
+
+  /** CPU time of all threads so far, in ns. */
+  cpu(): number {
+    const { user, system } = process.cpuUsage()
+    return (user + system) * 1000
+  },
+
+  counters: () => service?.status()?.counters ?? ingress?.counters(),
+
+  /** Streams at once over datagrams; ms between their tokens. */
+  async streams(host: string, count: number, tokens: number): Promise<number[]> {
+    const client = new LatticeClient({ host, tenant: TENANT.granted, key: KEY })
+    const gaps: number[] = []
+    const one = async (): Promise<void> => {
+      let before: number | undefined
+      for await (const _ of client.generate({ prompt: 'Hi', maxTokens: tokens })) {
+        const now = performance.now()
+        if (before !== undefined) gaps.push(now - before)
+        before = now
+      }
+    }
+    await Promise.all(Array.from({ length: count }, one))
+    return gaps
+  },
+
+  /** Requests one after the other for one token; ms until it came. */
+  async firstTokens(kind: 'datagram' | 'http', host: string, bytes: number, count: number) {
+    const prompt = 'a'.repeat(bytes)
+    const client = new LatticeClient({ host, tenant: TENANT.granted, key: KEY })
+    const agent = new Agent({ keepAlive: true })
+    const times: number[] = []
+    for (let i = 0; i < count; i++) {
+      const from = performance.now()
+      if (kind === 'datagram') {
+        const answer = client.generate({ prompt, maxTokens: 1 })
+        await answer.next()
+        times.push(performance.now() - from)
+        await answer.next()
+      } else times.push(await overHttp(agent, host, prompt, from))
+    }
+    agent.destroy()
+    return times
+  },
+}
+
+async function overHttp(agent: Agent, host: string, prompt: string, from: number): Promise<number> {
+  const { promise, resolve } = Promise.withResolvers<number>()
+  const request = httpRequest({
+    agent,
+    host,
+    port: HTTP_PORT,
+    path: '/v1/completions',
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+  })
+  request.once('response', async (response) => {
+    let first: number | undefined
+    response.once('data', () => (first = performance.now() - from))
+    await text(response)
+    resolve(first ?? 0)
+  })
+  request.end(JSON.stringify({ model: 'bench', prompt, max_tokens: 1, stream: true }))
+  return promise
+}
+
+export interface Call {
+  id: number
+  command: keyof typeof COMMANDS
+  args: unknown[]
+}
+
+if (import.meta.main) {
+  process.on('message', async ({ id, command, args }: Call) => {
+    try {
+      const value = await (COMMANDS[command] as (...all: unknown[]) => unknown)(...args)
+      process.send?.({ id, value })
+    } catch (thrown) {
+      process.send?.({ id, error: thrown instanceof Error ? thrown.stack : String(thrown) })
+    }
+  })
+  process.on('disconnect', () => process.exit())
+}

@@ -1,0 +1,167 @@
+// Owns the two hosts of the bench: network namespaces joined by a veth pair, a process in each, all
+// pinned to their own core, and the compiled clients. Everything goes when the bench ends.
+
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { LatticeError } from '../../errors.ts'
+import type { COMMANDS } from './host.ts'
+
+const HOST = fileURLToPath(new URL('host.ts', import.meta.url))
+const SOURCE = fileURLToPath(new URL('./clients.c', import.meta.url))
+
+type Commands = typeof COMMANDS
+
+/** What a client measured; times in µs, CPU and wall time in ns a request. */
+export interface Measured {
+  count: number
+  p50_us: number
+  p90_us: number
+  p99_us: number
+  p999_us: number
+  max_us: number
+  wall_ns: number
+  cpu_ns: number
+  grants: number
+  rejects: number
+}
+
+function ip(...args: string[]): string {
+  return execFileSync('ip', args, { stdio: ['ignore', 'pipe', 'pipe'], encoding: 'utf8' })
+}
+
+/** One end: its namespace, its interface, its core. */
+export class End {
+  readonly namespace: string
+  readonly link: string
+  readonly address: string
+  readonly cpu: number
+  private host: ChildProcess | undefined
+  private readonly calls = new Map<number, PromiseWithResolvers<unknown>>()
+  private nextId = 1
+
+  constructor(namespace: string, link: string, address: string, cpu: number) {
+    this.namespace = namespace
+    this.link = link
+    this.address = address
+    this.cpu = cpu
+  }
+
+  get mac(): string {
+    const links = JSON.parse(ip('-n', this.namespace, '-j', 'link', 'show', this.link))
+    return (links as { address: string }[])[0]!.address
+  }
+
+  /** A command line that runs in the namespace, on the core. */
+  inside(...command: string[]): [string, string[]] {
+    return ['taskset', ['-c', `${this.cpu}`, 'ip', 'netns', 'exec', this.namespace, ...command]]
+  }
+
+  call<N extends keyof Commands>(
+    command: N,
+    ...args: Parameters<Commands[N]>
+  ): Promise<Awaited<ReturnType<Commands[N]>>> {
+    this.host ??= this.start()
+    const id = this.nextId++
+    const call = Promise.withResolvers<unknown>()
+    this.calls.set(id, call)
+    this.host.send({ id, command, args })
+    return call.promise as Promise<Awaited<ReturnType<Commands[N]>>>
+  }
+
+  end(): void {
+    this.host?.kill('SIGKILL')
+  }
+
+  private start(): ChildProcess {
+    const [command, args] = this.inside(process.execPath, HOST)
+    const host = spawn(command, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] })
+    host.on('message', ({ id, value, error }: { id: number; value: unknown; error?: string }) => {
+      if (error === undefined) this.calls.get(id)?.resolve(value)
+      else this.calls.get(id)?.reject(new Error(error))
+    })
+    host.on('exit', () => {
+      for (const call of this.calls.values()) call.reject(new Error(`${this.link} has ended`))
+    })
+    return host
+  }
+}
+
+export class World implements Disposable {
+  readonly client: End
+  readonly server: End
+  private readonly folder: string
+  private readonly program: string
+
+  /** @throws LatticeError `backend_unavailable` without root, gcc or two cores */
+  constructor() {
+    if (process.getuid?.() !== 0) throw missing('root', 'Run it as root.')
+    this.folder = mkdtempSync(join(tmpdir(), 'lattice-ingress-'))
+    this.program = join(this.folder, 'ingress')
+    try {
+      execFileSync('gcc', ['-O2', '-o', this.program, SOURCE], { stdio: 'pipe' })
+    } catch (cause) {
+      throw missing('gcc', 'Install gcc: the clients are in C, to measure the kernel alone.', cause)
+    }
+    const name = `lt-bench-${process.pid}`
+    this.client = new End(`${name}-c`, 'veth-c', '10.99.0.1', 1)
+    this.server = new End(`${name}-s`, 'veth-s', '10.99.0.2', 0)
+    for (const { namespace } of [this.client, this.server]) ip('netns', 'add', namespace)
+    const one = ['numrxqueues', '1', 'numtxqueues', '1']
+    const peer = ['peer', this.server.link, 'netns', this.server.namespace, ...one]
+    const link = ['link', 'add', this.client.link, 'netns', this.client.namespace, ...one]
+    ip(...link, 'type', 'veth', ...peer)
+    for (const end of [this.client, this.server]) {
+      ip('-n', end.namespace, 'addr', 'add', `${end.address}/24`, 'dev', end.link)
+      ip('-n', end.namespace, 'link', 'set', end.link, 'up')
+      ip('-n', end.namespace, 'link', 'set', 'lo', 'up')
+    }
+  }
+
+  /** A second process at the client's end, on the server's core. */
+  reader(): End {
+    const { namespace, link, address } = this.client
+    return new End(namespace, link, address, this.server.cpu)
+  }
+
+  /** Runs a C client to its end. */
+  async measure(...args: (string | number)[]): Promise<Measured> {
+    const [command, rest] = this.client.inside(this.program, ...args.map(String))
+    const child = spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] })
+    let output = ''
+    child.stdout.on('data', (chunk) => (output += String(chunk)))
+    const [code] = (await once(child, 'close')) as [number]
+    if (code !== 0) throw new LatticeError('backend_failed', `A client failed: ${args.join(' ')}`)
+    return JSON.parse(output) as Measured
+  }
+
+  /** Starts a C peer on the server's core; the function ends it. */
+  async peer(kind: string, port: number): Promise<() => Promise<void>> {
+    const [command, rest] = this.server.inside(this.program, 'serve', kind, String(port))
+    const child = spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] })
+    await once(child.stdout, 'data')
+    return async () => {
+      child.kill('SIGTERM')
+      await once(child, 'exit')
+    }
+  }
+
+  [Symbol.dispose](): void {
+    for (const end of [this.client, this.server]) {
+      end.end()
+      try {
+        ip('netns', 'del', end.namespace)
+      } catch {
+        // It was never made.
+      }
+    }
+    rmSync(this.folder, { recursive: true, force: true })
+  }
+}
+
+function missing(what: string, todo: string, cause?: unknown): LatticeError {
+  return new LatticeError('backend_unavailable', `The bench needs ${what}.`, { todo, cause })
+}
