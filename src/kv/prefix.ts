@@ -493,8 +493,7 @@ function addSpan(spans: KvSpan[], span: KvSpan): void {
 }
 
 function commonLength(a: Int32Array, b: Int32Array): number {
-  const length = Math.min(a.length, b.length)
   let i = 0
-  while (i < length && a[i] === b[i]) i++
+  while (i < a.length && i < b.length && a[i] === b[i]) i++
   return i
 }
