@@ -35,7 +35,6 @@ test('a flag does not reach the engine, or another one does', async () => {
     prefixCacheOutput: false,
     maxSequences: 64,
     maxQueue: 512,
-    stepTokens: 512,
   })
   const flags = ['--prefix-cache', '1M', '--prefix-eviction', 'lru', '--prefix-cache-output', 'on']
   const all = await asked(...flags, '--kv-memory', '2M', '--threads', '1', '--context', '64')
