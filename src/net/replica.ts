@@ -24,8 +24,14 @@ export const REPLICA_LIMITS: ReplicaLimits = {
   arrivingBytesOfTenant: 64 << 20,
 }
 
+/** How often those that only linger are looked at. */
+const LOOK_MS = 250
+
 export class Replica {
   private readonly exchanges = new Map<string, Exchange>()
+  /** Everything was said and heard; they only linger, and many may. */
+  private readonly resting = new Map<string, Exchange>()
+  private lookMs = -Infinity
   private readonly keys: (tenant: number, index: number) => SipKey | undefined
   private readonly world: ReplicaWorld & ExchangeWorld
   private readonly limits: ReplicaLimits
@@ -45,7 +51,7 @@ export class Replica {
 
   /** Requests that are remembered, whether they run or only linger. */
   get size(): number {
-    return this.exchanges.size
+    return this.exchanges.size + this.resting.size
   }
 
   /** Nothing is left to say or to hear. */
@@ -62,7 +68,7 @@ export class Replica {
     const header = key && readHeader(data, key)
     if (!header) return
     const id = `${header.tenant}:${header.request}`
-    let exchange = this.exchanges.get(id)
+    let exchange = this.exchanges.get(id) ?? this.wake(id)
     if (!exchange) {
       // What comes late after the end, or an answer to nothing. CANCEL may come before any DATA.
       const { type } = header
@@ -80,10 +86,29 @@ export class Replica {
     let next: number | undefined
     for (const [id, exchange] of this.exchanges) {
       const at = exchange.turn()
-      if (at === undefined) this.exchanges.delete(id)
+      if (at === undefined || exchange.settled) this.exchanges.delete(id)
+      if (at === undefined) continue
+      if (exchange.settled) this.resting.set(id, exchange)
       else if (next === undefined || at < next) next = at
     }
-    return next
+    if (this.resting.size === 0) return next
+    const now = this.world.now()
+    if (now >= this.lookMs) {
+      this.lookMs = now + LOOK_MS
+      for (const [id, exchange] of this.resting) {
+        if (exchange.turn() === undefined) this.resting.delete(id)
+      }
+    }
+    return Math.min(this.lookMs, next ?? Infinity)
+  }
+
+  /** A late repeat has come for it. */
+  private wake(id: string): Exchange | undefined {
+    const exchange = this.resting.get(id)
+    if (!exchange) return undefined
+    this.resting.delete(id)
+    this.exchanges.set(id, exchange)
+    return exchange
   }
 
   private reserve(tenant: number, bytes: number): 'ok' | 'busy' | 'tenant_busy' {

@@ -162,16 +162,21 @@ test('a prefix in memory is not published, or one that has gone stays', { skip }
   assert.equal(await published(), 0)
   const [first] = [await ask('a'.repeat(5000)), await ask('a'.repeat(5000))]
   assert.equal(first.usage?.cachedTokens, 1, 'the begin token is every prompt’s')
-  await until(async () => (await published()) === 2)
+  // 1, 1.5, 2, 3 and 4 KiB.
+  await until(async () => (await published()) === 5)
   // The first 1 KiB is the same.
   const { usage } = await ask('a'.repeat(1100) + 'b'.repeat(4000))
   assert.ok((usage?.cachedTokens ?? 0) > 1000, JSON.stringify(usage))
-  await until(async () => (await published()) === 3)
+  await until(async () => (await published()) === 9)
   // Each has 160 KiB in a cache of 1 MiB.
   for (const letter of 'cdefghijk') await ask(letter.repeat(5000))
-  await until(async () => ((await published()) ?? 0) < 20)
-  const held = (await published()) ?? 0
-  assert.ok(held >= 4 && held <= 14, `${held} prefixes`)
+  // All 54 are known first; then it is heard which of them have gone.
+  let most = 0
+  await until(async () => {
+    const held = (await published()) ?? 0
+    most = Math.max(most, held)
+    return most > 35 && held >= 10 && held <= 35
+  })
 })
 
 test('generic mode serves nothing', { skip }, async (t) => {
