@@ -98,7 +98,7 @@ export function watched(mover: KvMover, layout: KvLayout, history: KvHistory): K
     },
     discard: (region, first, end) => mover.discard(region, first, end),
     grow: (region, first, end) => mover.grow?.(region, first, end),
-    expect: (region, first, end) => mover.expect?.(region, first, end),
+    ...(mover.expect && { expect: mover.expect.bind(mover) }),
     unshare: (region) => mover.unshare?.(region),
   }
 }

@@ -272,10 +272,11 @@ export class SlotTable {
 
   /** A held slot is likely to hold `tokens` tokens soon; nothing is accounted for yet. */
   expect(slot: number, tokens: number): void {
+    if (!this.regions.mover.expect) return
     const { state, region, end } = this.slot(slot)
     assert(state === 'held', 'only a held slot is expected to grow')
     const soon = columnsFor(this.layout, tokens)
-    if (soon > end) this.regions.mover.expect?.(region, end, soon)
+    if (soon > end) this.regions.mover.expect(region, end, soon)
   }
 
   /**

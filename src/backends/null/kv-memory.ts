@@ -278,7 +278,7 @@ export class NullKvMemory implements KvMemory {
       !overwritten,
       `column ${column} of region ${index} is overwritten while no step reads it`,
     )
-    assert(region.grown[column] === 1, `column ${column} of region ${index} was grown first`)
+    assert(region.grown[column] === 1, 'a column was grown before it is written')
     region.hashes[part] = hash
     region.present[part] = 1
     region.touched[column] = 1
