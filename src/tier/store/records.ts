@@ -1,7 +1,6 @@
 // Owns what a store's log says, as bytes: a prefix was kept, a prefix was dropped. A prefix goes on
 // where its parent ends, and so does the list of its columns.
 
-import { LatticeError } from '../../errors.ts'
 import { TAG_BYTES } from '../../ffi/aes-gcm.ts'
 import type { StoredPrefix } from '../../kv/tier.ts'
 import { SALT_BYTES } from './frames.ts'
@@ -19,15 +18,14 @@ export type StoreRecord =
 
 const PUT = 1
 const REMOVE = 2
-const SEAL_BYTES = 8 + 1 + TAG_BYTES
+const SEAL_BYTES = 8 + 2 + TAG_BYTES
 
 export function encodePut(prefix: StoredPrefix, seals: readonly PlaceSeal[]): Buffer {
   const salts = new Map<string, number>()
   for (const { salt } of seals) salts.set(hex(salt), salts.get(hex(salt)) ?? salts.size)
-  if (salts.size > 255) throw new LatticeError('internal', 'A prefix has columns of 255 starts.')
   const tenant = Buffer.from(prefix.tenant)
   const { tokens, places } = prefix
-  const bytes = 1 + 8 + 8 + 2 + tenant.length + 16 + 1 + salts.size * SALT_BYTES
+  const bytes = 1 + 8 + 8 + 2 + tenant.length + 16 + 2 + salts.size * SALT_BYTES
   const out = Buffer.alloc(bytes + tokens.length * 4 + places.length * (4 + SEAL_BYTES))
   let at = out.writeUInt8(PUT, 0)
   at = out.writeBigUInt64LE(BigInt(prefix.id), at)
@@ -38,13 +36,13 @@ export function encodePut(prefix: StoredPrefix, seals: readonly PlaceSeal[]): Bu
     at = out.writeUInt32LE(count, at)
   }
   for (const token of tokens) at = out.writeInt32LE(token, at)
-  at = out.writeUInt8(salts.size, at)
+  at = out.writeUInt16LE(salts.size, at)
   for (const salt of salts.keys()) at += Buffer.from(salt, 'hex').copy(out, at)
   places.forEach((place, i) => {
     const seal = seals[i]!
     at = out.writeUInt32LE(place, at)
     at = out.writeBigUInt64LE(BigInt(seal.counter), at)
-    at = out.writeUInt8(salts.get(hex(seal.salt)) ?? 0, at)
+    at = out.writeUInt16LE(salts.get(hex(seal.salt)) ?? 0, at)
     at += Buffer.from(seal.tag).copy(out, at)
   })
   return out
@@ -69,7 +67,7 @@ export function decode(bytes: Buffer): StoreRecord {
   const tenant = bytes.toString('utf8', tenantAt, tenantAt + tenantBytes)
   const [from, tokenCount, firstColumn, placeCount] = [u32(), u32(), u32(), u32()]
   const tokens = Int32Array.from({ length: tokenCount }, () => bytes.readInt32LE(take(4)))
-  const salts = Array.from({ length: bytes.readUInt8(take(1)) }, () => {
+  const salts = Array.from({ length: bytes.readUInt16LE(take(2)) }, () => {
     return Uint8Array.from(bytes.subarray(take(SALT_BYTES), at))
   })
   const places = new Uint32Array(placeCount)
@@ -77,7 +75,7 @@ export function decode(bytes: Buffer): StoreRecord {
   for (let i = 0; i < placeCount; i++) {
     places[i] = u32()
     const counter = u64()
-    const salt = salts[bytes.readUInt8(take(1))]!
+    const salt = salts[bytes.readUInt16LE(take(2))]!
     seals.push({ counter, salt, tag: Uint8Array.from(bytes.subarray(take(TAG_BYTES), at)) })
   }
   const prefix = { id, parent, tenant, from, tokens, firstColumn, places }
