@@ -41,7 +41,8 @@ struct replica {
   /** FNV-1a of its model's name. */
   __u32 model;
   __u32 live;
-  __u32 spare;
+  /** What else it has to do: requests that came over HTTP. */
+  __u32 other;
 };
 
 struct control {

@@ -209,7 +209,7 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
     struct replica *r = &c->replicas[i];
     __u64 other_model = truth(model) & truth(r->model ^ model);
     __u64 unfit = (truth(r->ready) ^ 1) | other_model;
-    __u64 score = (__u64)r->live << 8 | i | unfit * UNFIT;
+    __u64 score = ((__u64)r->live + r->other) << 8 | i | unfit * UNFIT;
     ready |= r->ready;
     any = smaller(score, any);
     holder = smaller(score | (~holding >> i & 1) * UNFIT, holder);

@@ -11,6 +11,8 @@ import { parseCount } from './parse.ts'
 export interface NetOptions {
   net?: string
   netTenants?: string
+  netShare?: string
+  netJoin?: string
   netQueue?: number
   netMode?: NetMode
   netPort?: number
@@ -52,6 +54,8 @@ export function addNetOptions(command: Command): Command {
     .optionsGroup('Datagrams:')
     .option('--net <IFACE>', 'serve the datagram protocol on this interface too; needs root')
     .option('--net-tenants <FILE>', 'who may ask over datagrams: keys and limits')
+    .option('--net-share <PATH>', 'a socket through which other servers of this machine join')
+    .option('--net-join <PATH>', 'answer datagrams behind the server that shares this socket')
   return addAttachOptions(command, 'net-')
 }
 
@@ -59,6 +63,12 @@ export interface NetChoice {
   tenants: DatagramTenant[]
   /** Undefined: `lattice net attach` may attach it later. */
   attach: AttachOptions | undefined
+  share: string | undefined
+}
+
+/** The socket of the server that owns the interface. */
+export interface JoinChoice {
+  join: string
 }
 
 /**
@@ -66,25 +76,32 @@ export interface NetChoice {
  * if they ask for nothing.
  * @throws LatticeError `usage`, `net_refused`
  */
-export async function chooseNet(options: NetOptions): Promise<NetChoice | undefined> {
-  const { net, netTenants } = options
-  const given = Object.keys(options).filter((name) => /^net[A-Z]/.test(name))
-  const alone = given.find((name) => name !== 'netTenants')
+export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinChoice | undefined> {
+  const { net, netTenants, netShare: share, netJoin: join } = options
+  const given = Object.keys(options).filter((name) => /^net([A-Z]|$)/.test(name))
+  if (join !== undefined) {
+    const other = given.find((name) => name !== 'netJoin')
+    if (other === undefined) return { join }
+    throw new LatticeError('usage', `${flagOf(other)} is for who owns an interface, not joins one.`, {
+      todo: 'Give it to the server that shares the socket, or leave --net-join out.',
+    })
+  }
+  const alone = given.find((name) => name !== 'netTenants' && name !== 'netShare')
   if (net === undefined && alone !== undefined) {
-    const flag = `--${alone.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`
-    throw new LatticeError('usage', `${flag} has no effect without --net.`, {
+    throw new LatticeError('usage', `${flagOf(alone)} has no effect without --net.`, {
       todo: 'Name the interface with --net, or leave it out.',
     })
   }
   if (netTenants === undefined) {
-    if (net === undefined) return undefined
-    throw new LatticeError('usage', '--net needs to know who may ask.', {
+    if (net === undefined && share === undefined) return undefined
+    const flag = net === undefined ? '--net-share' : '--net'
+    throw new LatticeError('usage', `${flag} needs to know who may ask.`, {
       todo: 'Name a file of tenants with --net-tenants; docs/cli.md shows its format.',
     })
   }
   const { readTenants } = await import('../net/tenants.ts')
   const tenants = readTenants(netTenants)
-  if (net === undefined) return { tenants, attach: undefined }
+  if (net === undefined) return { tenants, attach: undefined, share }
   const attach = {
     name: net,
     queue: options.netQueue,
@@ -96,5 +113,9 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | undefi
   }
   const { checkInterface } = await import('../net/interface.ts')
   checkInterface(attach)
-  return { tenants, attach }
+  return { tenants, attach, share }
+}
+
+function flagOf(name: string): string {
+  return `--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`
 }

@@ -58,8 +58,16 @@ export function netPage(status: DatagramStatus, rates?: NetRates): string {
     ),
     '',
     formatTable(
-      [{ title: 'REPLICA' }, { title: 'RUNNING', right: true }, { title: 'PREFIXES', right: true }],
-      status.replicas.map(({ model, running, prefixes }) => [model, `${running}`, `${prefixes}`]),
+      [
+        { title: 'REPLICA' },
+        { title: 'PROCESS' },
+        { title: 'RUNNING', right: true },
+        { title: 'PREFIXES', right: true },
+        { title: 'TAKES' },
+      ],
+      status.replicas.map(({ model, process: pid, running, prefixes, ready }) => {
+        return [model, pid ? `${pid}` : 'own', `${running}`, `${prefixes}`, ready ? 'yes' : 'no']
+      }),
     ),
   ].join('\n')
 }

@@ -11,7 +11,14 @@ import {
 } from '../limits.ts'
 import { warn } from '../log.ts'
 import type { NetService } from '../net/net-service.ts'
-import { addNetOptions, chooseNet, type NetChoice, type NetOptions } from './net-options.ts'
+import type { JoinedReplica } from '../net/joined-replica.ts'
+import {
+  addNetOptions,
+  chooseNet,
+  type JoinChoice,
+  type NetChoice,
+  type NetOptions,
+} from './net-options.ts'
 import { netLine } from './net-page.ts'
 import { addEngineOptions, type EngineOptions } from './options.ts'
 import { collect, parseCount } from './parse.ts'
@@ -80,7 +87,8 @@ async function serve(options: ServeOptions): Promise<void> {
   ])
   const session = await openSession(options, options)
   for (const line of session.report) print(line)
-  const net = chosen && (await openNet(chosen, session, options))
+  const net = chosen && 'tenants' in chosen ? await openNet(chosen, session, options) : undefined
+  const joined = chosen && 'join' in chosen ? await join(chosen, session, options) : undefined
   const { startServer } = await import('../server/server.ts')
   const server = await startServer({
     engine: session.engine,
@@ -101,25 +109,47 @@ async function serve(options: ServeOptions): Promise<void> {
   await asked
   print('Draining: running requests end first; a second signal ends them now.')
   net?.refuse()
+  joined?.refuse()
   await server.drain()
   await net?.close()
+  await joined?.close()
   await server.close()
   await session.engine.close()
 }
 
 /** @throws LatticeError what keeps the interface from being attached; then the engine is closed */
 async function openNet(
-  { tenants, attach }: NetChoice,
+  { tenants, attach, share }: NetChoice,
   { engine, tokenizer, template }: Session,
   { maxSequences, maxQueue, prefixCache }: ServeOptions,
 ): Promise<NetService> {
   const { NetService } = await import('../net/net-service.ts')
   const maxRunning = maxSequences + maxQueue
-  const limits = { tenants, maxRunning, publishes: prefixCache !== undefined }
+  const limits = { tenants, share, maxRunning, publishes: prefixCache !== undefined }
   const net = new NetService({ engine, tokenizer, template, ...limits, warn })
   try {
     if (attach) print(netLine(await net.attach(attach)))
     return net
+  } catch (thrown) {
+    await engine.close()
+    throw thrown
+  }
+}
+
+/** @throws LatticeError what keeps it from joining; then the engine is closed */
+async function join(
+  { join: path }: JoinChoice,
+  { engine, tokenizer, template }: Session,
+  { maxSequences, maxQueue, prefixCache }: ServeOptions,
+): Promise<JoinedReplica> {
+  const { JoinedReplica } = await import('../net/joined-replica.ts')
+  const load = (): number => maxSequences + maxQueue - engine.queueRoom()
+  const publishes = prefixCache !== undefined
+  const options = { path, engine, tokenizer, template, load, publishes, warn }
+  try {
+    const joined = await JoinedReplica.join(options)
+    print(`Datagrams through the server that shares ${path}`)
+    return joined
   } catch (thrown) {
     await engine.close()
     throw thrown

@@ -369,7 +369,7 @@ function resultOf(end: Header): GenerateResult {
     return { reason, ...readUsage(end.words) }
   }
   throw new LatticeError('request_rejected', `The server ended the request: ${name}.`, {
-    todo: REFUSALS,
+    todo: name === 'replica_lost' ? 'Ask again: another engine answers.' : REFUSALS,
     details: { code: name },
   })
 }

@@ -24,6 +24,8 @@ import type { DatagramTenant } from './tenants.ts'
 export interface DatagramReplica {
   /** Name of its model. */
   readonly model: string
+  /** Of its process, if that is not this one. */
+  readonly process?: number
   /** Starts a request; returns what aborts it. Must not throw. */
   start(wire: WireRequest, tenant: string, answer: WireAnswer): () => void
 }
@@ -55,8 +57,19 @@ export interface DatagramStatus {
   counters: IngressCounters
   losses: RingLosses
   tenants: (TenantUse & { index: number; name: string; sent: TenantAccount })[]
-  replicas: { model: string; running: number; prefixes: number }[]
+  replicas: ReplicaStatus[]
   failure: string | undefined
+}
+
+export interface ReplicaStatus {
+  index: number
+  model: string
+  /** The process that answers; 0 is the owner of the interface itself. */
+  process: number
+  /** It takes new requests. */
+  ready: boolean
+  running: number
+  prefixes: number
 }
 
 const SYNC_MS = 5_000
@@ -79,6 +92,9 @@ export class DatagramServer {
   private failure: LatticeError | undefined
   private readonly names: ReadonlyMap<number, string>
   private readonly replicas: (DatagramReplica | undefined)[] = []
+  /** By index, also of those that are gone. */
+  private readonly models: string[] = []
+  private refusing = false
   /** By route: aborts of what runs at a replica. */
   private readonly running = new Map<WireAnswer, number>()
   private readonly claimed = new Set<string>()
@@ -124,27 +140,37 @@ export class DatagramServer {
    * @throws LatticeError `net_refused` if there are as many as may be
    */
   addReplica(replica: DatagramReplica): number {
-    let index = this.replicas.indexOf(undefined)
-    if (index < 0) index = this.replicas.length
-    if (index >= REPLICAS_MAX) {
-      throw refused(`${REPLICAS_MAX} replicas are there already.`, 'Let one of them go first.')
-    }
+    if (this.refusing) throw refused('The server is shutting down.', 'Join again later.')
+    const index = this.freeIndex(replica.model)
     this.replicas[index] = replica
+    this.models[index] = replica.model
     this.ring.fds.forEach((fd, i) => {
       this.ingress.setRing(index * QUEUES_MAX + (this.link.queues[i] ?? 0), fd)
     })
+    this.ingress.setOtherLoad(index, 0)
     this.ingress.setReplica(index, replica.model)
     return index
   }
 
-  /** It is gone: what runs there ends as failed, and nothing is sent to it any more. */
+  /** It is gone: what runs there ends, and nothing is sent to it any more. */
   removeReplica(index: number): void {
     this.ingress.setReplica(index, undefined)
     this.replicas[index] = undefined
     for (const [hash, holders] of this.prefixes) this.setHolders(hash, holders & ~bit(index))
     for (const [answer, route] of this.running) {
-      if (route === index + 1) answer.end('failed', NO_USAGE)
+      if (route === index + 1) answer.end('replica_lost', NO_USAGE)
     }
+  }
+
+  /** Says whether a replica that is there takes new requests. */
+  setReady(index: number, isReady: boolean): void {
+    const model = this.replicas[index]?.model
+    this.ingress.setReplica(index, isReady && !this.refusing ? model : undefined)
+  }
+
+  /** Says how many requests a replica has that came another way than over datagrams. */
+  setOtherLoad(index: number, requests: number): void {
+    this.ingress.setOtherLoad(index, requests)
   }
 
   /** Says whether a replica has a prefix in memory; the program prefers those that have. */
@@ -169,10 +195,14 @@ export class DatagramServer {
       tenants: options.tenants.map(({ index, name }) => {
         return { index, name, ...ingress.use(index), sent: egress.tenant(index) }
       }),
-      replicas: this.replicas.flatMap((replica, i) => {
+      replicas: this.replicas.flatMap((replica, index) => {
         if (!replica) return []
-        const prefixes = this.prefixes.values().reduce((n, held) => n + (held & bit(i) ? 1 : 0), 0)
-        return [{ model: replica.model, running: ingress.runningAt(i), prefixes }]
+        const { model, process = 0 } = replica
+        const prefixes = this.prefixes
+          .values()
+          .reduce((n, held) => n + (held & bit(index) ? 1 : 0), 0)
+        const [ready, running] = [ingress.isReady(index), ingress.runningAt(index)]
+        return [{ index, model, process, ready, running, prefixes }]
       }),
       failure: this.failure?.message,
     }
@@ -180,6 +210,7 @@ export class DatagramServer {
 
   /** Refuses new requests; those that run go on. */
   refuse(): void {
+    this.refusing = true
     this.replicas.forEach((_, index) => this.ingress.setReplica(index, undefined))
   }
 
@@ -285,6 +316,16 @@ export class DatagramServer {
       this.running.delete(watched)
       abort()
     }
+  }
+
+  /** Prompts may still be on their way to one that is gone: only its like may take its index. */
+  private freeIndex(model: string): number {
+    for (let index = 0; index < REPLICAS_MAX; index++) {
+      if (this.replicas[index]) continue
+      const isAnyones = this.models[index] === undefined || this.ingress.runningAt(index) === 0
+      if (isAnyones || this.models[index] === model) return index
+    }
+    throw refused(`${REPLICAS_MAX} replicas are there already.`, 'Let one of them go first.')
   }
 
   private setHolders(hash: bigint, holders: bigint): void {

@@ -26,6 +26,8 @@ export class EngineAnswers {
   /** No token is longer in UTF-8: a prompt of more bytes than this fits no context. */
   private readonly promptBytesMax: number
   private nextId = 1
+  /** Generations that have not ended. */
+  running = 0
 
   constructor(options: AnswersOptions) {
     this.options = options
@@ -61,6 +63,7 @@ export class EngineAnswers {
         topLogprobs: undefined,
         onStart: (cached) => (usage.cachedTokens = cached),
       })
+      this.running++
       void this.answer(generation.events, answer, usage, () => {
         this.options.onComputed?.(wire, prompt, tenant)
       })
@@ -87,6 +90,7 @@ export class EngineAnswers {
         continue
       }
       const { reason, outputTokens, error } = event
+      this.running--
       const code = error ? this.codeOf(error, 'its tenant') : ENDS[reason]
       answer.end(code, { ...usage, outputTokens })
     }

@@ -31,7 +31,7 @@ export const CONTROL = {
 export const ADDRESSES_MAX = 16
 
 /** struct replica */
-export const REPLICA = { bytes: 16, ready: 0, model: 4, live: 8 } as const
+export const REPLICA = { bytes: 16, ready: 0, model: 4, live: 8, other: 12 } as const
 export const REPLICAS_MAX = 16
 /** Rings of one replica: one for each receive queue of the interface. */
 export const QUEUES_MAX = 64

@@ -183,6 +183,11 @@ export class Ingress {
     this.control.setUint32(at + REPLICA.ready, model === undefined ? 0 : 1, true)
   }
 
+  /** Says how much else a replica has to do: requests of which the program knows nothing. */
+  setOtherLoad(index: number, requests: number): void {
+    this.control.setUint32(CONTROL.replicas + index * REPLICA.bytes + REPLICA.other, requests, true)
+  }
+
   /** Puts an AF_XDP socket into the map that DATA is redirected by. */
   setRing(index: number, fd: number): void {
     const [key, value] = [new DataView(new ArrayBuffer(4)), new DataView(new ArrayBuffer(4))]
@@ -271,8 +276,7 @@ export class Ingress {
     COUNTERS.forEach((name, i) => (counters[name] = sum(i)))
     for (const [name, code] of Object.entries(MESSAGE_CODES)) {
       const index = COUNTERS_BY_CODE + code - MESSAGE_CODES.version
-      const isOfEngine = code === MESSAGE_CODES.context || code === MESSAGE_CODES.prompt
-      if (code >= MESSAGE_CODES.version && !isOfEngine) counters[name] = sum(index)
+      if (code >= MESSAGE_CODES.version && !OF_ENGINE.has(code)) counters[name] = sum(index)
     }
     return counters
   }
@@ -280,6 +284,10 @@ export class Ingress {
   /** Requests that were granted and have not ended. */
   get running(): number {
     return this.control.getUint32(CONTROL.live, true)
+  }
+
+  isReady(replica: number): boolean {
+    return this.control.getUint32(CONTROL.replicas + replica * REPLICA.bytes, true) !== 0
   }
 
   /** Those of a replica. */
@@ -304,6 +312,13 @@ export class Ingress {
     this.object.close()
   }
 }
+
+/** Said by END only, of which the program knows nothing. */
+const OF_ENGINE: ReadonlySet<number> = new Set([
+  MESSAGE_CODES.context,
+  MESSAGE_CODES.prompt,
+  MESSAGE_CODES.replica_lost,
+])
 
 /** @throws LatticeError `invalid_request` for numbers out of bounds */
 function tuneSyn(rodata: DataView, { port, source, total }: SynLimits): void {

@@ -8,6 +8,7 @@ import type { Tokenizer } from '../text/tokenizer.ts'
 import { type DatagramOptions, DatagramServer, type DatagramStatus } from './datagram-server.ts'
 import { EngineAnswers } from './engine-answers.ts'
 import { refused } from './interface.ts'
+import { JoinHub } from './join-hub.ts'
 import { PrefixNews } from './prefix-news.ts'
 import type { DatagramTenant } from './tenants.ts'
 
@@ -20,6 +21,8 @@ export interface NetServiceOptions {
   maxRunning: number
   /** The engine has a prefix cache: what is in it is published. */
   publishes: boolean
+  /** Where other engines of this machine join, once it is attached; nowhere unless given. */
+  share?: string | undefined
   warn: (line: string) => void
 }
 
@@ -29,11 +32,16 @@ export type AttachOptions = Pick<
   'name' | 'queue' | 'force' | 'mode' | 'allowGeneric' | 'busyPollBudget' | 'port'
 >
 
+/** As often as an engine that has joined says it. */
+const LOAD_MS = 250
+
 export class NetService {
   private readonly options: NetServiceOptions
   private readonly answers: EngineAnswers
   private readonly news: PrefixNews | undefined
   private server: DatagramServer | undefined
+  private hub: JoinHub | undefined
+  private timer: NodeJS.Timeout | undefined
   /** Of our own engine, among the replicas. */
   private index = 0
   /** Attaching or detaching: only one at a time. */
@@ -53,7 +61,7 @@ export class NetService {
 
   /** @throws LatticeError `net_refused`, and as `DatagramServer.start` does; nothing is attached */
   async attach(how: AttachOptions): Promise<DatagramStatus> {
-    const { engine, tenants, maxRunning, warn } = this.options
+    const { engine, tenants, maxRunning, share, warn } = this.options
     if (tenants.length === 0) {
       throw refused('This server knows no tenants.', 'Start it with --net-tenants FILE.')
     }
@@ -72,7 +80,17 @@ export class NetService {
         model: engine.model.id,
         start: (wire, tenant, answer) => this.answers.start(wire, tenant, answer),
       })
+      if (share !== undefined) {
+        this.hub = await JoinHub.listen(server, { path: share, tenants, warn }).catch(
+          async (thrown: unknown) => {
+            await server.close()
+            throw thrown
+          },
+        )
+      }
       this.server = server
+      this.timer = setInterval(() => this.sayLoad(), LOAD_MS)
+      this.timer.unref()
       this.news?.begin()
       return server.status()
     })
@@ -93,15 +111,26 @@ export class NetService {
   /** Refuses new requests; call it before the engine drains, `close` after. */
   refuse(): void {
     this.server?.refuse()
+    this.hub?.refuse()
   }
 
   /** Lets what was answered arrive, then detaches. */
   async close(): Promise<void> {
-    const { server } = this
+    const { server, hub } = this
     this.news?.end()
+    clearInterval(this.timer)
+    hub?.refuse()
     await server?.drain()
+    await hub?.close()
+    this.hub = undefined
     this.server = undefined
     await server?.close()
+  }
+
+  /** What came another way than over datagrams counts too when the program chooses. */
+  private sayLoad(): void {
+    const live = this.options.maxRunning - this.options.engine.queueRoom()
+    this.server?.setOtherLoad(this.index, Math.max(0, live - this.answers.running))
   }
 
   private async alone<T>(work: () => Promise<T>): Promise<T> {

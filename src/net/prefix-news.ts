@@ -5,7 +5,12 @@ import type { Engine } from '../engine/api.ts'
 import type { WireRequest } from './exchange.ts'
 import { allPrefixHashes, PREFIX_LADDER } from './protocol.ts'
 import { type SipKey, sipKey } from './siphash.ts'
-import type { DatagramTenant } from './tenants.ts'
+
+/** Whose prompts they are; the first key is what their hashes are made with. */
+export interface PrefixTenant {
+  index: number
+  keys: readonly [Uint8Array, Uint8Array]
+}
 
 /** A prefix that is gone is still preferred for so long: a wrong guess, never a wrong answer. */
 const POLL_MS = 500
@@ -22,7 +27,7 @@ export class PrefixNews {
 
   constructor(
     engine: Engine,
-    tenants: readonly DatagramTenant[],
+    tenants: readonly PrefixTenant[],
     publish: (hash: bigint, isHeld: boolean) => void,
   ) {
     this.engine = engine

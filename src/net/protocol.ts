@@ -54,6 +54,7 @@ export const MESSAGE_CODES = {
   context: 25,
   prompt: 26,
   too_large: 27,
+  replica_lost: 28,
 } as const
 
 export type MessageCode = keyof typeof MESSAGE_CODES

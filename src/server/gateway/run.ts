@@ -103,6 +103,7 @@ export function asHttp(thrown: unknown): unknown {
       return new LatticeError('model_not_found', thrown.message, { ...options, todo })
     }
     case 'no_replica':
+    case 'replica_lost':
     case 'failed':
       return new LatticeError('engine_stopped', thrown.message, options)
     default:
