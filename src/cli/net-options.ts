@@ -82,9 +82,13 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinCh
   if (join !== undefined) {
     const other = given.find((name) => name !== 'netJoin')
     if (other === undefined) return { join }
-    throw new LatticeError('usage', `${flagOf(other)} is for who owns an interface, not joins one.`, {
-      todo: 'Give it to the server that shares the socket, or leave --net-join out.',
-    })
+    throw new LatticeError(
+      'usage',
+      `${flagOf(other)} is for who owns an interface, not joins one.`,
+      {
+        todo: 'Give it to the server that shares the socket, or leave --net-join out.',
+      },
+    )
   }
   const alone = given.find((name) => name !== 'netTenants' && name !== 'netShare')
   if (net === undefined && alone !== undefined) {

@@ -62,11 +62,13 @@ export function netPage(status: DatagramStatus, rates?: NetRates): string {
         { title: 'REPLICA' },
         { title: 'PROCESS' },
         { title: 'RUNNING', right: true },
+        { title: 'OTHERS', right: true },
         { title: 'PREFIXES', right: true },
-        { title: 'TAKES' },
+        { title: 'READY' },
       ],
-      status.replicas.map(({ model, process: pid, running, prefixes, ready }) => {
-        return [model, pid ? `${pid}` : 'own', `${running}`, `${prefixes}`, ready ? 'yes' : 'no']
+      status.replicas.map(({ model, process: pid, running, others, prefixes, ready }) => {
+        const counts = [running, others, prefixes].map(String)
+        return [model, pid ? `${pid}` : 'own', ...counts, ready ? 'yes' : 'no']
       }),
     ),
   ].join('\n')

@@ -125,7 +125,8 @@ async function openNet(
 ): Promise<NetService> {
   const { NetService } = await import('../net/net-service.ts')
   const maxRunning = maxSequences + maxQueue
-  const limits = { tenants, share, maxRunning, publishes: prefixCache !== undefined }
+  const load = (): number => maxRunning - engine.queueRoom()
+  const limits = { tenants, share, load, maxRunning, publishes: prefixCache !== undefined }
   const net = new NetService({ engine, tokenizer, template, ...limits, warn })
   try {
     if (attach) print(netLine(await net.attach(attach)))

@@ -69,6 +69,8 @@ export interface ReplicaStatus {
   /** It takes new requests. */
   ready: boolean
   running: number
+  /** Requests that came another way: over HTTP. */
+  others: number
   prefixes: number
 }
 
@@ -201,8 +203,7 @@ export class DatagramServer {
         const prefixes = this.prefixes
           .values()
           .reduce((n, held) => n + (held & bit(index) ? 1 : 0), 0)
-        const [ready, running] = [ingress.isReady(index), ingress.runningAt(index)]
-        return [{ index, model, process, ready, running, prefixes }]
+        return [{ index, model, process, prefixes, ...ingress.replica(index) }]
       }),
       failure: this.failure?.message,
     }
@@ -322,7 +323,8 @@ export class DatagramServer {
   private freeIndex(model: string): number {
     for (let index = 0; index < REPLICAS_MAX; index++) {
       if (this.replicas[index]) continue
-      const isAnyones = this.models[index] === undefined || this.ingress.runningAt(index) === 0
+      const isAnyones =
+        this.models[index] === undefined || this.ingress.replica(index).running === 0
       if (isAnyones || this.models[index] === model) return index
     }
     throw refused(`${REPLICAS_MAX} replicas are there already.`, 'Let one of them go first.')

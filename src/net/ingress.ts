@@ -286,13 +286,14 @@ export class Ingress {
     return this.control.getUint32(CONTROL.live, true)
   }
 
-  isReady(replica: number): boolean {
-    return this.control.getUint32(CONTROL.replicas + replica * REPLICA.bytes, true) !== 0
-  }
-
-  /** Those of a replica. */
-  runningAt(replica: number): number {
-    return this.control.getUint32(CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live, true)
+  /** Whether a replica can be chosen, those of it, and what else it has to do. */
+  replica(index: number): { ready: boolean; running: number; others: number } {
+    const at = CONTROL.replicas + index * REPLICA.bytes
+    return {
+      ready: this.control.getUint32(at + REPLICA.ready, true) !== 0,
+      running: this.control.getUint32(at + REPLICA.live, true),
+      others: this.control.getUint32(at + REPLICA.other, true),
+    }
   }
 
   /** What a tenant has and had. */

@@ -36,7 +36,7 @@ export interface JoinFrame {
   type: JoinType
   code: number
   id: number
-  /** Valid until the next frame is read. */
+  /** Of the bytes that were read, or of its own: nobody writes there again. */
   payload: Uint8Array
 }
 
@@ -151,8 +151,12 @@ export function readWelcome(payload: Uint8Array): JoinTenant[] | undefined {
     if (at + 21 > payload.length) return undefined
     const nameEnd = at + 21 + view.getUint8(at + 20)
     if (nameEnd > payload.length) return undefined
-    const key = payload.slice(at + 4, at + 20)
-    tenants.push({ index: view.getUint32(at), name: textOf(payload.subarray(at + 21, nameEnd)), key })
+    const key = Uint8Array.from(payload.subarray(at + 4, at + 20))
+    tenants.push({
+      index: view.getUint32(at),
+      name: textOf(payload.subarray(at + 21, nameEnd)),
+      key,
+    })
     at = nameEnd
   }
   return tenants
@@ -175,7 +179,7 @@ export function writeStart(wire: WireRequest): Uint8Array {
 const CHAT = 1
 const RAW = 2
 
-/** The prompt is a copy. Undefined if it is too short. */
+/** Undefined if it has no prompt. */
 export function readStart(payload: Uint8Array): Omit<WireRequest, 'route'> | undefined {
   if (payload.length <= START_BYTES) return undefined
   const view = viewOf(payload)
@@ -183,7 +187,7 @@ export function readStart(payload: Uint8Array): Omit<WireRequest, 'route'> | und
   return {
     tenant: view.getUint32(0),
     request: view.getBigUint64(28),
-    prompt: payload.slice(START_BYTES),
+    prompt: payload.subarray(START_BYTES),
     chat: (flags & CHAT) !== 0,
     raw: (flags & RAW) !== 0,
     maxTokens: view.getUint32(4),

@@ -215,7 +215,9 @@ class Member implements DatagramReplica {
   }
 
   private nonsense(): void {
-    this.wire.hangUp(refused('It sends what makes no sense.', 'Use the same version on both sides.'))
+    this.wire.hangUp(
+      refused('It sends what makes no sense.', 'Use the same version on both sides.'),
+    )
   }
 
   private setFull(isFull: boolean): void {

@@ -32,7 +32,9 @@ export class JoinWire {
     socket.on('drain', () => events.drained?.())
     // 'close' follows.
     socket.on('error', (cause) => {
-      this.why ??= new LatticeError('net_refused', `The socket failed: ${cause.message}.`, { cause })
+      this.why ??= new LatticeError('net_refused', `The socket failed: ${cause.message}.`, {
+        cause,
+      })
     })
     socket.once('close', () => events.lost(this.why))
   }
@@ -55,7 +57,14 @@ export class JoinWire {
         socket.uncork()
       })
     }
-    socket.write(frameHeader(type, id, code, parts.reduce((sum, part) => sum + part.length, 0)))
+    socket.write(
+      frameHeader(
+        type,
+        id,
+        code,
+        parts.reduce((sum, part) => sum + part.length, 0),
+      ),
+    )
     for (const part of parts) if (part.length > 0) socket.write(part)
     if (socket.writableLength <= UNREAD_BYTES_MAX) return
     const what = `The other side leaves ${socket.writableLength} bytes unread.`

@@ -1,11 +1,11 @@
 // Owns an engine's place behind an interface that another process owns: it joins through that
-// process's socket, answers prompts, says what it has in memory and how much it has to do, and joins
-// again when the owner was gone.
+// process's socket, answers prompts, says what it holds and how much it has to do, and joins again
+// when the owner was gone.
 
 import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Engine } from '../engine/api.ts'
-import { LatticeError } from '../errors.ts'
+import type { LatticeError } from '../errors.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
 import { EngineAnswers } from './engine-answers.ts'

@@ -21,6 +21,8 @@ export interface NetServiceOptions {
   maxRunning: number
   /** The engine has a prefix cache: what is in it is published. */
   publishes: boolean
+  /** Sequences that run or wait in the engine, whoever asked for them; only ours unless given. */
+  load?: () => number
   /** Where other engines of this machine join, once it is attached; nowhere unless given. */
   share?: string | undefined
   warn: (line: string) => void
@@ -129,8 +131,9 @@ export class NetService {
 
   /** What came another way than over datagrams counts too when the program chooses. */
   private sayLoad(): void {
-    const live = this.options.maxRunning - this.options.engine.queueRoom()
-    this.server?.setOtherLoad(this.index, Math.max(0, live - this.answers.running))
+    const { load = () => 0 } = this.options
+    const others = Math.max(0, load() - this.answers.running)
+    this.server?.setOtherLoad(this.index, others)
   }
 
   private async alone<T>(work: () => Promise<T>): Promise<T> {

@@ -4,7 +4,7 @@
 import { createHash } from 'node:crypto'
 import { readdirSync, readFileSync } from 'node:fs'
 import { connect, createServer } from 'node:net'
-import type { Engine } from '../../src/engine/api.ts'
+import type { Engine, SequenceRequest } from '../../src/engine/api.ts'
 import { EngineClient } from '../../src/engine/client.ts'
 import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
@@ -12,6 +12,7 @@ import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
 import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
 import type { LatticeError } from '../../src/errors.ts'
 import { Ingress } from '../../src/net/ingress.ts'
+import { JoinedReplica } from '../../src/net/joined-replica.ts'
 import { NetService } from '../../src/net/net-service.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
@@ -29,19 +30,25 @@ export interface Asked {
   code?: unknown
 }
 
-/** What a server host is to be. */
-export interface ServeOptions {
-  interface: string
-  tenants: DatagramTenant[]
+/** What an engine is to be. */
+export interface EngineChoice {
   stepMs?: number
   /** The answer is this text so often, then the prompt's length. */
   reply: { text: string; times: number }
+  /** Instead of the fake engine a real one that computes nothing, with so large a prefix cache. */
+  prefixCacheBytes?: number
+}
+
+/** What a server host is to be. */
+export interface ServeOptions extends EngineChoice {
+  interface: string
+  tenants: DatagramTenant[]
+  /** Where other hosts join. */
+  share?: string
   mode?: 'native' | 'generic' | 'zerocopy'
   maxRunning?: number
   force?: boolean
   allowGeneric?: boolean
-  /** Instead of the fake engine a real one that computes nothing, with so large a prefix cache. */
-  prefixCacheBytes?: number
 }
 
 const CACHE_CONTEXT = 8192
@@ -58,6 +65,15 @@ function cachingEngine(prefixCacheBytes: number): Promise<Engine> {
     { sequences: 100, contextLength: CACHE_CONTEXT },
   )
 }
+
+async function openEngine(choice: EngineChoice): Promise<Engine> {
+  const { prefixCacheBytes, stepMs = 0, reply } = choice
+  if (prefixCacheBytes !== undefined) return await cachingEngine(prefixCacheBytes)
+  const answer = ({ prompt }: SequenceRequest) => reply.text.repeat(reply.times) + prompt.length
+  return new FakeEngine({ contextLength: 1 << 21, stepMs, reply: answer })
+}
+
+const warn = (line: string): void => void process.stderr.write(`${line}\n`)
 
 /** What this process holds of the kernel's. */
 interface Held {
@@ -80,6 +96,8 @@ const DETACHED = { queue: undefined, busyPollBudget: 0, port: 7411 }
 
 let service: NetService | undefined
 let engine: Engine | undefined
+let joined: JoinedReplica | undefined
+let otherLoad = 0
 
 /** What a test can ask for. Each survives a message between processes. */
 export const COMMANDS = {
@@ -89,20 +107,11 @@ export const COMMANDS = {
     object.program('pass').attachXdp(interfaceIndex(name), 'native')
   },
 
-  async serve({ reply, stepMs = 0, tenants, maxRunning = 1000, ...options }: ServeOptions) {
-    const { prefixCacheBytes } = options
-    engine =
-      prefixCacheBytes === undefined
-        ? new FakeEngine({
-            contextLength: 1 << 21,
-            stepMs,
-            reply: ({ prompt }) => reply.text.repeat(reply.times) + prompt.length,
-          })
-        : await cachingEngine(prefixCacheBytes)
-    const tokenizer = fakeTokenizer()
-    const warn = (line: string): void => void process.stderr.write(`${line}\n`)
-    const parts = { engine, tokenizer, template: undefined, warn }
-    const publishes = prefixCacheBytes !== undefined
+  async serve({ tenants, share, maxRunning = 1000, ...options }: ServeOptions) {
+    engine = await openEngine(options)
+    const load = (): number => otherLoad
+    const parts = { engine, tokenizer: fakeTokenizer(), template: undefined, warn, share, load }
+    const publishes = options.prefixCacheBytes !== undefined
     service ??= new NetService({ ...parts, publishes, tenants, maxRunning })
     return await service.attach({
       ...DETACHED,
@@ -112,6 +121,26 @@ export const COMMANDS = {
       allowGeneric: options.allowGeneric ?? false,
     })
   },
+
+  /** Joins the host that shares this socket, as another engine behind its interface. */
+  async join(path: string, choice: EngineChoice): Promise<void> {
+    const own = await openEngine(choice)
+    engine = own
+    const load = (): number => otherLoad
+    const parts = { engine, tokenizer: fakeTokenizer(), template: undefined, warn, load }
+    joined = await JoinedReplica.join({
+      ...parts,
+      path,
+      publishes: choice.prefixCacheBytes !== undefined,
+    })
+  },
+
+  /** As if so many requests had come over HTTP. */
+  setOtherLoad(requests: number): void {
+    otherLoad = requests
+  },
+
+  pid: () => process.pid,
 
   /** Attaches and detaches one program so often. What is held before and after. */
   cycle(name: string, times: number): { before: Held; after: Held } {
@@ -183,6 +212,7 @@ export const COMMANDS = {
 
   async stop(): Promise<void> {
     await service?.close()
+    await joined?.close()
     await engine?.close()
   },
 
