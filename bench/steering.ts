@@ -2,8 +2,11 @@
 // four replicas, each with a model of a prefix cache, chosen by the real program (a HELLO in, a
 // GRANT out, by BPF_PROG_TEST_RUN), by an oracle that sees all caches, and in turn.
 //
-//   node bench/steering.ts [CHATS] [SEED]
+//   node bench/steering.ts [--processes N] [CHATS] [SEED…]
+//
+// With --processes the same trace goes to real engine processes: bench/steering-processes.ts.
 
+import { parseArgs } from 'node:util'
 import { frame, udpOffset } from '../test/support/packets.ts'
 import { Random } from '../test/support/random.ts'
 import { Ingress } from '../src/net/ingress.ts'
@@ -18,51 +21,29 @@ import {
   writeHeader,
 } from '../src/net/protocol.ts'
 import { sipKey } from '../src/net/siphash.ts'
+import { measureProcesses } from './steering-processes.ts'
+import { cacheBytes, makeTrace, type Turn } from './steering-trace.ts'
 
 const REPLICAS = 4
 const TENANT = 1
 /** As much as 16 tokens: what a cache shares at least. */
 const BLOCK = 64
-/** Of each replica: a quarter of what the trace touches. */
-const CACHE_SHARE = 0.25
 /** Requests that run at once, over all replicas. */
 const RUNNING = 16
 const KEY_BYTES = new Uint8Array(16).fill(3)
 const KEY = sipKey(KEY_BYTES)
 const keysOf = new Map<Uint8Array, string[]>()
 
-const chats = Number(process.argv[2] ?? 200)
-const seed = Number(process.argv[3] ?? 1)
-const trace = makeTrace(chats, new Random(seed))
-const bytes = trace.reduce((sum, prompt) => sum + prompt.length, 0)
-const lastTurns = chats * 12_000
-const capacity = Math.floor((lastTurns * CACHE_SHARE) / BLOCK)
-/** Every turn of a chat is its prompt so far and an answer and a question more. */
-function makeTrace(count: number, random: Random): Uint8Array[] {
-  const text = (least: number, most: number): Uint8Array =>
-    Uint8Array.from({ length: least + random.below(most - least) }, () => 97 + random.below(26))
-  const systems = Array.from({ length: 5 }, () => text(1500, 6000))
-  const open = Array.from({ length: count }, () => ({
-    prompt: systems[random.below(systems.length)]!,
-    turns: 2 + random.below(8),
-  }))
-  const prompts: Uint8Array[] = []
-  let active = open.splice(0, 40)
-  while (active.length > 0) {
-    const chat = active[random.below(active.length)]!
-    chat.prompt = Buffer.concat([chat.prompt, text(300, 3500)])
-    prompts.push(chat.prompt)
-    if (--chat.turns > 0) continue
-    active = active.filter((other) => other !== chat)
-    active.push(...open.splice(0, 1))
-  }
-  return prompts
-}
-
 /** Blocks by the hash of all bytes up to their end; the longest unused go, deepest first. */
 class Cache {
   readonly blocks = new Map<string, number>()
+  private readonly capacity: number
   private tick = 0
+
+  /** @param capacity in blocks */
+  constructor(capacity: number) {
+    this.capacity = capacity
+  }
 
   /** Bytes of a prompt that are there. */
   find(keys: readonly string[]): number {
@@ -80,7 +61,7 @@ class Cache {
     }
     const gone: string[] = []
     for (const key of this.blocks.keys()) {
-      if (this.blocks.size <= capacity) break
+      if (this.blocks.size <= this.capacity) break
       this.blocks.delete(key)
       gone.push(key)
     }
@@ -95,11 +76,15 @@ interface Chooser {
   ended?(): void
 }
 
-function replay(chooser: Chooser): { hitRate: number; spread: number } {
-  const caches = Array.from({ length: REPLICAS }, () => new Cache())
+function replay(
+  trace: readonly Turn[],
+  capacity: number,
+  chooser: Chooser,
+): { hits: number; spread: number } {
+  const caches = Array.from({ length: REPLICAS }, () => new Cache(capacity))
   const given = Array.from({ length: REPLICAS }, () => 0)
   let found = 0
-  trace.forEach((prompt, i) => {
+  trace.forEach(({ prompt }, i) => {
     const keys = blockKeys(prompt)
     if (i >= RUNNING) chooser.ended?.()
     const replica = chooser.choose(prompt, keys, caches)
@@ -109,7 +94,7 @@ function replay(chooser: Chooser): { hitRate: number; spread: number } {
     const gone = cache.keep(keys)
     chooser.kept?.(replica, prompt, keys, gone)
   })
-  return { hitRate: found / bytes, spread: (Math.max(...given) * REPLICAS) / trace.length }
+  return { hits: found, spread: (Math.max(...given) * REPLICAS) / trace.length }
 }
 
 function blockKeys(prompt: Uint8Array): string[] {
@@ -223,20 +208,35 @@ function byProgram(ladder: readonly number[]): Chooser {
   }
 }
 
-console.log(
-  `${trace.length} prompts of ${chats} chats, ${(bytes / trace.length / 1024).toFixed(1)} KiB on ` +
-    `average, ${REPLICAS} caches of ${((capacity * BLOCK) / 1024).toFixed(0)} KiB, seed ${seed}`,
-)
-for (const [name, chooser] of [
-  ['program', () => byProgram(PREFIX_LADDER)],
-  ['  4 lengths', () => byProgram([1024, 4096, 16_384, 65_536])],
-  ['oracle', () => byOracle(true)],
-  ['  unlimited', () => byOracle(false)],
-  ['round robin', byTurn],
-] as const) {
-  const { hitRate, spread } = replay(chooser())
+function measureModel(count: number, seed: number): void {
+  const trace = makeTrace(count, new Random(seed))
+  const bytes = trace.reduce((sum, { prompt }) => sum + prompt.length, 0)
+  const capacity = Math.floor(cacheBytes(count) / BLOCK)
   console.log(
-    `${name.padEnd(12)} hit rate ${(100 * hitRate).toFixed(2)} %, busiest replica ` +
-      `${spread.toFixed(2)} times the mean`,
+    `${trace.length} prompts of ${count} chats, ${(bytes / trace.length / 1024).toFixed(1)} KiB ` +
+      `on average, ${REPLICAS} caches of ${((capacity * BLOCK) / 1024).toFixed(0)} KiB, seed ${seed}`,
   )
+  for (const [name, chooser] of [
+    ['program', () => byProgram(PREFIX_LADDER)],
+    ['  4 lengths', () => byProgram([1024, 4096, 16_384, 65_536])],
+    ['oracle', () => byOracle(true)],
+    ['  unlimited', () => byOracle(false)],
+    ['round robin', byTurn],
+  ] as const) {
+    const { hits, spread } = replay(trace, capacity, chooser())
+    console.log(
+      `${name.padEnd(12)} hit rate ${((100 * hits) / bytes).toFixed(2)} %, busiest replica ` +
+        `${spread.toFixed(2)} times the mean`,
+    )
+  }
+}
+
+const { values, positionals } = parseArgs({
+  options: { processes: { type: 'string' } },
+  allowPositionals: true,
+})
+const [chats = 200, ...seeds] = positionals.map(Number)
+for (const seed of seeds.length > 0 ? seeds : [1]) {
+  if (values.processes === undefined) measureModel(chats, seed)
+  else await measureProcesses(Number(values.processes), chats, seed)
 }

@@ -143,6 +143,11 @@ export class ClientExchange {
     return resultOf(this.#end)
   }
 
+  /** Which replica was granted, counted from 1; 0 before. */
+  get route(): number {
+    return this.#granted?.route ?? 0
+  }
+
   #setPrompt(prompt: ClientPrompt): void {
     const { bytes, isChat, maxTokens, temperature = 0, topP = 1 } = prompt
     const { seed = randomInt(2 ** 47) } = prompt

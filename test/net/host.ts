@@ -9,7 +9,13 @@ import { EngineClient } from '../../src/engine/client.ts'
 import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
-import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
+import {
+  type ClientOptions,
+  type GenerateOptions,
+  type GenerateResult,
+  LatticeClient,
+} from '../../src/net/client.ts'
+import type { ClientExchange, ClientPrompt } from '../../src/net/client-exchange.ts'
 import type { LatticeError } from '../../src/errors.ts'
 import { Ingress } from '../../src/net/ingress.ts'
 import { JoinedReplica } from '../../src/net/joined-replica.ts'
@@ -37,6 +43,8 @@ export interface EngineChoice {
   reply: { text: string; times: number }
   /** Instead of the fake engine a real one that computes nothing, with so large a prefix cache. */
   prefixCacheBytes?: number
+  /** Of that engine; 8,192 tokens unless told. */
+  contextLength?: number
 }
 
 /** What a server host is to be. */
@@ -51,24 +59,24 @@ export interface ServeOptions extends EngineChoice {
   allowGeneric?: boolean
 }
 
-const CACHE_CONTEXT = 8192
-
-/** 64 bytes a token: a prompt of 4 KiB has 256 KiB in the cache. */
-function cachingEngine(prefixCacheBytes: number): Promise<Engine> {
+/** A token is a byte and has 64 bytes in memory: a prompt of 4 KiB has 256 KiB in the cache. */
+function cachingEngine(prefixCacheBytes: number, contextLength: number): Promise<Engine> {
   const kv = { layers: 1, rowBytes: 32, pageBytes: 4096 }
   const { vocabSize } = fakeTokenizer()
-  const limits = { contextLength: CACHE_CONTEXT, maxSequences: 4 }
-  const memory = { kvBytes: 16 << 20, prefixCacheBytes, prefixEviction: 'lru' as const }
+  const maxSequences = 4
+  const kvBytes = 2 * prefixCacheBytes + maxSequences * (contextLength + 64) * 64
+  const memory = { kvBytes, prefixCacheBytes, prefixEviction: 'lru' as const }
+  const limits = { contextLength, maxSequences, stepTokens: 512 }
   return EngineClient.start(
-    { backend: { kind: 'null', vocab: vocabSize, kv }, ...limits, ...memory, stepTokens: 512 },
-    { id: 'null', architecture: 'none', contextLength: CACHE_CONTEXT, vocabSize },
-    { sequences: 100, contextLength: CACHE_CONTEXT },
+    { backend: { kind: 'null', vocab: vocabSize, kv }, ...limits, ...memory },
+    { id: 'null', architecture: 'none', contextLength, vocabSize },
+    { sequences: 100, contextLength },
   )
 }
 
 async function openEngine(choice: EngineChoice): Promise<Engine> {
-  const { prefixCacheBytes, stepMs = 0, reply } = choice
-  if (prefixCacheBytes !== undefined) return await cachingEngine(prefixCacheBytes)
+  const { prefixCacheBytes, contextLength = 8192, stepMs = 0, reply } = choice
+  if (prefixCacheBytes !== undefined) return await cachingEngine(prefixCacheBytes, contextLength)
   const answer = ({ prompt }: SequenceRequest) => reply.text.repeat(reply.times) + prompt.length
   return new FakeEngine({ contextLength: 1 << 21, stepMs, reply: answer })
 }
@@ -98,6 +106,7 @@ let service: NetService | undefined
 let engine: Engine | undefined
 let joined: JoinedReplica | undefined
 let otherLoad = 0
+const reserved: { exchange: ClientExchange; known: ClientPrompt }[] = []
 
 /** What a test can ask for. Each survives a message between processes. */
 export const COMMANDS = {
@@ -186,7 +195,50 @@ export const COMMANDS = {
   async engine() {
     const snapshot = await engine?.snapshot()
     const aborts = engine instanceof FakeEngine ? engine.aborts.length : undefined
-    return { aborts, running: snapshot?.running }
+    const { running, prefixQueries, prefixHits } = snapshot ?? {}
+    return { aborts, running, prefixQueries, prefixHits }
+  },
+
+  /** Lets one replica be chosen, or all of so many. */
+  only(replicas: number, index: number | undefined): void {
+    for (let i = 0; i < replicas; i++) {
+      service?.['server']?.setReady(i, index === undefined || i === index)
+    }
+  },
+
+  /** How much of a prompt is in the engine's memory, to a whole number of `grain` tokens. */
+  async cachedTokens(tenant: string, prompt: string, grain: number): Promise<number> {
+    const tokens = fakeTokenizer().encode(prompt, { addSpecial: true, parseSpecial: false })
+    const count = Math.floor(tokens.length / grain)
+    const prefixes = Array.from({ length: count }, (_, i) => {
+      return { id: String(i + 1), length: (i + 1) * grain }
+    })
+    const cached = await engine?.ask({ kind: 'watch', tenant, tokens, prefixes })
+    return grain * Math.max(0, ...(cached ?? []).map(Number))
+  },
+
+  /** Asks for room for a prompt; returns what `finish` sends it by. */
+  async reserve(client: ClientOptions, prompt: string, maxTokens: number) {
+    const bytes = Buffer.from(prompt)
+    const known = { bytes, isChat: false, maxTokens }
+    const exchange = await new LatticeClient(client).reserve(
+      { promptBytes: bytes.length, maxTokens },
+      known,
+    )
+    reserved.push({ exchange, known })
+    return { id: reserved.length - 1, route: exchange.route }
+  },
+
+  async finish(id: number): Promise<GenerateResult> {
+    const { exchange, known } = reserved[id]!
+    delete reserved[id]
+    const answer = exchange.run(known)
+    for (;;) {
+      const { done, value } = await answer.next()
+      if (!done) continue
+      exchange.close()
+      return value
+    }
   },
 
   /** CPU time of this process so far, in µs. */
