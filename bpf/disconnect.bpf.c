@@ -6,8 +6,8 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
-/** TCP port whose connections are watched. */
-const volatile __u16 port = 8080;
+/** TCP port whose connections are watched; 0 is every one that the cgroup listens on. */
+const volatile __u16 port = 0;
 
 /** One record of the ring. */
 struct gone {
@@ -31,7 +31,7 @@ struct {
 
 SEC("sockops")
 int disconnect(struct bpf_sock_ops *ops) {
-  if (ops->local_port != port) return 1;
+  if (port && ops->local_port != port) return 1;
   if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
     bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
     return 1;

@@ -10,6 +10,7 @@ import {
   STEP_TOKENS_MAX_DEFAULT,
 } from '../limits.ts'
 import { warn } from '../log.ts'
+import type { Disconnects } from '../net/disconnects.ts'
 import type { NetService } from '../net/net-service.ts'
 import type { JoinedReplica } from '../net/joined-replica.ts'
 import {
@@ -30,6 +31,7 @@ interface ServeOptions extends EngineOptions, NetOptions {
   port: number
   apiKey?: string[]
   sharePort?: true
+  kernelDisconnect?: true
   maxSequences: number
   maxQueue: number
   stepTokens?: number
@@ -56,6 +58,11 @@ export function serveCommand(): Command {
     )
     .option('--api-key <KEY>', 'ask for this key; may be repeated (or LATTICE_API_KEY)', collect)
     .option('--share-port', 'beside other servers: a connection goes to who has the least to do')
+    .option(
+      '--kernel-disconnect',
+      'a client that goes ends its request within one step, however busy the server is; needs' +
+        ' root and cgroup v2',
+    )
     .optionsGroup('Load:')
     .option(
       '--max-sequences <N>',
@@ -85,7 +92,11 @@ async function serve(options: ServeOptions): Promise<void> {
     chooseNet(options),
     options.sharePort ? undefined : assertPortIsFree(options.host, options.port),
   ])
-  const session = await openSession(options, options)
+  const disconnects = options.kernelDisconnect && (await openDisconnects())
+  const session = await openSession(options, {
+    ...options,
+    ...(disconnects && { disconnects: disconnects.ring }),
+  })
   for (const line of session.report) print(line)
   const net = chosen && 'tenants' in chosen ? await openNet(chosen, session, options) : undefined
   const joined = chosen && 'join' in chosen ? await join(chosen, session, options) : undefined
@@ -99,6 +110,7 @@ async function serve(options: ServeOptions): Promise<void> {
     apiKeys,
     sharePort: options.sharePort ?? false,
     net,
+    kernelDisconnect: disconnects !== undefined,
   })
   const asked = untilAsked()
   if (apiKeys.length === 0 && !isLoopback(options.host)) {
@@ -115,6 +127,13 @@ async function serve(options: ServeOptions): Promise<void> {
   await joined?.close()
   await server.close()
   await session.engine.close()
+  disconnects?.close()
+}
+
+/** @throws LatticeError `net_refused`, `backend_unavailable` */
+async function openDisconnects(): Promise<Disconnects> {
+  const { Disconnects } = await import('../net/disconnects.ts')
+  return Disconnects.open()
 }
 
 /** @throws LatticeError what keeps the interface from being attached; then the engine is closed */

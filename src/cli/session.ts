@@ -1,7 +1,7 @@
 // Owns what `run` and `chat` share: a model, its engine and its texts in this very process, and
 // one answer streamed from it.
 
-import type { StorePlace } from '../engine/messages.ts'
+import type { RingPlace, StorePlace } from '../engine/messages.ts'
 import { type BeamParams, type Engine, GREEDY } from '../engine/api.ts'
 import type { Generation, GenerationRequest } from '../engine/generation.ts'
 import { LatticeError } from '../errors.ts'
@@ -33,6 +33,8 @@ export interface Capacity {
   maxSequences?: number
   maxQueue?: number
   stepTokens?: number
+  /** Where the kernel says which clients have gone. */
+  disconnects?: RingPlace
 }
 
 export interface Answer {
@@ -61,7 +63,7 @@ export async function openSession(
       import('../engine/start.ts'),
     ])
   // By name: whoever gives more than a capacity must not overwrite what is decided here.
-  const { maxSequences, maxQueue, stepTokens } = capacity
+  const { maxSequences, maxQueue, stepTokens, disconnects } = capacity
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
@@ -84,6 +86,7 @@ export async function openSession(
       maxSequences,
       maxQueue,
       stepTokens,
+      disconnects,
     }),
   })
   starting.catch(() => {})

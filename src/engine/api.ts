@@ -42,6 +42,14 @@ export const GREEDY: SamplingParams = {
   seed: 0,
 }
 
+/** Who waits for a request over TCP: aborted when the kernel says that this connection ended. */
+export interface ClientConnection {
+  /** As `connectionKey` of src/net/connection-key.ts has it. */
+  key: string
+  /** On the kernel's monotonic clock: an end before it was another connection's. */
+  sinceNs: bigint
+}
+
 /** One sequence to generate. */
 export interface SequenceRequest {
   /** Shown in `lattice ps`; sequences of one request share it. */
@@ -62,6 +70,8 @@ export interface SequenceRequest {
    * is too short to be cached.
    */
   pin?: string
+  /** Only with an engine that was told where to read of disconnects. */
+  connection?: ClientConnection
   /** Beam search instead of sampling, which must be greedy then: the choices are its best. */
   beams?: BeamParams
 }

@@ -6,6 +6,7 @@ import { MAX_CHOICES } from '../limits.ts'
 import type { Detokenizer, Tokenizer } from '../text/tokenizer.ts'
 import type {
   BeamParams,
+  ClientConnection,
   Engine,
   FinishReason,
   SamplingParams,
@@ -30,6 +31,7 @@ export interface GenerationRequest {
   /** Keep generating after end-of-sequence tokens. */
   ignoreEos: boolean
   topLogprobs: number | undefined
+  connection?: ClientConnection
   /** Called once for each choice that leaves the engine's queue. Must not throw. */
   onStart?: (cachedTokens: number) => void
 }
@@ -89,6 +91,7 @@ export function generate(
     {
       ...{ requestId, tenant, prompt, sampling, maxTokens, stopTokens, topLogprobs },
       ...(request.beams ? { beams: request.beams } : {}),
+      ...(request.connection ? { connection: request.connection } : {}),
     },
     choices.map((sink, i) => ({ sink, sampling: { ...sampling, seed: sampling.seed + i } })),
   )

@@ -34,8 +34,16 @@ export interface EngineThreadOptions {
   kvOffload?: OffloadPlace
   /** When cached prefixes go there; 90 and 80 % unless given. */
   kvWatermarks?: Watermarks
+  /** A ring of the kernel's that says which clients have gone (bpf/disconnect.bpf.c). */
+  disconnects?: RingPlace
   /** One 32-bit counter; it grows with every message to the engine. */
   signal: SharedArrayBuffer
+}
+
+/** A map of the kernel's by its descriptor, and its size in bytes. */
+export interface RingPlace {
+  fd: number
+  bytes: number
 }
 
 /** A file that KV goes to: how large, and the directory that it lies in. */

@@ -13,7 +13,7 @@ import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
 import type { DeviceOption } from './device.ts'
 import type { Watermarks } from './offload.ts'
-import type { OffloadPlace, StorePlace } from './messages.ts'
+import type { OffloadPlace, RingPlace, StorePlace } from './messages.ts'
 import { choosePlace, mib, type Place } from './place.ts'
 
 export interface EngineOptions {
@@ -43,6 +43,8 @@ export interface EngineOptions {
   maxQueue?: number
   /** Tokens of one step, at most. */
   stepTokens?: number
+  /** Where the kernel says which clients have gone. */
+  disconnects?: RingPlace
 }
 
 export interface StartedEngine {
@@ -89,6 +91,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       prefixEviction: options.prefixEviction ?? EVICTION_DEFAULT,
       prefixCacheOutput: options.prefixCacheOutput ?? false,
       ...(options.kvWatermarks && { kvWatermarks: options.kvWatermarks }),
+      ...(options.disconnects && { disconnects: options.disconnects }),
       ...offloadPlace(options),
     },
     {

@@ -11,6 +11,7 @@ import type { PagerStart } from '../tier/pager.ts'
 import type { TierFacts } from '../tier/tier.ts'
 import { memoryPressure } from '../os/pressure.ts'
 import { EngineCore } from './core.ts'
+import type { GoneClients } from './gone.ts'
 import type {
   EngineThreadOptions,
   FinishMessage,
@@ -48,6 +49,17 @@ interface Opened {
   close?(): void
 }
 
+/** Undefined unless the kernel says which clients have gone. */
+async function openGone(): Promise<GoneClients | undefined> {
+  if (!options.disconnects) return undefined
+  const [{ BpfRing }, { GoneClients: Gone }] = await Promise.all([
+    import('../ffi/bpf-ring.ts'),
+    import('./gone.ts'),
+  ])
+  const ring = new BpfRing(options.disconnects.fd, options.disconnects.bytes)
+  return new Gone((take) => ring.drain(take))
+}
+
 /** Only the chosen backend's code is loaded. */
 async function openBackend(): Promise<Opened> {
   const choice = options.backend
@@ -80,7 +92,7 @@ async function offloadTo({ store, ...place }: OffloadPlace): Promise<CpuOffload>
   return { ...offload, store: { directory: store.directory, secret: readSecret(store.key) } }
 }
 
-function makeCore(backend: Backend, kvPages: number): EngineCore {
+function makeCore(backend: Backend, kvPages: number, gone: GoneClients | undefined): EngineCore {
   const { pageBytes } = backend.kv.layout.shape
   const prefixPages = Math.floor((options.prefixCacheBytes ?? 0) / pageBytes)
   return new EngineCore(
@@ -102,6 +114,7 @@ function makeCore(backend: Backend, kvPages: number): EngineCore {
         tokens.push(id, token)
       },
       onFinish(id, reason, outputTokens, error, score) {
+        gone?.finished(id)
         finished.push({ id, reason, outputTokens, error: error?.toJSON(), score })
       },
     },
@@ -131,7 +144,7 @@ function flushStore(core: EngineCore): void {
 }
 
 /** Returns when the engine is closed. */
-function run(core: EngineCore): void {
+function run(core: EngineCore, gone: GoneClients | undefined): void {
   let publishedMs = -Infinity
   let pressureMs = -Infinity
   for (;;) {
@@ -139,8 +152,10 @@ function run(core: EngineCore): void {
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
       const message = item.message as ToEngine
       if (message.kind === 'submit') {
+        gone?.submitted(message.ids, message.request.connection)
         core.submitChoices(message.ids, message.request, message.samplings)
       } else if (message.kind === 'fork') {
+        gone?.forked(message.parent, message.id)
         core.fork(message.parent, message.id, message.sampling)
       } else if (message.kind === 'abort') core.abort(message.id)
       else if (message.kind === 'close') return flushStore(core)
@@ -157,6 +172,7 @@ function run(core: EngineCore): void {
       if ((memoryPressure() ?? 0) > PRESSURE_MAX) core.relieve()
       pressureMs = performance.now()
     }
+    gone?.look((id) => core.abort(id))
     const worked = core.step()
     flush()
     if (worked) continue
@@ -171,12 +187,13 @@ try {
   const { backend, variant, repackedBytes, tier } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
-  const core = makeCore(backend, kvPages)
+  const gone = await openGone()
+  const core = makeCore(backend, kvPages, gone)
   say({
     kind: 'ready',
     facts: { variant, repackedBytes, layout, kvPages, ...(tier && { tier }) },
   })
-  run(core)
+  run(core, gone)
 } catch (thrown) {
   flush()
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })

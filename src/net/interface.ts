@@ -6,6 +6,7 @@ import { networkInterfaces } from 'node:os'
 import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
 import { interfaceIndex } from '../ffi/xdp-socket.ts'
+import { addressBytes } from './connection-key.ts'
 import { ADDRESSES_MAX, QUEUES_MAX } from './ingress-maps.ts'
 
 /** generic is behind the driver, where every packet has a socket buffer already. */
@@ -74,19 +75,6 @@ export function addressesOf(name: string): Uint8Array[] {
   const list = networkInterfaces()[name] ?? []
   // More than it knows are none: then it answers for any.
   return list.length > ADDRESSES_MAX ? [] : list.map(({ address }) => addressBytes(address))
-}
-
-/** 16 bytes; IPv4 as ::ffff:a.b.c.d. A scope (%eth0) does not count. */
-export function addressBytes(address: string): Uint8Array {
-  if (!address.includes(':')) {
-    return Uint8Array.of(...Array<number>(10).fill(0), 255, 255, ...address.split('.').map(Number))
-  }
-  const [head = '', tail] = address.replace(/%.*/, '').split('::')
-  const words = (part: string) =>
-    part === '' ? [] : part.split(':').map((hex) => parseInt(hex, 16))
-  const [first, last] = [words(head), words(tail ?? '')]
-  const gap = Array<number>(8 - first.length - last.length).fill(0)
-  return Uint8Array.from([...first, ...gap, ...last].flatMap((word) => [word >> 8, word & 255]))
 }
 
 /** RTF_REJECT: a route that leads nowhere. */

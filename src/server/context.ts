@@ -2,8 +2,9 @@
 
 import type { HttpBindings } from '@hono/node-server'
 import type { Context } from 'hono'
-import type { Engine, EngineSnapshot } from '../engine/api.ts'
+import type { ClientConnection, Engine, EngineSnapshot } from '../engine/api.ts'
 import { LatticeError } from '../errors.ts'
+import { connectionKey } from '../net/connection-key.ts'
 import type { NetService } from '../net/net-service.ts'
 import type { ServerMetrics } from '../observe/server-metrics.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
@@ -19,6 +20,8 @@ export interface ServerContext {
   readonly loadedAt: number
   /** Undefined if the server was started without one. */
   readonly net?: NetService | undefined
+  /** The engine is told by the kernel which clients have gone. */
+  readonly kernelDisconnect?: boolean | undefined
   draining: boolean
 }
 
@@ -29,6 +32,18 @@ export interface RouteEnv {
 }
 
 export type RouteContext = Context<RouteEnv>
+
+/** Who asked, if the engine is to know; undefined also for a request that came by no socket. */
+export function connectionOf(
+  { kernelDisconnect }: ServerContext,
+  c: RouteContext,
+): ClientConnection | undefined {
+  const { remoteAddress, remotePort } = c.env.incoming?.socket ?? {}
+  if (!kernelDisconnect || remoteAddress === undefined || remotePort === undefined) return undefined
+  const ageNs = BigInt(Math.ceil((performance.now() - c.get('arrivalMs')) * 1e6))
+  const sinceNs = process.hrtime.bigint() - ageNs
+  return { key: connectionKey(remoteAddress, remotePort), sinceNs }
+}
 
 const SNAPSHOT_TIMEOUT_MS = 2000
 

@@ -30,6 +30,8 @@ export interface ServerOptions {
   sharePort?: boolean
   /** The datagram path, which `lattice net` controls through this server; the caller's to close. */
   net?: NetService | undefined
+  /** The engine was told where the kernel says which clients have gone. */
+  kernelDisconnect?: boolean
 }
 
 export interface Server {
@@ -57,6 +59,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     metrics: new ServerMetrics(),
     loadedAt: Math.floor(Date.now() / 1000),
     net: options.net,
+    kernelDisconnect: options.kernelDisconnect,
     draining: false,
   }
   const app = createApp(context, authenticator(options.apiKeys ?? []))

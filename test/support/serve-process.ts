@@ -54,6 +54,10 @@ export class ServeProcess {
     return url
   }
 
+  get pid(): number {
+    return this.child.pid!
+  }
+
   async ready(): Promise<void> {
     const said = new Promise<void>((resolve) => {
       this.hear = () => {

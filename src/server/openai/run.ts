@@ -6,11 +6,12 @@ import {
   type GenerationEvent,
   type GenerationRequest,
 } from '../../engine/generation.ts'
+import type { ClientConnection } from '../../engine/api.ts'
 import { generateBest } from '../../engine/best-of.ts'
 import { LatticeError } from '../../errors.ts'
 import { GenerationTimer } from '../../observe/generation-timer.ts'
 import type { AbortCause } from '../../observe/server-metrics.ts'
-import type { RouteContext, ServerContext } from '../context.ts'
+import { connectionOf, type RouteContext, type ServerContext } from '../context.ts'
 
 export interface Usage {
   prompt_tokens: number
@@ -41,6 +42,7 @@ export class Run {
   readonly #context: ServerContext
   readonly #arrivalMs: number
   readonly #request: RunRequest
+  readonly #connection: ClientConnection | undefined
   #promptTokens = 0
   #cachedTokens = 0
   #outputTokens = 0
@@ -62,6 +64,7 @@ export class Run {
     this.#context = context
     this.#request = request
     this.#arrivalMs = c.get('arrivalMs')
+    this.#connection = connectionOf(context, c)
     try {
       for (const prompt of prompts) this.#submit(prompt, c.get('tenant'))
     } catch (error) {
@@ -123,6 +126,7 @@ export class Run {
       tenant,
       prompt: prompt.tokens,
       maxTokens: prompt.maxTokens,
+      ...(this.#connection && { connection: this.#connection }),
       onStart: (cachedTokens: number) => {
         // Choices share their prompt; it counts once.
         if (!started) this.#cachedTokens += cachedTokens
@@ -148,7 +152,11 @@ export class Run {
     const timer = new GenerationTimer(this.#context.metrics, this.#arrivalMs, this.#request.choices)
     for await (const event of generation.events) {
       timer.see(event)
-      if (event.kind === 'finish') this.#outputTokens += event.outputTokens
+      if (event.kind === 'finish') {
+        this.#outputTokens += event.outputTokens
+        // The engine knew of it before we did.
+        if (event.reason === 'abort' && this.#connection) this.abort('disconnect')
+      }
       if (this.#aborted) continue
       if (event.kind === 'finish') checkFinish(event)
       take(firstChoice === 0 ? event : { ...event, choice: firstChoice + event.choice })
