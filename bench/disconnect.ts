@@ -1,20 +1,18 @@
 // Owns the question whether the kernel's word of a disconnect is worth a program: how long after a
 // client's RST or FIN Node says 'close', and how long after it a thread that reads the ring of
-// bpf/disconnect.bpf.c knows, with an idle event loop and one that is busy.
+// bpf/disconnect.bpf.c knows, with an idle event loop and one that is busy; and what looking at
+// that ring costs when nobody went.
 //
 //   node bench/disconnect.ts [ROUNDS]
 
 import { spawn } from 'node:child_process'
-import { closeSync, mkdirSync, openSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs'
 import { createServer, type Socket } from 'node:net'
 import type { AddressInfo } from 'node:net'
 import { Worker, isMainThread, parentPort, workerData } from 'node:worker_threads'
-import { ATTACH, attachLink } from '../src/ffi/bpf-link.ts'
+import { GoneClients } from '../src/engine/gone.ts'
 import { BpfRing } from '../src/ffi/bpf-ring.ts'
-import { BpfObject } from '../src/ffi/libbpf.ts'
+import { Disconnects } from '../src/net/disconnects.ts'
 
-const CGROUP = '/sys/fs/cgroup/unified'
-const RING_BYTES = 1 << 16
 /** A chat template over a long conversation and its tokens take the main thread so long. */
 const BUSY_MS = 200
 
@@ -31,21 +29,13 @@ if (isMainThread) await main(Number(process.argv[2] ?? 15))
 else watch()
 
 async function main(rounds: number): Promise<void> {
-  const folder = `${CGROUP}/lattice-${process.pid}`
-  mkdirSync(folder)
-  writeFileSync(`${folder}/cgroup.procs`, String(process.pid))
-  const directory = openSync(folder, 'r')
+  const disconnects = Disconnects.open()
   const server = createServer({ allowHalfOpen: true })
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
   const { port } = server.address() as AddressInfo
-  const object = new BpfObject(
-    readFileSync(new URL('../bpf/disconnect.o', import.meta.url)),
-    (rodata) => new DataView(rodata.buffer, rodata.byteOffset).setUint16(0, port, true),
-  )
-  const detach = attachLink(object.program('disconnect').fd, directory, ATTACH.cgroupSockOps)
   const seen = new BigInt64Array(new SharedArrayBuffer(16))
-  const fd = object.map('disconnects').fd
-  const worker = new Worker(import.meta.filename, { workerData: { fd, seen } })
+  costOfLooking(disconnects.ring)
+  const worker = new Worker(import.meta.filename, { workerData: { ...disconnects.ring, seen } })
   await new Promise((resolve) => worker.once('online', resolve))
   console.log('ms after the client went (median, worst): LOOP  HOW  NODE  RING')
   for (const [loop, busyMs] of [
@@ -64,12 +54,24 @@ async function main(rounds: number): Promise<void> {
     }
   }
   await worker.terminate()
-  detach()
-  object.close()
   server.close()
-  closeSync(directory)
-  writeFileSync(`${CGROUP}/cgroup.procs`, String(process.pid))
-  rmdirSync(folder)
+  disconnects.close()
+}
+
+/** As the engine's thread does, between two steps. */
+function costOfLooking({ fd, bytes }: { fd: number; bytes: number }): void {
+  const ring = new BpfRing(fd, bytes)
+  const gone = new GoneClients((take) => ring.drain(take))
+  const times = 1_000_000
+  const look = (): void => {
+    for (let i = 0; i < times; i++) gone.look(() => {})
+  }
+  look()
+  const before = process.cpuUsage().user
+  look()
+  const ns = ((process.cpuUsage().user - before) * 1000) / times
+  console.log(`looking when nobody went: ${ns.toFixed(0)} ns`)
+  ring.close()
 }
 
 async function round(
@@ -107,8 +109,8 @@ async function round(
 
 /** As an engine thread would, between steps: here every millisecond. */
 function watch(): void {
-  const { fd, seen } = workerData as { fd: number; seen: BigInt64Array }
-  const ring = new BpfRing(fd, RING_BYTES)
+  const { fd, bytes, seen } = workerData as { fd: number; bytes: number; seen: BigInt64Array }
+  const ring = new BpfRing(fd, bytes)
   const pause = new Int32Array(new SharedArrayBuffer(4))
   parentPort?.on('message', () => {})
   for (;;) {

@@ -1,13 +1,11 @@
 // Owns noticing that the other side of a connection has gone, when the kernel does: at its FIN or
-// RST, however busy the process is that would read it.
+// RST, however busy the process is that would read it. Watched is what a process accepts that is in
+// the cgroup which this is attached to.
 
 #include <linux/bpf.h>
 // The helpers need its types.
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
-
-/** TCP port whose connections are watched; 0 is every one that the cgroup listens on. */
-const volatile __u16 port = 0;
 
 /** One record of the ring. */
 struct gone {
@@ -31,7 +29,6 @@ struct {
 
 SEC("sockops")
 int disconnect(struct bpf_sock_ops *ops) {
-  if (port && ops->local_port != port) return 1;
   if (ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
     bpf_sock_ops_cb_flags_set(ops, BPF_SOCK_OPS_STATE_CB_FLAG);
     return 1;
