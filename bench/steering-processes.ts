@@ -93,8 +93,9 @@ export async function measureProcesses(
     const { hits, queries, spread, told, requests } = await replay(processes, chats, trace, chooser)
     const agree = told === hits ? '' : ` (clients were told of ${told})`
     console.log(
-      `${name.padEnd(12)} hit rate ${((100 * hits) / queries).toFixed(2)} %: ${hits} of ${queries} ` +
-        `tokens${agree}, ${requests} requests, busiest engine ${spread.toFixed(2)} times the mean`,
+      `${name.padEnd(12)} hit rate ${((100 * hits) / queries).toFixed(2)} %: ${hits} of ` +
+        `${queries} tokens${agree}, ${requests} requests, busiest engine ` +
+        `${spread.toFixed(2)} times the mean`,
     )
   }
 }
@@ -149,6 +150,12 @@ async function drive(
   const busy = new Set<number>()
   const running = new Set<Promise<void>>()
   let told = 0
+  const finish = async (id: number, chat: number, replica: number): Promise<void> => {
+    const { cachedTokens } = await client.call('finish', id)
+    told += cachedTokens
+    load[replica]!--
+    busy.delete(chat)
+  }
   while (rest.length > 0) {
     const next = rest.findIndex(({ chat }) => !busy.has(chat))
     if (running.size >= RUNNING || next < 0) {
@@ -165,12 +172,7 @@ async function drive(
     given[replica]!++
     load[replica]!++
     busy.add(chat)
-    const run = client.call('finish', id).then(({ cachedTokens }) => {
-      told += cachedTokens
-      load[replica]!--
-      busy.delete(chat)
-      running.delete(run)
-    })
+    const run = finish(id, chat, replica).finally(() => running.delete(run))
     running.add(run)
   }
   await Promise.all(running)

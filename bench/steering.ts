@@ -214,7 +214,8 @@ function measureModel(count: number, seed: number): void {
   const capacity = Math.floor(cacheBytes(count) / BLOCK)
   console.log(
     `${trace.length} prompts of ${count} chats, ${(bytes / trace.length / 1024).toFixed(1)} KiB ` +
-      `on average, ${REPLICAS} caches of ${((capacity * BLOCK) / 1024).toFixed(0)} KiB, seed ${seed}`,
+      `on average, ${REPLICAS} caches of ${((capacity * BLOCK) / 1024).toFixed(0)} KiB, ` +
+      `seed ${seed}`,
   )
   for (const [name, chooser] of [
     ['program', () => byProgram(PREFIX_LADDER)],

@@ -1,5 +1,5 @@
 // Owns being told by the kernel when a client's connection ends: a cgroup of its own for this
-// process, the program that watches its sockets (bpf/disconnect.bpf.c), and the ring that it writes.
+// process, the program that watches its sockets (bpf/disconnect.bpf.c), the ring that it writes.
 
 import {
   closeSync,
