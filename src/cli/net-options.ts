@@ -17,6 +17,7 @@ export interface NetOptions {
   netMode?: NetMode
   netPort?: number
   netBusyPoll?: number
+  netSample?: number
   netForce?: boolean
   netAllowGeneric?: boolean
 }
@@ -44,6 +45,11 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
       `--${prefix}busy-poll <N>`,
       'never sleep: take up to N packets at a time from the driver (default: sleep)',
       parseCount(1, 65535),
+    )
+    .option(
+      `--${prefix}sample <N>`,
+      'tell of one decision in N, a power of two, in the log and `net events` (default: none)',
+      parseCount(1, 2 ** 30),
     )
     .option(`--${prefix}allow-generic`, 'take the next best mode if the driver cannot do this one')
     .option(`--${prefix}force`, 'also an interface that the default route leads through')
@@ -112,6 +118,7 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinCh
     mode: options.netMode ?? 'native',
     port: options.netPort ?? PROTOCOL_PORT,
     busyPollBudget: options.netBusyPoll ?? 0,
+    sampleEvery: options.netSample ?? 0,
     force: options.netForce ?? false,
     allowGeneric: options.netAllowGeneric ?? false,
   }

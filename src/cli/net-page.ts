@@ -25,7 +25,7 @@ export function netLine({
 }
 
 export function netPage(status: DatagramStatus, rates?: NetRates): string {
-  const { counters, losses, failure } = status
+  const { counters, losses, events, failure } = status
   const names = Object.keys(counters).filter((name) => counters[name] || ALWAYS.has(name))
   const perSecond = (name: string): string[] =>
     rates
@@ -36,7 +36,8 @@ export function netPage(status: DatagramStatus, rates?: NetRates): string {
     netLine(status),
     ...(failure === undefined ? [] : [`FAILED: ${failure}`]),
     `${status.running} running · ${status.verified} instructions verified · lost frames:` +
-      ` ${losses.received} received, ${losses.sent} sent`,
+      ` ${losses.received} received, ${losses.sent} sent` +
+      (events.every > 0 ? ` · told of 1 decision in ${events.every}: ${events.count}` : ''),
     '',
     formatTable(
       [{ title: 'PACKETS' }, { title: 'COUNT', right: true }, ...title],

@@ -5,6 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { LatticeError } from '../errors.ts'
 import type { DatagramStatus } from '../net/datagram-server.ts'
 import type { NetMode } from '../net/interface.ts'
+import { eventsCommand } from './net-events.ts'
 import { addAttachOptions } from './net-options.ts'
 import { netLine, netPage } from './net-page.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
@@ -16,6 +17,7 @@ interface AttachFlags extends ServerAddress {
   mode?: NetMode
   port?: number
   busyPoll?: number
+  sample?: number
   force?: boolean
   allowGeneric?: boolean
 }
@@ -49,6 +51,7 @@ export function netCommand(): Command {
         .description('Shows the same each second, with rates, until Ctrl-C.')
         .action(top),
     )
+    .addCommand(eventsCommand())
 }
 
 function attachCommand(): Command {
@@ -62,13 +65,14 @@ function attachCommand(): Command {
 }
 
 async function attach(name: string, flags: AttachFlags): Promise<void> {
-  const { queue, mode, port, busyPoll, force, allowGeneric } = flags
+  const { queue, mode, port, busyPoll, sample, force, allowGeneric } = flags
   const body = {
     interface: name,
     queue,
     mode,
     port,
     busy_poll: busyPoll,
+    sample_every: sample,
     force,
     allow_generic: allowGeneric,
   }

@@ -9,7 +9,7 @@ import {
   STEP_TOKENS_GPU,
   STEP_TOKENS_MAX_DEFAULT,
 } from '../limits.ts'
-import { warn } from '../log.ts'
+import { info, warn } from '../log.ts'
 import type { Disconnects } from '../net/disconnects.ts'
 import type { NetService } from '../net/net-service.ts'
 import type { JoinedReplica } from '../net/joined-replica.ts'
@@ -146,7 +146,7 @@ async function openNet(
   const maxRunning = maxSequences + maxQueue
   const load = (): number => maxRunning - engine.queueRoom()
   const limits = { tenants, share, load, maxRunning, publishes: prefixCache !== undefined }
-  const net = new NetService({ engine, tokenizer, template, ...limits, warn })
+  const net = new NetService({ engine, tokenizer, template, ...limits, warn, log: info })
   try {
     if (attach) print(netLine(await net.attach(attach)))
     return net

@@ -4,6 +4,8 @@
 import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
+import type { NetEvent } from './decisions.ts'
+import { NetEvents } from './events.ts'
 import { Egress, type TenantAccount } from './egress.ts'
 import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
 import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
@@ -39,6 +41,10 @@ export interface DatagramOptions extends InterfaceChoice {
   /** Requests at once, of all tenants together. */
   maxRunning: number
   port: number
+  /** One decision in so many is told of: a power of two; none unless given. */
+  sampleEvery?: number
+  /** A decision that is told of, with its tenant's name. */
+  onEvent?: (event: NetEvent, tenant: string) => void
   /** The ring thread is gone: every HELLO is refused from now on. */
   onFailure: (error: LatticeError) => void
 }
@@ -56,6 +62,8 @@ export interface DatagramStatus {
   running: number
   counters: IngressCounters
   losses: RingLosses
+  /** Decisions that were told of, and how often one is; 0 is never. */
+  events: { count: number; every: number }
   tenants: (TenantUse & { index: number; name: string; sent: TenantAccount })[]
   replicas: ReplicaStatus[]
   failure: string | undefined
@@ -86,6 +94,8 @@ interface Attached {
 export class DatagramServer {
   readonly ingress: Ingress
   readonly egress: Egress
+  /** Undefined if the program tells of nothing. */
+  private readonly events: NetEvents | undefined
   private readonly options: DatagramOptions
   private readonly link: CheckedInterface
   private ring!: Ring
@@ -107,7 +117,13 @@ export class DatagramServer {
     this.options = options
     this.link = link
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
-    this.ingress = Ingress.load({ port: options.port })
+    const { port, sampleEvery = 0, onEvent } = options
+    this.ingress = Ingress.load({ port, sampleEvery })
+    if (sampleEvery > 0) {
+      this.events = new NetEvents(this.ingress.object.map('events'), (event) => {
+        onEvent?.(event, this.nameOf(event.tenant))
+      })
+    }
     this.ingress.setMaxRunning(options.maxRunning)
     this.egress = Egress.load(options.port)
     for (const tenant of options.tenants) {
@@ -128,6 +144,7 @@ export class DatagramServer {
       server.ring = ring
       server.detach = detach
     } catch (thrown) {
+      server.events?.close()
       server.ingress.close()
       server.egress.close()
       throw thrown
@@ -194,6 +211,7 @@ export class DatagramServer {
       running: ingress.running,
       counters,
       losses: ring.losses,
+      events: { count: this.events?.count ?? 0, every: options.sampleEvery ?? 0 },
       tenants: options.tenants.map(({ index, name }) => {
         return { index, name, ...ingress.use(index), sent: egress.tenant(index) }
       }),
@@ -207,6 +225,12 @@ export class DatagramServer {
       }),
       failure: this.failure?.message,
     }
+  }
+
+  /** Decisions after a number, with their tenants' names, of the latest thousand. */
+  eventsAfter(number: number): (NetEvent & { name: string })[] {
+    const events = this.events?.after(number) ?? []
+    return events.map((event) => ({ ...event, name: this.nameOf(event.tenant) }))
   }
 
   /** Refuses new requests; those that run go on. */
@@ -229,6 +253,7 @@ export class DatagramServer {
     clearInterval(this.timer)
     this.detach()
     await this.ring.close()
+    this.events?.close()
     this.ingress.close()
     this.egress.close()
   }
@@ -312,11 +337,15 @@ export class DatagramServer {
       },
     }
     this.running.set(watched, wire.route)
-    const abort = replica.start(wire, this.names.get(wire.tenant) ?? 'default', watched)
+    const abort = replica.start(wire, this.nameOf(wire.tenant), watched)
     return () => {
       this.running.delete(watched)
       abort()
     }
+  }
+
+  private nameOf(tenant: number): string {
+    return this.names.get(tenant) ?? 'default'
   }
 
   /** Prompts may still be on their way to one that is gone: only its like may take its index. */

@@ -7,6 +7,7 @@ import { generate, type GenerationEvent } from '../engine/generation.ts'
 import { type ErrorCode, LatticeError, toLatticeError } from '../errors.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
+import { requestName } from './decisions.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import type { MessageCode, WireUsage } from './protocol.ts'
 
@@ -25,7 +26,6 @@ export class EngineAnswers {
   private readonly options: AnswersOptions
   /** No token is longer in UTF-8: a prompt of more bytes than this fits no context. */
   private readonly promptBytesMax: number
-  private nextId = 1
   /** Generations that have not ended. */
   running = 0
 
@@ -51,7 +51,7 @@ export class EngineAnswers {
       usage.promptTokens = prompt.length
       const { temperature, topP, seed } = wire.sampling
       const generation = generate(engine, tokenizer, {
-        requestId: `datagram-${this.nextId++}`,
+        requestId: requestName(wire.request),
         tenant,
         prompt,
         choices: 1,
@@ -64,17 +64,18 @@ export class EngineAnswers {
         onStart: (cached) => (usage.cachedTokens = cached),
       })
       this.running++
-      void this.answer(generation.events, answer, usage, () => {
+      void this.answer(wire, generation.events, answer, usage, () => {
         this.options.onComputed?.(wire, prompt, tenant)
       })
       return () => generation.abort()
     } catch (thrown) {
-      answer.end(this.codeOf(toLatticeError(thrown), tenant), usage)
+      answer.end(this.codeOf(toLatticeError(thrown), wire), usage)
       return () => {}
     }
   }
 
   private async answer(
+    wire: WireRequest,
     events: AsyncIterable<GenerationEvent>,
     answer: WireAnswer,
     usage: WireUsage,
@@ -91,7 +92,7 @@ export class EngineAnswers {
       }
       const { reason, outputTokens, error } = event
       this.running--
-      const code = error ? this.codeOf(error, 'its tenant') : ENDS[reason]
+      const code = error ? this.codeOf(error, wire) : ENDS[reason]
       answer.end(code, { ...usage, outputTokens })
     }
   }
@@ -112,10 +113,11 @@ export class EngineAnswers {
     return tokens
   }
 
-  private codeOf(error: LatticeError, tenant: string): MessageCode {
+  private codeOf(error: LatticeError, { tenant, request }: WireRequest): MessageCode {
     const code = CODES[error.code] ?? 'failed'
     if (code === 'failed') {
-      this.options.warn(`a datagram request of ${tenant} failed: ${error.message}`)
+      const which = `${requestName(request)} of tenant ${tenant}`
+      this.options.warn(`the datagram request ${which} failed: ${error.message}`)
     }
     return code
   }

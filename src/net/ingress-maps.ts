@@ -47,6 +47,20 @@ export const REQUEST = {
   ended: 52,
 } as const
 
+/** struct event */
+export const EVENT = {
+  bytes: 40,
+  ktimeNs: 0,
+  request: 8,
+  tenant: 16,
+  route: 20,
+  promptBytes: 24,
+  maxTokens: 28,
+  type: 32,
+  code: 34,
+  retryMs: 36,
+} as const
+
 /** `.rodata`: the program's tunables. */
 export const TUNABLES = {
   port: 0,

@@ -89,6 +89,7 @@ export class Ingress {
   /** @throws LatticeError as `BpfObject` does */
   constructor(elf: Uint8Array, tunables: Partial<IngressTunables> = {}) {
     const chosen = { ...INGRESS_DEFAULTS, ...tunables }
+    assertPowerOfTwo(chosen.sampleEvery)
     this.object = new BpfObject(elf, (rodata) => {
       const view = new DataView(rodata.buffer, rodata.byteOffset)
       view.setUint16(TUNABLES.port, chosen.port, true)
@@ -342,6 +343,15 @@ function tuneSyn(rodata: DataView, { port, source, total }: SynLimits): void {
   }
   set(source, TUNABLES.synSourceNs, TUNABLES.synSourceBurstNs)
   set(total, TUNABLES.synTotalNs, TUNABLES.synTotalBurstNs)
+}
+
+/** @throws LatticeError `invalid_request` */
+function assertPowerOfTwo(sampleEvery: number): void {
+  const isFine = Number.isInteger(sampleEvery) && sampleEvery >= 0 && sampleEvery <= 1 << 30
+  if (isFine && (sampleEvery & (sampleEvery - 1)) === 0) return
+  throw new LatticeError('invalid_request', `One decision in ${sampleEvery} cannot be told of.`, {
+    todo: 'Use a power of two up to 2^30, or 0 for none.',
+  })
 }
 
 /** ::ffff:a.b.c.d */

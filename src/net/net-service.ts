@@ -7,6 +7,7 @@ import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
 import { type DatagramOptions, DatagramServer, type DatagramStatus } from './datagram-server.ts'
 import { EngineAnswers } from './engine-answers.ts'
+import { describeEvent, type NetEvent } from './decisions.ts'
 import { refused } from './interface.ts'
 import { JoinHub } from './join-hub.ts'
 import { PrefixNews } from './prefix-news.ts'
@@ -26,16 +27,20 @@ export interface NetServiceOptions {
   /** Where other engines of this machine join, once it is attached; nowhere unless given. */
   share?: string | undefined
   warn: (line: string) => void
+  /** Decisions that the program tells of; a line each, and not too many. */
+  log?: (line: string) => void
 }
 
 /** How to attach; what is left out is chosen by `DATAGRAM_DEFAULTS`. */
 export type AttachOptions = Pick<
   DatagramOptions,
-  'name' | 'queue' | 'force' | 'mode' | 'allowGeneric' | 'busyPollBudget' | 'port'
+  'name' | 'queue' | 'force' | 'mode' | 'allowGeneric' | 'busyPollBudget' | 'port' | 'sampleEvery'
 >
 
 /** As often as an engine that has joined says it. */
 const LOAD_MS = 250
+/** Of decisions, in a second. */
+const LINES_MAX = 20
 
 export class NetService {
   private readonly options: NetServiceOptions
@@ -44,6 +49,8 @@ export class NetService {
   private server: DatagramServer | undefined
   private hub: JoinHub | undefined
   private timer: NodeJS.Timeout | undefined
+  /** Said in this second of decisions' time. */
+  private lines = { second: 0, count: 0 }
   /** Of our own engine, among the replicas. */
   private index = 0
   /** Attaching or detaching: only one at a time. */
@@ -76,6 +83,7 @@ export class NetService {
         ...how,
         tenants,
         maxRunning,
+        onEvent: (event: NetEvent, tenant: string) => this.logged(event, tenant),
         onFailure: (error: LatticeError) => warn(`datagrams are refused: ${error.message}`),
       })
       this.index = server.addReplica({
@@ -105,6 +113,15 @@ export class NetService {
     await this.alone(() => this.close())
   }
 
+  /** @throws LatticeError `net_refused` if it is attached to nothing */
+  events(after: number): { events: (NetEvent & { name: string })[]; every: number; lost: number } {
+    const { server } = this
+    if (!server) throw refused('This server is attached to no interface.', 'Attach it first.')
+    const { counters, events } = server.status()
+    const lost = counters['events_lost'] ?? 0
+    return { events: server.eventsAfter(after), every: events.every, lost }
+  }
+
   /** Undefined while it is attached to nothing. */
   status(): DatagramStatus | undefined {
     return this.server?.status()
@@ -127,6 +144,18 @@ export class NetService {
     this.hub = undefined
     this.server = undefined
     await server?.close()
+  }
+
+  /** A flood of decisions must not become a flood of lines. */
+  private logged(event: NetEvent, tenant: string): void {
+    const { log } = this.options
+    if (!log) return
+    const second = Math.floor(event.timeMs / 1000)
+    if (second !== this.lines.second) {
+      if (this.lines.count > LINES_MAX) log(`… and ${this.lines.count - LINES_MAX} more`)
+      this.lines = { second, count: 0 }
+    }
+    if (++this.lines.count <= LINES_MAX) log(describeEvent(event, tenant))
   }
 
   /** What came another way than over datagrams counts too when the program chooses. */

@@ -8,7 +8,7 @@ import type { RouteContext, RouteEnv, ServerContext } from './context.ts'
 import { errorResponse } from './errors.ts'
 import { drainingError, livez, readyz } from './health.ts'
 import { kv, metrics, sequences } from './metrics.ts'
-import { netAttach, netDetach, netStatus } from './net.ts'
+import { netAttach, netDetach, netEvents, netStatus } from './net.ts'
 import { chat } from './openai/chat.ts'
 import { completions } from './openai/completions.ts'
 import { model, models } from './openai/models.ts'
@@ -44,6 +44,7 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['GET', '/debug/sequences', sequences(context)],
     ['GET', '/debug/kv', kv(context)],
     ['GET', '/debug/net', netStatus(context)],
+    ['GET', '/debug/net/events', netEvents(context)],
     ['POST', '/debug/net', netAttach(context)],
     ['DELETE', '/debug/net', netDetach(context)],
   ]

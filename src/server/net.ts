@@ -1,5 +1,5 @@
-// Owns GET, POST and DELETE /debug/net: what the datagram path does, attaching it to an interface
-// and detaching it, for `lattice net`.
+// Owns GET, POST and DELETE /debug/net: what the datagram path does and decided, attaching it to an
+// interface and detaching it, for `lattice net`.
 
 import { z } from 'zod'
 import { LatticeError } from '../errors.ts'
@@ -16,6 +16,7 @@ const attachment = z.strictObject({
   mode: optional(choice(...NET_MODES)),
   port: optional(integer(1, 65535)),
   busy_poll: optional(integer(0, 65535)),
+  sample_every: optional(integer(0, 1 << 30)),
   force: optional(boolean),
   allow_generic: optional(boolean),
 })
@@ -23,6 +24,20 @@ const attachment = z.strictObject({
 /** `net` is null while the server is attached to nothing. */
 export function netStatus({ net }: ServerContext) {
   return (c: RouteContext): Response => c.json({ net: net?.status() ?? null })
+}
+
+/** Decisions of the ingress program after number `after`. */
+export function netEvents(context: ServerContext) {
+  return (c: RouteContext): Response => {
+    const after = Number(c.req.query('after') ?? 0)
+    if (!Number.isSafeInteger(after) || after < 0) {
+      throw new LatticeError('invalid_request', `'after' is ${c.req.query('after')}.`, {
+        todo: 'Give the number of the last event that you have, or 0.',
+        details: { param: 'after' },
+      })
+    }
+    return c.json(withNet(context).events(after))
+  }
 }
 
 export function netAttach(context: ServerContext) {
@@ -35,6 +50,7 @@ export function netAttach(context: ServerContext) {
       mode: how.mode ?? 'native',
       port: how.port ?? PROTOCOL_PORT,
       busyPollBudget: how.busy_poll ?? 0,
+      sampleEvery: how.sample_every ?? 0,
       force: how.force ?? false,
       allowGeneric: how.allow_generic ?? false,
     })
@@ -53,13 +69,17 @@ export function netDetach(context: ServerContext) {
  * Whoever may ask for an answer may not for that reason change the machine's network: only from
  * this machine is it allowed, with a key as ever.
  */
-function administrated({ net }: ServerContext, c: RouteContext): NetService {
+function administrated(context: ServerContext, c: RouteContext): NetService {
   const address = c.env.incoming?.socket.remoteAddress ?? ''
   if (!/^(127\.|::1$|::ffff:127\.)/.test(address)) {
     throw new LatticeError('unauthorized', 'Interfaces are attached from this machine only.', {
       todo: 'Run `lattice net` where the server runs.',
     })
   }
+  return withNet(context)
+}
+
+function withNet({ net }: ServerContext): NetService {
   if (net) return net
   throw new LatticeError('net_refused', 'This server has no datagram path.', {
     todo: 'Start it with --net-tenants FILE.',

@@ -49,7 +49,8 @@ async function serving(t: TestContext, ...flags: string[]): Promise<Serving> {
   const two = await twoHosts()
   const argv = [MAIN, ...SERVE, '--net-tenants', tenants, ...flags]
   const [command, args] = inNamespace(two.server.namespace, ...argv)
-  const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'] })
+  const env = { ...process.env, LATTICE_LOG: undefined }
+  const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'], env })
   t.after(async () => {
     child.kill('SIGKILL')
     await two.remove()
@@ -72,7 +73,7 @@ const ASK = ['run', '--server', 'lattice://10.99.0.2', '--raw', '--max-tokens', 
 const AS_TENANT = { LATTICE_TENANT: '7', LATTICE_TENANT_KEY: KEY }
 
 test('serve --net does not answer, or stays attached', { skip }, async (t) => {
-  const { two, child, said, ended } = await serving(t, '--net', 'veth-s')
+  const { two, child, said, ended } = await serving(t, '--net', 'veth-s', '--net-sample', '1')
   const { server, client } = two
   assert.match(said(), /Datagrams on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, queue 0/)
   assert.ok(!said().includes(KEY))
@@ -90,6 +91,20 @@ test('serve --net does not answer, or stays attached', { skip }, async (t) => {
   assert.equal(status.counters.granted, 2)
   assert.equal(status.running, 0)
   assert.ok(!http.stdout.includes(KEY))
+  assert.deepEqual(status.events, { count: 2, every: 1 })
+  const net = (...args: string[]) => {
+    return lattice(server.namespace, ['net', ...args, '--url', URL_OF_SERVER])
+  }
+  const events = (await net('events', '--json')).stdout.trimEnd().split('\n')
+  assert.equal(events.length, 2)
+  for (const line of events) {
+    const { request, name, decision, maxTokens } = JSON.parse(line)
+    assert.deepEqual([name, decision, maxTokens], ['seven', 'grant', 5])
+    // The same id in the server's log and on the page.
+    const words = `granted ${request} of seven: 5 bytes and up to 5 tokens, engine 0\n`
+    assert.ok(said().includes(words), said())
+    assert.ok((await net('events')).stdout.includes(words))
+  }
   child.kill('SIGTERM')
   assert.equal(await ended, 0)
   assert.ok(!server.details().includes('xdp'))
@@ -111,6 +126,7 @@ test('lattice net does not attach, detach or say why not', { skip }, async (t) =
   assert.match(attached.stdout, /veth-s, UDP port 9000: generic XDP/)
   assert.match(two.server.details(), /xdpgeneric/)
   assert.match((await net('attach', 'veth-s')).stderr, /attached to veth-s already/)
+  assert.match((await net('events')).stderr, /sampling is off/)
   const asked = ASK.map((word) => (word.startsWith('lattice:') ? `${word}:9000` : word))
   assert.equal((await lattice(two.client.namespace, asked, AS_TENANT)).code, 0)
   const page = (await net('status')).stdout
