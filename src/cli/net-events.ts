@@ -27,8 +27,8 @@ const INTERVAL_MS = 200
 export function eventsCommand(): Command {
   return addServerOptions(new Command('events'))
     .description(
-      'Shows what was decided about requests in the driver, the latest thousand of one decision in' +
-        ' as many as --net-sample (for `lattice net attach`, --sample) says.',
+      'Shows decisions about requests in the driver, the latest thousand of those that it tells' +
+        ' of: one in N with --net-sample N (for `lattice net attach`, --sample N).',
     )
     .option('-f, --follow', 'go on with what is decided next, until Ctrl-C')
     .option('--json', 'one JSON object a line')
