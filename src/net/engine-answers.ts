@@ -18,6 +18,8 @@ export interface AnswersOptions {
   template: ChatTemplate | undefined
   /** Says on the server's side what a code does not tell the client. */
   warn: (line: string) => void
+  /** The engine has stopped: nothing more is to be asked of it. */
+  onStopped?: () => void
   /** A prompt of a tenant's is in memory. */
   onComputed?: (wire: WireRequest, tokens: Int32Array, tenant: string) => void
 }
@@ -115,6 +117,7 @@ export class EngineAnswers {
 
   private codeOf(error: LatticeError, { tenant, request }: WireRequest): MessageCode {
     const code = CODES[error.code] ?? 'failed'
+    if (error.code === 'engine_stopped') this.options.onStopped?.()
     if (code === 'failed') {
       const which = `${requestName(request)} of tenant ${tenant}`
       this.options.warn(`the datagram request ${which} failed: ${error.message}`)
@@ -133,6 +136,7 @@ const CODES: Partial<Record<ErrorCode, MessageCode>> = {
   template_invalid: 'prompt',
   queue_full: 'busy',
   draining: 'no_replica',
+  engine_stopped: 'no_replica',
 }
 
 function decode(prompt: Uint8Array): string {

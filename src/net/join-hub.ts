@@ -32,6 +32,8 @@ export interface JoinPlace {
 export interface HubOptions {
   path: string
   tenants: readonly DatagramTenant[]
+  /** An engine that says nothing for so long is dead; 15 s unless given. */
+  silenceMs?: number
   warn: (line: string) => void
 }
 
@@ -159,7 +161,7 @@ class Member implements DatagramReplica {
   /** Hangs up if nothing has come for long. */
   look(): void {
     const silentMs = performance.now() - this.heardMs
-    if (silentMs < SILENCE_MS) return
+    if (silentMs < (this.options.silenceMs ?? SILENCE_MS)) return
     const what = `It has said nothing for ${(silentMs / 1000).toFixed(0)} s.`
     this.wire.hangUp(refused(what, 'Look at what that process does.'))
   }

@@ -8,6 +8,7 @@ import { connect, createServer, type Socket } from 'node:net'
 import { join } from 'node:path'
 import { setImmediate as turn } from 'node:timers/promises'
 import { test, type TestContext } from 'node:test'
+import { LatticeError } from '../errors.ts'
 import { FakeEngine } from '../../test/support/fake-engine.ts'
 import { fakeTokenizer } from '../../test/support/fake-tokenizer.ts'
 import { Random } from '../../test/support/random.ts'
@@ -81,11 +82,12 @@ interface Hub {
   warnings: string[]
 }
 
-async function hub(t: TestContext): Promise<Hub> {
+async function hub(t: TestContext, silenceMs?: number): Promise<Hub> {
   const [place, warnings] = [new Place(), [] as string[]]
   const path = join(temporaryDirectory('hub'), 'socket')
   const warn = (line: string): void => void warnings.push(line)
-  const listening = await JoinHub.listen(place, { path, tenants: TENANTS, warn })
+  const silence = silenceMs === undefined ? {} : { silenceMs }
+  const listening = await JoinHub.listen(place, { path, tenants: TENANTS, warn, ...silence })
   t.after(() => listening.close())
   return { place, path, warnings }
 }
@@ -260,4 +262,50 @@ test('an engine that leaves is given requests, or loses those that it has', asyn
   await place.until(() => place.replicas[0] === undefined)
   assert.deepEqual(warnings, [])
   assert.equal(engine.requests[0]?.tenant, 'five')
+})
+
+test('an engine that hangs is taken for one that is there', async (t) => {
+  const { place, path, warnings } = await hub(t, 100)
+  peer(t, path).socket.write(frame('join', JOIN))
+  await place.until(() => place.replicas.length === 1)
+  await place.until(() => place.replicas[0] === undefined)
+  assert.match(warnings.join(), /process 7 is gone .* said nothing for/)
+})
+
+test('an engine that has stopped goes on being asked', async (t) => {
+  const { place, path } = await hub(t)
+  const engine = new FakeEngine()
+  const parts = { engine, tokenizer: fakeTokenizer(), template: undefined, publishes: false }
+  const joined = await JoinedReplica.join({ ...parts, path, load: () => 0, warn() {} })
+  t.after(() => joined.close())
+  engine.submitChoices = () => {
+    throw new LatticeError('engine_stopped', 'The engine has stopped.')
+  }
+  const ended = new Promise<string>((end) => {
+    place.replicas[0]?.start(REQUEST, 'five', { tokens() {}, end })
+  })
+  assert.equal(await ended, 'no_replica')
+  await place.until(() => place.ready[0] === false)
+})
+
+test('noise from an engine brings the owner down, or its replica stays', async (t) => {
+  const { place, path } = await hub(t)
+  const seed = Math.floor(Math.random() * 2 ** 31)
+  t.diagnostic(`seed ${seed}`)
+  const random = new Random(seed)
+  const types = ['tokens', 'end', 'held', 'gone', 'load', 'leave', 'start', 'welcome'] as const
+  for (let round = 0; round < 200; round++) {
+    const { socket } = peer(t, path)
+    const closed = once(socket, 'close')
+    socket.write(frame('join', JOIN))
+    for (let i = 0; i < 20; i++) {
+      const payload = Uint8Array.from({ length: random.below(40) }, () => random.below(256))
+      const bytes = frame(types[random.below(types.length)]!, payload, random.below(3))
+      if (random.below(4) === 0) bytes[random.below(bytes.length)] = random.below(256)
+      socket.write(bytes)
+    }
+    socket.end()
+    await closed
+  }
+  await place.until(() => place.replicas.every((replica) => replica === undefined))
 })

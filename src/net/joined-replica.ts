@@ -60,6 +60,8 @@ export class JoinedReplica {
     const { engine, tokenizer, template, warn } = options
     this.answers = new EngineAnswers({
       ...{ engine, tokenizer, template, warn },
+      // With no load at all it would be given everything.
+      onStopped: () => this.refuse(),
       onComputed: (wire, tokens, tenant) => this.news?.computed(wire, tokens, tenant),
     })
     this.timer = setInterval(() => this.sayLoad(), LOAD_MS)
@@ -83,6 +85,7 @@ export class JoinedReplica {
 
   /** Asks for no more prompts; those that run go on. */
   refuse(): void {
+    if (this.leaving) return
     this.leaving = true
     this.wire?.send('leave')
   }

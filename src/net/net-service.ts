@@ -65,7 +65,9 @@ export class NetService {
         })
       : undefined
     const onComputed = this.news?.computed
-    this.answers = new EngineAnswers(onComputed ? { ...options, onComputed } : options)
+    // With no load at all it would be given everything.
+    const onStopped = (): void => this.server?.setReady(this.index, false)
+    this.answers = new EngineAnswers({ ...options, onStopped, ...(onComputed && { onComputed }) })
   }
 
   /** @throws LatticeError `net_refused`, and as `DatagramServer.start` does; nothing is attached */
