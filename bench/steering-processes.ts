@@ -37,7 +37,7 @@ type Chooser = (
   load: readonly number[],
 ) => Promise<number | undefined>
 
-interface Row {
+export interface Row {
   hits: number
   queries: number
   /** The busiest replica's requests, against the mean. */
@@ -47,7 +47,12 @@ interface Row {
   requests: number
 }
 
-const byProgram: Chooser = async () => undefined
+export const CHOOSERS = {
+  program: (): Chooser => async () => undefined,
+  oracle: () => byOracle(true),
+  '  unlimited': () => byOracle(false),
+  'round robin': byTurn,
+}
 
 function byTurn(): Chooser {
   let next = 0
@@ -84,13 +89,9 @@ export async function measureProcesses(
       `on average, ${processes} engine processes with caches of ` +
       `${(cacheBytes(chats) / 1024).toFixed(0)} KiB of text, ${RUNNING} at once, seed ${seed}`,
   )
-  for (const [name, chooser] of [
-    ['program', byProgram],
-    ['oracle', byOracle(true)],
-    ['  unlimited', byOracle(false)],
-    ['round robin', byTurn()],
-  ] as const) {
-    const { hits, queries, spread, told, requests } = await replay(processes, chats, trace, chooser)
+  for (const name of ['program', 'oracle', '  unlimited', 'round robin'] as const) {
+    const row = await replay(processes, chats, trace, name)
+    const { hits, queries, spread, told, requests } = row
     const agree = told === hits ? '' : ` (clients were told of ${told})`
     console.log(
       `${name.padEnd(12)} hit rate ${((100 * hits) / queries).toFixed(2)} %: ${hits} of ` +
@@ -100,15 +101,16 @@ export async function measureProcesses(
   }
 }
 
-async function replay(
+/** @param chats of the trace: they decide how large the caches are */
+export async function replay(
   processes: number,
   chats: number,
   trace: readonly Turn[],
-  choose: Chooser,
+  chooser: keyof typeof CHOOSERS,
 ): Promise<Row> {
   const stage = await open(processes, cacheBytes(chats) * TOKEN_BYTES)
   try {
-    const { told, given } = await drive(stage, trace, choose)
+    const { told, given } = await drive(stage, trace, CHOOSERS[chooser]())
     const counts = await Promise.all(stage.engines.map((engine) => engine.call('engine')))
     const hits = counts.reduce((sum, { prefixHits = 0 }) => sum + prefixHits, 0)
     const queries = counts.reduce((sum, { prefixQueries = 0 }) => sum + prefixQueries, 0)

@@ -1,6 +1,7 @@
 // Owns the options that say how the datagram path is attached, for `serve` and for `lattice net`.
 
-import { type Command, Option } from 'commander'
+import { type Command, InvalidArgumentError, Option } from 'commander'
+import { statSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
 import { NET_MODES, type NetMode } from '../net/interface.ts'
 import type { AttachOptions } from '../net/net-service.ts'
@@ -49,10 +50,16 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
     .option(
       `--${prefix}sample <N>`,
       'tell of one decision in N, a power of two, in the log and `net events` (default: none)',
-      parseCount(1, 2 ** 30),
+      parsePowerOfTwo,
     )
     .option(`--${prefix}allow-generic`, 'take the next best mode if the driver cannot do this one')
     .option(`--${prefix}force`, 'also an interface that the default route leads through')
+}
+
+function parsePowerOfTwo(text: string): number {
+  const value = parseCount(1, 2 ** 30)(text)
+  if ((value & (value - 1)) === 0) return value
+  throw new InvalidArgumentError('Give a power of two: 1, 64, 1024.')
 }
 
 export function addNetOptions(command: Command): Command {
@@ -87,7 +94,12 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinCh
   const given = Object.keys(options).filter((name) => /^net([A-Z]|$)/.test(name))
   if (join !== undefined) {
     const other = given.find((name) => name !== 'netJoin')
-    if (other === undefined) return { join }
+    if (other === undefined && isSocket(join)) return { join }
+    if (other === undefined) {
+      throw new LatticeError('net_refused', `There is no socket at ${join}.`, {
+        todo: 'Start the server that owns the interface first, with --net-share and this path.',
+      })
+    }
     throw new LatticeError(
       'usage',
       `${flagOf(other)} is for who owns an interface, not joins one.`,
@@ -125,6 +137,10 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinCh
   const { checkInterface } = await import('../net/interface.ts')
   checkInterface(attach)
   return { tenants, attach, share }
+}
+
+function isSocket(path: string): boolean {
+  return statSync(path, { throwIfNoEntry: false })?.isSocket() ?? false
 }
 
 function flagOf(name: string): string {

@@ -15,6 +15,10 @@ test('a flag of the datagram path means nothing, and nobody says so', async () =
     [['--net-mode', 'generic'], /--net-mode has no effect without --net/],
     [['--net-tenants', 'nowhere.jsonc'], /nowhere.jsonc cannot be read/],
     [['--net-queue', '-1'], /whole number/],
+    [['--net-share', 'socket'], /--net-share needs to know who may ask.\n.*--net-tenants/],
+    [['--net-join', 'nowhere', '--net', 'eth9'], /--net is for who owns an interface/],
+    [['--net-join', 'nowhere', '--net-sample', '8'], /--net-sample is for who owns/],
+    [['--net-sample', '12'], /a power of two/],
     [['--net-mode', 'fast'], /Allowed choices are native, zerocopy, generic/],
   ]
   for (const [flags, message] of refused) {
@@ -23,6 +27,13 @@ test('a flag of the datagram path means nothing, and nobody says so', async () =
     assert.match(stderr, message)
     assert.equal(stdout, '', 'it says so after the model was loaded')
   }
+})
+
+test('that nobody shares a socket is said after the model was loaded', async () => {
+  const { code, stderr, stdout } = await lattice(['serve', '--port', '0', '--net-join', 'nowhere'])
+  assert.equal(code, 1)
+  assert.match(stderr, /no socket at nowhere.\n.*--net-share/)
+  assert.equal(stdout, '')
 })
 
 test('a wrong tenants’ file is believed, or its key printed', async () => {

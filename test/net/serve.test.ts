@@ -3,6 +3,7 @@
 
 import assert from 'node:assert/strict'
 import { type ChildProcess, execFile, spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -134,4 +135,37 @@ test('lattice net does not attach, detach or say why not', { skip }, async (t) =
   assert.match(page, /seven +7 +0 +1 +0/)
   assert.equal((await net('detach')).code, 0)
   assert.ok(!two.server.details().includes('xdp'))
+})
+
+test('a server that joins another’s interface is not shown, or not gone', { skip }, async (t) => {
+  const path = join(temporaryDirectory('share'), 'socket')
+  const { two, said } = await serving(t, '--net', 'veth-s', '--net-share', path)
+  const argv = [MAIN, ...SERVE, '--port', '8098', '--net-join', path]
+  const [command, args] = inNamespace(two.server.namespace, ...argv)
+  const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'] })
+  t.after(() => void child.kill('SIGKILL'))
+  let text = ''
+  child.stdout.on('data', (chunk: Buffer) => (text += String(chunk)))
+  while (!text.includes('ready in')) await once(child.stdout, 'data')
+  assert.match(text, new RegExp(`Datagrams through the server that shares ${path}`))
+  const status = async () => {
+    const argvOf = ['net', 'status', '--json', '--url', URL_OF_SERVER]
+    return JSON.parse((await lattice(two.server.namespace, argvOf)).stdout)
+  }
+  const { replicas } = await status()
+  assert.equal(replicas.length, 2)
+  assert.deepEqual(
+    replicas.map(({ ready, process }: { ready: boolean; process: number }) => [ready, process]),
+    [
+      [true, 0],
+      [true, child.pid],
+    ],
+  )
+  const page = await lattice(two.server.namespace, ['net', 'status', '--url', URL_OF_SERVER])
+  assert.match(page.stdout, new RegExp(`PROCESS.*\\n(.*\\n)?.* ${child.pid} `))
+  child.kill('SIGTERM')
+  await once(child, 'exit')
+  assert.equal(child.exitCode, 0)
+  assert.equal((await status()).replicas.length, 1)
+  assert.ok(!said().includes('is gone'), said())
 })
