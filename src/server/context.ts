@@ -38,8 +38,9 @@ export function connectionOf(
   { kernelDisconnect }: ServerContext,
   c: RouteContext,
 ): ClientConnection | undefined {
+  if (!kernelDisconnect) return undefined
   const { remoteAddress, remotePort } = c.env.incoming?.socket ?? {}
-  if (!kernelDisconnect || remoteAddress === undefined || remotePort === undefined) return undefined
+  if (remoteAddress === undefined || remotePort === undefined) return undefined
   const ageNs = BigInt(Math.ceil((performance.now() - c.get('arrivalMs')) * 1e6))
   const sinceNs = process.hrtime.bigint() - ageNs
   return { key: connectionKey(remoteAddress, remotePort), sinceNs }
