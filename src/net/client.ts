@@ -59,6 +59,9 @@ export interface GenerateResult extends WireUsage {
   reason: 'stop' | 'length' | 'abort'
 }
 
+/** Engines that may die under one request before its caller hears of it. */
+const LOST_MAX = 2
+
 export class LatticeClient {
   readonly #options: ClientOptions
   readonly #key: SipKey
@@ -87,12 +90,24 @@ export class LatticeClient {
   async *generate(options: GenerateOptions): AsyncGenerator<TextDelta, GenerateResult> {
     const { prompt, maxTokens } = options
     const bytes = promptBytes(options)
-    const exchange = await this.#exchange({ ...options, promptBytes: bytes.length })
-    try {
-      const isChat = typeof prompt !== 'string'
-      return yield* exchange.run({ ...options, bytes, isChat, maxTokens })
-    } finally {
-      exchange.close()
+    const wanted = { ...options, bytes, isChat: typeof prompt !== 'string', maxTokens }
+    for (let lost = 0; ; lost++) {
+      const exchange = await this.#exchange({ ...options, promptBytes: bytes.length })
+      const answer = exchange.run(wanted)
+      let isTold = false
+      try {
+        for (;;) {
+          const { done, value } = await answer.next()
+          if (done) return value
+          isTold = true
+          yield value
+        }
+      } catch (thrown) {
+        // Nobody has seen a word of it: another engine may as well answer.
+        if (isTold || lost >= LOST_MAX || !isLost(thrown)) throw thrown
+      } finally {
+        exchange.close()
+      }
     }
   }
 
@@ -141,6 +156,10 @@ export class LatticeClient {
       })
     }
   }
+}
+
+function isLost(thrown: unknown): boolean {
+  return thrown instanceof LatticeError && thrown.details['code'] === 'replica_lost'
 }
 
 function promptBytes(options: GenerateOptions): Uint8Array {

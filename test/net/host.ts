@@ -106,6 +106,8 @@ let service: NetService | undefined
 let engine: Engine | undefined
 let joined: JoinedReplica | undefined
 let otherLoad = 0
+/** Requests of `ask` that have heard something. */
+let hearing = 0
 const reserved: { exchange: ClientExchange; known: ClientPrompt }[] = []
 
 /** What a test can ask for. Each survives a message between processes. */
@@ -151,6 +153,8 @@ export const COMMANDS = {
 
   pid: () => process.pid,
 
+  hearing: () => hearing,
+
   /** Attaches and detaches one program so often. What is held before and after. */
   cycle(name: string, times: number): { before: Held; after: Held } {
     const once = (count: number): void => {
@@ -194,9 +198,10 @@ export const COMMANDS = {
   /** How many aborts the engine has seen, and what runs there. */
   async engine() {
     const snapshot = await engine?.snapshot()
-    const aborts = engine instanceof FakeEngine ? engine.aborts.length : undefined
+    const fake = engine instanceof FakeEngine ? engine : undefined
     const { running, prefixQueries, prefixHits } = snapshot ?? {}
-    return { aborts, running, prefixQueries, prefixHits }
+    const [aborts, asked] = [fake?.aborts.length, fake?.requests.length]
+    return { aborts, asked, running, prefixQueries, prefixHits }
   },
 
   /** Lets one replica be chosen, or all of so many. */
@@ -284,6 +289,7 @@ export const COMMANDS = {
           const { reason, ...usage } = value
           return { ...asked, reason, usage }
         }
+        if (asked.tokens === 0) hearing++
         asked.text += value.text
         asked.tokens += value.tokens.length
         if (asked.text.length >= cancelAfter) abort.abort()

@@ -88,6 +88,7 @@ test('a killed engine leaves its index, its prefixes or its requests', { skip },
   await load(hosts, 0, hosts.server, 50)
   const asking = Array.from({ length: 4 }, () => ask(hosts, 'y'.repeat(3000)))
   await until(async () => (await second.call('engine')).running === 4)
+  await until(async () => (await hosts.client.call('hearing')) === 4)
   await second.end('SIGKILL')
   const codes = (await Promise.all(asking)).map(({ error, code }) => `${error} ${String(code)}`)
   assert.deepEqual(codes, Array(4).fill('request_rejected replica_lost'))
@@ -102,6 +103,16 @@ test('a killed engine leaves its index, its prefixes or its requests', { skip },
     JSON.stringify(more),
   )
   assert.equal((await replicas())[1]?.process, await third.call('pid'))
+})
+
+test('a request is lost with an engine that had said nothing', { skip }, async (t) => {
+  const hosts = await many(t)
+  const other = await hosts.join('never', { stepMs: 600_000 })
+  await load(hosts, 0, hosts.server, 50)
+  const asking = ask(hosts)
+  await until(async () => (await other.call('engine')).asked === 1)
+  await other.end('SIGKILL')
+  assert.equal((await asking).text, 'own 6')
 })
 
 test('prefixes of an engine that joined are not published, or outlive it', { skip }, async (t) => {
