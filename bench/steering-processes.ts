@@ -108,8 +108,10 @@ export async function replay(
   trace: readonly Turn[],
   chooser: keyof typeof CHOOSERS,
 ): Promise<Row> {
-  const stage = await open(processes, cacheBytes(chats) * TOKEN_BYTES)
+  const two = await twoHosts()
+  const stage: Stage = { two, engines: [two.server] }
   try {
+    await open(stage, processes, cacheBytes(chats) * TOKEN_BYTES)
     const { told, given } = await drive(stage, trace, CHOOSERS[chooser]())
     const counts = await Promise.all(stage.engines.map((engine) => engine.call('engine')))
     const hits = counts.reduce((sum, { prefixHits = 0 }) => sum + prefixHits, 0)
@@ -123,28 +125,26 @@ export async function replay(
 }
 
 /** The first engine owns the interface. */
-async function open(processes: number, prefixCacheBytes: number): Promise<Stage> {
-  const two = await twoHosts()
+async function open(stage: Stage, processes: number, prefixCacheBytes: number): Promise<void> {
+  const { two, engines } = stage
   const path = join(temporaryDirectory('steering'), 'socket')
   const engine = { prefixCacheBytes, contextLength: CONTEXT, reply: { text: '', times: 0 } }
   const serve = { interface: 'veth-s', tenants: [TENANT], share: path }
   await two.server.call('serve', { ...serve, ...engine })
-  const engines = [two.server]
   while (engines.length < processes) {
     const host = new Host(two.server.namespace, 'veth-s', two.server.address)
     engines.push(host)
     await host.call('join', path, engine)
   }
-  return { two, engines }
 }
 
 /** As many as may run at once, in the trace's order; a chat's next turn waits for its answer. */
 async function drive(
-  { two, engines }: Stage,
+  stage: Stage,
   trace: readonly Turn[],
   choose: Chooser,
 ): Promise<{ told: number; given: number[] }> {
-  const stage = { two, engines }
+  const { two, engines } = stage
   const { client, server } = two
   const load = engines.map(() => 0)
   const given = engines.map(() => 0)
