@@ -3,6 +3,7 @@
 
 import { lstatSync, unlinkSync } from 'node:fs'
 import { connect, createServer, type Server, type Socket } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { LatticeError } from '../errors.ts'
 import type { DatagramReplica } from './datagram-server.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
@@ -42,6 +43,7 @@ const WAITING_BYTES_MAX = 16 << 20
 /** An engine says four times a second how much it has to do; one that does not is dead. */
 const SILENCE_MS = 15_000
 const LOOK_MS = 1_000
+const DRAIN_LOOK_MS = 20
 /** Of the owner only: who joins is told keys, and answers in the tenants' name. */
 const UMASK = 0o177
 
@@ -97,12 +99,17 @@ export class JoinHub {
     this.server.close()
   }
 
+  /** Resolves when nothing runs at any of those that are there. */
+  async drain(): Promise<void> {
+    while (this.members.values().some(({ isBusy }) => isBusy)) await sleep(DRAIN_LOOK_MS)
+  }
+
   /** Resolves when the last replica is gone from the place. */
   async close(): Promise<void> {
     this.server.close()
     clearInterval(this.timer)
     const gone = [...this.members].map((member) => {
-      member.wire.hangUp()
+      member.dismiss()
       return member.gone.promise
     })
     await Promise.all(gone)
@@ -143,6 +150,10 @@ class Member implements DatagramReplica {
     })
   }
 
+  get isBusy(): boolean {
+    return this.answers.size > 0
+  }
+
   start(wire: WireRequest, _tenant: string, answer: WireAnswer): () => void {
     if (this.isFull || this.hasLeft) {
       answer.end(this.hasLeft ? 'no_replica' : 'busy', NO_USAGE)
@@ -156,6 +167,12 @@ class Member implements DatagramReplica {
     return () => {
       if (this.answers.delete(id)) this.wire.send('abort', id)
     }
+  }
+
+  /** Hangs up, which is nobody's fault. */
+  dismiss(): void {
+    this.hasLeft = true
+    this.wire.hangUp()
   }
 
   /** Hangs up if nothing has come for long. */

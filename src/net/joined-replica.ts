@@ -128,6 +128,8 @@ export class JoinedReplica {
   private welcome(payload: Uint8Array, wire: JoinWire): void {
     const tenants = readWelcome(payload)
     if (!tenants) return wire.hangUp(nonsense())
+    // Joined again while it was being closed.
+    if (this.closed) return wire.end()
     this.wire = wire
     // A key that was changed makes other hashes of the same prefixes.
     const isSame = JSON.stringify(tenants.map(show)) === JSON.stringify(this.tenants.map(show))

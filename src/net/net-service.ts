@@ -140,7 +140,9 @@ export class NetService {
     const { server, hub } = this
     this.news?.end()
     clearInterval(this.timer)
+    server?.refuse()
     hub?.refuse()
+    await hub?.drain()
     await server?.drain()
     await hub?.close()
     this.hub = undefined

@@ -160,6 +160,32 @@ test('an abort does not reach an engine that joined', { skip }, async (t) => {
   assert.equal((await other.call('engine')).aborts, 1)
 })
 
+test('an owner that ends cuts off what others answer, or they do', { skip }, async (t) => {
+  const choice = { stepMs: 10, reply: { text: 'word ', times: 40 } }
+  const hosts = await many(t, choice)
+  await hosts.join('', choice).then((first) => load(hosts, 1, first, 50))
+  const other = await hosts.join('', choice)
+  await load(hosts, 0, hosts.server, 50)
+  const whole = `${'word '.repeat(40)}6`
+  const asked = async (host: Host, times: number) => (
+    await until(async () => (await host.call('engine')).asked === times),
+    host
+  )
+  const first = ask(hosts)
+  await asked(other, 1)
+  // It leaves, and what it runs is answered.
+  const leaving = other.call('stop')
+  assert.equal((await first).text, whole)
+  await leaving
+  await until(async () => (await hosts.server.call('status'))?.replicas.length === 2)
+  const third = await hosts.join('', choice)
+  const second = ask(hosts)
+  await asked(third, 1)
+  const ending = hosts.server.call('stop')
+  assert.equal((await second).text, whole)
+  await ending
+})
+
 test('an owner that comes back is not joined again', { skip }, async (t) => {
   const hosts = await many(t)
   const other = await hosts.join('other ', { stepMs: 20, reply: { text: 'x', times: 5000 } })
