@@ -38,6 +38,8 @@ export interface JoinOptions {
 
 const LOAD_MS = 250
 const REJOIN_MS = 1_000
+/** An owner that has not answered after this long is none. */
+const ANSWER_MS = 10_000
 /** What was answered has so long to get to the owner at the end. */
 const FLUSH_MS = 5_000
 /** Ids of a frame of tokens: what its count can say. */
@@ -122,7 +124,9 @@ export class JoinedReplica {
       },
     })
     wire.send('join', 0, 0, writeJoin({ model: engine.model.id, process: process.pid }))
-    await promise
+    const late = refused('It does not answer.', 'Look at what that process does.')
+    const timer = setTimeout(() => wire.hangUp(late), ANSWER_MS)
+    await promise.finally(() => clearTimeout(timer))
   }
 
   private welcome(payload: Uint8Array, wire: JoinWire): void {
