@@ -3,6 +3,7 @@
 
 import type { LatticeError } from '../errors.ts'
 import type { KvMap } from '../kv/map.ts'
+import type { TierLevels } from '../kv/tier.ts'
 import type { Watch } from '../kv/watches.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
@@ -162,6 +163,8 @@ export interface TierSnapshot {
   path?: string
   capacityBytes: number
   usedBytes: number
+  /** Of a GPU's tier: what lies in memory of the host, and what on a disk beneath. */
+  levels?: TierLevels
   /** Written and read since the start. */
   savedBytes: number
   loadedBytes: number

@@ -67,13 +67,13 @@ export class Offload implements Preemption {
         ? new KeptPrefixes(store, cache, this.cold, slots.regions, transfers)
         : undefined
     const { ranges, shape } = slots.layout
-    transfers.onEnded = (kind, columns, ms, failed) => {
+    transfers.onEnded = ({ kind, columns, below, ms, failed }) => {
       const bytes = columns * ranges * shape.pageBytes
       if (failed) return history.add('lost', bytes)
       history.add(kind === 'save' ? 'offload' : 'reload', bytes)
       this.moved[kind] += columns
       // What was moved teaches what moving costs.
-      costs.moved(kind, columns * ranges, ms)
+      costs.moved(below > 0 ? 'fetch' : kind, columns * ranges, ms)
     }
     transfers.onFaults = (count) => history.add('fault', count * shape.pageBytes, count)
   }
@@ -141,7 +141,8 @@ export class Offload implements Preemption {
    * @returns whether it is on its way
    */
   fetch(tenant: string, tokens: Int32Array, length: number, always = false): boolean {
-    const worth = (pages: number, count: number) => always || this.costs.preferLoading(pages, count)
+    const worth = (pages: number, count: number, below: number) =>
+      always || this.costs.preferLoading(pages, count, below)
     const makeRoom = (pages: number) => this.makeRoom(pages)
     return this.cold?.fetch(tenant, tokens, length, worth, makeRoom) ?? false
   }
@@ -169,10 +170,11 @@ export class Offload implements Preemption {
   snapshot(offloads: number, imagesLost: number): TierSnapshot {
     const { layout } = this.slots
     const columnBytes = layout.ranges * layout.shape.pageBytes
-    const { path, places } = this.transfers
+    const { path, places, levels } = this.transfers
     const { capacity, used } = places
     return {
       ...(path !== undefined && { path }),
+      ...(levels && { levels }),
       capacityBytes: capacity * columnBytes,
       usedBytes: used * columnBytes,
       savedBytes: this.moved.save * columnBytes,
