@@ -24,6 +24,7 @@ export interface EngineOptions {
   kvIdleRelease?: number
   prefixEviction?: EvictionName
   prefixCacheOutput: 'on' | 'off'
+  kvHost?: number
   kvOffload?: { bytes: number; path?: string }
   kvWatermark?: { high: number; low: number }
   kvStore?: string
@@ -92,6 +93,12 @@ export function addEngineOptions(command: Command): Command {
       )
         .choices(['on', 'off'])
         .default('off'),
+    )
+    .option(
+      '--kv-host <SIZE>',
+      'memory of the host, pinned, for KV that a GPU has no room for (default: none, or 256M on' +
+        ' the way to --kv-offload)',
+      parseSize,
     )
     .option(
       '--kv-offload <SIZE[:DIR]>',

@@ -185,7 +185,10 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
     const { stream, at } = recorded
     if ((this.streams.get(stream)?.done ?? Infinity) >= at) return true
     // Whoever asks again and again sees that time passes.
-    if (++this.asked % ASKED_A_WORK === 0) this.advance(stream)
+    if (++this.asked % ASKED_A_WORK === 0 && this.advance(stream) === 0) {
+      // It waits for another stream.
+      this.advanceSome(() => true)
+    }
     return false
   }
 
