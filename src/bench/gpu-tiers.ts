@@ -43,8 +43,9 @@ export function benchTiers(bench: GpuBench): void {
   })
   try {
     bench.row('memory of the host, pinned', (gpu.hostTier?.pinnedMs ?? 0) / 4, 'ms/GiB')
-    reloads(bench, gpu)
-    for (const sequences of [16, 32]) beside(bench, gpu, sequences)
+    const from = client(gpu)
+    reloads(bench, from)
+    for (const sequences of [16, 32]) beside(bench, gpu, from, sequences)
   } finally {
     gpu.close()
   }
@@ -121,7 +122,7 @@ function client({ backend }: OpenedCuda): Client {
     onToken: (id: number) => void (first.has(id) || first.set(id, performance.now())),
     onFinish: (id: number) => void finished.add(id),
   }
-  const options = { maxSequences: 32, kvPages: ENGINE_PAGES, prefixPages: 4 * COLUMNS }
+  const options = { maxSequences: 32, kvPages: ENGINE_PAGES, prefixPages: 10 * COLUMNS }
   const now = () => performance.now()
   return { core: new EngineCore(backend, options, sink, now), first, finished }
 }
@@ -147,8 +148,7 @@ function firstToken(from: Client, prompt: Int32Array): number {
 }
 
 /** A prompt of 8,192 cached tokens and 16 new ones: computed, reloaded, and there already. */
-function reloads({ row }: GpuBench, gpu: OpenedCuda): void {
-  const from = client(gpu)
+function reloads({ row }: GpuBench, from: Client): void {
   const { core } = from
   const prefix = (seed: number) => tokens(seed, PREFIX_TOKENS)
   const ask = (seed: number, tail: number) =>
@@ -159,16 +159,13 @@ function reloads({ row }: GpuBench, gpu: OpenedCuda): void {
   const reloaded: number[] = []
   const moved: number[] = []
   let tail = 1
-  for (let i = 1; i <= 7; i++) {
+  for (let i = 1; i <= 5; i++) {
     computed.push(ask(i, tail++))
-    there.push(ask(i, tail++))
-    const out = tellAll(core, 'offload')
-    runUntil(from, out)
+    runUntil(from, movedOut(core))
     const before = core.snapshot().tier?.loadedBytes ?? 0
     reloaded.push(ask(i, tail++))
     moved.push((core.snapshot().tier?.loadedBytes ?? 0) - before)
-    // The next is computed in memory that is free.
-    runUntil(from, tellAll(core, 'offload'))
+    there.push(ask(i, tail++))
   }
   const name = `${MODEL}, 8,192 cached + 16 tokens`
   row(`${name}: first token, computed`, median(computed), 'ms')
@@ -180,23 +177,18 @@ function reloads({ row }: GpuBench, gpu: OpenedCuda): void {
   row(`${name}: the prefix computed`, recompute, 'ms', reload, 'reloaded')
   row(`${name}: reloaded sooner by`, recompute / reload, 'times', 8, 'wanted')
   row(`${name}: first token sooner by`, median(computed) / median(reloaded), 'times')
-  settle(core)
 }
 
-/** Moves all sessions; the answer says whether that has been done. */
-function tellAll(core: EngineCore, kind: 'offload' | 'reload'): () => boolean {
+/** Tells the session that was used last to leave the GPU; the answer says whether it has. */
+function movedOut(core: EngineCore): () => boolean {
   const tenant = 'default'
-  const tell = (): boolean =>
-    core
-      .answer({ kind: 'sessions', tenant })
-      .map(({ id }) => core.answer({ kind, tenant, id }))
-      .every((answer) => answer === 'done')
-  tell()
-  return tell
+  const [last] = core.answer({ kind: 'sessions', tenant })
+  const id = present(last, 'a session').id
+  return () => core.answer({ kind: 'offload', tenant, id }) === 'done'
 }
 
 /** Decoding sequences, quiet, and while a GiB goes out and another comes in all the time. */
-function beside({ device, row }: GpuBench, gpu: OpenedCuda, sequences: number): void {
+function beside({ device, row }: GpuBench, gpu: OpenedCuda, from: Client, sequences: number): void {
   const kv = gpu.backend.kv as unknown as CudaKvMemory
   const tier = new HostTier(device, kv, { frames: COLUMNS })
   const region = kv.regions - 1
@@ -216,7 +208,6 @@ function beside({ device, row }: GpuBench, gpu: OpenedCuda, sequences: number): 
       }
     }
   }
-  const from = client(gpu)
   const { core } = from
   const decode = (each: () => void): number[] => {
     const ids = Array.from({ length: sequences }, () => nextId++)
@@ -249,14 +240,6 @@ function beside({ device, row }: GpuBench, gpu: OpenedCuda, sequences: number): 
   while (!tier.poll().some(({ ticket }) => ticket === end));
   tier.close()
   kv.discard(region, 0, COLUMNS)
-  settle(core)
-}
-
-/** Nothing may be left of a core's account: the next one begins with none. */
-function settle(core: EngineCore): void {
-  for (let wait = core.settle(); wait !== undefined; wait = core.settle()) {
-    Atomics.wait(clock, 0, 0, Math.min(1, wait))
-  }
 }
 
 function tokens(seed: number, count: number): Int32Array {

@@ -10,7 +10,17 @@ import { MockCuda } from '../../../test/support/mock-cuda.ts'
 import { Bench, VOCAB } from '../../../test/support/null-engine.ts'
 import { Random } from '../../../test/support/random.ts'
 import { loads, runLoad } from '../../../test/support/sharing-load.ts'
-import type { HostTier } from './host-tier.ts'
+import { temporaryDirectory } from '../../../test/support/temporary.ts'
+import { tokenMajor } from '../../kv/layout.ts'
+import type { PagerStart } from '../../tier/pager.ts'
+import { PagerHost } from '../../tier/pager-host.ts'
+import type { DiskTier } from '../../tier/tier.ts'
+import { CudaDevice } from './device.ts'
+import type { HostPages } from './host-pages.ts'
+import { HostTier } from './host-tier.ts'
+import { CudaKvMemory } from './kv-memory.ts'
+import { diskBelow } from './open.ts'
+import { InlinePager } from './pager.ts'
 
 /** 1.6 tokens a page: 80 tokens need 50 pages. A page of the host has 4 KiB at least. */
 const KV = { layers: 2, rowBytes: 1280, pageBytes: 4096 }
@@ -78,3 +88,80 @@ for (const shareColumns of [1, 8]) {
     assert.ok(Object.values(did).every((count) => count > 20), JSON.stringify(did))
   })
 }
+
+test('what went through memory of the host to a real disk comes back changed', async (t) => {
+  const [columns, frames] = [60, 8]
+  const cuda = new MockCuda({ pageBytes: 4096, totalBytes: 2 * columns * 4096 })
+  const device = CudaDevice.open(0, cuda)
+  const layout = tokenMajor({ ...KV, maxTokens: 96 })
+  const limits = { slots: 2, regions: 2, limitPages: 2 * columns }
+  const kv = new CudaKvMemory(device, layout, new InlinePager(device), limits)
+  const signal = new Int32Array(new SharedArrayBuffer(4))
+  const startPager = (start: PagerStart) => void new PagerHost(start)
+  const offload = { bytes: 70 * 4096, path: temporaryDirectory('tier'), startPager }
+  const below = (pages: HostPages): DiskTier =>
+    diskBelow(pages, layout, { ...offload, signal: signal.buffer as SharedArrayBuffer })
+  const tier = new HostTier(device, kv, { frames, below })
+  kv.tier = tier
+  t.after(() => {
+    kv.close()
+    device.close()
+    cuda.assertClean()
+  })
+  const end = async (ticket: number): Promise<void> => {
+    for (;;) {
+      const found = tier.poll().find((ended) => ended.ticket === ticket)
+      if (found) return assert.equal(found.error, undefined)
+      cuda.advanceSome(() => true)
+      await new Promise((resolve) => setTimeout(resolve, 1))
+    }
+  }
+  const content = (c: number) => new Uint8Array(4096).map((_, i) => (c * 31 + i * 7) % 251)
+  kv.grow(0, 0, columns)
+  for (let c = 0; c < columns; c++) cuda.write(kv.columnAddress(0, c), content(c))
+  const places = Uint32Array.from({ length: columns }, (_, i) => (i * 7) % columns)
+  await end(tier.save({ region: 0, first: 0, end: columns }, places))
+  assert.ok(tier.levels.spilledBytes > 40 * 4096, 'most of it has gone to the disk')
+  kv.discard(0, 0, columns)
+  kv.grow(1, 0, columns)
+  await end(tier.load({ region: 1, first: 0, end: columns }, places))
+  for (let c = 0; c < columns; c++) {
+    assert.deepEqual(cuda.read(kv.columnAddress(1, c), 4096), content(c), `column ${c}`)
+  }
+  tier.places.check()
+})
+
+test('a column is copied before the step that writes it, or over one that is still read', () => {
+  const cuda = new MockCuda({ pageBytes: 4096, totalBytes: 64 * 4096 })
+  const device = CudaDevice.open(0, cuda)
+  const layout = tokenMajor({ ...KV, maxTokens: 16 })
+  const limits = { slots: 2, regions: 2, limitPages: 40 }
+  const kv = new CudaKvMemory(device, layout, new InlinePager(device), limits)
+  const tier = new HostTier(device, kv, { frames: 8 })
+  kv.tier = tier
+  const stream = cuda.createStream()
+  const step = (value: number): void => {
+    kv.beforeStep(stream)
+    cuda.fill8(kv.columnAddress(0, 0), value, 8192, stream)
+    kv.afterStep(stream)
+  }
+  const columns = { region: 0, first: 0, end: 2 }
+  const end = (ticket: number): void => {
+    while (!tier.poll().some((ended) => ended.ticket === ticket));
+  }
+  kv.grow(0, 0, 2)
+  step(7)
+  // Nothing of the step has run yet.
+  end(tier.save(columns, Uint32Array.of(0, 1)))
+  step(9)
+  kv.discard(0, 0, 2)
+  kv.grow(0, 0, 2)
+  // The same pages, at the same place, while the last step is still to write there.
+  end(tier.load(columns, Uint32Array.of(0, 1)))
+  cuda.synchronizeStream(stream)
+  assert.ok(cuda.read(kv.columnAddress(0, 0), 8192).every((byte) => byte === 7))
+  cuda.destroyStream(stream)
+  kv.close()
+  device.close()
+  cuda.assertClean()
+})

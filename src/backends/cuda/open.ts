@@ -28,8 +28,10 @@ export interface CudaStart {
   /** Pinned memory of the host for KV; none unless given, or what is needed on the way to a disk. */
   kvHostBytes?: number
   /** A disk beneath. */
-  offload?: Omit<OffloadOptions, 'faults' | 'store'> | undefined
+  offload?: DiskOptions | undefined
 }
+
+export type DiskOptions = Omit<OffloadOptions, 'faults' | 'store'>
 
 export interface OpenedCuda {
   backend: CudaBackend
@@ -86,13 +88,18 @@ function openTier(
   }
   let disk: DiskTier | undefined
   const below = (pages: HostPages): KvTier => {
-    const region = { ...layout, rangeBytes: pages.bytes, slotBytes: pages.bytes }
-    const memory = { layout: region, slots: 0, regions: 1, address: pages.address, fd: pages.fd }
-    // Nobody touches a frame before what it shall hold has come: nothing is to be answered.
-    return (disk = new DiskTier(memory, { ...present(offload, 'a disk'), faults: false }))
+    return (disk = diskBelow(pages, layout, present(offload, 'a disk')))
   }
   const start = performance.now()
   kv.tier = new HostTier(device, kv, { frames, ...(offload && { below }) })
   const hostTier = { bytes: frames * pageBytes, pinnedMs: performance.now() - start }
   return { hostTier, ...(disk && { tier: disk.facts }) }
+}
+
+/** A disk tier over memory of the host whose pages are the columns of its only region. */
+export function diskBelow(pages: HostPages, layout: KvLayout, offload: DiskOptions): DiskTier {
+  const region = { ...layout, rangeBytes: pages.bytes, slotBytes: pages.bytes }
+  const memory = { layout: region, slots: 0, regions: 1, address: pages.address, fd: pages.fd }
+  // Nobody touches a page before what it shall hold has come: nothing is to be answered.
+  return new DiskTier(memory, { ...offload, faults: false })
 }
