@@ -94,7 +94,13 @@ function moves({ device, pager, row, stream }: GpuBench, plain: Record<'save' | 
       kv.grow(1, 0, COLUMNS)
       finish(tier, () => tier.load(fresh, places))
     })
-    row('the same into pages that are mapped for it', GIB / ms / 1e3, 'GB/s', plain.load, 'one copy')
+    row(
+      'the same into pages that are mapped for it',
+      GIB / ms / 1e3,
+      'GB/s',
+      plain.load,
+      'one copy',
+    )
   } finally {
     kv.close()
   }
@@ -234,7 +240,13 @@ function beside({ device, row }: GpuBench, gpu: OpenedCuda, from: Client, sequen
   const ms = performance.now() - start
   const name = `${MODEL}, ${sequences} decoding`
   row(`${name}: step p50 while KV moves`, median(busy), 'ms', median(quiet), 'quiet')
-  row(`${name}: step p99 while KV moves`, quantile(busy, 0.99), 'ms', quantile(quiet, 0.99), 'quiet')
+  row(
+    `${name}: step p99 while KV moves`,
+    quantile(busy, 0.99),
+    'ms',
+    quantile(quiet, 0.99),
+    'quiet',
+  )
   row(`${name}: KV moved meanwhile`, moved / ms / 1e6, 'GB/s')
   const end = way.load === 0 ? way.save : Math.max(way.save, way.load)
   while (!tier.poll().some(({ ticket }) => ticket === end));

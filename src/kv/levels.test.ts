@@ -75,5 +75,8 @@ test('a place is lost, is somewhere else than it was put, or finds no frame for 
     }),
     { seed: 5, numRuns: 300 },
   )
-  assert.ok(Object.values(seen).every((count) => count > 100), JSON.stringify(seen))
+  assert.ok(
+    Object.values(seen).every((count) => count > 100),
+    JSON.stringify(seen),
+  )
 })

@@ -236,7 +236,10 @@ export class HostTier implements KvTier {
     for (const run of runs(spills, ({ frame }) => frame)) {
       const first = present(run[0], 'a spill').frame
       const columns = { region: 0, first, end: first + run.length }
-      const ticket = below.save(columns, Uint32Array.from(run, (spill) => spill.below))
+      const ticket = below.save(
+        columns,
+        Uint32Array.from(run, (spill) => spill.below),
+      )
       this.spilling += run.length
       this.diskTickets.set(ticket, (error) => this.endSpills(run, error))
     }
@@ -302,7 +305,8 @@ export class HostTier implements KvTier {
       const index = present(indexes[i], 'a column')
       const frame = present(frames[i], 'a frame')
       let run = 1
-      while (run < most && indexes[i + run] === index + run && frames[i + run] === frame + run) run++
+      while (run < most && indexes[i + run] === index + run && frames[i + run] === frame + run)
+        run++
       const gpu = source.columnAddress(job.columns.region, job.columns.first + index)
       const host = pages.address + frame * pageBytes
       if (job.kind === 'save') pager.copyToHost(host, gpu, run * pageBytes, stream)
