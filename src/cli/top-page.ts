@@ -87,16 +87,20 @@ function memoryLines(kv: KvMap, width: number): Line[] {
   return [bar, [[`    ${used}, ${share}`, 'bold'], [` · ${tokens} · ${fragmentation}`]]]
 }
 
-/** The same of the disk, and what went there and came back since the start. */
+/** The same of what is outside of memory, and what went there and came back since the start. */
 function diskLines({ engine: { tier }, kv }: KvReport, width: number): Line[] {
   const { disk } = kv
   if (!disk || !tier) return []
-  const bar = barLine(' DISK ', DISK_LOOKS, disk.pages, disk.capacityPages, width)
+  const { levels } = tier
+  const title = levels ? ' HOST ' : ' DISK '
+  const bar = barLine(title, DISK_LOOKS, disk.pages, disk.capacityPages, width)
   const used = `${bytes(kv, disk.usedPages)} of ${bytes(kv, disk.capacityPages)}`
   const share = percentText(disk.usedPages / disk.capacityPages)
   const moved = `${shortBytes(tier.savedBytes)} out, ${shortBytes(tier.loadedBytes)} in`
   const { faults, lost } = tier
   const rest = ` · ${moved} · ${faults} fault${faults === 1 ? '' : 's'}`
+  const onDisk = levels && levels.diskBytes > 0
+  const below = onDisk ? ` · ${shortBytes(levels.diskUsedBytes)} of it on disk` : ''
   const where = tier.path === undefined ? '' : ` · encrypted in ${printable(tier.path)}`
   return [
     bar,
@@ -104,6 +108,7 @@ function diskLines({ engine: { tier }, kv }: KvReport, width: number): Line[] {
       [`    ${used}, ${share}`, 'bold'],
       [rest],
       [` · ${lost} lost`, lost > 0 ? 'yellowBright' : undefined],
+      [below],
       [where],
     ],
   ]

@@ -3,6 +3,7 @@
 
 import type { LatticeError } from '../errors.ts'
 import type { KvMap } from '../kv/map.ts'
+import type { Level } from '../kv/outside.ts'
 import type { TierLevels } from '../kv/tier.ts'
 import type { Watch } from '../kv/watches.ts'
 
@@ -205,7 +206,8 @@ export interface SessionSnapshot {
   outPages: number
   /** Of all of them. */
   bytes: number
-  where: 'memory' | 'disk' | 'both'
+  /** host: in memory of the host, outside of a GPU's. */
+  where: 'memory' | Level | 'both'
   /** It would be there after a crash; absent without a store. */
   durable?: boolean
   /** Since it was last used. */

@@ -4,7 +4,7 @@
 import { ColdPrefixes } from '../kv/cold.ts'
 import type { KvHistory } from '../kv/history.ts'
 import { KeptPrefixes } from '../kv/kept.ts'
-import type { Outside } from '../kv/outside.ts'
+import type { Level, Outside } from '../kv/outside.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { PrefixNode } from '../kv/prefix-node.ts'
 import type { KvColumns } from '../kv/regions.ts'
@@ -147,10 +147,17 @@ export class Offload implements Preemption {
     return this.cold?.fetch(tenant, tokens, length, worth, makeRoom) ?? false
   }
 
+  /** Where a prefix lies that is outside of memory: on disk if a part of it does. */
+  levelOf({ places }: PrefixNode): Level {
+    return places?.every((at) => this.transfers.levelOf(at) === 'host') ? 'host' : 'disk'
+  }
+
   /** For the map of what is where. */
   get outside(): Outside {
     const { images } = this.tiers
-    return { places: this.transfers.places, images, moving: this.cold?.moving ?? new Map() }
+    const { places } = this.transfers
+    const levelOf = (place: number): Level => this.transfers.levelOf(place)
+    return { places, levelOf, images, moving: this.cold?.moving ?? new Map() }
   }
 
   /** What is held in memory besides by slots and the cache. */

@@ -2,6 +2,7 @@
 
 import { present } from '../assert.ts'
 import type { LatticeError } from '../errors.ts'
+import type { Level } from './outside.ts'
 import { PlaceTable } from './places.ts'
 import type { KvColumns } from './regions.ts'
 import type { KvTier, TierLevels } from './tier.ts'
@@ -68,6 +69,10 @@ export class Transfers {
   below(places: Uint32Array): number {
     const { tier } = this
     return tier.isBelow ? places.reduce((sum, at) => sum + (tier.isBelow?.(at) ? 1 : 0), 0) : 0
+  }
+
+  levelOf(place: number): Level {
+    return this.tier.isBelow && !this.tier.isBelow(place) ? 'host' : 'disk'
   }
 
   get levels(): TierLevels | undefined {
