@@ -1,4 +1,4 @@
-// Owns the tiers part of `lattice bench gpu`: how fast KV goes to memory of the host and comes back,
+// Owns the tiers part of `lattice bench gpu`: how fast KV goes to memory of the host and back,
 // whether a prompt is reloaded sooner than computed, what reading it where it lies would cost, and
 // what decoding sequences notice of all that.
 

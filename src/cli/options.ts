@@ -107,8 +107,8 @@ export function addEngineOptions(command: Command): Command {
     )
     .option(
       '--kv-watermark <HIGH:LOW>',
-      'percent of --kv-memory, and of --prefix-cache: above HIGH, cached prompts go to that file' +
-        ' until LOW is in use (default: 90:80)',
+      'percent of --kv-memory, and of --prefix-cache: above HIGH, cached prompts go there until' +
+        ' LOW is in use (default: 90:80)',
       parseWatermarks,
     )
     .option(

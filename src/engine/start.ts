@@ -136,7 +136,7 @@ function assertUseful(options: EngineOptions, kvBytes: number): void {
     )
   }
   if (kvWatermarks && !options.kvOffload && !options.kvHostBytes) {
-    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
+    throw new LatticeError('usage', '--kv-watermark says when KV goes elsewhere; it cannot.', {
       todo: 'Give --kv-offload SIZE too, or on a GPU --kv-host SIZE.',
     })
   }

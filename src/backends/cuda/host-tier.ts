@@ -86,6 +86,7 @@ export class HostTier implements KvTier {
   private readonly below: KvTier | undefined
   private readonly streams: Readonly<Record<Job['kind'], number>>
   private readonly flights: Readonly<Record<Job['kind'], Flight[]>> = { save: [], load: [] }
+  private readonly events: number[] = []
   private readonly spareEvents: number[] = []
   /** Saves that have no frames for all of their columns yet. */
   private readonly saves: Job[] = []
@@ -191,9 +192,7 @@ export class HostTier implements KvTier {
     const { driver } = this.device
     this.source.pager.wait(this.source.pager.ticket)
     for (const stream of Object.values(this.streams)) driver.destroyStream(stream)
-    const flying = Object.values(this.flights).flat()
-    for (const { event } of flying) driver.destroyEvent(event)
-    for (const event of this.spareEvents) driver.destroyEvent(event)
+    for (const event of this.events) driver.destroyEvent(event)
     this.below?.close()
     this.pages.close()
   }
@@ -346,7 +345,11 @@ export class HostTier implements KvTier {
   }
 
   private takeEvent(): number {
-    return this.spareEvents.pop() ?? this.device.driver.createEvent(true)
+    const spare = this.spareEvents.pop()
+    if (spare !== undefined) return spare
+    const event = this.device.driver.createEvent(true)
+    this.events.push(event)
+    return event
   }
 }
 

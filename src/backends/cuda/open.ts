@@ -25,7 +25,7 @@ export interface CudaStart {
   kvBytes: number
   /** When idle KV memory goes back to the driver; half a second unless given. */
   kvIdleReleaseMs?: number
-  /** Pinned memory of the host for KV; none unless given, or what is needed on the way to a disk. */
+  /** Pinned memory of the host for KV; none unless given, or what leads to a disk. */
   kvHostBytes?: number
   /** A disk beneath. */
   offload?: DiskOptions | undefined
