@@ -73,7 +73,8 @@ export class Offload implements Preemption {
       history.add(kind === 'save' ? 'offload' : 'reload', bytes)
       this.moved[kind] += columns
       // What was moved teaches what moving costs.
-      costs.moved(below > 0 ? 'fetch' : kind, columns * ranges, ms)
+      if (below > 0) costs.moved('fetch', below * ranges, ms)
+      else costs.moved(kind, columns * ranges, ms)
     }
     transfers.onFaults = (count) => history.add('fault', count * shape.pageBytes, count)
   }
