@@ -1,9 +1,10 @@
 // Owns where the places of a tier of two levels lie: in frames of memory, or on the disk beneath.
 // Whatever comes goes to a frame; what was used longest ago makes room, and what is wanted back
-// from the disk passes through a few frames that are kept for that.
+// from the disk comes through a few frames that are kept for that.
 //
 //   save ──▶ frame ──spill, oldest first──▶ below ──stage──▶ frame of the reserve ──▶ load
-//              └──────────────load───────────────────────────────────────────────────▶
+//              ▲ └────────────load─────────────────────────────────│─────────────────▶
+//              └──────────────────if there is room─────────────────┘
 
 import { assert, present } from '../assert.ts'
 import { PlaceTable } from './places.ts'
@@ -132,7 +133,23 @@ export class Levels {
     return frames
   }
 
-  unstage(frames: Uint32Array): void {
+  /**
+   * What came from below has been read from a staged frame: it was used just now, so it stays there
+   * if there is room, and leaves the disk.
+   */
+  unstage(place: number, frame: number): void {
+    const stays = this.room > 0
+    this.staged--
+    if (!stays) return this.inFrames.give(Uint32Array.of(frame))
+    const held = this.of(place)
+    this.inBelow.give(Uint32Array.of(held.below))
+    held.below = -1
+    held.frame = frame
+    this.order.add(place)
+  }
+
+  /** What should have come to a staged frame did not. */
+  giveStage(frames: Uint32Array): void {
     this.staged -= frames.length
     this.inFrames.give(frames)
   }

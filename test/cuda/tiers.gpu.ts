@@ -1,5 +1,5 @@
 // Catches KV that does not come back to a real GPU as it went: through memory of the host, through
-// a disk, under a sequence that is in the middle of its answer, under many that push each other out.
+// a disk, under a sequence in the middle of its answer, under many that push each other out.
 
 import assert from 'node:assert/strict'
 import { join } from 'node:path'

@@ -280,10 +280,17 @@ export class HostTier implements KvTier {
     const columns = { region: 0, first, end: first + frames.length }
     const ticket = present(this.below, 'a disk').load(columns, below)
     this.diskTickets.set(ticket, (error) => {
-      if (!error) return this.copy(job, indexes, frames, () => this.places.unstage(frames))
+      if (!error) return this.copy(job, indexes, frames, () => this.endFetch(job, indexes, frames))
       job.error ??= error
-      this.places.unstage(frames)
+      this.places.giveStage(frames)
       this.arrived(job, indexes.length, -1)
+    })
+  }
+
+  private endFetch(job: Job, indexes: readonly number[], frames: Uint32Array): void {
+    indexes.forEach((index, i) => {
+      const place = present(job.places[index], 'a place')
+      this.places.unstage(place, present(frames[i], 'a frame'))
     })
   }
 
