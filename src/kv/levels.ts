@@ -12,8 +12,9 @@ import { PlaceTable } from './places.ts'
 /** Frames that what comes from below passes through, if there are so many. */
 const RESERVE_FRAMES = 64
 
-/** Share of the frames that is kept free for whoever comes. */
+/** Of the frames, what is kept free for whoever comes: more than a disk takes in half a second. */
 const FREE_SHARE = 1 / 8
+const FREE_FRAMES_MAX = 512
 
 /** What a place has goes from its frame to one below. */
 export interface Spill {
@@ -75,7 +76,8 @@ export class Levels {
   /** Frames that should be emptied, as far as there is a disk. */
   get short(): number {
     if (this.inBelow.capacity === 0) return 0
-    const wanted = Math.ceil((this.frames - this.reserve) * FREE_SHARE)
+    const share = Math.ceil((this.frames - this.reserve) * FREE_SHARE)
+    const wanted = Math.min(FREE_FRAMES_MAX, share)
     return Math.max(0, wanted - this.room - this.spilling)
   }
 
