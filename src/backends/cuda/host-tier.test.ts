@@ -72,6 +72,7 @@ for (const shareColumns of [1, 8]) {
           ;(gpu.kv.tier as HostTier).places.check()
           cuda.advanceSome(() => random.below(3) > 0)
         })
+        checkShown(engine, gpu.kv.tier as HostTier)
         const after = engine.core.snapshot().tier!
         if (load.prefixPages === 0) assert.equal(after.usedBytes, 0, 'places are left behind')
         for (const name of ['offloads', 'demotions', 'fetches', 'lost'] as const) {
@@ -90,6 +91,22 @@ for (const shareColumns of [1, 8]) {
       JSON.stringify(did),
     )
   })
+}
+
+/** The map says of every place in use where it lies, and the snapshot how much that is. */
+function checkShown({ core }: Bench, tier: HostTier): void {
+  const { disk } = core.answer({ kind: 'map' }).map
+  const pages = { host: 0, disk: 0 }
+  for (const { first, end, tier: level } of disk!.runs) {
+    pages[level] += end - first
+    for (let place = first; place < end; place++) {
+      assert.equal(tier.isBelow(place), level === 'disk', `place ${place} is shown as ${level}`)
+    }
+  }
+  const { levels, usedBytes } = core.snapshot().tier!
+  assert.equal(usedBytes, (pages.host + pages.disk) * KV.pageBytes)
+  assert.ok(levels!.diskUsedBytes >= pages.disk * KV.pageBytes)
+  assert.ok(levels!.hostUsedBytes <= levels!.hostBytes)
 }
 
 test('what went through memory of the host to a real disk comes back changed', async (t) => {
