@@ -5,7 +5,9 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { GREEDY } from '../src/engine/api.ts'
 import { CudaBackend } from '../src/backends/cuda/backend.ts'
+import type { CoreOptions } from '../src/engine/core-contract.ts'
 import { CudaDevice } from '../src/backends/cuda/device.ts'
+import { HostTier } from '../src/backends/cuda/host-tier.ts'
 import { CudaKvMemory, gpuKvLayout } from '../src/backends/cuda/kv-memory.ts'
 import type { ModuleCache } from '../src/backends/cuda/module-cache.ts'
 import { InlinePager } from '../src/backends/cuda/pager.ts'
@@ -34,7 +36,12 @@ class MockedBackend extends CudaBackend {
   }
 }
 
-function engine(golden: Golden, kvPages: number, prefixPages = 0): { bench: Bench; end(): void } {
+function engine(
+  golden: Golden,
+  kvPages: number,
+  prefixPages = 0,
+  hostFrames = 0,
+): { bench: Bench; end(): void } {
   const cuda = new MockCuda({ pageBytes: PAGE_BYTES, totalBytes: 1 << 28 })
   const device = CudaDevice.open(0, cuda)
   const { config } = golden.model
@@ -46,6 +53,7 @@ function engine(golden: Golden, kvPages: number, prefixPages = 0): { bench: Benc
     limitPages: kvPages,
     idleReleaseMs: 0,
   })
+  if (hostFrames > 0) kv.tier = new HostTier(device, kv, { frames: hostFrames })
   const backend = new MockedBackend(golden.model, {
     device,
     modules,
@@ -58,7 +66,8 @@ function engine(golden: Golden, kvPages: number, prefixPages = 0): { bench: Benc
     attention: () => new MockAttention(kernels, kv.address, layout),
   })
   backend.cuda = cuda
-  const bench = new Bench(backend, { maxSequences: SLOTS, kvPages, prefixPages, greedy: true })
+  const options = { maxSequences: SLOTS, kvPages, prefixPages, greedy: true, comeBack: 'moved' }
+  const bench = new Bench(backend, options as CoreOptions)
   const end = (): void => {
     backend.close()
     device.close()
@@ -114,4 +123,29 @@ test('choices of one prompt compute it each, or say different things', () => {
   for (const id of [1, 2]) assert.deepEqual(bench.outcome(id).tokens, first)
   assert.ok(bench.core.snapshot().promptTokens < 3 * prompt.length, 'the prompt is shared')
   end()
+})
+
+test('a sequence that was in memory of the host goes on with tokens of others', () => {
+  const golden = new Golden('llama3')
+  const { tokens } = golden.sequence(1)
+  const requests = [9, 14, 12, 10].map((length, i) =>
+    sequenceRequest({ prompt: Int32Array.from(tokens.slice(i, i + length)), maxTokens: 20 }),
+  )
+  const pages = Math.ceil((CONTEXT * 4096) / PAGE_BYTES)
+  const alone = engine(golden, pages)
+  requests.forEach((request, id) => {
+    alone.bench.submit(id, request)
+    alone.bench.runAll()
+  })
+  // Of a page eight tokens fill, each comes to need five.
+  const pushed = engine(golden, 9, 0, 20)
+  requests.forEach((request, id) => pushed.bench.submit(id, request))
+  pushed.bench.runAll()
+  const { tier } = pushed.bench.core.snapshot()
+  assert.ok(tier!.offloads > 0 && tier!.loadedBytes > 0, JSON.stringify(tier))
+  requests.forEach((_, id) => {
+    assert.deepEqual(pushed.bench.outcome(id).tokens, alone.bench.outcome(id).tokens)
+  })
+  alone.end()
+  pushed.end()
 })

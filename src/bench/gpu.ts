@@ -8,6 +8,7 @@ import { benchDecodeSteps } from './gpu-decode.ts'
 import type { GpuBench, GpuRow } from './gpu-measure.ts'
 import { benchMemory } from './gpu-memory.ts'
 import { benchServe } from './gpu-serve.ts'
+import { benchTiers } from './gpu-tiers.ts'
 
 export interface GpuBenchReport {
   device: string
@@ -21,6 +22,7 @@ export const GPU_PARTS: Readonly<Record<string, (bench: GpuBench) => void | Prom
   decode: benchDecodeSteps,
   memory: benchMemory,
   serve: benchServe,
+  tiers: benchTiers,
 }
 
 /** Runs parts one after the other; `onRow` sees each row as it comes. */

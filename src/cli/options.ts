@@ -24,6 +24,7 @@ export interface EngineOptions {
   kvIdleRelease?: number
   prefixEviction?: EvictionName
   prefixCacheOutput: 'on' | 'off'
+  kvHost?: number
   kvOffload?: { bytes: number; path?: string }
   kvWatermark?: { high: number; low: number }
   kvStore?: string
@@ -94,14 +95,20 @@ export function addEngineOptions(command: Command): Command {
         .default('off'),
     )
     .option(
+      '--kv-host <SIZE>',
+      'memory of the host, pinned, for KV that a GPU has no room for (default: none, or 256M on' +
+        ' the way to --kv-offload)',
+      parseSize,
+    )
+    .option(
       '--kv-offload <SIZE[:DIR]>',
       'a file, in /var/tmp or DIR, for KV that memory has no room for (default: none)',
       parsePlace,
     )
     .option(
       '--kv-watermark <HIGH:LOW>',
-      'percent of --kv-memory, and of --prefix-cache: above HIGH, cached prompts go to that file' +
-        ' until LOW is in use (default: 90:80)',
+      'percent of --kv-memory, and of --prefix-cache: above HIGH, cached prompts go there until' +
+        ' LOW is in use (default: 90:80)',
       parseWatermarks,
     )
     .option(

@@ -80,6 +80,7 @@ export async function openSession(
         options.kvIdleRelease === undefined ? undefined : options.kvIdleRelease * 1000,
       prefixEviction: options.prefixEviction,
       prefixCacheOutput: options.prefixCacheOutput === 'on',
+      kvHostBytes: options.kvHost,
       kvOffload: options.kvOffload,
       kvWatermarks: options.kvWatermark,
       kvStore: storePlace(options),

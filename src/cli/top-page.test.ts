@@ -6,6 +6,7 @@ import { stripVTControlCharacters } from 'node:util'
 import { test } from 'node:test'
 import type { KvRun, PageState } from '../kv/map.ts'
 import type { KvPlaceRun, PlaceState } from '../kv/outside.ts'
+import type { TierLevels } from '../kv/tier.ts'
 import { topPage } from './top-page.ts'
 import { type KvReport, Samples } from './top-samples.ts'
 
@@ -29,6 +30,7 @@ interface Change {
   sequences?: number
   name?: string
   disk?: boolean
+  levels?: TierLevels
   path?: string
   lost?: number
 }
@@ -55,7 +57,7 @@ const DISK = {
 }
 
 function report(change: Change = {}): KvReport {
-  const { runs = RUNS, sequences = 3, name = 'r', disk = false, path, lost = 0 } = change
+  const { runs = RUNS, sequences = 3, name = 'r', disk = false, path, levels, lost = 0 } = change
   const none = { live: 0, shared: 0, pinned: 0, cached: 0, warm: 0, moving: 0 }
   const pages = runs.length > 0 ? PAGES : none
   const usedPages = Object.values(pages).reduce((a, b) => a + b, 0)
@@ -96,6 +98,7 @@ function report(change: Change = {}): KvReport {
       ...(disk && {
         tier: {
           ...(path !== undefined && { path }),
+          ...(levels && { levels }),
           capacityBytes: 1600 * 4096,
           usedBytes: 400 * 4096,
           savedBytes: 12 << 20,
@@ -208,6 +211,15 @@ test('what is on disk is not shown, or as if it were in memory', () => {
   assert.ok(small.includes('■ cold 800K') && small.includes(' · 3 lost'), small)
   const evil = page(report({ disk: true, path: '/\x1b[2J' })).join('\n')
   assert.ok(!evil.includes('\x1b'), "a directory's name commands the terminal")
+})
+
+test("what lies in memory of a GPU's host is shown as on disk, or what is on disk is not", () => {
+  const levels = { hostBytes: 4 << 20, hostUsedBytes: 1 << 20, diskBytes: 0, diskUsedBytes: 0 }
+  const host = page(report({ disk: true, levels: { ...levels, spilledBytes: 0 } })).join('\n')
+  assert.ok(/ HOST +[█■▣□▞·]/.test(host) && !host.includes('on disk'), host)
+  const disk = { diskBytes: 8 << 20, diskUsedBytes: 512 << 10, spilledBytes: 1 << 20 }
+  const both = page(report({ disk: true, levels: { ...levels, ...disk } })).join('\n')
+  assert.ok(both.includes('25 %, 512K on disk · '), both)
 })
 
 test('the map has blocks of what is not there, or not as many', () => {

@@ -87,21 +87,25 @@ function memoryLines(kv: KvMap, width: number): Line[] {
   return [bar, [[`    ${used}, ${share}`, 'bold'], [` · ${tokens} · ${fragmentation}`]]]
 }
 
-/** The same of the disk, and what went there and came back since the start. */
+/** The same of what is outside of memory, and what went there and came back since the start. */
 function diskLines({ engine: { tier }, kv }: KvReport, width: number): Line[] {
   const { disk } = kv
   if (!disk || !tier) return []
-  const bar = barLine(' DISK ', DISK_LOOKS, disk.pages, disk.capacityPages, width)
+  const { levels } = tier
+  const title = levels ? ' HOST ' : ' DISK '
+  const bar = barLine(title, DISK_LOOKS, disk.pages, disk.capacityPages, width)
   const used = `${bytes(kv, disk.usedPages)} of ${bytes(kv, disk.capacityPages)}`
   const share = percentText(disk.usedPages / disk.capacityPages)
   const moved = `${shortBytes(tier.savedBytes)} out, ${shortBytes(tier.loadedBytes)} in`
   const { faults, lost } = tier
   const rest = ` · ${moved} · ${faults} fault${faults === 1 ? '' : 's'}`
+  const onDisk = levels && levels.diskBytes > 0
+  const below = onDisk ? `, ${shortBytes(levels.diskUsedBytes)} on disk` : ''
   const where = tier.path === undefined ? '' : ` · encrypted in ${printable(tier.path)}`
   return [
     bar,
     [
-      [`    ${used}, ${share}`, 'bold'],
+      [`    ${used}, ${share}${below}`, 'bold'],
       [rest],
       [` · ${lost} lost`, lost > 0 ? 'yellowBright' : undefined],
       [where],
@@ -195,7 +199,8 @@ function mapLines(kv: KvMap, width: number, rows: number): Line[] {
   lines.push(...blockLines(blocksOf(kv.runs, LOOKS, each), perLine))
   if (kv.runs.length === 0) lines.push([['  Nothing is in memory.', 'gray']])
   if (!disk || below === 0) return lines
-  lines.push(legend(' DISK', DISK_LOOKS, disk.pages, kv.pageBytes))
+  const title = disk.runs.some(({ tier }) => tier === 'host') ? ' HOST' : ' DISK'
+  lines.push(legend(title, DISK_LOOKS, disk.pages, kv.pageBytes))
   if (below > 1) lines.push(...blockLines(blocksOf(disk.runs, DISK_LOOKS, each), perLine))
   return lines
 }

@@ -3,6 +3,8 @@
 
 import type { LatticeError } from '../errors.ts'
 import type { KvMap } from '../kv/map.ts'
+import type { Level } from '../kv/outside.ts'
+import type { TierLevels } from '../kv/tier.ts'
 import type { Watch } from '../kv/watches.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
@@ -172,6 +174,8 @@ export interface TierSnapshot {
   path?: string
   capacityBytes: number
   usedBytes: number
+  /** Of a GPU's tier: what lies in memory of the host, and what on a disk beneath. */
+  levels?: TierLevels
   /** Written and read since the start. */
   savedBytes: number
   loadedBytes: number
@@ -212,7 +216,8 @@ export interface SessionSnapshot {
   outPages: number
   /** Of all of them. */
   bytes: number
-  where: 'memory' | 'disk' | 'both'
+  /** host: in memory of the host, outside of a GPU's. */
+  where: 'memory' | Level | 'both'
   /** It would be there after a crash; absent without a store. */
   durable?: boolean
   /** Since it was last used. */

@@ -56,7 +56,7 @@ export function engineMemory(
   const cache = prefixPages
     ? new PrefixCache(regions, prefixPages, { eviction, now, onGone, ...places })
     : undefined
-  const costs = new Costs(pageBytes)
+  const costs = new Costs(pageBytes, kv.tier?.guess)
   const offload =
     transfers && new Offload(transfers, slots, cache, costs, options, history, kv.tier?.store)
   const sessions = cache && new Sessions(slots, cache, offload)

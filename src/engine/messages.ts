@@ -62,8 +62,17 @@ export interface StorePlace {
 export type BackendChoice =
   /** `cpus`: cores for compute threads. */
   | { kind: 'cpu'; modelPath: string; cpus: readonly number[] }
-  /** `device`: which GPU. `kvIdleReleaseMs`: when idle KV memory goes back to its driver. */
-  | { kind: 'cuda'; modelPath: string; device: number; kvIdleReleaseMs?: number }
+  /**
+   * `device`: which GPU. `kvIdleReleaseMs`: when idle KV memory goes back to its driver.
+   * `kvHostBytes`: memory of the host for KV that it has no room for.
+   */
+  | {
+      kind: 'cuda'
+      modelPath: string
+      device: number
+      kvIdleReleaseMs?: number
+      kvHostBytes?: number
+    }
   | ({ kind: 'null' } & Pick<
       NullBackendOptions,
       'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns'
@@ -92,6 +101,14 @@ export interface EngineFacts {
   layout: KvLayout
   kvPages: number
   tier?: TierFacts
+  hostTier?: HostTierFacts
+}
+
+/** Memory of the host that a GPU's KV goes to. */
+export interface HostTierFacts {
+  bytes: number
+  /** How long it took to pin it. */
+  pinnedMs: number
 }
 
 export type FromEngine =

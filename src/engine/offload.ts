@@ -4,7 +4,7 @@
 import { ColdPrefixes } from '../kv/cold.ts'
 import type { KvHistory } from '../kv/history.ts'
 import { KeptPrefixes } from '../kv/kept.ts'
-import type { Outside } from '../kv/outside.ts'
+import type { Level, Outside } from '../kv/outside.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
 import type { PrefixNode } from '../kv/prefix-node.ts'
 import type { KvColumns } from '../kv/regions.ts'
@@ -67,13 +67,14 @@ export class Offload implements Preemption {
         ? new KeptPrefixes(store, cache, this.cold, slots.regions, transfers)
         : undefined
     const { ranges, shape } = slots.layout
-    transfers.onEnded = (kind, columns, ms, failed) => {
+    transfers.onEnded = ({ kind, columns, below, ms, failed }) => {
       const bytes = columns * ranges * shape.pageBytes
       if (failed) return history.add('lost', bytes)
       history.add(kind === 'save' ? 'offload' : 'reload', bytes)
       this.moved[kind] += columns
       // What was moved teaches what moving costs.
-      costs.moved(kind, columns * ranges, ms)
+      if (below > 0) costs.moved('fetch', below * ranges, ms)
+      else costs.moved(kind, columns * ranges, ms)
     }
     transfers.onFaults = (count) => history.add('fault', count * shape.pageBytes, count)
   }
@@ -141,15 +142,23 @@ export class Offload implements Preemption {
    * @returns whether it is on its way
    */
   fetch(tenant: string, tokens: Int32Array, length: number, always = false): boolean {
-    const worth = (pages: number, count: number) => always || this.costs.preferLoading(pages, count)
+    const worth = (pages: number, count: number, below: number) =>
+      always || this.costs.preferLoading(pages, count, below)
     const makeRoom = (pages: number) => this.makeRoom(pages)
     return this.cold?.fetch(tenant, tokens, length, worth, makeRoom) ?? false
+  }
+
+  /** Where a prefix lies that is outside of memory: on disk if a part of it does. */
+  levelOf({ places }: PrefixNode): Level {
+    return places?.every((at) => this.transfers.levelOf(at) === 'host') ? 'host' : 'disk'
   }
 
   /** For the map of what is where. */
   get outside(): Outside {
     const { images } = this.tiers
-    return { places: this.transfers.places, images, moving: this.cold?.moving ?? new Map() }
+    const { places } = this.transfers
+    const levelOf = (place: number): Level => this.transfers.levelOf(place)
+    return { places, levelOf, images, moving: this.cold?.moving ?? new Map() }
   }
 
   /** What is held in memory besides by slots and the cache. */
@@ -169,10 +178,11 @@ export class Offload implements Preemption {
   snapshot(offloads: number, imagesLost: number): TierSnapshot {
     const { layout } = this.slots
     const columnBytes = layout.ranges * layout.shape.pageBytes
-    const { path, places } = this.transfers
+    const { path, places, levels } = this.transfers
     const { capacity, used } = places
     return {
       ...(path !== undefined && { path }),
+      ...(levels && { levels }),
       capacityBytes: capacity * columnBytes,
       usedBytes: used * columnBytes,
       savedBytes: this.moved.save * columnBytes,

@@ -54,6 +54,11 @@ function onCpu(path: string, model: Model, options: EngineOptions, reason: strin
       todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
     })
   }
+  if (options.kvHostBytes !== undefined) {
+    throw new LatticeError('usage', '--kv-host is for a GPU; the CPU computes here.', {
+      todo: 'Leave it out: --kv-memory says how much of the memory KV may take.',
+    })
+  }
   if (isDummy(model)) {
     throw new LatticeError('usage', `${model.config.name} has no weights; only a GPU makes them.`, {
       todo: 'Use --device cuda, or a model with files.',
@@ -92,10 +97,19 @@ async function onGpu(
       todo: 'Leave it out, or use --device cpu.',
     })
   }
-  if (options.kvOffload || options.kvStore) {
-    throw new LatticeError('usage', 'KV goes from memory to a file on a CPU only, not on a GPU.', {
-      todo: 'Leave out --kv-offload and --kv-store, or use --device cpu.',
+  if (options.kvStore) {
+    throw new LatticeError('usage', 'Prompts outlive the process on a CPU only, not on a GPU.', {
+      todo: 'Leave out --kv-store, or use --device cpu.',
     })
+  }
+  const { kvHostBytes } = options
+  const { availableBytes } = memoryBudget()
+  if (kvHostBytes !== undefined && kvHostBytes > availableBytes) {
+    throw new LatticeError(
+      'usage',
+      `--kv-host of ${mib(kvHostBytes)} is more than the host has: ${mib(availableBytes)}.`,
+      { todo: 'Give --kv-host less: it is pinned, so nobody else can have it.' },
+    )
   }
   const { gpuKvLayout } = await import('../backends/cuda/kv-memory.ts')
   const { config } = model
@@ -108,6 +122,7 @@ async function onGpu(
       modelPath: path,
       device: gpu.index,
       ...(idle !== undefined && { kvIdleReleaseMs: idle }),
+      ...(kvHostBytes !== undefined && { kvHostBytes }),
     },
     layout: (tokens) => gpuKvLayout(config, tokens),
     kvBytes: options.kvMemoryBytes ?? Math.floor(free * GPU_KV_SHARE),

@@ -2,6 +2,7 @@
 // the prefix tree. They come and go with the tree; here they are named, and moved when asked.
 
 import { createHash } from 'node:crypto'
+import type { Level } from '../kv/outside.ts'
 import { pagesOf } from '../kv/regions.ts'
 import { columnsOf } from '../kv/eviction-queue.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
@@ -59,10 +60,14 @@ export class Sessions {
   private describe(end: PrefixNode, nowMs: number): SessionSnapshot {
     const { regions, layout } = this.slots
     let [pages, outPages] = [0, 0]
+    let level: Level = 'host'
     for (let node = end; node.parent; node = node.parent) {
       const count = pagesOf(layout, columnsOf(regions, node))
-      if (node.region < 0) outPages += count
-      else pages += count
+      if (node.region >= 0) pages += count
+      else {
+        outPages += count
+        if (this.offload?.levelOf(node) === 'disk') level = 'disk'
+      }
     }
     const durable = this.offload?.isDurable(end)
     return {
@@ -71,7 +76,7 @@ export class Sessions {
       pages,
       outPages,
       bytes: (pages + outPages) * layout.shape.pageBytes,
-      where: outPages === 0 ? 'memory' : pages === 0 ? 'disk' : 'both',
+      where: outPages === 0 ? 'memory' : pages === 0 ? level : 'both',
       ...(durable !== undefined && { durable }),
       idleMs: nowMs - end.usedMs,
     }

@@ -13,7 +13,7 @@ import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
 import type { DeviceOption } from './device.ts'
 import type { Watermarks } from './offload.ts'
-import type { OffloadPlace, RingPlace, StorePlace } from './messages.ts'
+import type { HostTierFacts, OffloadPlace, RingPlace, StorePlace } from './messages.ts'
 import { choosePlace, mib, type Place } from './place.ts'
 
 export interface EngineOptions {
@@ -33,6 +33,8 @@ export interface EngineOptions {
   prefixEviction?: EvictionName
   /** Answers are cached as prompts are. */
   prefixCacheOutput?: boolean
+  /** Pinned memory of the host for KV that a GPU has no room for. */
+  kvHostBytes?: number
   /** A file for KV that memory has no room for. */
   kvOffload?: OffloadPlace
   /** When cached prefixes go there. */
@@ -102,7 +104,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
     },
     { sequences: maxSequences + maxQueue, contextLength },
   )
-  const { layout, tier } = engine.facts
+  const { layout, tier, hostTier } = engine.facts
   const tokenBytes = liveBytes(layout, 1)
   const shortened =
     contextLength < config.contextLength && options.contextLength === undefined
@@ -118,7 +120,8 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
         : ''),
-    ...(tier ? [`tier     ${describeTier(tier)}`] : []),
+    ...(hostTier ? [`tier     ${describeHostTier(hostTier)}`] : []),
+    ...(tier ? [`tier     ${describeTier(tier, hostTier)}`] : []),
     ...(tier?.store ? [`store    ${describeStore(tier.store)}`] : []),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,
   ]
@@ -135,9 +138,9 @@ function assertUseful(options: EngineOptions, kvBytes: number): void {
       { todo: 'Give --prefix-cache as much as --kv-memory or less.' },
     )
   }
-  if (kvWatermarks && !options.kvOffload) {
-    throw new LatticeError('usage', '--kv-watermark says when KV goes to a file; there is none.', {
-      todo: 'Give --kv-offload SIZE too.',
+  if (kvWatermarks && !options.kvOffload && !options.kvHostBytes) {
+    throw new LatticeError('usage', '--kv-watermark says when KV goes elsewhere; it cannot.', {
+      todo: 'Give --kv-offload SIZE too, or on a GPU --kv-host SIZE.',
     })
   }
   if (prefixCacheBytes > 0) return
@@ -218,7 +221,12 @@ function describeStore({ directory, prefixes, tokens, lost }: StoreFacts): strin
   return `${prefixes} prefixes of ${tokens} tokens kept in ${directory}, ${gone}`
 }
 
-function describeTier({ bytes, file, touches }: TierFacts): string {
+function describeHostTier({ bytes, pinnedMs }: HostTierFacts): string {
+  const memory = `${mib(bytes)} of the host's memory, pinned in ${(pinnedMs / 1000).toFixed(1)} s`
+  return `KV beyond that in ${memory}`
+}
+
+function describeTier({ bytes, file, touches }: TierFacts, host?: HostTierFacts): string {
   const { path, direct, tmpfs } = file
   const cache = direct ? 'past the page cache' : 'through the page cache: its disk knows no other'
   const memory = tmpfs ? ' (which is memory itself: a tmpfs)' : ''
@@ -228,5 +236,5 @@ function describeTier({ bytes, file, touches }: TierFacts): string {
     none: 'no right to userfaultfd, so a reload is waited for as a whole',
   }
   const where = `${mib(bytes)} encrypted in ${path}${memory}, ${cache}`
-  return `KV beyond that on disk, ${where}; ${waits[touches]}`
+  return `KV beyond that on disk, ${where}${host ? '' : `; ${waits[touches]}`}`
 }

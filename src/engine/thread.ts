@@ -16,6 +16,7 @@ import type {
   EngineThreadOptions,
   FinishMessage,
   FromEngine,
+  HostTierFacts,
   OffloadPlace,
   ToEngine,
 } from './messages.ts'
@@ -45,6 +46,7 @@ interface Opened {
   variant: string
   repackedBytes: Record<string, number>
   tier?: TierFacts | undefined
+  hostTier?: HostTierFacts | undefined
   /** Closes the backend and what it computes on. */
   close?(): void
 }
@@ -71,7 +73,9 @@ async function openBackend(): Promise<Opened> {
   const { openModel } = await import('../model/load.ts')
   if (choice.kind === 'cuda') {
     const { openCuda } = await import('../backends/cuda/open.ts')
-    const gpu = openCuda(openModel(choice.modelPath), { ...options, ...choice })
+    const { kvOffload } = options
+    const offload = kvOffload && { ...kvOffload, signal: options.signal, startPager }
+    const gpu = openCuda(openModel(choice.modelPath), { ...options, ...choice, offload })
     return { ...gpu, variant: gpu.device.architecture, repackedBytes: {} }
   }
   const { CpuBackend } = await import('../backends/cpu/backend.ts')
@@ -84,8 +88,11 @@ async function openBackend(): Promise<Opened> {
   return { backend, variant: backend.variant, repackedBytes, tier: backend.kv.tier?.facts }
 }
 
+function startPager(start: PagerStart): void {
+  say({ kind: 'pager', start })
+}
+
 async function offloadTo({ store, ...place }: OffloadPlace): Promise<CpuOffload> {
-  const startPager = (start: PagerStart) => say({ kind: 'pager', start })
   const offload = { ...place, signal: options.signal, startPager }
   if (!store) return offload
   const { readSecret } = await import('../tier/store/secret.ts')
@@ -124,6 +131,9 @@ function makeCore(backend: Backend, kvPages: number, gone: GoneClients | undefin
 
 /** How old the client's last snapshot may be when a step begins. */
 const SNAPSHOT_AGE_MS = 500
+
+/** What goes to a disk gives memory back; a GPU's KV lies in its own. */
+const relieves = options.kvOffload !== undefined && options.backend.kind !== 'cuda'
 
 /** How often the kernel is asked whether the machine has too little memory, if that helps. */
 const PRESSURE_CHECK_MS = 1000
@@ -168,7 +178,7 @@ function run(core: EngineCore, gone: GoneClients | undefined): void {
       say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
       publishedMs = performance.now()
     }
-    if (options.kvOffload && performance.now() - pressureMs > PRESSURE_CHECK_MS) {
+    if (relieves && performance.now() - pressureMs > PRESSURE_CHECK_MS) {
       if ((memoryPressure() ?? 0) > PRESSURE_MAX) core.relieve()
       pressureMs = performance.now()
     }
@@ -176,7 +186,7 @@ function run(core: EngineCore, gone: GoneClients | undefined): void {
     const worked = core.step()
     flush()
     if (worked) continue
-    const idleMs = options.kvOffload ? PRESSURE_CHECK_MS : Infinity
+    const idleMs = relieves ? PRESSURE_CHECK_MS : Infinity
     Atomics.wait(signal, 0, seen, Math.min(idleMs, core.settle() ?? Infinity))
   }
 }
@@ -184,14 +194,18 @@ function run(core: EngineCore, gone: GoneClients | undefined): void {
 let opened: Opened | undefined
 try {
   opened = await openBackend()
-  const { backend, variant, repackedBytes, tier } = opened
+  const { backend, variant, repackedBytes, tier, hostTier } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
   const gone = await openGone()
   const core = makeCore(backend, kvPages, gone)
   say({
     kind: 'ready',
-    facts: { variant, repackedBytes, layout, kvPages, ...(tier && { tier }) },
+    facts: {
+      ...{ variant, repackedBytes, layout, kvPages },
+      ...(tier && { tier }),
+      ...(hostTier && { hostTier }),
+    },
   })
   run(core, gone)
 } catch (thrown) {

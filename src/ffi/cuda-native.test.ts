@@ -66,7 +66,8 @@ int cuTensorMapEncodeTiled(void *m, int t, unsigned r, void *g, const u64 *dims,
 const OTHERS = `cuDevicePrimaryCtxRelease_v2 cuCtxSetCurrent cuCtxSynchronize
   cuStreamCreateWithPriority cuStreamDestroy_v2 cuStreamSynchronize cuStreamQuery cuStreamWaitEvent
   cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventSynchronize cuEventElapsedTime cuMemFree_v2
-  cuMemHostAlloc cuMemFreeHost cuMemcpyHtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyDtoDAsync_v2
+  cuMemHostAlloc cuMemFreeHost cuMemHostRegister_v2 cuMemHostUnregister
+  cuMemcpyHtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyDtoDAsync_v2
   cuMemsetD8Async cuMemsetD32Async cuMemGetAllocationGranularity cuMemAddressReserve
   cuMemAddressFree cuMemRelease cuMemUnmap cuModuleLoadData cuModuleUnload cuModuleGetFunction
   cuFuncGetAttribute cuFuncSetAttribute cuOccupancyMaxActiveBlocksPerMultiprocessor

@@ -45,6 +45,8 @@ const CALLS = {
   cuMemFree_v2: [ptr],
   cuMemHostAlloc: [ptr, 'size_t', 'uint'],
   cuMemFreeHost: [ptr],
+  cuMemHostRegister_v2: [ptr, 'size_t', 'uint'],
+  cuMemHostUnregister: [ptr],
   cuMemcpyHtoDAsync_v2: [ptr, ptr, 'size_t', ptr],
   cuMemcpyDtoHAsync_v2: [ptr, ptr, 'size_t', ptr],
   cuMemcpyDtoDAsync_v2: [ptr, ptr, 'size_t', ptr],
@@ -237,6 +239,15 @@ export class NativeCuda implements CudaDriver {
 
   freeHost(address: number): void {
     this.check(this.calls.cuMemFreeHost(address), 'cuMemFreeHost')
+  }
+
+  registerHost(address: number, bytes: number): void {
+    const result = this.calls.cuMemHostRegister_v2(address, bytes, HOST_ALLOC_PORTABLE)
+    this.check(result, 'cuMemHostRegister', { bytes })
+  }
+
+  unregisterHost(address: number): void {
+    this.check(this.calls.cuMemHostUnregister(address), 'cuMemHostUnregister')
   }
 
   copyToDevice(to: number, from: number, bytes: number, stream: number): void {

@@ -122,6 +122,9 @@ export interface CudaMemory {
   /** Pinned host memory; the GPU sees it at the same address. */
   allocateHost(bytes: number): number
   freeHost(address: number): void
+  /** Pins memory of the host that is mapped already, for the GPU to copy to and from. */
+  registerHost(address: number, bytes: number): void
+  unregisterHost(address: number): void
   /** Host addresses that are not pinned make these calls wait. */
   copyToDevice(to: number, from: number, bytes: number, stream: number): void
   copyToHost(to: number, from: number, bytes: number, stream: number): void

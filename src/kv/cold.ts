@@ -62,18 +62,19 @@ export class ColdPrefixes {
 
   /**
    * Begins to bring back what of the first `length` tokens is cached outside of memory.
-   * @param worth whether so many pages are read sooner than so many tokens are computed
+   * @param worth whether so many pages, some of them from below, are read sooner than so many
+   *   tokens are computed
    * @param makeRoom lets go of memory until so many pages are free, if it can
    * @returns whether it is on its way
    */
   fetch(
     tenant: string,
-    tokens: Int32Array,
+    prompt: Int32Array,
     length: number,
-    worth: (pages: number, tokens: number) => boolean,
+    worth: (pages: number, tokens: number, below: number) => boolean,
     makeRoom: (pages: number) => boolean,
   ): boolean {
-    const nodes = this.cache.cold(tenant, tokens, length)
+    const nodes = this.cache.cold(tenant, prompt, length)
     if (nodes === 'coming') return true
     const [top] = nodes
     const bottom = nodes.at(-1)
@@ -81,7 +82,11 @@ export class ColdPrefixes {
     const first = columnsOf(this.regions, top).first
     const { end } = columnsOf(this.regions, bottom)
     const pages = (end - first) * this.regions.layout.ranges
-    if (!worth(pages, bottom.from + bottom.tokens.length - top.from)) return false
+    const below = nodes.reduce((sum, { places }) => {
+      return sum + (places ? this.transfers.below(places) : 0)
+    }, 0)
+    const tokens = bottom.from + bottom.tokens.length - top.from
+    if (!worth(pages, tokens, below * this.regions.layout.ranges)) return false
     const { parent } = top
     // What leads to it stays: it would be read in vain.
     const path = this.pathOf(parent)
@@ -177,6 +182,7 @@ export class ColdPrefixes {
       this.cache.warmUp(node, columns.region, true)
     }
     this.begin(columns, undefined)
+    this.regions.mover.grow?.(columns.region, columns.first, columns.end)
     this.regions.leave(columns.region)
     this.transfers.begin('load', columns, places, (error) => {
       for (const node of nodes) this.cache.arrived(node)

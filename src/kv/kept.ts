@@ -42,7 +42,11 @@ export class KeptPrefixes {
     this.cold = cold
     this.regions = regions
     this.transfers = transfers
-    transfers.places.onFree = (place) => this.placeFreed(place)
+    const { onFree } = transfers.places
+    transfers.places.onFree = (place) => {
+      this.placeFreed(place)
+      onFree(place)
+    }
     for (const { id, tenant, tokens, places } of store.entries()) {
       const end = cache.restore(tenant, tokens, places)
       const now = this.placesOf(end)

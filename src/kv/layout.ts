@@ -72,10 +72,11 @@ export function liveBytes(layout: KvLayout, tokens: number): number {
   return tokens * layout.shape.rowBytes * layout.shape.layers
 }
 
-/** The last column at or before `column` that begins with a token's first byte. */
+/** The last column at or before `column` that begins a group, with a token's first byte. */
 export function tokenAlignedColumn(layout: KvLayout, column: number): number {
   const { pageBytes } = layout.shape
-  const unit = leastCommonMultiple(pageBytes, layout.tokenStride) / pageBytes
+  const groupBytes = pageBytes * layout.shareColumns
+  const unit = leastCommonMultiple(groupBytes, layout.tokenStride) / pageBytes
   return column - (column % unit)
 }
 

@@ -4,8 +4,9 @@
 import type { KvEvent, KvHistory } from './history.ts'
 import { columnsOf } from './eviction-queue.ts'
 import type { KvLayout } from './layout.ts'
-import { type KvOutside, type Outside, outsideMap } from './outside.ts'
+import { type KvOutside, type Level, type Outside, outsideMap } from './outside.ts'
 import type { PrefixCache } from './prefix.ts'
+import type { PrefixNode } from './prefix-node.ts'
 import { type KvColumns, type KvSpan, spannedColumns, spannedTokens } from './regions.ts'
 import type { SlotTable } from './slots.ts'
 import type { Image } from './tiers.ts'
@@ -45,7 +46,7 @@ export interface KvPrefix {
   /** What its eviction is decided by: the lowest goes first. */
   value: number
   pinned: boolean
-  tier: 'memory' | 'disk' | 'both'
+  tier: 'memory' | Level | 'both'
 }
 
 export interface KvMap {
@@ -138,11 +139,16 @@ export function kvMap(
       ageMs: nowMs - node.usedMs,
       value: node.value,
       pinned: node.pins > 0,
-      tier: node.region < 0 ? ('disk' as const) : node.places ? ('both' as const) : 'memory',
+      tier: tierOf(node, outside),
     })),
     history: history.events().map(({ atMs, ...event }) => ({ ...event, ageMs: nowMs - atMs })),
     totals: Object.fromEntries(history.totals),
   }
+}
+
+function tierOf({ region, places }: PrefixNode, outside: Outside | undefined): KvPrefix['tier'] {
+  if (region >= 0) return places ? 'both' : 'memory'
+  return places?.every((place) => outside?.levelOf(place) === 'host') ? 'host' : 'disk'
 }
 
 type RegionHold = Hold & { region: number }

@@ -9,11 +9,16 @@ import type { Image } from './tiers.ts'
 /** All that is outside of memory or on its way, prefixes that the cache knows excepted. */
 export interface Outside {
   places: PlaceTable
+  /** Where a place lies. */
+  levelOf: (place: number) => Level
   /** What sequences that made room have there. */
   images: Iterable<Image>
   /** Columns in memory that wait for a transfer; the places, if they are written there. */
   moving: ReadonlyMap<KvColumns, Uint32Array | undefined>
 }
+
+/** host: in memory of the host, beside a GPU's own; disk: in a file. */
+export type Level = 'host' | 'disk'
 
 /**
  * cold: a cached prefix, offloaded: a sequence that had to make room, neither of which is in
@@ -23,7 +28,7 @@ export type PlaceState = 'cold' | 'offloaded' | 'copy' | 'moving'
 
 /** Places [first, end), a column of pages each: all in the same state. */
 export interface KvPlaceRun {
-  tier: 'disk'
+  tier: Level
   first: number
   end: number
   state: PlaceState
@@ -73,13 +78,15 @@ export function outsideMap(
       else byPlace.set(place, [owner])
     }
   }
+  const { levelOf } = outside
   const runs: KvPlaceRun[] = []
   const pages = { cold: 0, offloaded: 0, copy: 0, moving: 0 }
   let before: readonly Owner[] = []
   for (const [place, owners] of [...byPlace].toSorted(([a], [b]) => a - b)) {
     const last = runs.at(-1)
-    if (last?.end === place && sameOwners(owners, before)) last.end++
-    else runs.push(runOf(place, owners))
+    const tier = levelOf(place)
+    if (last?.end === place && last.tier === tier && sameOwners(owners, before)) last.end++
+    else runs.push(runOf(place, tier, owners))
     pages[runs.at(-1)!.state] += columnPages
     before = owners
   }
@@ -110,9 +117,9 @@ function* ownerships(
   }
 }
 
-function runOf(place: number, owners: readonly Owner[]): KvPlaceRun {
+function runOf(place: number, tier: Level, owners: readonly Owner[]): KvPlaceRun {
   return {
-    tier: 'disk',
+    tier,
     first: place,
     end: place + 1,
     state: STATES.find((state) => owners.some((owner) => owner.state === state)) ?? 'moving',

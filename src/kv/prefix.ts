@@ -396,14 +396,14 @@ export class PrefixCache {
     return upper
   }
 
-  /** A column that both have bytes of has a place that both hold. */
+  /** Columns of a group that both have bytes of have places that both hold. */
   private splitPlaces(upper: PrefixNode, lower: PrefixNode, places: Uint32Array): void {
     const above = columnsOf(this.regions, upper)
     const below = columnsOf(this.regions, lower)
     upper.places = places.slice(0, above.end - above.first)
     lower.places = places.slice(below.first - above.first)
-    const shared = above.end > below.first ? present(lower.places[0], 'a place') : -1
-    if (shared >= 0) this.places?.share(shared)
+    const shared = lower.places.subarray(0, Math.max(0, above.end - below.first))
+    for (const place of shared) this.places?.share(place)
   }
 
   private node(

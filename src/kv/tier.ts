@@ -4,6 +4,25 @@
 import type { LatticeError } from '../errors.ts'
 import type { KvColumns } from './regions.ts'
 
+export interface EndedTicket {
+  ticket: number
+  error: LatticeError | undefined
+  /** How long it took, if the tier knows better than whoever polls. */
+  ms?: number
+  /** Columns that came from the slower level of two. */
+  below?: number
+}
+
+/** A tier of two levels: memory of the host, and a disk beneath unless that has no bytes. */
+export interface TierLevels {
+  hostBytes: number
+  hostUsedBytes: number
+  diskBytes: number
+  diskUsedBytes: number
+  /** Moved from the host's memory to the disk, since the start. */
+  spilledBytes: number
+}
+
 /**
  * Where columns of KV go when memory is short, and come back from. One column = one page in each of
  * a region's ranges (src/kv/regions.ts).
@@ -25,7 +44,14 @@ export interface KvTier {
    * Tickets that ended since the last call, in order of their end. A failed load's columns have
    * undefined content and must not be used.
    */
-  poll(): readonly { ticket: number; error: LatticeError | undefined }[]
+  poll(): readonly EndedTicket[]
+  /** Nobody holds a place any more: what lies there may go. */
+  forget?(place: number): void
+  /** Whether a place lies in the slower level of two. */
+  isBelow?(place: number): boolean
+  /** Milliseconds a byte, until something has been measured. */
+  readonly guess?: { readonly save: number; readonly load: number }
+  readonly levels?: TierLevels
   /** Throws LatticeError `pager_failed` once the pager has died. */
   check(): void
   close(): void

@@ -2,11 +2,21 @@
 
 import { present } from '../assert.ts'
 import type { LatticeError } from '../errors.ts'
+import type { Level } from './outside.ts'
 import { PlaceTable } from './places.ts'
 import type { KvColumns } from './regions.ts'
-import type { KvTier } from './tier.ts'
+import type { KvTier, TierLevels } from './tier.ts'
 
 export type TransferKind = 'save' | 'load'
+
+export interface EndedTransfer {
+  kind: TransferKind
+  columns: number
+  /** Of them, those from the slower level of two. */
+  below: number
+  ms: number
+  failed: boolean
+}
 
 interface Transfer {
   kind: TransferKind
@@ -18,7 +28,7 @@ interface Transfer {
 export class Transfers {
   readonly places: PlaceTable
   /** Told of every transfer that ended; set by whoever counts them. */
-  onEnded: (kind: TransferKind, columns: number, ms: number, failed: boolean) => void = () => {}
+  onEnded: (ended: EndedTransfer) => void = () => {}
   /** Told how many pages were touched on their way, if any, since the last poll. */
   onFaults: (count: number) => void = () => {}
   private readonly tier: KvTier
@@ -32,6 +42,7 @@ export class Transfers {
   constructor(tier: KvTier) {
     this.tier = tier
     this.places = new PlaceTable(tier.capacity)
+    if (tier.forget) this.places.onFree = (place) => tier.forget?.(place)
   }
 
   /** Something is under way: `poll` will have news. */
@@ -54,6 +65,20 @@ export class Transfers {
     return this.tier.faults ?? 0
   }
 
+  /** Of these places, how many lie in the slower level of two. */
+  below(places: Uint32Array): number {
+    const { tier } = this
+    return tier.isBelow ? places.reduce((sum, at) => sum + (tier.isBelow?.(at) ? 1 : 0), 0) : 0
+  }
+
+  levelOf(place: number): Level {
+    return this.tier.isBelow && !this.tier.isBelow(place) ? 'host' : 'disk'
+  }
+
+  get levels(): TierLevels | undefined {
+    return this.tier.levels
+  }
+
   /** The encrypted file, or its directory if it has no name. */
   get path(): string | undefined {
     return this.tier.path
@@ -71,7 +96,7 @@ export class Transfers {
   poll(nowMs: number): void {
     this.nowMs = nowMs
     this.tier.check()
-    for (const { ticket, error } of this.tier.poll()) {
+    for (const { ticket, error, ms, below = 0 } of this.tier.poll()) {
       const other = this.others.get(ticket)
       if (other) {
         this.others.delete(ticket)
@@ -80,7 +105,8 @@ export class Transfers {
       }
       const { kind, columns, sinceMs, onEnd } = present(this.tickets.get(ticket), 'a transfer')
       this.tickets.delete(ticket)
-      this.onEnded(kind, columns, nowMs - sinceMs, error !== undefined)
+      const failed = error !== undefined
+      this.onEnded({ kind, columns, below, ms: ms ?? nowMs - sinceMs, failed })
       onEnd(error)
     }
     const { faults } = this

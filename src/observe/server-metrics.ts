@@ -47,6 +47,11 @@ export class ServerMetrics {
     'lattice_kv_offload_limit_bytes',
     'KV that may be outside of memory.',
   )
+  readonly #offloadLevel = this.#r.gauge(
+    'lattice_kv_offload_level_bytes',
+    "KV of a GPU that lies outside of its memory, by level: in the host's, or on disk.",
+    ['level'],
+  )
   readonly #offloadMoved = this.#r.counter(
     'lattice_kv_offload_moved_bytes_total',
     'KV written to outside of memory (out) and read back (in).',
@@ -207,6 +212,8 @@ export class ServerMetrics {
     this.#preemptions.set(snapshot.preemptions - (tier?.offloads ?? 0), ['recompute'])
     this.#offloadBytes.set(tier?.usedBytes ?? 0)
     this.#offloadLimit.set(tier?.capacityBytes ?? 0)
+    this.#offloadLevel.set(tier?.levels?.hostUsedBytes ?? 0, ['host'])
+    this.#offloadLevel.set(tier?.levels?.diskUsedBytes ?? 0, ['disk'])
     this.#offloadMoved.set(tier?.savedBytes ?? 0, ['out'])
     this.#offloadMoved.set(tier?.loadedBytes ?? 0, ['in'])
     this.#offloadLost.set(tier?.lost ?? 0)

@@ -43,12 +43,15 @@ export interface StepWork {
 export class Costs {
   private readonly prefillTokenMs = new Rate(PREFILL_TOKEN_MS)
   private readonly decodeTokenMs = new Rate(DECODE_TOKEN_MS)
-  private readonly pageMs: { readonly save: Rate; readonly load: Rate }
+  /** fetch: what comes from a disk beneath memory of the host. */
+  private readonly pageMs: Readonly<Record<'save' | 'load' | 'fetch', Rate>>
 
-  constructor(pageBytes: number) {
+  /** @param guess milliseconds a byte, where columns do not go to a disk at once */
+  constructor(pageBytes: number, guess = { save: SAVE_BYTE_MS, load: LOAD_BYTE_MS }) {
     this.pageMs = {
-      save: new Rate(SAVE_BYTE_MS * pageBytes),
-      load: new Rate(LOAD_BYTE_MS * pageBytes),
+      save: new Rate(guess.save * pageBytes),
+      load: new Rate(guess.load * pageBytes),
+      fetch: new Rate(LOAD_BYTE_MS * pageBytes),
     }
   }
 
@@ -59,13 +62,18 @@ export class Costs {
     else if (promptTokens > 4 * decodes) this.prefillTokenMs.add(ms, promptTokens + decodes)
   }
 
-  moved(kind: 'save' | 'load', pages: number, ms: number): void {
+  moved(kind: 'save' | 'load' | 'fetch', pages: number, ms: number): void {
     this.pageMs[kind].add(ms, pages)
   }
 
-  /** Whether pages are read sooner than so many tokens of a prompt are computed again. */
-  preferLoading(pages: number, promptTokens: number): boolean {
-    return pages * this.pageMs.load.get() <= promptTokens * this.prefillTokenMs.get()
+  /**
+   * Whether pages are read sooner than so many tokens of a prompt are computed again.
+   * @param below of the pages, those that come from a disk beneath memory of the host
+   */
+  preferLoading(pages: number, promptTokens: number, below = 0): boolean {
+    const { load, fetch } = this.pageMs
+    const loading = (pages - below) * load.get() + below * fetch.get()
+    return loading <= promptTokens * this.prefillTokenMs.get()
   }
 
   /** Whether pages are written and read sooner than so many tokens are computed again. */

@@ -37,7 +37,7 @@ function refused(move: Exclude<SessionMove, 'done' | 'moving'>, id: string): Lat
   }
   if (move === 'impossible') {
     return new LatticeError('invalid_request', 'There is nowhere to move a session to.', {
-      todo: 'Start the server with --kv-offload SIZE.',
+      todo: 'Start the server with --kv-offload SIZE, or on a GPU with --kv-host SIZE.',
     })
   }
   return new LatticeError('session_busy', `Session ${id} cannot be moved now.`, {

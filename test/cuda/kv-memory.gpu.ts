@@ -4,12 +4,11 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
-import { ThreadPager } from '../../src/backends/cuda/pager.ts'
-import { addressOf } from '../../src/ffi/block.ts'
 import { NativeCuda } from '../../src/ffi/cuda-native.ts'
-import { type Gpu, HashingBackend } from '../support/hashing-backend.ts'
+import { HashingBackend } from '../support/hashing-backend.ts'
 import { Bench, VOCAB } from '../support/null-engine.ts'
 import { loads, runLoad } from '../support/sharing-load.ts'
+import { realGpu } from './real-gpu.ts'
 
 /** 1.6 tokens a page, as on the mock; only the ends of each token's row are written and checked. */
 const KV = { layers: 2, rowBytes: 655_360, pageBytes: 2 << 20 }
@@ -20,24 +19,6 @@ try {
   driver = new NativeCuda()
 } catch (thrown) {
   skip = `there is no GPU: ${String(thrown)}`
-}
-
-function realGpu(cuda: NativeCuda): Gpu {
-  return {
-    driver: cuda,
-    pager: (device) => new ThreadPager(device),
-    read(address, bytes, stream) {
-      const copy = new Uint8Array(bytes)
-      cuda.copyToHost(addressOf(copy), address, bytes, stream)
-      cuda.synchronizeStream(stream)
-      return copy
-    },
-    write(address, data, stream) {
-      cuda.copyToDevice(address, addressOf(data), data.length, stream)
-      cuda.synchronizeStream(stream)
-    },
-    queue: (_stream, work) => work.run(),
-  }
 }
 
 for (const shareColumns of [1, 8]) {

@@ -58,7 +58,8 @@ test('options that contradict the model, the memory or each other are bent', asy
     [{ prefixCacheBytes: 4096 }, /4096 bytes holds no prompt: .* 64 tokens/],
     [{ prefixEviction: 'lru' }, /--prefix-eviction is about cached prompts/],
     [{ prefixCacheOutput: true }, /--prefix-cache-output is about cached prompts/],
-    [{ kvWatermarks: { high: 1, low: 0 } }, /there is none/],
+    [{ kvWatermarks: { high: 1, low: 0 } }, /--kv-watermark says when .* it cannot/],
+    [{ kvHostBytes: 1 << 20 }, /--kv-host is for a GPU/],
     [{ kvOffload, kvWatermarks: { high: 1, low: 0 } }, /--kv-watermark is about cached prompts/],
     [{ kvOffload, kvStore: { directory: '/', key: '/' } }, /--kv-store is about cached prompts/],
   ]

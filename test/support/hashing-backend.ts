@@ -5,6 +5,7 @@
 import assert from 'node:assert/strict'
 import type { Backend, SlotSampling, StepBatch, TokenChooser } from '../../src/backends/backend.ts'
 import { CudaDevice } from '../../src/backends/cuda/device.ts'
+import { HostTier, type HostTierOptions } from '../../src/backends/cuda/host-tier.ts'
 import { CudaKvMemory } from '../../src/backends/cuda/kv-memory.ts'
 import { InlinePager, type Pager } from '../../src/backends/cuda/pager.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
@@ -28,6 +29,8 @@ export interface HashingOptions {
   /** Each step is followed by one that is still under way while the engine goes on. */
   overlap?: boolean
   idleReleaseMs?: number
+  /** Where columns go. */
+  tier?: HostTierOptions
   /** Chooses tokens itself, in steps that queue up. */
   chooses?: boolean
 }
@@ -81,6 +84,7 @@ export class HashingBackend implements Backend {
       limitPages: kvPages,
       idleReleaseMs: options.idleReleaseMs ?? 0,
     })
+    if (options.tier) this.kv.tier = new HostTier(this.device, this.kv, options.tier)
     this.stream = gpu.driver.createStream()
     this.rows = Array.from({ length: maxSequences }, () => new Float32Array(vocab))
     this.overlap = options.overlap ?? false

@@ -34,6 +34,7 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
   readonly version = 13000
   readonly path = 'mock'
   private readonly pinned = new Map<number, NativeBlock>()
+  private readonly registered = new Set<number>()
   private readonly streams = new Map<number, Stream>()
   private readonly events = new Map<number, { stream: number; at: number } | undefined>()
   private readonly modules = new Map<number, Uint8Array>()
@@ -53,7 +54,7 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
       pages: this.physical.size,
       mappings: this.mappings.size,
       allocations: this.allocations.size,
-      pinned: this.pinned.size,
+      pinned: this.pinned.size + this.registered.size,
       streams: this.streams.size,
       events: this.events.size,
       modules: this.modules.size,
@@ -84,6 +85,11 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
       ran++
     }
     return ran
+  }
+
+  /** Runs a work of each stream that is picked: others' work goes on while the test does. */
+  advanceSome(pick: () => boolean): void {
+    for (const stream of this.streams.keys()) if (pick()) this.advance(stream)
   }
 
   devices(): GpuDevice[] {
@@ -179,7 +185,10 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
     const { stream, at } = recorded
     if ((this.streams.get(stream)?.done ?? Infinity) >= at) return true
     // Whoever asks again and again sees that time passes.
-    if (++this.asked % ASKED_A_WORK === 0) this.advance(stream)
+    if (++this.asked % ASKED_A_WORK === 0 && this.advance(stream) === 0) {
+      // It waits for another stream.
+      this.advanceSome(() => true)
+    }
     return false
   }
 
@@ -200,6 +209,15 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
 
   freeHost(address: number): void {
     if (!this.pinned.delete(address)) throw new Error(`freeHost of ${address}, not allocated`)
+  }
+
+  registerHost(address: number): void {
+    if (this.registered.has(address)) throw new Error(`registerHost of ${address}, a second time`)
+    this.registered.add(address)
+  }
+
+  unregisterHost(address: number): void {
+    if (!this.registered.delete(address)) throw new Error(`unregisterHost of ${address}`)
   }
 
   copyToDevice(to: number, from: number, bytes: number, stream: number): void {

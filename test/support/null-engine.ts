@@ -122,9 +122,11 @@ export class Bench {
   }
 
   /** Lets time pass until all memory is back. */
-  settle(): void {
+  settle(timesMax = 100_000): void {
+    let times = 0
     for (let wait = this.core.settle(); wait !== undefined; wait = this.core.settle()) {
       this.nowMs += wait
+      if (++times > timesMax) throw new Error('memory is never given back')
     }
   }
 

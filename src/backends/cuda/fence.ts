@@ -34,6 +34,11 @@ export class StepFence {
     return this.finished >= steps
   }
 
+  /** What is queued on another stream from now on comes after the first `steps` steps. */
+  holdBack(stream: number, steps: number): void {
+    if (!this.passed(steps)) this.driver.waitEvent(stream, this.event(steps - 1))
+  }
+
   /** Returns when the first `steps` steps are finished. */
   wait(steps: number): void {
     if (steps > this.finished) this.driver.synchronizeEvent(this.event(steps - 1))

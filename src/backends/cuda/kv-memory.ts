@@ -10,7 +10,14 @@
 
 import { assert, present } from '../../assert.ts'
 import { type KvLayout, tokenMajor } from '../../kv/layout.ts'
-import { copiedColumns, type KvSpan, sharedColumns, spannedTokens } from '../../kv/regions.ts'
+import {
+  copiedColumns,
+  type KvColumns,
+  type KvSpan,
+  sharedColumns,
+  spannedTokens,
+} from '../../kv/regions.ts'
+import type { KvTier } from '../../kv/tier.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { KvMemory } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
@@ -62,6 +69,8 @@ interface Region {
   held: Uint8Array
   /** Steps that may read what is foreign here, once nobody shares it any more. */
   steps: number
+  /** Steps that may still touch columns of its own which nobody holds any more. */
+  leftSteps: number
 }
 
 interface Copy {
@@ -78,7 +87,9 @@ export class CudaKvMemory implements KvMemory {
   readonly address: number
   readonly fence: StepFence
   private readonly device: CudaDevice
-  private readonly pager: Pager
+  readonly pager: Pager
+  /** Where columns go, if anywhere; set by whoever opens it. */
+  tier?: KvTier
   private readonly pool: FramePool
   private readonly table: (Region | undefined)[]
   /** By slot: the region where it writes, and reads. */
@@ -205,7 +216,9 @@ export class CudaKvMemory implements KvMemory {
 
   discard(region: number, first: number, end: number): void {
     this.settleCopies(region, first, end)
-    const { frames, held } = this.region(region)
+    const left = this.region(region)
+    const { frames, held } = left
+    left.leftSteps = this.fence.queued
     for (let c = first; c < Math.min(end, frames.length); c++) {
       const frame = frames[c]
       if (!frame || held[c] !== 1) continue
@@ -214,6 +227,22 @@ export class CudaKvMemory implements KvMemory {
       this.notePartial(frame)
       if (frame.held === 0) this.pool.lapse(frame)
     }
+  }
+
+  /** What is queued on `stream` from now on finds columns as the steps queued so far leave them. */
+  beforeSave({ region, first, end }: KvColumns, stream: number): void {
+    this.finishCopies(region, first, end)
+    this.fence.holdBack(stream, this.fence.queued)
+  }
+
+  /** What is queued on `stream` from now on may write to columns: whoever had them does not. */
+  beforeLoad({ region }: KvColumns, stream: number): void {
+    this.fence.holdBack(stream, this.region(region).leftSteps)
+  }
+
+  columnAddress(region: number, column: number): number {
+    const { slotBytes, shape } = this.layout
+    return this.address + region * slotBytes + column * shape.pageBytes
   }
 
   /** Makes sure that all pages of the step are there; queues copies that it reads from. */
@@ -288,6 +317,7 @@ export class CudaKvMemory implements KvMemory {
   }
 
   close(): void {
+    this.tier?.close()
     this.fence.wait(this.fence.queued)
     for (const region of this.table) {
       for (const frame of new Set(region?.frames)) {
@@ -340,7 +370,15 @@ export class CudaKvMemory implements KvMemory {
     if (this.copies.length === 0) return
     const [from, to] = [this.columnAddress(region, first), this.columnAddress(region, end)]
     this.copies = this.copies.filter((copy) => copy.to < from || copy.to >= to)
-    if (!this.copies.some((copy) => copy.from < to && copy.from + copy.bytes > from)) return
+    this.finishCopies(region, first, end)
+  }
+
+  /** Queues what is to be copied from or to columns now, if anything is. */
+  private finishCopies(region: number, first: number, end: number): void {
+    const [from, to] = [this.columnAddress(region, first), this.columnAddress(region, end)]
+    const touches = (at: number, bytes: number): boolean => at < to && at + bytes > from
+    if (!this.copies.some((copy) => touches(copy.from, copy.bytes) || touches(copy.to, copy.bytes)))
+      return
     this.pager.wait(this.needed)
     this.queueCopies(this.lastStream)
     this.fence.record(this.lastStream)
@@ -428,11 +466,6 @@ export class CudaKvMemory implements KvMemory {
     this.counted.splits++
   }
 
-  private columnAddress(region: number, column: number): number {
-    const { slotBytes, shape } = this.layout
-    return this.address + region * slotBytes + column * shape.pageBytes
-  }
-
   private region(index: number): Region {
     assert(index >= 0 && index < this.regions, `region ${index} exists`)
     return (this.table[index] ??= {
@@ -441,6 +474,7 @@ export class CudaKvMemory implements KvMemory {
       sharing: false,
       held: new Uint8Array(this.layout.rangeBytes / this.layout.shape.pageBytes),
       steps: 0,
+      leftSteps: 0,
     })
   }
 }

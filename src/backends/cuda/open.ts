@@ -1,11 +1,18 @@
 // Owns a model on a GPU, ready to serve: the device, KV memory with its pager, and the backend.
 
+import { present } from '../../assert.ts'
+import type { HostTierFacts } from '../../engine/messages.ts'
+import { LatticeError } from '../../errors.ts'
 import type { KvLayout } from '../../kv/layout.ts'
 import { regionsFor } from '../../kv/regions.ts'
+import type { KvTier } from '../../kv/tier.ts'
 import type { Model } from '../../model/model.ts'
+import { DiskTier, type OffloadOptions, type TierFacts } from '../../tier/tier.ts'
 import { CudaBackend } from './backend.ts'
 import { CudaDevice } from './device.ts'
 import { CudaKvMemory, gpuKvLayout } from './kv-memory.ts'
+import { HostTier } from './host-tier.ts'
+import type { HostPages } from './host-pages.ts'
 import { ModuleCache } from './module-cache.ts'
 import { ThreadPager } from './pager.ts'
 
@@ -18,16 +25,28 @@ export interface CudaStart {
   kvBytes: number
   /** When idle KV memory goes back to the driver; half a second unless given. */
   kvIdleReleaseMs?: number
+  /** Pinned memory of the host for KV; none unless given, or what leads to a disk. */
+  kvHostBytes?: number
+  /** A disk beneath. */
+  offload?: DiskOptions | undefined
 }
+
+export type DiskOptions = Omit<OffloadOptions, 'faults' | 'store'>
 
 export interface OpenedCuda {
   backend: CudaBackend
   device: CudaDevice
   layout: KvLayout
+  hostTier?: HostTierFacts
+  /** The disk beneath. */
+  tier?: TierFacts
   close(): void
 }
 
 const IDLE_RELEASE_MS = 500
+
+/** What KV passes through on its way to a disk, unless more is given. */
+const STAGING_BYTES = 256 << 20
 
 /** @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed` */
 export function openCuda(model: Model, start: CudaStart): OpenedCuda {
@@ -40,11 +59,47 @@ export function openCuda(model: Model, start: CudaStart): OpenedCuda {
     limitPages: Math.floor(start.kvBytes / layout.shape.pageBytes),
     idleReleaseMs: start.kvIdleReleaseMs ?? IDLE_RELEASE_MS,
   })
+  const facts = openTier(device, kv, start)
   const modules = new ModuleCache()
   const backend = new CudaBackend(model, { device, modules, kv, maxSequences, stepTokens })
   const close = (): void => {
     backend.close()
     device.close()
   }
-  return { backend, device, layout, close }
+  return { backend, device, layout, close, ...facts }
+}
+
+function openTier(
+  device: CudaDevice,
+  kv: CudaKvMemory,
+  { kvHostBytes, offload }: CudaStart,
+): { hostTier?: HostTierFacts; tier?: TierFacts } {
+  if (kvHostBytes === undefined && !offload) return {}
+  const { layout } = kv
+  const { pageBytes } = layout.shape
+  const frames = Math.floor((kvHostBytes ?? STAGING_BYTES) / pageBytes)
+  const least = offload ? 2 : 1
+  if (frames < least) {
+    throw new LatticeError(
+      'usage',
+      `${kvHostBytes} bytes of the host's memory hold ${frames} pages of ${pageBytes} bytes.`,
+      { todo: `Give --kv-host ${least * pageBytes} or more.` },
+    )
+  }
+  let disk: DiskTier | undefined
+  const below = (pages: HostPages): KvTier => {
+    return (disk = diskBelow(pages, layout, present(offload, 'a disk')))
+  }
+  const start = performance.now()
+  kv.tier = new HostTier(device, kv, { frames, ...(offload && { below }) })
+  const hostTier = { bytes: frames * pageBytes, pinnedMs: performance.now() - start }
+  return { hostTier, ...(disk && { tier: disk.facts }) }
+}
+
+/** A disk tier over memory of the host whose pages are the columns of its only region. */
+export function diskBelow(pages: HostPages, layout: KvLayout, offload: DiskOptions): DiskTier {
+  const region = { ...layout, rangeBytes: pages.bytes, slotBytes: pages.bytes }
+  const memory = { layout: region, slots: 0, regions: 1, address: pages.address, fd: pages.fd }
+  // Nobody touches a page before what it shall hold has come: nothing is to be answered.
+  return new DiskTier(memory, { ...offload, faults: false })
 }

@@ -39,6 +39,20 @@ export class PageCommands {
     this.driver.unmap(address, bytes)
   }
 
+  copyToHost(to: number, from: number, bytes: number, stream: number): void {
+    this.flush()
+    this.driver.copyToHost(to, from, bytes, stream)
+  }
+
+  copyToGpu(to: number, from: number, bytes: number, stream: number): void {
+    this.flush()
+    this.driver.copyToDevice(to, from, bytes, stream)
+  }
+
+  record(event: number, stream: number): void {
+    this.driver.recordEvent(event, stream)
+  }
+
   /** Lets the GPU use what was mapped. */
   flush(): void {
     const { runStart, runEnd } = this

@@ -29,10 +29,14 @@ function carryOut(pages: PageCommands, index: number): void {
   const address = commands[at + 1] ?? 0
   const bytes = commands[at + 2] ?? 0
   const frame = commands[at + 3] ?? 0
+  const stream = commands[at + 4] ?? 0
   if (kind === COMMAND.create) pages.create(frame, bytes)
   else if (kind === COMMAND.release) pages.release(frame)
   else if (kind === COMMAND.map) pages.map(address, bytes, frame)
-  else pages.unmap(address, bytes)
+  else if (kind === COMMAND.unmap) pages.unmap(address, bytes)
+  else if (kind === COMMAND.copyToHost) pages.copyToHost(address, frame, bytes, stream)
+  else if (kind === COMMAND.copyToGpu) pages.copyToGpu(address, frame, bytes, stream)
+  else pages.record(address, stream)
 }
 
 /** Returns when the pager is closed and nothing is left to do. */

@@ -17,6 +17,10 @@ export interface Pager {
   /** Maps a whole frame, for the GPU to read and write. */
   map(address: number, bytes: number, frame: number): void
   unmap(address: number, bytes: number): void
+  /** Queues a copy on a stream, of mapped memory, to or from pinned memory of the host. */
+  copyToHost(to: number, from: number, bytes: number, stream: number): void
+  copyToGpu(to: number, from: number, bytes: number, stream: number): void
+  record(event: number, stream: number): void
   /** Commands given so far; `wait` takes it. */
   readonly ticket: number
   /** Commands that have been carried out. */
@@ -30,12 +34,20 @@ export interface Pager {
   close(): void
 }
 
-export const COMMAND = { create: 1, release: 2, map: 3, unmap: 4 } as const
+export const COMMAND = {
+  create: 1,
+  release: 2,
+  map: 3,
+  unmap: 4,
+  copyToHost: 5,
+  copyToGpu: 6,
+  record: 7,
+} as const
 
 /** Commands that may be under way; more make the engine wait. */
 const RING_COMMANDS = 1 << 14
-/** Numbers of a command: kind, address, bytes, frame. */
-export const COMMAND_NUMBERS = 4
+/** Numbers of a command: kind, address, bytes, a frame or another address, a stream. */
+export const COMMAND_NUMBERS = 5
 const ERROR_BYTES = 4096
 /** No command takes a second; a thread starts in 0.1 s. */
 const STUCK_MS = 20_000
@@ -103,6 +115,18 @@ export class ThreadPager implements Pager {
     this.give(COMMAND.unmap, address, bytes, 0)
   }
 
+  copyToHost(to: number, from: number, bytes: number, stream: number): void {
+    this.give(COMMAND.copyToHost, to, bytes, from, stream)
+  }
+
+  copyToGpu(to: number, from: number, bytes: number, stream: number): void {
+    this.give(COMMAND.copyToGpu, to, bytes, from, stream)
+  }
+
+  record(event: number, stream: number): void {
+    this.give(COMMAND.record, event, 0, 0, stream)
+  }
+
   wait(ticket: number): boolean {
     if (this.done >= ticket) return this.rethrow()
     while (this.done < ticket) {
@@ -130,7 +154,7 @@ export class ThreadPager implements Pager {
     }
   }
 
-  private give(kind: number, address: number, bytes: number, frame: number): void {
+  private give(kind: number, address: number, bytes: number, frame: number, stream = 0): void {
     if (this.given - this.done >= RING_COMMANDS) this.wait(this.given - RING_COMMANDS / 2)
     const at = (this.given % RING_COMMANDS) * COMMAND_NUMBERS
     const { commands, state } = this.ring
@@ -138,6 +162,7 @@ export class ThreadPager implements Pager {
     commands[at + 1] = address
     commands[at + 2] = bytes
     commands[at + 3] = frame
+    commands[at + 4] = stream
     this.given++
     Atomics.store(state, STATE.given, this.given | 0)
     Atomics.notify(state, STATE.given)
@@ -185,6 +210,18 @@ export class InlinePager implements Pager {
 
   unmap(address: number, bytes: number): void {
     this.give(() => this.commands.unmap(address, bytes))
+  }
+
+  copyToHost(to: number, from: number, bytes: number, stream: number): void {
+    this.give(() => this.commands.copyToHost(to, from, bytes, stream))
+  }
+
+  copyToGpu(to: number, from: number, bytes: number, stream: number): void {
+    this.give(() => this.commands.copyToGpu(to, from, bytes, stream))
+  }
+
+  record(event: number, stream: number): void {
+    this.give(() => this.commands.record(event, stream))
   }
 
   wait(ticket: number): boolean {
