@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "async-copy.cuh"
+
 typedef unsigned short bf16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -13,9 +15,6 @@ constexpr float LOG2E = 1.4426950408889634f;
 struct __align__(64) TensorMap {
   u64 opaque[16];
 };
-
-/** Where something in shared memory lies, as instructions take it. */
-__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 /** Four 8 × 8 matrices of bf16; each lane gives the address of one row of 16 bytes. */
 __device__ __forceinline__ void loadMatrices(u32 (&r)[4], u32 from) {
@@ -54,62 +53,10 @@ __device__ __forceinline__ float softCap(float x, float cap) {
   return cap * LOG2E * (1 - 2 / (1 + exp2(x * 2 / cap)));
 }
 
-__device__ __forceinline__ void barrierInit(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void barrierArrive(u32 barrier) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrierWait(u32 barrier, u32 parity) {
-#if __CUDA_ARCH__ >= 900
-#define TEST_WAIT "mbarrier.try_wait.parity.shared.b64"
-#else
-#define TEST_WAIT "mbarrier.test_wait.parity.shared.b64"
-#endif
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; " TEST_WAIT " p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  } while (!done);
-}
-
-#if __CUDA_ARCH__ >= 900
-/** Arrives, and lets the barrier wait for `bytes` of bulk copies, too. */
-__device__ __forceinline__ void barrierExpect(u32 barrier, u32 bytes) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(barrier),
-               "r"(bytes) : "memory");
-}
-
-/**
- * Copies a box of a tensor of four dimensions. What lies outside of it becomes zeros, but not
- * without the tensor's first address being touched.
- */
-__device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, int z, int w,
-                                        u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z),
-               "r"(w), "r"(barrier) : "memory");
-}
-#endif
-
-__device__ __forceinline__ void copy16(u32 to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void prefetchMap(const TensorMap *map) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 #endif
-}
-
-/** Other threads and the copy engine see barriers that were initialised. */
-__device__ __forceinline__ void barriersReady() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-  __syncthreads();
 }
 
 /**

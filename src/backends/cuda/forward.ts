@@ -38,6 +38,11 @@ export interface ForwardOptions {
   overlap?: boolean
   /** Off only where there is no gemv.cu: few tokens are multiplied by the matrix library, too. */
   skinny?: boolean
+  /** Off only to measure or test what comes instead: a kernel a product. */
+  wholeSteps?: boolean
+  /** More definitions for decode-step.cu, and where its clocks go; for measurements. */
+  wholeDefines?: Readonly<Record<string, number>>
+  trace?: number
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
@@ -114,6 +119,7 @@ export class CudaForward {
     this.adjusted = this.logits + outputs * this.vocab * 4
     const context: LowerContext = {
       driver,
+      stream: this.stream,
       find: this.kernels.find,
       matmuls: this.matmuls,
       weights: this.weights,
@@ -127,6 +133,11 @@ export class CudaForward {
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
       overlap: options.overlap ?? true,
       skinny: options.skinny ?? true,
+      // Attention is a part of it.
+      wholeSteps: options.wholeSteps ?? options.attention === undefined,
+      wholeDefines: options.wholeDefines,
+      trace: options.trace,
+      sharedBytes: info.sharedBytesPerBlock,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
     const decodingRows = { tokens: maxSequences, outputs: maxSequences }
@@ -181,6 +192,8 @@ export class CudaForward {
     driver.synchronize()
     for (const graph of this.graphs.values()) driver.destroyExecutable(graph)
     for (const { address } of this.ropes.values()) driver.free(address)
+    this.decoding.close()
+    this.mixed.close()
     driver.free(this.arena)
     driver.free(this.logits)
     this.attention.close()

@@ -26,6 +26,7 @@ import { type Matmuls, type Product, paddedRows } from './matmul.ts'
 import { SkinnyProducts } from './skinny.ts'
 import type { StepState } from './state.ts'
 import type { DeviceWeights } from './weights.ts'
+import { WholeSteps } from './whole-steps.ts'
 
 /** How many rows of each kind a step has. */
 export interface StepShape {
@@ -56,6 +57,8 @@ export interface Attention {
 /** What launches refer to. */
 export interface LowerContext {
   driver: CudaDriver
+  /** Where what is prepared is prepared. */
+  stream: number
   find: KernelFinder
   matmuls: Matmuls
   weights: DeviceWeights
@@ -74,6 +77,13 @@ export interface LowerContext {
   overlap: boolean
   /** Whether products of few tokens have kernels of their own. */
   skinny: boolean
+  /** Whether a step of few tokens is one kernel where it can be; with what more is compiled. */
+  wholeSteps: boolean
+  wholeDefines?: Readonly<Record<string, number>> | undefined
+  /** Where that kernel writes its clocks, if it is compiled to. */
+  trace?: number | undefined
+  /** Shared memory that a block may have. */
+  sharedBytes: number
 }
 
 export class Lowering {
@@ -87,6 +97,8 @@ export class Lowering {
   private commands: readonly NamedCommand[] = []
   private skinny: readonly NamedCommand[] = []
   private readonly products: SkinnyProducts
+  private whole: readonly (NamedCommand[] | undefined)[] = []
+  private wholeSteps: WholeSteps | undefined
 
   constructor(
     program: Program,
@@ -106,16 +118,27 @@ export class Lowering {
   build(arena: number): void {
     this.arena = arena
     this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
-    this.skinny = fuseSkinny(this.nodes).map((node) => ({
+    const few = fuseSkinny(this.nodes)
+    this.skinny = few.map((node) => ({
       name: nameOf(node.kind === 'skinny' ? node.linear : node),
       run: this.lowerSkinny(node),
     }))
+    this.whole = this.lowerWhole(few)
+  }
+
+  /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
+  whyNotWhole(tokens: number): string | undefined {
+    return this.wholeSteps?.reasons[tokens]
+  }
+
+  close(): void {
+    this.wholeSteps?.close()
   }
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
     const few = this.context.skinny && tokens <= GEMV_TOKENS_MAX
-    return few ? this.skinny : this.commands
+    return this.whole[tokens] ?? (few ? this.skinny : this.commands)
   }
 
   /** Queues the program, embedding to logits. */
@@ -178,6 +201,20 @@ export class Lowering {
       if (launch) this.context.driver.launch(launch, step.stream)
       else for (const command of apart) command(step)
     }
+  }
+
+  /** By number of tokens: the embedding, and one kernel for all the rest. */
+  private lowerWhole(few: readonly (Node | SkinnyNode)[]): (NamedCommand[] | undefined)[] {
+    const { driver, skinny } = this.context
+    const embed = this.commands[0]
+    if (!skinny || !embed) return []
+    this.wholeSteps = new WholeSteps(this.context, this.program.config, few, (v) => this.place(v))
+    const rows = Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => tokens)
+    return rows.map((tokens) => {
+      if (tokens > this.room.tokens) return undefined
+      const launch = this.wholeSteps?.launch(tokens)
+      return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
+    })
   }
 
   private embed({ out, weight, scale }: Extract<Node, { kind: 'embed' }>): Command {

@@ -1,0 +1,212 @@
+// Owns a decode step of 1–4 tokens, from embedded tokens to logits, as one kernel that stays on
+// every multiprocessor. It follows a table of phases (phases.cuh): products with what surrounds
+// them, and attention. Between phases all blocks wait for each other, but not their weights
+// (weight-stream.cuh has the drawing), so the step takes about as long as reading these: an 8B
+// model in bf16 15 GB, 4.9 ms at 3.08 TB/s. The idea: Spector et al., "Look Ma, No Bubbles!",
+// Hazy Research 2025.
+//
+// A warp computes whole rows; lanes split K, inputs lie in shared memory. float32 sums, rounded
+// once where kernels of their own would round. Launched cooperatively: blocks wait for each other.
+//
+// -D TOKENS 1|2|4, WARPS a power of two, SLOTS, SEGMENT, INPUT_BYTES (the largest input, or what
+// attention needs), NORM_CHUNKS (of 8 · THREADS elements, of the longest row that is normed),
+// HEADS, KV_HEADS, HEAD_DIM, SPLITS. Dynamic shared memory: WARPS·SLOTS·SEGMENT + INPUT_BYTES.
+// Oracle: test/cuda/families.gpu.ts.
+#include "step-attention.cuh"
+
+static_assert((WARPS & (WARPS - 1)) == 0, "warps take turns");
+static_assert(INPUT_BYTES >= ATTENTION_BYTES, "attention has room where inputs lie");
+
+#ifdef TRACE  // where the time goes: by block and phase, clocks at four points
+#define MARK(point) \
+  if (threadIdx.x == 0) trace[(blockIdx.x * count + p) * 4 + point] = clock64()
+#else
+#define MARK(point)
+#endif
+
+/** By a few threads; the others see it after a barrier. */
+__device__ __forceinline__ void fetchPhase(Phase& into, const Phase& from) {
+  if (threadIdx.x >= sizeof(Phase) / 16) return;
+  ((uint4*)&into)[threadIdx.x] = __ldg((const uint4*)&from + threadIdx.x);
+}
+
+/** A thread's share of a norm's weights. */
+struct NormWeights {
+  float4 part[NORM_CHUNKS][2];
+
+  __device__ __forceinline__ void load(const Phase& phase) {
+    if (!phase.norm) return;
+#pragma unroll
+    for (int c = 0; c < NORM_CHUNKS; c++) {
+      const int i = threadIdx.x + c * THREADS;
+      if (i >= phase.k / 8) continue;
+      part[c][0] = __ldg((const float4*)phase.norm + 2 * i);
+      part[c][1] = __ldg((const float4*)phase.norm + 2 * i + 1);
+    }
+  }
+
+  __device__ __forceinline__ uint4 apply(uint4 x, int c, float scale) const {
+    float v[8];
+    unpack8(x, v);
+    const float4 a = part[c][0], b = part[c][1];
+    v[0] *= scale * a.x, v[1] *= scale * a.y, v[2] *= scale * a.z, v[3] *= scale * a.w;
+    v[4] *= scale * b.x, v[5] *= scale * b.y, v[6] *= scale * b.z, v[7] *= scale * b.w;
+    return pack8(v);
+  }
+};
+
+/** Brings a phase's input to shared memory, normed if it is to be. */
+__device__ __forceinline__ void loadInput(const Phase& phase, const NormWeights& weights,
+                                          uint4* input, float (*scratch)[WARPS]) {
+  const uint4* from = (const uint4*)phase.in;
+  const int chunks = phase.k / 8;
+  if (!phase.norm) {
+    for (int first = threadIdx.x; first < TOKENS * chunks; first += 4 * THREADS) {
+      uint4 v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (first + j * THREADS < TOKENS * chunks) v[j] = loadFresh(from + first + j * THREADS);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (first + j * THREADS < TOKENS * chunks) input[first + j * THREADS] = v[j];
+      }
+    }
+    __syncthreads();
+    return;
+  }
+  uint4 in[TOKENS][NORM_CHUNKS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
+    for (int c = 0; c < NORM_CHUNKS; c++) {
+      const int i = threadIdx.x + c * THREADS;
+      in[t][c] = i < chunks ? loadFresh(from + t * chunks + i) : make_uint4(0, 0, 0, 0);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) {
+    float sum = 0.f;
+#pragma unroll
+    for (int c = 0; c < NORM_CHUNKS; c++) sum = dot8(in[t][c], in[t][c], sum);
+    sum = warpSum(sum);
+    if (threadIdx.x % 32 == 0) scratch[t][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += scratch[t][w];
+    const float scale = rsqrtf(sum / phase.k + phase.eps);
+#pragma unroll
+    for (int c = 0; c < NORM_CHUNKS; c++) {
+      const int i = threadIdx.x + c * THREADS;
+      if (i < chunks) input[t * chunks + i] = weights.apply(in[t][c], c, scale);
+    }
+  }
+  __syncthreads();
+}
+
+/** Of a lane that has a token: where it is and where its keys and values go. */
+struct Token {
+  int position;
+  /** First byte of its slot; 0 for a row that pads the batch. */
+  u64 slot;
+};
+
+/** Cosine and sine of a pair of rows [q | k | v]; those of v do not turn. */
+__device__ __forceinline__ float2 turnOf(const Phase& phase, int item, int position) {
+  constexpr int PAIRS = HEAD_DIM / 2;
+  const int p = item % PAIRS;
+  if (item / PAIRS >= HEADS + KV_HEADS || p >= phase.dimensions >> 1) return make_float2(1.f, 0.f);
+  float sine, cosine;
+  sincosf(position * __ldg(phase.frequencies + p), &sine, &cosine);
+  return make_float2(cosine * phase.magnitude, sine * phase.magnitude);
+}
+
+__device__ __forceinline__ void place(const Phase& phase, const Token& token, u64 tokenStride,
+                                      int2 row, float a, float b, float2 turn, int lane) {
+  if (token.slot == 0) return;
+  a = rounded(a), b = rounded(b);
+  // K and V of a token lie one behind the other, as their rows do in W.
+  bf16* out = row.x >= HEADS * HEAD_DIM
+                  ? (bf16*)(token.slot + token.position * tokenStride + phase.layerOffset) -
+                        HEADS * HEAD_DIM
+                  : (bf16*)phase.out + lane * phase.outStride;
+  out[row.x] = narrow(a * turn.x - b * turn.y);
+  out[row.y] = narrow(a * turn.y + b * turn.x);
+}
+
+/** This warp's rows of a product; lane t ends with token t's and stores them. */
+__device__ __forceinline__ void multiply(const Phase& phase, Share share, WeightStream& stream,
+                                         const uint4* input, const Token& token,
+                                         u64 tokenStride) {
+  const int lane = threadIdx.x % 32, stride = phase.outStride;
+  const Items items(phase);
+  for (int item = share.next; item < share.end; item += WARPS) {
+    // What the end of a row needs is asked for at its beginning.
+    float before = 0.f;
+    float2 turn = make_float2(1.f, 0.f);
+    if (phase.kind == ADD && lane < TOKENS) {
+      before = widen(freshBf16((const bf16*)phase.out + lane * stride + item));
+    } else if (phase.kind == ROPE && lane < TOKENS) {
+      turn = turnOf(phase, item, token.position);
+    }
+    const float a = stream.dot(input, phase.k);
+    const float b = items.pairs() ? stream.dot(input, phase.k) : 0.f;
+    if (lane >= TOKENS) continue;
+    if (phase.kind == ROPE) {
+      place(phase, token, tokenStride, items.rowsOf(item), a, b, turn, lane);
+    } else if (phase.kind == LOGITS) {
+      ((float*)phase.out)[(u64)lane * stride + item] = a;
+    } else {
+      const float y = phase.kind == GLU ? activate(rounded(a), phase.gelu) * rounded(b) : a;
+      ((bf16*)phase.out)[lane * stride + item] = narrow(y + before);
+    }
+  }
+}
+
+/** arrivals: one counter a phase; all but the last two are zero before and after. */
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    decodeStep(const Phase* phases, int count, u32* arrivals, const int* positions,
+               const int* lengths, const u64* slots, u64 tokenStride, float scale, float* partial,
+               u32* headArrivals, long long* trace) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ __align__(8) u64 barriers[WARPS * SLOTS];
+  __shared__ float scratch[TOKENS][WARPS];
+  unsigned char* const input = shared + WARPS * SLOTS * SEGMENT;
+  __shared__ Phase table[2];
+  fetchPhase(table[0], phases[0]);
+  WeightStream stream(phases, count, shared, barriers);
+  awaitInputs();
+  const int lane = threadIdx.x % 32;
+  Token token = {0, 0};
+  if (lane < TOKENS) token = {positions[lane], slots[lane]};
+  const AttentionMemory memory = {lengths, slots,   tokenStride, scale * 1.4426950408889634f,
+                                  partial, headArrivals};
+  int dealt = 0;
+  for (int p = 0; p < count; p++) {
+    const Phase& phase = table[p & 1];
+    if (p + 1 < count) fetchPhase(table[p + 1 & 1], phases[p + 1]);
+    MARK(0);
+    if (phase.kind == ATTENTION) {
+      attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input);
+    } else {
+      const Share share(Items(phase).count(), dealt);
+      NormWeights weights;
+      weights.load(phase);
+      if (p > 0) await(arrivals + p - 1, phase.arrivals);
+      MARK(1);
+      loadInput(phase, weights, (uint4*)input, scratch);
+      MARK(2);
+      multiply(phase, share, stream, (const uint4*)input, token, tokenStride);
+    }
+    __syncthreads();
+    MARK(3);
+    if (threadIdx.x) continue;
+    if (phase.kind != ATTENTION && p + 1 < count) arrive(arrivals + p);
+    // Whoever waited for the phase before the last has gone on: this one could not end otherwise.
+    if (blockIdx.x == 0) arrivals[p >= 2 ? p - 2 : p + count - 2] = 0;
+  }
+}

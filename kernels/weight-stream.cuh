@@ -1,0 +1,133 @@
+// Owns the reading of weights through a whole step: a warp asks for its rows, a segment at a time,
+// as far ahead as its slots of shared memory go, whatever phase they belong to. Weights depend on
+// nothing, so memory stays busy while phases wait for each other:
+//
+//   memory    …|qkv 0|output 0   |gate and up 0      |down 0     |qkv 1|output 1 …
+//   products      …|qkv 0| · · · |output 0|·|gate and up 0  |·|down 0 |·|qkv 1| …
+//                         attention        ↑ all wait for all; what is read meanwhile lies in
+//                                            shared memory, 192 KiB a multiprocessor
+//
+// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), and those of phases.cuh.
+#pragma once
+#include "phases.cuh"
+
+constexpr int SEGMENT_CHUNKS = SEGMENT / 16;
+
+__device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
+  sum = fmaf(low(w.x), low(x.x), sum), sum = fmaf(high(w.x), high(x.x), sum);
+  sum = fmaf(low(w.y), low(x.y), sum), sum = fmaf(high(w.y), high(x.y), sum);
+  sum = fmaf(low(w.z), low(x.z), sum), sum = fmaf(high(w.z), high(x.z), sum);
+  return fmaf(high(w.w), high(x.w), fmaf(low(w.w), low(x.w), sum));
+}
+
+/** One for each warp; every lane follows the same way. */
+class WeightStream {
+  const Phase* phases;
+  const int count;
+  /** This warp's slots, and a barrier for each: a slot is full when its barrier's phase ends. */
+  const unsigned char* slots;
+  const u32 full;
+  /** Where the next segment is taken from. */
+  int slot = 0;
+  u32 parity = 0;
+  /** What the next request asks for; `phase` is `count` at the end. */
+  int phase = -1, dealt = 0, item = 0, end = 0, rowBytes = 0, at = 0;
+  bool second = false;
+  Items items;
+  const unsigned char *weight = nullptr, *row = nullptr;
+
+ public:
+  /** Asks for as many segments as there are slots. */
+  __device__ __forceinline__ WeightStream(const Phase* phases, int count, unsigned char* ring,
+                                          u64* barriers)
+      : phases(phases), count(count), slots(ring + threadIdx.x / 32 * SLOTS * SEGMENT),
+        full(address(barriers + threadIdx.x / 32 * SLOTS)), items(phases[0]) {
+    if (threadIdx.x % 32 == 0) {
+      for (int s = 0; s < SLOTS; s++) barrierInit(full + s * 8, COPIERS);
+    }
+    barriersReady();
+    nextPhase();
+    for (int s = 0; s < SLOTS; s++) request(s);
+  }
+
+  /** The product of the next row with TOKENS inputs of k elements: lane t has token t's. */
+  __device__ __forceinline__ float dot(const uint4* input, int k) {
+    const int lane = threadIdx.x % 32, chunks = k / 8;
+    float sums[TOKENS] = {};
+    for (int first = 0; first < chunks; first += SEGMENT_CHUNKS) {
+      barrierWait(full + slot * 8, parity);
+      const uint4* w = (const uint4*)(slots + slot * SEGMENT);
+      const uint4* x = input + first;
+      if (first + SEGMENT_CHUNKS <= chunks) {
+#pragma unroll
+        for (int i = 0; i < SEGMENT_CHUNKS / 32; i++) add(sums, w, x, i * 32 + lane, chunks);
+      } else {
+        for (int i = lane; i < chunks - first; i += 32) add(sums, w, x, i, chunks);
+      }
+      __syncwarp();
+      request(slot);
+      if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    float own = 0.f;
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+      const float sum = warpSum(sums[t]);
+      if (lane == t) own = sum;
+    }
+    return own;
+  }
+
+ private:
+#if __CUDA_ARCH__ >= 900
+  static constexpr int COPIERS = 1;
+#else
+  static constexpr int COPIERS = 32;
+#endif
+
+  __device__ __forceinline__ static void add(float (&sums)[TOKENS], const uint4* w, const uint4* x,
+                                             int i, int chunks) {
+    const uint4 part = w[i];
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) sums[t] = dot8(part, x[t * chunks + i], sums[t]);
+  }
+
+  __device__ __forceinline__ void request(int into) {
+    if (phase == count) return;
+    const int lane = threadIdx.x % 32, bytes = min(SEGMENT, rowBytes - at);
+    const u32 to = address(slots + into * SEGMENT), barrier = full + into * 8;
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+      barrierExpect(barrier, bytes);
+      copyOnce(to, row + at, bytes, barrier);
+    }
+#else
+    for (int i = lane * 16; i < bytes; i += 512) copy16(to + i, row + at + i);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+    at += SEGMENT;
+    if (at < rowBytes) return;
+    at = 0;
+    second = items.pairs() && !second;
+    if (!second) item += WARPS;
+    if (item < end) findRow();
+    else nextPhase();
+  }
+
+  __device__ __forceinline__ void findRow() {
+    const int2 rows = items.rowsOf(item);
+    row = weight + (u64)(second ? rows.y : rows.x) * rowBytes;
+  }
+
+  __device__ __forceinline__ void nextPhase() {
+    do {
+      if (++phase == count) return;
+      const Phase& next = phases[phase];
+      items = Items(next);
+      weight = (const unsigned char*)next.weight;
+      rowBytes = next.k * 2;
+      const Share share(items.count(), dealt);
+      item = share.next, end = share.end;
+    } while (item >= end);
+    findRow();
+  }
+};
