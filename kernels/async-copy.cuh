@@ -49,6 +49,12 @@ __device__ __forceinline__ void loadBox(u32 to, const void *map, int x, int y, i
 
 /** Copies `bytes` (a multiple of 16) that are read once: they leave L2 first. */
 __device__ __forceinline__ void copyOnce(u32 to, const void *from, u32 bytes, u32 barrier) {
+#ifdef PLAIN
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+  return;
+#endif
   asm volatile("{ .reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0;"
                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                "[%0], [%1], %2, [%3], p; }" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)

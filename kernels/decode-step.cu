@@ -17,13 +17,6 @@
 static_assert((WARPS & (WARPS - 1)) == 0, "warps take turns");
 static_assert(INPUT_BYTES >= ATTENTION_BYTES, "attention has room where inputs lie");
 
-#ifdef TRACE  // where the time goes: by block and phase, clocks at four points
-#define MARK(point) \
-  if (threadIdx.x == 0) trace[(blockIdx.x * count + p) * 4 + point] = clock64()
-#else
-#define MARK(point)
-#endif
-
 /** By a few threads; the others see it after a barrier. */
 __device__ __forceinline__ void fetchPhase(Phase& into, const Phase& from) {
   if (threadIdx.x >= sizeof(Phase) / 16) return;
@@ -139,12 +132,12 @@ __device__ __forceinline__ void place(const Phase& phase, const Token& token, u6
 }
 
 /** This warp's rows of a product; lane t ends with token t's and stores them. */
-__device__ __forceinline__ void multiply(const Phase& phase, Share share, WeightStream& stream,
+__device__ __forceinline__ void multiply(const Phase& phase, int p, WeightStream& stream,
                                          const uint4* input, const Token& token,
                                          u64 tokenStride) {
   const int lane = threadIdx.x % 32, stride = phase.outStride;
   const Items items(phase);
-  for (int item = share.next; item < share.end; item += WARPS) {
+  for (int item; (item = stream.next(p)) >= 0;) {
     // What the end of a row needs is asked for at its beginning.
     float before = 0.f;
     float2 turn = make_float2(1.f, 0.f);
@@ -167,46 +160,47 @@ __device__ __forceinline__ void multiply(const Phase& phase, Share share, Weight
   }
 }
 
-/** arrivals: one counter a phase; all but the last two are zero before and after. */
+/** counters: as `countersOf` has them, zero before the first step; headArrivals, trace: see there. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    decodeStep(const Phase* phases, int count, u32* arrivals, const int* positions,
+    decodeStep(const Phase* phases, int count, u32* counters, const int* positions,
                const int* lengths, const u64* slots, u64 tokenStride, float scale, float* partial,
                u32* headArrivals, long long* trace) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * SLOTS];
+  __shared__ int2 contents[WARPS * SLOTS];
   __shared__ float scratch[TOKENS][WARPS];
-  unsigned char* const input = shared + WARPS * SLOTS * SEGMENT;
   __shared__ Phase table[2];
+  unsigned char* const input = shared + WARPS * SLOTS * SEGMENT;
+  const u32 step = *(volatile u32*)counters;
+  u32* const arrivals = countersOf(counters, step, count);
   fetchPhase(table[0], phases[0]);
-  WeightStream stream(phases, count, shared, barriers);
+  WeightStream stream(phases, count, arrivals + count, shared, barriers, contents);
   awaitInputs();
+  clearCounters(counters, step + 1, count);
   const int lane = threadIdx.x % 32;
   Token token = {0, 0};
   if (lane < TOKENS) token = {positions[lane], slots[lane]};
   const AttentionMemory memory = {lengths, slots,   tokenStride, scale * 1.4426950408889634f,
                                   partial, headArrivals};
-  int dealt = 0;
   for (int p = 0; p < count; p++) {
     const Phase& phase = table[p & 1];
-    if (p + 1 < count) fetchPhase(table[p + 1 & 1], phases[p + 1]);
-    MARK(0);
+    if (p + 1 < count) fetchPhase(table[(p + 1) & 1], phases[p + 1]);
+    MARK(p, 0);
     if (phase.kind == ATTENTION) {
-      attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input);
+      attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input, trace, count, p);
     } else {
-      const Share share(Items(phase).count(), dealt);
       NormWeights weights;
       weights.load(phase);
       if (p > 0) await(arrivals + p - 1, phase.arrivals);
-      MARK(1);
+      MARK(p, 1);
       loadInput(phase, weights, (uint4*)input, scratch);
-      MARK(2);
-      multiply(phase, share, stream, (const uint4*)input, token, tokenStride);
+      MARK(p, 2);
+      multiply(phase, p, stream, (const uint4*)input, token, tokenStride);
     }
     __syncthreads();
-    MARK(3);
-    if (threadIdx.x) continue;
-    if (phase.kind != ATTENTION && p + 1 < count) arrive(arrivals + p);
-    // Whoever waited for the phase before the last has gone on: this one could not end otherwise.
-    if (blockIdx.x == 0) arrivals[p >= 2 ? p - 2 : p + count - 2] = 0;
+    MARK(p, 3);
+    if (threadIdx.x == 0 && phase.kind != ATTENTION) arrive(arrivals + p);
   }
+  // All blocks have long read it: they arrived after that.
+  if (blockIdx.x == 0 && threadIdx.x == 0) *counters = step + 1;
 }

@@ -14,6 +14,12 @@
 #define ATTENTION 5  // of the queries `in`, over each token's slot; no weights
 
 #define THREADS (32 * WARPS)
+#ifdef TRACE  // where the time goes: by block and phase, clocks at four points
+#define MARK(p, point) \
+  if (threadIdx.x == 0) trace[(blockIdx.x * count + (p)) * 4 + point] = clock64()
+#else
+#define MARK(p, point)
+#endif
 // About half a microsecond each.
 #define SPINS_MAX 8000000u
 
@@ -64,19 +70,19 @@ struct Items {
 };
 
 /**
- * A warp's items of a phase: next, next + WARPS, … below end. A block has a run of them. Its warps
- * take turns, from phase to phase, too: `dealt` counts what the block was dealt before.
+ * A step's counters, by phase: blocks that have done their part; behind them, items taken of those
+ * that nobody was dealt. There are two sets, so that a step clears the next one's: `all` is the
+ * number of steps so far, three unused words, and the sets of 2 · count.
  */
-struct Share {
-  int next, end;
+__device__ __forceinline__ u32* countersOf(u32* all, u32 step, int count) {
+  return all + 4 + (step & 1) * 2 * count;
+}
 
-  __device__ __forceinline__ Share(int items, int& dealt) {
-    const int from = (u32)items * blockIdx.x / gridDim.x;
-    end = (u32)items * (blockIdx.x + 1) / gridDim.x;
-    next = from + (((int)(threadIdx.x / 32) - dealt) & (WARPS - 1));
-    dealt += end - from;
-  }
-};
+__device__ __forceinline__ void clearCounters(u32* all, u32 step, int count) {
+  u32* const set = countersOf(all, step, count);
+  if (blockIdx.x > 0) return;
+  for (int i = threadIdx.x; i < 2 * count; i += THREADS) set[i] = 0;
+}
 
 /** 16 bytes as they are in L2: another multiprocessor may have written them in this launch. */
 __device__ __forceinline__ uint4 loadFresh(const void* p) {
@@ -85,9 +91,9 @@ __device__ __forceinline__ uint4 loadFresh(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
-__device__ __forceinline__ float freshFloat(const float* p) {
-  float v;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+__device__ __forceinline__ float2 freshPair(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
 __device__ __forceinline__ bf16 freshBf16(const bf16* p) {
@@ -98,8 +104,15 @@ __device__ __forceinline__ bf16 freshBf16(const bf16* p) {
 
 /** By one thread, after a barrier of its block: what the block wrote is there. */
 __device__ __forceinline__ void arrive(u32* counter) {
-  __threadfence();
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+/** As `arrive`, and what those before wrote is seen, too. @returns how many these are */
+__device__ __forceinline__ u32 arriveAfter(u32* counter) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 /**
@@ -112,6 +125,9 @@ __device__ __forceinline__ void await(const u32* counter, u32 count) {
     for (u32 spins = 0;; spins++) {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
       if (seen >= count) break;
+#ifdef FREE
+      break;
+#endif
       if (spins == SPINS_MAX) __trap();
     }
   }

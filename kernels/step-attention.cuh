@@ -11,7 +11,7 @@ constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int LANES = HEAD_DIM / 8;   // of a token
 constexpr int PER = 32 / LANES;       // tokens side by side in a warp
 constexpr int STRIDE = WARPS * PER;   // and in a block
-constexpr int BATCH = 4;              // of these under way at once
+constexpr int BATCH = 6;              // of these under way at once
 constexpr int RESULT = GROUP * HEAD_DIM;
 // By warp and query head: weighted sums of values; then maxima and totals.
 constexpr int ATTENTION_BYTES = WARPS * GROUP * (HEAD_DIM + 2) * 4;
@@ -86,9 +86,34 @@ struct Stretch {
   }
 };
 
-/** `area`: ATTENTION_BYTES of shared memory. `before`, `after`: arrivals of phases. */
+/** A float4 of two, relative to a common maximum: sums of N parts with their weights. */
+template <int N, typename Tail, typename Sums>
+__device__ __forceinline__ Part merge(int count, Tail tail, Sums sums, float2& into, Part whole) {
+  float2 t[N], x[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) t[i] = tail(min(i, count - 1)), x[i] = sums(min(i, count - 1));
+  float top = whole.m;
+#pragma unroll
+  for (int i = 0; i < N; i++) top = fmaxf(top, t[i].x);
+  const float keep = power(whole.m - top);
+  whole = {top, whole.l * keep};
+  into.x *= keep, into.y *= keep;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const float by = i < count ? power(t[i].x - top) : 0.f;
+    whole.l += t[i].y * by;
+    into.x += x[i].x * by, into.y += x[i].y * by;
+  }
+  return whole;
+}
+
+/**
+ * `area`: ATTENTION_BYTES of shared memory. `before`, `after`: arrivals of phases. `trace`, `count`,
+ * `p`: for MARK.
+ */
 __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory& memory,
-                                       const u32* before, u32* after, float* area) {
+                                       const u32* before, u32* after, float* area,
+                                       long long* trace, int count, int p) {
   const int item = blockIdx.x;
   if (item >= TOKENS * KV_HEADS * SPLITS) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -105,6 +130,7 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
   stretch.token = from + warp * PER + lane / LANES;
   stretch.prefetch(min(to, length - 1));
   await(before, phase.arrivals);
+  MARK(p, 1);
   stretch.loadKeys(length - 1, to);
   stretch.loadValues(length - 1, to);
   uint4 q[GROUP];
@@ -119,6 +145,12 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const bool some = stretch.token + b * STRIDE < to;
+      // The same for the whole block.
+      if (tile + b * STRIDE >= to) {
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) s[b][g] = NONE;
+        continue;
+      }
 #pragma unroll
       for (int g = 0; g < GROUP; g++) {
         float score = dot8(stretch.keys[b], q[g], 0.f);
@@ -149,6 +181,7 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
     }
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
+      if (tile + b * STRIDE >= to) continue;
       float v[8];
       unpack8(stretch.values[b], v);
 #pragma unroll
@@ -184,56 +217,41 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
   }
   __syncthreads();
 
-  float* const parts = memory.partial + (u64)TOKENS * KV_HEADS * SPLITS * RESULT;
-  for (int e = threadIdx.x; e < RESULT; e += THREADS) {
+  // Two dimensions a thread: first over the block's warps, then over the head's blocks.
+  float2* const parts = (float2*)(memory.partial + (u64)TOKENS * KV_HEADS * SPLITS * RESULT);
+  for (int e = threadIdx.x * 2; e < RESULT; e += THREADS * 2) {
     const int g = e / HEAD_DIM;
-    Part whole;
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float* tail = tails + (w * GROUP + g) * 2;
-      const float2 by = join(whole, {tail[0], tail[1]});
-      sum = sum * by.x + area[w * RESULT + e] * by.y;
-    }
-    memory.partial[(u64)item * RESULT + e] = sum;
-    if (e % HEAD_DIM == 0) {
-      parts[(item * GROUP + g) * 2] = whole.m;
-      parts[(item * GROUP + g) * 2 + 1] = whole.l;
-    }
+    float2 sum = make_float2(0.f, 0.f);
+    const Part whole = merge<WARPS>(
+        WARPS, [&](int w) { return ((const float2*)tails)[w * GROUP + g]; },
+        [&](int w) { return *(const float2*)(area + w * RESULT + e); }, sum, Part());
+    *(float2*)(memory.partial + (u64)item * RESULT + e) = sum;
+    if (e % HEAD_DIM == 0) parts[item * GROUP + g] = make_float2(whole.m, whole.l);
   }
   __shared__ u32 arrived;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    arrived = atomicAdd(memory.arrivals + tokenHead, 1);
-    __threadfence();
-  }
+  MARK(p, 2);
+  if (threadIdx.x == 0) arrived = arriveAfter(memory.arrivals + tokenHead);
   __syncthreads();
   if (arrived != SPLITS - 1) return;
 
   bf16* const out = (bf16*)phase.out + (u64)tokenHead * RESULT;
-  for (int e = threadIdx.x; e < RESULT; e += THREADS) {
+  for (int e = threadIdx.x * 2; e < RESULT; e += THREADS * 2) {
     const int g = e / HEAD_DIM, first = tokenHead * SPLITS;
+    float2 sum = make_float2(0.f, 0.f);
     Part whole;
-    float sum = 0.f;
     constexpr int ONCE = SPLITS < 16 ? SPLITS : 16;
     for (int s = 0; s < SPLITS; s += ONCE) {
-      float x[ONCE], m[ONCE], l[ONCE];
-#pragma unroll
-      for (int i = 0; i < ONCE; i++) {
-        const int at = first + min(s + i, SPLITS - 1);
-        x[i] = freshFloat(memory.partial + (u64)at * RESULT + e);
-        m[i] = freshFloat(parts + (at * GROUP + g) * 2);
-        l[i] = freshFloat(parts + (at * GROUP + g) * 2 + 1);
-      }
-#pragma unroll
-      for (int i = 0; i < ONCE; i++) {
-        if (s + i >= SPLITS) break;
-        const float2 by = join(whole, {m[i], l[i]});
-        sum = sum * by.x + x[i] * by.y;
-      }
+      whole = merge<ONCE>(
+          min(ONCE, SPLITS - s),
+          [&](int i) { return freshPair(parts + (first + s + i) * GROUP + g); },
+          [&](int i) {
+            return freshPair((const float2*)(memory.partial + (u64)(first + s + i) * RESULT + e));
+          },
+          sum, whole);
     }
-    out[e] = narrow(whole.l > 0.f ? sum / whole.l : 0.f);
+    const float by = whole.l > 0.f ? 1.f / whole.l : 0.f;
+    *(u32*)(out + e) = pack(sum.x * by, sum.y * by);
   }
   __syncthreads();
   if (threadIdx.x == 0) {

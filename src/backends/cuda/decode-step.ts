@@ -81,7 +81,7 @@ export interface StepShape {
   longestNormed: number
 }
 
-const WARPS = 16
+const WARPS = 8
 const THREADS = 32 * WARPS
 /** Of a block's shared memory: barriers, phases, and what the driver keeps. */
 const OTHER_BYTES = 2 << 10
@@ -89,6 +89,8 @@ const OTHER_BYTES = 2 << 10
 const SEGMENTS = [8192, 4096, 2048, 1024]
 const SLOTS_MIN = 3
 const SLOTS_MAX = 8
+/** Percent of a phase's rows that go to whoever is first. */
+const TAKEN = 12
 /** More stretches than this take longer to merge than to read. */
 const SPLITS_MAX = 32
 const GROUP_MAX = 4
@@ -130,6 +132,7 @@ export function stepVariant(
       KV_HEADS: kvHeads,
       HEAD_DIM: headDim,
       SPLITS: splits,
+      TAKEN,
     },
     threads: THREADS,
     sharedBytes: WARPS * slots * segment + input,
