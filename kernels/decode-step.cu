@@ -14,7 +14,6 @@
 // Oracle: test/cuda/families.gpu.ts.
 #include "step-attention.cuh"
 
-static_assert((WARPS & (WARPS - 1)) == 0, "warps take turns");
 static_assert(INPUT_BYTES >= ATTENTION_BYTES, "attention has room where inputs lie");
 
 /** By a few threads; the others see it after a barrier. */
@@ -132,12 +131,12 @@ __device__ __forceinline__ void place(const Phase& phase, const Token& token, u6
 }
 
 /** This warp's rows of a product; lane t ends with token t's and stores them. */
-__device__ __forceinline__ void multiply(const Phase& phase, int p, WeightStream& stream,
+__device__ __forceinline__ void multiply(const Phase& phase, int first, WeightStream& stream,
                                          const uint4* input, const Token& token,
                                          u64 tokenStride) {
   const int lane = threadIdx.x % 32, stride = phase.outStride;
   const Items items(phase);
-  for (int item; (item = stream.next(p)) >= 0;) {
+  for (int item = first; item < items.count(); item += WARPS * gridDim.x) {
     // What the end of a row needs is asked for at its beginning.
     float before = 0.f;
     float2 turn = make_float2(1.f, 0.f);
@@ -160,32 +159,35 @@ __device__ __forceinline__ void multiply(const Phase& phase, int p, WeightStream
   }
 }
 
-/** counters: as `countersOf` has them, zero before the first step; headArrivals, trace: see there. */
+/** counters: as `arrivalsOf` has them, zero before the first step; headArrivals, zero, too. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decodeStep(const Phase* phases, int count, u32* counters, const int* positions,
                const int* lengths, const u64* slots, u64 tokenStride, float scale, float* partial,
                u32* headArrivals, long long* trace) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * SLOTS];
-  __shared__ int2 contents[WARPS * SLOTS];
   __shared__ float scratch[TOKENS][WARPS];
   __shared__ Phase table[2];
   unsigned char* const input = shared + WARPS * SLOTS * SEGMENT;
-  const u32 step = *(volatile u32*)counters;
-  u32* const arrivals = countersOf(counters, step, count);
   fetchPhase(table[0], phases[0]);
-  WeightStream stream(phases, count, arrivals + count, shared, barriers, contents);
+  WeightStream stream(phases, count, shared, barriers);
   awaitInputs();
-  clearCounters(counters, step + 1, count);
   const int lane = threadIdx.x % 32;
+  const u32 step = *(volatile u32*)counters;
+  u32* const arrivals = arrivalsOf(counters, step, count);
+  if (blockIdx.x == 0) {
+    for (int p = threadIdx.x; p < count; p += THREADS) arrivalsOf(counters, step + 1, count)[p] = 0;
+  }
   Token token = {0, 0};
   if (lane < TOKENS) token = {positions[lane], slots[lane]};
-  const AttentionMemory memory = {lengths, slots,   tokenStride, scale * 1.4426950408889634f,
+  const AttentionMemory memory = {lengths, slots,   tokenStride, scale * LOG2E,
                                   partial, headArrivals};
+  Turns turns;
   for (int p = 0; p < count; p++) {
     const Phase& phase = table[p & 1];
     if (p + 1 < count) fetchPhase(table[(p + 1) & 1], phases[p + 1]);
     MARK(p, 0);
+    const int first = turns.deal(Items(phase).count());
     if (phase.kind == ATTENTION) {
       attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input, trace, count, p);
     } else {
@@ -195,7 +197,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       MARK(p, 1);
       loadInput(phase, weights, (uint4*)input, scratch);
       MARK(p, 2);
-      multiply(phase, p, stream, (const uint4*)input, token, tokenStride);
+      const Phase& next = table[(p + 1) & 1];
+      if (p + 1 < count && next.kind == ATTENTION) Stretch(next, memory).prefetch();
+      multiply(phase, first, stream, (const uint4*)input, token, tokenStride);
+      if (PREFETCH == 2 || (PREFETCH == 1 && next.kind == ATTENTION)) stream.prefetch();
     }
     __syncthreads();
     MARK(p, 3);

@@ -69,19 +69,26 @@ struct Items {
   }
 };
 
-/**
- * A step's counters, by phase: blocks that have done their part; behind them, items taken of those
- * that nobody was dealt. There are two sets, so that a step clears the next one's: `all` is the
- * number of steps so far, three unused words, and the sets of 2 · count.
- */
-__device__ __forceinline__ u32* countersOf(u32* all, u32 step, int count) {
-  return all + 4 + (step & 1) * 2 * count;
-}
+/** Items are dealt to the warps of all blocks in turn; who follows, follows on in the next phase. */
+struct Turns {
+  /** From an item of a warp to its next. */
+  const int step = WARPS * gridDim.x;
+  int dealt = 0;
 
-__device__ __forceinline__ void clearCounters(u32* all, u32 step, int count) {
-  u32* const set = countersOf(all, step, count);
-  if (blockIdx.x > 0) return;
-  for (int i = threadIdx.x; i < 2 * count; i += THREADS) set[i] = 0;
+  /** @returns this warp's first of so many items; it has none if that is beyond them */
+  __device__ __forceinline__ int deal(int items) {
+    const int turn = threadIdx.x / 32 * gridDim.x + blockIdx.x - dealt;
+    dealt = (dealt + items) % step;
+    return turn < 0 ? turn + step : turn;
+  }
+};
+
+/**
+ * How many blocks have done their part, by phase. There are two sets, so that a step clears the
+ * next one's: `all` is the number of steps so far, three unused words, and the sets.
+ */
+__device__ __forceinline__ u32* arrivalsOf(u32* all, u32 step, int count) {
+  return all + 4 + (step & 1) * count;
 }
 
 /** 16 bytes as they are in L2: another multiprocessor may have written them in this launch. */

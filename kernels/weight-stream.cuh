@@ -7,8 +7,7 @@
 //                         attention        ↑ all wait for all; what is read meanwhile lies in
 //                                            shared memory, 192 KiB a multiprocessor
 //
-// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), TAKEN, and those of
-// phases.cuh.
+// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), and those of phases.cuh.
 #pragma once
 #include "phases.cuh"
 
@@ -23,39 +22,30 @@ __device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
 
 /**
  * One for each warp; every lane follows the same way. Items are dealt to all warps of the GPU in
- * turn, so that what is read at one time lies together; the last TAKEN percent of a phase are
- * taken by whoever comes first, because multiprocessors do not read equally fast.
+ * turn, from phase to phase, too: what is read at one time lies together.
  */
 class WeightStream {
   const Phase* phases;
   const int count;
-  u32* const tickets;
-  /** This warp's slots, a barrier for each (full when its phase ends), and what is in them. */
+  /** This warp's slots, and a barrier for each: a slot is full when its barrier's phase ends. */
   const unsigned char* slots;
   const u32 full;
-  int2* const contents;
   /** Where the next segment is taken from. */
   int slot = 0;
   u32 parity = 0;
   /** What the next request asks for; `phase` is `count` at the end. */
   int phase = -1, item = 0, rowBytes = 0, at = 0;
   bool second = false;
-  /** Warps of the GPU; items of the phase that are dealt; and whose turn it is. */
-  const int step = WARPS * gridDim.x;
-  int fixed = 0, dealt = 0;
-  /** In lane 0, the item taken for when this one has been asked for. */
-  int taken = 0;
+  Turns turns;
   Items items;
   const unsigned char *weight = nullptr, *row = nullptr;
 
  public:
   /** Asks for as many segments as there are slots. */
-  __device__ __forceinline__ WeightStream(const Phase* phases, int count, u32* tickets,
-                                          unsigned char* ring, u64* barriers, int2* contents)
-      : phases(phases), count(count), tickets(tickets),
-        slots(ring + threadIdx.x / 32 * SLOTS * SEGMENT),
-        full(address(barriers + threadIdx.x / 32 * SLOTS)),
-        contents(contents + threadIdx.x / 32 * SLOTS), items(phases[0]) {
+  __device__ __forceinline__ WeightStream(const Phase* phases, int count, unsigned char* ring,
+                                          u64* barriers)
+      : phases(phases), count(count), slots(ring + threadIdx.x / 32 * SLOTS * SEGMENT),
+        full(address(barriers + threadIdx.x / 32 * SLOTS)), items(phases[0]) {
     if (threadIdx.x % 32 == 0) {
       for (int s = 0; s < SLOTS; s++) barrierInit(full + s * 8, COPIERS);
     }
@@ -64,10 +54,13 @@ class WeightStream {
     for (int s = 0; s < SLOTS; s++) request(s);
   }
 
-  /** The warp's next item of a phase; -1 if it has no more. */
-  __device__ __forceinline__ int next(int phase) const {
-    const int2 content = contents[slot];
-    return content.x == phase ? content.y : -1;
+  /** Brings what is asked for after all slots are full as far as L2. */
+  __device__ __forceinline__ void prefetch() const {
+#if __CUDA_ARCH__ >= 900
+    if (phase == count || threadIdx.x % 32 > 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row + at),
+                 "r"(min(SEGMENT, rowBytes - at)) : "memory");
+#endif
   }
 
   /** The product of the next row with TOKENS inputs of k elements: lane t has token t's. */
@@ -112,8 +105,6 @@ class WeightStream {
   }
 
   __device__ __forceinline__ void request(int into) {
-    // Every lane writes what it will read.
-    contents[into] = make_int2(phase, item);
     if (phase == count) return;
     const int lane = threadIdx.x % 32, bytes = min(SEGMENT, rowBytes - at);
     const u32 to = address(slots + into * SEGMENT), barrier = full + into * 8;
@@ -130,31 +121,14 @@ class WeightStream {
     if (at < rowBytes) return;
     at = 0;
     second = items.pairs() && !second;
-    if (second) findRow();
-    else nextItem();
+    if (!second) item += turns.step;
+    if (item < items.count()) findRow();
+    else nextPhase();
   }
 
   __device__ __forceinline__ void findRow() {
     const int2 rows = items.rowsOf(item);
     row = weight + (u64)(second ? rows.y : rows.x) * rowBytes;
-  }
-
-  /** The dealt items come first; after the last of these, those that are taken. */
-  __device__ __forceinline__ void nextItem() {
-    item = item + step < fixed ? item + step : __shfl_sync(~0u, taken, 0);
-    if (item < items.count()) begin();
-    else nextPhase();
-  }
-
-  /** What comes after the last dealt item is asked for before it is needed. */
-  __device__ __forceinline__ void begin() {
-    if (item + step >= fixed) take();
-    findRow();
-  }
-
-  __device__ __forceinline__ void take() {
-    const int all = items.count();
-    if (threadIdx.x % 32 == 0) taken = fixed < all ? fixed + atomicAdd(tickets + phase, 1) : all;
   }
 
   __device__ __forceinline__ void nextPhase() {
@@ -164,14 +138,8 @@ class WeightStream {
       items = Items(next);
       weight = (const unsigned char*)next.weight;
       rowBytes = next.k * 2;
-      fixed = items.count() - items.count() * TAKEN / 100;
-      item = threadIdx.x / 32 * gridDim.x + blockIdx.x - dealt;
-      if (item < 0) item += step;
-      dealt = (dealt + fixed) % step;
-      if (item < fixed) continue;
-      take();
-      item = __shfl_sync(~0u, taken, 0);
+      item = turns.deal(items.count());
     } while (item >= items.count());
-    begin();
+    findRow();
   }
 };

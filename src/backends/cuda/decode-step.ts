@@ -89,11 +89,9 @@ const OTHER_BYTES = 2 << 10
 const SEGMENTS = [8192, 4096, 2048, 1024]
 const SLOTS_MIN = 3
 const SLOTS_MAX = 8
-/** Percent of a phase's rows that go to whoever is first. */
-const TAKEN = 12
 /** More stretches than this take longer to merge than to read. */
 const SPLITS_MAX = 32
-const GROUP_MAX = 4
+const GROUP_MAX = 8
 
 /**
  * The variant for a number of tokens, or why there is none.
@@ -108,7 +106,7 @@ export function stepVariant(
 ): StepVariant | Unplanned {
   if (tokens !== 1 && tokens !== 2 && tokens !== 4) return { reason: 'steps are of 1, 2 or 4 rows' }
   const group = heads / kvHeads
-  if (![32, 64, 128, 256].includes(headDim) || group > GROUP_MAX) {
+  if (![32, 64, 96, 128].includes(headDim) || group > GROUP_MAX) {
     return { reason: `attention has ${group} heads of ${headDim} for each of its keys` }
   }
   if (longest % 8 !== 0) return { reason: `a row of ${longest} elements is no whole 16 bytes` }
@@ -132,7 +130,7 @@ export function stepVariant(
       KV_HEADS: kvHeads,
       HEAD_DIM: headDim,
       SPLITS: splits,
-      TAKEN,
+      PREFETCH: 1,
     },
     threads: THREADS,
     sharedBytes: WARPS * slots * segment + input,

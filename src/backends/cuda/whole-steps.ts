@@ -74,7 +74,7 @@ export class WholeSteps {
     driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
     const { positions, lengths: seen, bases } = state.rows.tokens
     const heads = tokens * this.config.kvHeads
-    const counters = this.zeros(4 * (4 + 4 * plan.length + heads))
+    const counters = this.zeros(4 * (4 + 2 * plan.length + heads))
     const partial = this.zeros(variant.partialFloats * 4)
     const launch = new KernelLaunch(kernel, KINDS).cooperative()
     if (this.context.overlap && !("NO_PDL" in defines)) launch.programmatic()
@@ -83,7 +83,7 @@ export class WholeSteps {
     return launch.setAll(
       ...[this.table(plan, heads), plan.length, counters, positions, seen, bases],
       ...[layout.tokenStride, this.config.attentionScale, partial],
-      ...[counters + 4 * (4 + 4 * plan.length), this.context.trace ?? 0],
+      ...[counters + 4 * (4 + 2 * plan.length), this.context.trace ?? 0],
     )
   }
 
