@@ -131,9 +131,8 @@ __device__ __forceinline__ void place(const Phase& phase, const Token& token, u6
 }
 
 /** This warp's rows of a product; lane t ends with token t's and stores them. */
-__device__ __forceinline__ void multiply(const Phase& phase, int first, WeightStream& stream,
-                                         const uint4* input, const Token& token,
-                                         u64 tokenStride) {
+__device__ __forceinline__ void produce(const Phase& phase, int first, WeightStream& stream,
+                                        const uint4* input, const Token& token, u64 tokenStride) {
   const int lane = threadIdx.x % 32, stride = phase.outStride;
   const Items items(phase);
   for (int item = first; item < items.count(); item += WARPS * gridDim.x) {
@@ -199,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       MARK(p, 2);
       const Phase& next = table[(p + 1) & 1];
       if (p + 1 < count && next.kind == ATTENTION) Stretch(next, memory).prefetch();
-      multiply(phase, first, stream, (const uint4*)input, token, tokenStride);
+      produce(phase, first, stream, (const uint4*)input, token, tokenStride);
       if (PREFETCH == 2 || (PREFETCH == 1 && next.kind == ATTENTION)) stream.prefetch();
     }
     __syncthreads();

@@ -3,8 +3,8 @@
 //
 // Before: -D TOKENS WARPS HEADS KV_HEADS HEAD_DIM
 #pragma once
-#include "async-copy.cuh"
 #include "rope.cuh"
+#include "tensor-core.cuh"
 
 #define STORE 0      // out[t][row] = y, bf16
 #define ADD 1        // out[t][row] += y, bf16
@@ -132,9 +132,6 @@ __device__ __forceinline__ void await(const u32* counter, u32 count) {
     for (u32 spins = 0;; spins++) {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
       if (seen >= count) break;
-#ifdef FREE
-      break;
-#endif
       if (spins == SPINS_MAX) __trap();
     }
   }

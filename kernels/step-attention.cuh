@@ -11,7 +11,6 @@
 #pragma once
 #include "weight-stream.cuh"
 
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int RESULT = GROUP * HEAD_DIM;
 constexpr int TILE = 16 * WARPS;        // tokens
@@ -19,7 +18,7 @@ constexpr int STEPS = HEAD_DIM / 16;    // tensor-core steps over a head
 constexpr int PAIRS_ROW = HEAD_DIM / 16;  // of values, in a lane
 // By warp and query head: weighted sums of values; then maxima and totals.
 constexpr int ATTENTION_BYTES = WARPS * GROUP * (HEAD_DIM + 2) * 4;
-constexpr float NONE = -1e30f;  // of no token; its weight is 0 beside any other
+constexpr float HIDDEN = -1e30f;  // a score of no token: its weight is 0 beside any other
 
 static_assert(HEAD_DIM % 32 == 0 && GROUP <= 8, "heads fit the fragments");
 
@@ -35,29 +34,15 @@ struct AttentionMemory {
   u32* arrivals;
 };
 
-__device__ __forceinline__ float power(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-
 __device__ __forceinline__ u32 transpose(u32 x) {
   u32 r;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
   return r;
 }
 
-__device__ __forceinline__ void multiplyTile(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
-                                             u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 /** Weighted sums relative to maximum m (in powers of two), and the total of weights. */
 struct Part {
-  float m = NONE, l = 0.f;
+  float m = HIDDEN, l = 0.f;
 };
 
 /** Adds `count` ≤ N parts to `whole`, and two dimensions of their sums to `into`. */
@@ -69,12 +54,12 @@ __device__ __forceinline__ Part merge(int count, Tail tail, Sums sums, float2& i
   float top = whole.m;
 #pragma unroll
   for (int i = 0; i < N; i++) top = fmaxf(top, t[i].x);
-  const float keep = power(whole.m - top);
+  const float keep = exp2(whole.m - top);
   whole = {top, whole.l * keep};
   into.x *= keep, into.y *= keep;
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    const float by = i < count ? power(t[i].x - top) : 0.f;
+    const float by = i < count ? exp2(t[i].x - top) : 0.f;
     whole.l += t[i].y * by;
     into.x += x[i].x * by, into.y += x[i].y * by;
   }
@@ -177,12 +162,12 @@ struct Attended {
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; j++) {
       const uint4 a = tile.keys[0][j], b = tile.keys[1][j];
-      multiplyTile(s[0], a.x, b.x, a.y, b.y, q[j].x, q[j].y);
-      multiplyTile(s[1], a.z, b.z, a.w, b.w, q[j].z, q[j].w);
+      multiply(s[0], {a.x, b.x, a.y, b.y}, q[j].x, q[j].y);
+      multiply(s[1], {a.z, b.z, a.w, b.w}, q[j].z, q[j].w);
     }
     const int at = token + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = at + i / 2 * 8 < to ? (s[0][i] + s[1][i]) * scale : NONE;
+    for (int i = 0; i < 4; i++) x[i] = at + i / 2 * 8 < to ? (s[0][i] + s[1][i]) * scale : HIDDEN;
   }
 
   /** At least one of the scores is of a token. */
@@ -194,8 +179,8 @@ struct Attended {
 #pragma unroll
       for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
       top = fmaxf(top, part[h].m);
-      by[h] = power(part[h].m - top);
-      x[h] = power(x[h] - top), x[h + 2] = power(x[h + 2] - top);
+      by[h] = exp2(part[h].m - top);
+      x[h] = exp2(x[h] - top), x[h + 2] = exp2(x[h + 2] - top);
       part[h] = {top, part[h].l * by[h] + x[h] + x[h + 2]};
     }
     const u32 b0 = transpose(pack(x[0], x[1])), b1 = transpose(pack(x[2], x[3]));
@@ -205,8 +190,10 @@ struct Attended {
       for (int j = 0; j < 4; j++) o[i][j] *= by[j % 2];
       const u32 v0 = tile.values[0][i], v1 = tile.values[1][i];
       const u32 v2 = tile.values[2][i], v3 = tile.values[3][i];
-      multiplyTile(o[i], __byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632),
-                   __byte_perm(v2, v3, 0x5410), __byte_perm(v2, v3, 0x7632), b0, b1);
+      multiply(o[i],
+               {__byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632),
+                __byte_perm(v2, v3, 0x5410), __byte_perm(v2, v3, 0x7632)},
+               b0, b1);
     }
   }
 

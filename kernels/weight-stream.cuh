@@ -13,6 +13,16 @@
 
 constexpr int SEGMENT_CHUNKS = SEGMENT / 16;
 
+#if __CUDA_ARCH__ >= 900
+/** Copies `bytes` (a multiple of 16) that are read once: they leave L2 first. */
+__device__ __forceinline__ void copyOnce(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("{ .reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p, 1.0;"
+               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], p; }" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+#endif
+
 __device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
   sum = fmaf(low(w.x), low(x.x), sum), sum = fmaf(high(w.x), high(x.x), sum);
   sum = fmaf(low(w.y), low(x.y), sum), sum = fmaf(high(w.y), high(x.y), sum);

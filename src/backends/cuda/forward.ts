@@ -119,7 +119,6 @@ export class CudaForward {
     this.adjusted = this.logits + outputs * this.vocab * 4
     const context: LowerContext = {
       driver,
-      stream: this.stream,
       find: this.kernels.find,
       matmuls: this.matmuls,
       weights: this.weights,

@@ -57,8 +57,6 @@ export interface Attention {
 /** What launches refer to. */
 export interface LowerContext {
   driver: CudaDriver
-  /** Where what is prepared is prepared. */
-  stream: number
   find: KernelFinder
   matmuls: Matmuls
   weights: DeviceWeights

@@ -89,7 +89,7 @@ export class WholeSteps {
 
   /** @param heads blocks that finish an attention phase */
   private table(plan: readonly Phase[], heads: number): number {
-    const { driver, stream, weights, logits, layout, multiprocessors } = this.context
+    const { driver, state, weights, logits, layout, multiprocessors } = this.context
     const bytes = plan.length * PHASE_BYTES
     const staging = driver.allocateHost(bytes)
     const view = new DataView(viewMemory(staging, bytes))
@@ -120,18 +120,18 @@ export class WholeSteps {
     })
     const table = driver.allocate(bytes)
     this.allocations.push(table)
-    driver.copyToDevice(table, staging, bytes, stream)
-    driver.synchronizeStream(stream)
+    driver.copyToDevice(table, staging, bytes, state.stream)
+    driver.synchronizeStream(state.stream)
     driver.freeHost(staging)
     return table
   }
 
   private zeros(bytes: number): number {
-    const { driver, stream } = this.context
+    const { driver, state } = this.context
     const address = driver.allocate(bytes)
     this.allocations.push(address)
-    driver.fill8(address, 0, bytes, stream)
-    driver.synchronizeStream(stream)
+    driver.fill8(address, 0, bytes, state.stream)
+    driver.synchronizeStream(state.stream)
     return address
   }
 }
