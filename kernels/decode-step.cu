@@ -107,14 +107,16 @@ struct Token {
   u64 slot;
 };
 
-/** Cosine and sine of a pair of rows [q | k | v]; those of v do not turn. */
-__device__ __forceinline__ float2 turnOf(const Phase& phase, int item, int position) {
+/** By token and pair of a head: cosine and sine of the angle that it turns by in every layer. */
+typedef float2 Turns[TOKENS][HEAD_DIM / 2];
+
+__device__ __forceinline__ void computeTurns(Turns& turns, const Rope& rope, const int* positions) {
   constexpr int PAIRS = HEAD_DIM / 2;
-  const int p = item % PAIRS;
-  if (item / PAIRS >= HEADS + KV_HEADS || p >= phase.dimensions >> 1) return make_float2(1.f, 0.f);
-  float sine, cosine;
-  sincosf(position * __ldg(phase.frequencies + p), &sine, &cosine);
-  return make_float2(cosine * phase.magnitude, sine * phase.magnitude);
+  for (int i = threadIdx.x; i < TOKENS * PAIRS; i += THREADS) {
+    float cosine = 1.f, sine = 0.f;
+    rotate(rope, i % PAIRS, positions[i / PAIRS], cosine, sine);
+    turns[i / PAIRS][i % PAIRS] = make_float2(cosine, sine);
+  }
 }
 
 __device__ __forceinline__ void place(const Phase& phase, const Token& token, u64 tokenStride,
@@ -130,63 +132,71 @@ __device__ __forceinline__ void place(const Phase& phase, const Token& token, u6
   out[row.y] = narrow(a * turn.y + b * turn.x);
 }
 
-/** This warp's rows of a product; lane t ends with token t's and stores them. */
-__device__ __forceinline__ void produce(const Phase& phase, int first, WeightStream& stream,
-                                        const uint4* input, const Token& token, u64 tokenStride) {
+/** This warp's rows of phase `p`, a product; lane t ends with token t's and stores them. */
+__device__ __forceinline__ void produce(const Phase& phase, int p, WeightStream& stream,
+                                        const uint4* input, const Token& token,
+                                        const Turns& turns, u64 tokenStride) {
   const int lane = threadIdx.x % 32, stride = phase.outStride;
   const Items items(phase);
-  for (int item = first; item < items.count(); item += WARPS * gridDim.x) {
-    // What the end of a row needs is asked for at its beginning.
-    float before = 0.f;
-    float2 turn = make_float2(1.f, 0.f);
+  for (int item; (item = stream.next(p)) >= 0;) {
+    // What the end of a row needs is asked for at its beginning, and not looked at before.
+    bf16 before = 0;
     if (phase.kind == ADD && lane < TOKENS) {
-      before = widen(freshBf16((const bf16*)phase.out + lane * stride + item));
-    } else if (phase.kind == ROPE && lane < TOKENS) {
-      turn = turnOf(phase, item, token.position);
+      before = freshBf16((const bf16*)phase.out + lane * stride + item);
     }
     const float a = stream.dot(input, phase.k);
     const float b = items.pairs() ? stream.dot(input, phase.k) : 0.f;
     if (lane >= TOKENS) continue;
     if (phase.kind == ROPE) {
+      constexpr int PAIRS = HEAD_DIM / 2;
+      const bool turned = item < (HEADS + KV_HEADS) * PAIRS;
+      const float2 turn = turned ? turns[lane][item % PAIRS] : make_float2(1.f, 0.f);
       place(phase, token, tokenStride, items.rowsOf(item), a, b, turn, lane);
     } else if (phase.kind == LOGITS) {
       ((float*)phase.out)[(u64)lane * stride + item] = a;
     } else {
       const float y = phase.kind == GLU ? activate(rounded(a), phase.gelu) * rounded(b) : a;
-      ((bf16*)phase.out)[lane * stride + item] = narrow(y + before);
+      ((bf16*)phase.out)[lane * stride + item] = narrow(y + widen(before));
     }
   }
 }
 
-/** counters: as `arrivalsOf` has them, zero before the first step; headArrivals, zero, too. */
+/**
+ * rope: of all rotations; counters: as `countersOf` has them, and headArrivals: zero before the
+ * first step; trace: for MARK.
+ */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decodeStep(const Phase* phases, int count, u32* counters, const int* positions,
                const int* lengths, const u64* slots, u64 tokenStride, float scale, float* partial,
-               u32* headArrivals, long long* trace) {
+               u32* headArrivals, const float* frequencies, int dimensions, int interleaved,
+               float magnitude, long long* trace) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * SLOTS];
+  __shared__ int2 contents[WARPS * SLOTS];
   __shared__ float scratch[TOKENS][WARPS];
   __shared__ Phase table[2];
+  __shared__ Turns turns;
   unsigned char* const input = shared + WARPS * SLOTS * SEGMENT;
-  fetchPhase(table[0], phases[0]);
-  WeightStream stream(phases, count, shared, barriers);
-  awaitInputs();
-  const int lane = threadIdx.x % 32;
+  // The last step's is there: the kernel before this one lets it begin when all before are done.
   const u32 step = *(volatile u32*)counters;
-  u32* const arrivals = arrivalsOf(counters, step, count);
+  u32* const arrivals = countersOf(counters, step, count);
+  fetchPhase(table[0], phases[0]);
+  WeightStream stream(phases, count, arrivals + count, shared, barriers, contents);
+  awaitInputs();
   if (blockIdx.x == 0) {
-    for (int p = threadIdx.x; p < count; p += THREADS) arrivalsOf(counters, step + 1, count)[p] = 0;
+    u32* const next = countersOf(counters, step + 1, count);
+    for (int i = threadIdx.x; i < 2 * count; i += THREADS) next[i] = 0;
   }
+  computeTurns(turns, {frequencies, dimensions, interleaved, magnitude}, positions);
+  const int lane = threadIdx.x % 32;
   Token token = {0, 0};
   if (lane < TOKENS) token = {positions[lane], slots[lane]};
   const AttentionMemory memory = {lengths, slots,   tokenStride, scale * LOG2E,
                                   partial, headArrivals};
-  Turns turns;
   for (int p = 0; p < count; p++) {
     const Phase& phase = table[p & 1];
     if (p + 1 < count) fetchPhase(table[(p + 1) & 1], phases[p + 1]);
     MARK(p, 0);
-    const int first = turns.deal(Items(phase).count());
     if (phase.kind == ATTENTION) {
       attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input, trace, count, p);
     } else {
@@ -198,8 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       MARK(p, 2);
       const Phase& next = table[(p + 1) & 1];
       if (p + 1 < count && next.kind == ATTENTION) Stretch(next, memory).prefetch();
-      produce(phase, first, stream, (const uint4*)input, token, tokenStride);
-      if (PREFETCH == 2 || (PREFETCH == 1 && next.kind == ATTENTION)) stream.prefetch();
+      produce(phase, p, stream, (const uint4*)input, token, turns, tokenStride);
     }
     __syncthreads();
     MARK(p, 3);

@@ -23,7 +23,7 @@
 // About half a microsecond each.
 #define SPINS_MAX 8000000u
 
-/** As src/backends/cuda/decode-step.ts writes it: 96 bytes, read as 16 at a time. */
+/** As src/backends/cuda/decode-step.ts writes it: 80 bytes, read as 16 at a time. */
 struct __align__(16) Phase {
   /** [rows, k] */
   const bf16* weight;
@@ -32,18 +32,16 @@ struct __align__(16) Phase {
   /** k weights of the norm before the product; null for none. */
   const float* norm;
   void* out;
-  const float* frequencies;
   /** Bytes from a token's start to the layer's keys. */
   u64 layerOffset;
   int kind, rows, k, outStride, gelu, dimensions, interleaved;
-  float magnitude, eps;
+  float eps;
   /** Tokens that a query sees, itself included. */
   int window;
   /** Of the phase before, that this one waits for. */
   u32 arrivals;
-  int padding;
 };
-static_assert(sizeof(Phase) == 96, "the host writes phases");
+static_assert(sizeof(Phase) == 80, "the host writes phases");
 
 /** Which rows an item of a phase needs together. */
 struct Items {
@@ -69,26 +67,13 @@ struct Items {
   }
 };
 
-/** Items are dealt to the warps of all blocks in turn; who follows, follows on in the next phase. */
-struct Turns {
-  /** From an item of a warp to its next. */
-  const int step = WARPS * gridDim.x;
-  int dealt = 0;
-
-  /** @returns this warp's first of so many items; it has none if that is beyond them */
-  __device__ __forceinline__ int deal(int items) {
-    const int turn = threadIdx.x / 32 * gridDim.x + blockIdx.x - dealt;
-    dealt = (dealt + items) % step;
-    return turn < 0 ? turn + step : turn;
-  }
-};
-
 /**
- * How many blocks have done their part, by phase. There are two sets, so that a step clears the
- * next one's: `all` is the number of steps so far, three unused words, and the sets.
+ * A step's counters: by phase, how many blocks have done their part; behind these, for
+ * weight-stream.cuh. There are two sets, so that a step clears the next one's: `all` is the number
+ * of steps so far, three unused words, and the sets.
  */
-__device__ __forceinline__ u32* arrivalsOf(u32* all, u32 step, int count) {
-  return all + 4 + (step & 1) * count;
+__device__ __forceinline__ u32* countersOf(u32* all, u32 step, int count) {
+  return all + 4 + (step & 1) * 2 * count;
 }
 
 /** 16 bytes as they are in L2: another multiprocessor may have written them in this launch. */

@@ -86,10 +86,10 @@ struct Stretch {
   /** Whether this block takes part. */
   __device__ __forceinline__ bool some() const { return item < TOKENS * KV_HEADS * SPLITS; }
 
-  /** Brings what is there of the first tile to L2. */
+  /** Brings what is there of the first tiles to L2. */
   __device__ __forceinline__ void prefetch() const {
     constexpr int LINES = HEAD_DIM / 64 ? HEAD_DIM / 64 : 1;
-    const int tokens = min(TILE, min(to, length - 1) - from);
+    const int tokens = min(2 * TILE, min(to, length - 1) - from);
     for (int i = threadIdx.x; i < tokens * 2 * LINES; i += THREADS) {
       const int line = i % LINES, values = i / LINES % 2, token = from + i / (2 * LINES);
       const unsigned char* at = head + (u64)token * tokenStride;

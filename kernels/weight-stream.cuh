@@ -7,7 +7,8 @@
 //                         attention        ↑ all wait for all; what is read meanwhile lies in
 //                                            shared memory, 192 KiB a multiprocessor
 //
-// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), and those of phases.cuh.
+// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), TAKEN, and those of
+// phases.cuh.
 #pragma once
 #include "phases.cuh"
 
@@ -31,31 +32,41 @@ __device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
 }
 
 /**
- * One for each warp; every lane follows the same way. Items are dealt to all warps of the GPU in
- * turn, from phase to phase, too: what is read at one time lies together.
+ * One for each warp; every lane follows the same way. Most items are dealt to the warps of all
+ * blocks in turn, from phase to phase, too: what is read at one time lies together. The last TAKEN
+ * percent of a phase go to whoever is first: multiprocessors do not read equally fast.
  */
 class WeightStream {
   const Phase* phases;
   const int count;
-  /** This warp's slots, and a barrier for each: a slot is full when its barrier's phase ends. */
+  /** By phase, how many items were taken. */
+  u32* const tickets;
+  /** This warp's slots, a barrier for each (a slot is full when its phase ends), what is in them. */
   const unsigned char* slots;
   const u32 full;
+  int2* const contents;
   /** Where the next segment is taken from. */
   int slot = 0;
   u32 parity = 0;
   /** What the next request asks for; `phase` is `count` at the end. */
   int phase = -1, item = 0, rowBytes = 0, at = 0;
   bool second = false;
-  Turns turns;
+  /** From an item of a warp to its next; items of the phase that are dealt; whose turn it is. */
+  const int step = WARPS * gridDim.x;
+  int fixed = 0, dealt = 0;
+  /** In lane 0, the item that was taken to come after this one. */
+  int taken = 0;
   Items items;
   const unsigned char *weight = nullptr, *row = nullptr;
 
  public:
   /** Asks for as many segments as there are slots. */
-  __device__ __forceinline__ WeightStream(const Phase* phases, int count, unsigned char* ring,
-                                          u64* barriers)
-      : phases(phases), count(count), slots(ring + threadIdx.x / 32 * SLOTS * SEGMENT),
-        full(address(barriers + threadIdx.x / 32 * SLOTS)), items(phases[0]) {
+  __device__ __forceinline__ WeightStream(const Phase* phases, int count, u32* tickets,
+                                          unsigned char* ring, u64* barriers, int2* contents)
+      : phases(phases), count(count), tickets(tickets),
+        slots(ring + threadIdx.x / 32 * SLOTS * SEGMENT),
+        full(address(barriers + threadIdx.x / 32 * SLOTS)),
+        contents(contents + threadIdx.x / 32 * SLOTS), items(phases[0]) {
     if (threadIdx.x % 32 == 0) {
       for (int s = 0; s < SLOTS; s++) barrierInit(full + s * 8, COPIERS);
     }
@@ -64,28 +75,26 @@ class WeightStream {
     for (int s = 0; s < SLOTS; s++) request(s);
   }
 
-  /** Brings what is asked for after all slots are full as far as L2. */
-  __device__ __forceinline__ void prefetch() const {
-#if __CUDA_ARCH__ >= 900
-    if (phase == count || threadIdx.x % 32 > 0) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row + at),
-                 "r"(min(SEGMENT, rowBytes - at)) : "memory");
-#endif
+  /** The warp's next item of a phase; -1 if it has no more. */
+  __device__ __forceinline__ int next(int phase) const {
+    const int2 content = contents[slot];
+    return content.x == phase ? content.y : -1;
   }
 
   /** The product of the next row with TOKENS inputs of k elements: lane t has token t's. */
   __device__ __forceinline__ float dot(const uint4* input, int k) {
     const int lane = threadIdx.x % 32, chunks = k / 8;
-    float sums[TOKENS] = {};
+    // Two of each: a sum would wait for the one before it.
+    float sums[2][TOKENS] = {};
     for (int first = 0; first < chunks; first += SEGMENT_CHUNKS) {
       barrierWait(full + slot * 8, parity);
       const uint4* w = (const uint4*)(slots + slot * SEGMENT);
       const uint4* x = input + first;
       if (first + SEGMENT_CHUNKS <= chunks) {
 #pragma unroll
-        for (int i = 0; i < SEGMENT_CHUNKS / 32; i++) add(sums, w, x, i * 32 + lane, chunks);
+        for (int i = 0; i < SEGMENT_CHUNKS / 32; i++) add(sums[i % 2], w, x, i * 32 + lane, chunks);
       } else {
-        for (int i = lane; i < chunks - first; i += 32) add(sums, w, x, i, chunks);
+        for (int i = lane; i < chunks - first; i += 32) add(sums[0], w, x, i, chunks);
       }
       __syncwarp();
       request(slot);
@@ -94,7 +103,7 @@ class WeightStream {
     float own = 0.f;
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
-      const float sum = warpSum(sums[t]);
+      const float sum = warpSum(sums[0][t] + sums[1][t]);
       if (lane == t) own = sum;
     }
     return own;
@@ -115,6 +124,8 @@ class WeightStream {
   }
 
   __device__ __forceinline__ void request(int into) {
+    // Every lane writes what it will read.
+    contents[into] = make_int2(phase, item);
     if (phase == count) return;
     const int lane = threadIdx.x % 32, bytes = min(SEGMENT, rowBytes - at);
     const u32 to = address(slots + into * SEGMENT), barrier = full + into * 8;
@@ -131,14 +142,26 @@ class WeightStream {
     if (at < rowBytes) return;
     at = 0;
     second = items.pairs() && !second;
-    if (!second) item += turns.step;
-    if (item < items.count()) findRow();
+    if (second) return findRow();
+    item = item + step < fixed ? item + step : __shfl_sync(~0u, taken, 0);
+    if (item < items.count()) begin();
     else nextPhase();
   }
 
   __device__ __forceinline__ void findRow() {
     const int2 rows = items.rowsOf(item);
     row = weight + (u64)(second ? rows.y : rows.x) * rowBytes;
+  }
+
+  /** What comes after the last dealt item is taken before it is needed. */
+  __device__ __forceinline__ void begin() {
+    if (item + step >= fixed) take();
+    findRow();
+  }
+
+  __device__ __forceinline__ void take() {
+    const int all = items.count();
+    if (threadIdx.x % 32 == 0) taken = fixed < all ? fixed + atomicAdd(tickets + phase, 1) : all;
   }
 
   __device__ __forceinline__ void nextPhase() {
@@ -148,8 +171,14 @@ class WeightStream {
       items = Items(next);
       weight = (const unsigned char*)next.weight;
       rowBytes = next.k * 2;
-      item = turns.deal(items.count());
+      fixed = items.count() - items.count() * TAKEN / 100;
+      item = threadIdx.x / 32 * gridDim.x + blockIdx.x - dealt;
+      if (item < 0) item += step;
+      dealt = (dealt + fixed) % step;
+      if (item < fixed) continue;
+      take();
+      item = __shfl_sync(~0u, taken, 0);
     } while (item >= items.count());
-    findRow();
+    begin();
   }
 };

@@ -6,6 +6,7 @@ import { present } from '../assert.ts'
 import { gpuKvLayout } from '../backends/cuda/kv-memory.ts'
 import type { CudaDevice } from '../backends/cuda/device.ts'
 import { CudaForward } from '../backends/cuda/forward.ts'
+import { GEMV_TOKENS_MAX } from '../backends/cuda/gemv.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import { PLACES } from '../backends/cuda/state.ts'
@@ -24,6 +25,7 @@ interface DecodeCase {
 interface DecodeOptions {
   prefetchBytes?: number
   overlap?: boolean
+  wholeSteps?: boolean
   /** Also times each kind of kernel by itself. */
   profile?: boolean
 }
@@ -66,6 +68,9 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
     row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
     for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+    if (of.batch > GEMV_TOKENS_MAX) continue
+    const apart = benchDecode(device, modules, model, of, readGBs, { wholeSteps: false })
+    row(`${name}: step, a kernel a product`, apart.stepUs, 'µs', apart.rooflineUs)
   }
 }
 

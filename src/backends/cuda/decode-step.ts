@@ -61,7 +61,8 @@ export function planStep(nodes: readonly (Node | SkinnyNode)[]): Phase[] | Unpla
       phases.push({ ...common, kind: accumulate ? 'add' : 'store', weights, out: outs[0] })
     }
   }
-  return phases
+  const ropes = new Set(phases.flatMap(({ rope }) => rope ?? []))
+  return ropes.size === 1 ? phases : { reason: `heads turn in ${ropes.size} ways` }
 }
 
 export interface StepVariant {
@@ -84,11 +85,13 @@ export interface StepShape {
 const WARPS = 8
 const THREADS = 32 * WARPS
 /** Of a block's shared memory: barriers, phases, and what the driver keeps. */
-const OTHER_BYTES = 2 << 10
+const OTHER_BYTES = 4 << 10
 /** Segments are as long as four of them a warp allow, so that requests are few. */
 const SEGMENTS = [8192, 4096, 2048, 1024]
 const SLOTS_MIN = 3
 const SLOTS_MAX = 8
+/** Percent of a phase's rows that go to whoever is first. */
+const TAKEN = 12
 /** More stretches than this take longer to merge than to read. */
 const SPLITS_MAX = 32
 const GROUP_MAX = 8
@@ -130,7 +133,7 @@ export function stepVariant(
       KV_HEADS: kvHeads,
       HEAD_DIM: headDim,
       SPLITS: splits,
-      PREFETCH: 1,
+      TAKEN,
     },
     threads: THREADS,
     sharedBytes: WARPS * slots * segment + input,

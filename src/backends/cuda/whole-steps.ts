@@ -12,11 +12,12 @@ import type { Node, SkinnyNode } from './fuse.ts'
 import type { LowerContext } from './lower.ts'
 
 const KINDS: readonly ArgumentKind[] = [
-  ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32', 'u64', 'u64', 'u64'] as const),
+  ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32', 'u64', 'u64'] as const),
+  ...(['u64', 'i32', 'i32', 'f32', 'u64'] as const),
 ]
 
 /** sizeof(Phase) in phases.cuh. */
-const PHASE_BYTES = 96
+const PHASE_BYTES = 80
 const NO_WINDOW = 0x7fffffff
 
 type Place = { address: number; stride: number; width: number }
@@ -74,16 +75,20 @@ export class WholeSteps {
     driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
     const { positions, lengths: seen, bases } = state.rows.tokens
     const heads = tokens * this.config.kvHeads
-    const counters = this.zeros(4 * (4 + 2 * plan.length + heads))
+    const counters = this.zeros(4 * (4 + 4 * plan.length + heads))
     const partial = this.zeros(variant.partialFloats * 4)
     const launch = new KernelLaunch(kernel, KINDS).cooperative()
     if (this.context.overlap && !("NO_PDL" in defines)) launch.programmatic()
     const threads = 32 * (defines.WARPS ?? 1)
     launch.grid(multiprocessors).threads(threads).sharedBytes(variant.sharedBytes)
+    const ropes = plan.flatMap((phase) => phase.rope ?? [])
+    const rope = present(ropes[0], 'a rotation')
+    const turn = this.context.ropeTable(rope)
     return launch.setAll(
       ...[this.table(plan, heads), plan.length, counters, positions, seen, bases],
       ...[layout.tokenStride, this.config.attentionScale, partial],
-      ...[counters + 4 * (4 + 2 * plan.length), this.context.trace ?? 0],
+      ...[counters + 4 * (4 + 4 * plan.length), turn.address, rope.dimensions],
+      ...[rope.pairing === 'interleaved' ? 1 : 0, turn.magnitude, this.context.trace ?? 0],
     )
   }
 
@@ -101,22 +106,20 @@ export class WholeSteps {
         phase.kind === 'logits'
           ? { address: logits, stride: matrix.rows }
           : this.place(present(phase.out, 'what a phase makes'))
-      const turn = phase.rope && this.context.ropeTable(phase.rope)
       const before = plan[i - 1]?.kind
       const addresses = [
         ...[matrix.address, this.place(phase.in).address, weights.vector(phase.norm?.weight)],
-        ...[out.address, turn?.address ?? 0, phase.layer * layout.layerStride],
+        ...[out.address, phase.layer * layout.layerStride],
       ]
       addresses.forEach((value, j) => view.setBigUint64(at + j * 8, BigInt(value), true))
       const integers = [
         ...[PHASE[phase.kind], matrix.rows, matrix.k, out.stride, phase.gelu ? 1 : 0],
         ...[phase.rope?.dimensions ?? 0, phase.rope?.pairing === 'interleaved' ? 1 : 0],
       ]
-      integers.forEach((value, j) => view.setInt32(at + 48 + j * 4, value, true))
-      view.setFloat32(at + 76, turn?.magnitude ?? 1, true)
-      view.setFloat32(at + 80, phase.norm?.eps ?? 0, true)
-      view.setInt32(at + 84, phase.window ?? NO_WINDOW, true)
-      view.setUint32(at + 88, before === 'attention' ? heads : multiprocessors, true)
+      integers.forEach((value, j) => view.setInt32(at + 40 + j * 4, value, true))
+      view.setFloat32(at + 68, phase.norm?.eps ?? 0, true)
+      view.setInt32(at + 72, phase.window ?? NO_WINDOW, true)
+      view.setUint32(at + 76, before === 'attention' ? heads : multiprocessors, true)
     })
     const table = driver.allocate(bytes)
     this.allocations.push(table)
