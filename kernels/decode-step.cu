@@ -163,13 +163,13 @@ __device__ __forceinline__ void produce(const Phase& phase, int p, WeightStream&
 
 /**
  * rope: of all rotations; counters: as `countersOf` has them, and headArrivals: zero before the
- * first step; trace: for MARK.
+ * first step.
  */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     decodeStep(const Phase* phases, int count, u32* counters, const int* positions,
                const int* lengths, const u64* slots, u64 tokenStride, float scale, float* partial,
                u32* headArrivals, const float* frequencies, int dimensions, int interleaved,
-               float magnitude, long long* trace) {
+               float magnitude) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * SLOTS];
   __shared__ int2 contents[WARPS * SLOTS];
@@ -196,23 +196,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int p = 0; p < count; p++) {
     const Phase& phase = table[p & 1];
     if (p + 1 < count) fetchPhase(table[(p + 1) & 1], phases[p + 1]);
-    MARK(p, 0);
     if (phase.kind == ATTENTION) {
-      attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input, trace, count, p);
+      attend(phase, memory, arrivals + p - 1, arrivals + p, (float*)input);
     } else {
       NormWeights weights;
       weights.load(phase);
       if (p > 0) await(arrivals + p - 1, phase.arrivals);
-      MARK(p, 1);
       loadInput(phase, weights, (uint4*)input, scratch);
-      MARK(p, 2);
       const Phase& next = table[(p + 1) & 1];
       if (p + 1 < count && next.kind == ATTENTION) Stretch(next, memory).prefetch();
       produce(phase, p, stream, (const uint4*)input, token, turns, tokenStride);
     }
     __syncthreads();
-    MARK(p, 3);
-    if (threadIdx.x == 0 && phase.kind != ATTENTION) arrive(arrivals + p);
+    if (phase.kind == ATTENTION) continue;
+    if (threadIdx.x == 0) arrive(arrivals + p);
+    __syncthreads();
+    const bool attends = p + 1 < count && table[(p + 1) & 1].kind == ATTENTION;
+    stream.proceed(p + (attends ? 2 : 1));
   }
   // All blocks have long read it: they arrived after that.
   if (blockIdx.x == 0 && threadIdx.x == 0) *counters = step + 1;

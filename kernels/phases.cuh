@@ -14,12 +14,6 @@
 #define ATTENTION 5  // of the queries `in`, over each token's slot; no weights
 
 #define THREADS (32 * WARPS)
-#ifdef TRACE  // where the time goes: by block and phase, clocks at four points
-#define MARK(p, point) \
-  if (threadIdx.x == 0) trace[(blockIdx.x * count + (p)) * 4 + point] = clock64()
-#else
-#define MARK(p, point)
-#endif
 // About half a microsecond each.
 #define SPINS_MAX 8000000u
 

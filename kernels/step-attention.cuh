@@ -214,13 +214,9 @@ struct Attended {
   }
 };
 
-/**
- * `area`: ATTENTION_BYTES of shared memory. `before`, `after`: arrivals of phases. `trace`, `count`,
- * `p`: for MARK.
- */
+/** area: ATTENTION_BYTES of shared memory; before, after: arrivals of phases. */
 __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory& memory,
-                                       const u32* before, u32* after, float* area,
-                                       long long* trace, int count, int p) {
+                                       const u32* before, u32* after, float* area) {
   const Stretch stretch(phase, memory);
   if (!stretch.some()) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -230,7 +226,6 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
   tile.loadKeys<false>(stretch, token, 0, min(to, stretch.length - 1));
   tile.loadValues<false>(stretch, token, 0, min(to, stretch.length - 1));
   await(before, phase.arrivals);
-  MARK(p, 1);
   // Of the last token, they came with the query.
   tile.loadKeys<true>(stretch, token, stretch.length - 1, to);
   tile.loadValues<true>(stretch, token, stretch.length - 1, to);
@@ -270,7 +265,6 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
   }
   __shared__ u32 arrived;
   __syncthreads();
-  MARK(p, 2);
   if (threadIdx.x == 0) arrived = arriveAfter(memory.arrivals + stretch.tokenHead);
   __syncthreads();
   if (arrived != SPLITS - 1) return;

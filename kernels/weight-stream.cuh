@@ -45,9 +45,11 @@ class WeightStream {
   const unsigned char* slots;
   const u32 full;
   int2* const contents;
-  /** Where the next segment is taken from. */
-  int slot = 0;
+  /** Where the next segment is taken from, and where the next one that is asked for goes. */
+  int slot = 0, in = 0;
   u32 parity = 0;
+  /** The phase being done; segments of later ones asked for during it; and those put off. */
+  int present = 0, ahead = 0, owed = 0;
   /** What the next request asks for; `phase` is `count` at the end. */
   int phase = -1, item = 0, rowBytes = 0, at = 0;
   bool second = false;
@@ -72,13 +74,21 @@ class WeightStream {
     }
     barriersReady();
     nextPhase();
-    for (int s = 0; s < SLOTS; s++) request(s);
+    for (int s = 0; s < SLOTS; s++) request();
   }
 
   /** The warp's next item of a phase; -1 if it has no more. */
   __device__ __forceinline__ int next(int phase) const {
+    if (owed == SLOTS) return -1;
     const int2 content = contents[slot];
     return content.x == phase ? content.y : -1;
+  }
+
+  /** Now phase `p` is being done: what was put off is asked for. */
+  __device__ __forceinline__ void proceed(int p) {
+    present = p;
+    ahead = 0;
+    for (; owed > 0; owed--) ask();
   }
 
   /** The product of the next row with TOKENS inputs of k elements: lane t has token t's. */
@@ -97,7 +107,7 @@ class WeightStream {
         for (int i = lane; i < chunks - first; i += 32) add(sums[0], w, x, i, chunks);
       }
       __syncwarp();
-      request(slot);
+      request();
       if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
     float own = 0.f;
@@ -123,7 +133,15 @@ class WeightStream {
     for (int t = 0; t < TOKENS; t++) sums[t] = dot8(part, x[t * chunks + i], sums[t]);
   }
 
-  __device__ __forceinline__ void request(int into) {
+  /** Asks for what is next, unless that has to wait for `proceed`. */
+  __device__ __forceinline__ void request() {
+    if (phase > present && ++ahead > HOLD) owed++;
+    else ask();
+  }
+
+  __device__ __forceinline__ void ask() {
+    const int into = in;
+    if (++in == SLOTS) in = 0;
     // Every lane writes what it will read.
     contents[into] = make_int2(phase, item);
     if (phase == count) return;
@@ -171,7 +189,8 @@ class WeightStream {
       items = Items(next);
       weight = (const unsigned char*)next.weight;
       rowBytes = next.k * 2;
-      fixed = items.count() - items.count() * TAKEN / 100;
+      fixed = items.count();
+      if (fixed >= 8 * step) fixed -= fixed * TAKEN / 100;
       item = threadIdx.x / 32 * gridDim.x + blockIdx.x - dealt;
       if (item < 0) item += step;
       dealt = (dealt + fixed) % step;

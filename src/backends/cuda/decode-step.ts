@@ -70,26 +70,27 @@ export interface StepVariant {
   threads: number
   /** Dynamic shared memory. */
   sharedBytes: number
-  /** Blocks that attention needs at least, and floats of its scratch. */
-  attentionBlocks: number
+  /** Attention's scratch. */
   partialFloats: number
 }
 
 export interface StepShape {
   config: Pick<ModelConfig, 'heads' | 'kvHeads' | 'headDim'>
-  /** Elements of the longest row that a product takes, and of the longest that is normed. */
-  longest: number
-  longestNormed: number
+  /** Elements of the rows that products take, and of those among them that are normed first. */
+  inputs: readonly number[]
+  normed: readonly number[]
 }
 
 const WARPS = 8
 const THREADS = 32 * WARPS
 /** Of a block's shared memory: barriers, phases, and what the driver keeps. */
 const OTHER_BYTES = 4 << 10
-/** Segments are as long as four of them a warp allow, so that requests are few. */
-const SEGMENTS = [8192, 4096, 2048, 1024]
+/** Longer ones, up to 8 KiB, are as good while a warp has as many bytes; shorter ones are not. */
+const SEGMENTS = [4096, 2048, 1024]
 const SLOTS_MIN = 3
-const SLOTS_MAX = 8
+const SLOTS_MAX = 6
+/** What a block reads ahead of a phase's end; see weight-stream.cuh. */
+const HOLD_BYTES = 64 << 10
 /** Percent of a phase's rows that go to whoever is first. */
 const TAKEN = 12
 /** More stretches than this take longer to merge than to read. */
@@ -102,7 +103,7 @@ const GROUP_MAX = 8
  * @param sharedBytes that a block may have
  */
 export function stepVariant(
-  { config: { heads, kvHeads, headDim }, longest, longestNormed }: StepShape,
+  { config: { heads, kvHeads, headDim }, inputs, normed }: StepShape,
   tokens: number,
   multiprocessors: number,
   sharedBytes: number,
@@ -112,11 +113,12 @@ export function stepVariant(
   if (![32, 64, 96, 128].includes(headDim) || group > GROUP_MAX) {
     return { reason: `attention has ${group} heads of ${headDim} for each of its keys` }
   }
-  if (longest % 8 !== 0) return { reason: `a row of ${longest} elements is no whole 16 bytes` }
+  const odd = inputs.find((k) => k % 8 !== 0)
+  if (odd !== undefined) return { reason: `a row of ${odd} elements is no whole 16 bytes` }
   const splits = Math.min(SPLITS_MAX, Math.floor(multiprocessors / (tokens * kvHeads)))
   if (splits < 1) return { reason: `${multiprocessors} multiprocessors are too few` }
   const attention = WARPS * group * (headDim + 2) * 4
-  const input = Math.ceil(Math.max(tokens * longest * 2, attention) / 128) * 128
+  const input = Math.ceil(Math.max(tokens * Math.max(...inputs) * 2, attention) / 128) * 128
   const room = Math.floor((sharedBytes - OTHER_BYTES - input) / WARPS)
   const segment = SEGMENTS.find((bytes) => bytes * SLOTS_MIN <= room)
   if (segment === undefined) return { reason: `its inputs take ${input} bytes of shared memory` }
@@ -128,16 +130,16 @@ export function stepVariant(
       SLOTS: slots,
       SEGMENT: segment,
       INPUT_BYTES: input,
-      NORM_CHUNKS: Math.ceil(longestNormed / 8 / THREADS),
+      NORM_CHUNKS: Math.ceil(Math.max(8, ...normed) / 8 / THREADS),
       HEADS: heads,
       KV_HEADS: kvHeads,
       HEAD_DIM: headDim,
       SPLITS: splits,
       TAKEN,
+      HOLD: Math.max(1, Math.floor(HOLD_BYTES / WARPS / segment)),
     },
     threads: THREADS,
     sharedBytes: WARPS * slots * segment + input,
-    attentionBlocks: tokens * kvHeads * splits,
     partialFloats: tokens * kvHeads * splits * group * (headDim + 2),
   }
 }

@@ -40,9 +40,6 @@ export interface ForwardOptions {
   skinny?: boolean
   /** Off only to measure or test what comes instead: a kernel a product. */
   wholeSteps?: boolean
-  /** More definitions for decode-step.cu, and where its clocks go; for measurements. */
-  wholeDefines?: Readonly<Record<string, number>>
-  trace?: number
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
@@ -134,8 +131,6 @@ export class CudaForward {
       skinny: options.skinny ?? true,
       // Attention is a part of it.
       wholeSteps: options.wholeSteps ?? options.attention === undefined,
-      wholeDefines: options.wholeDefines,
-      trace: options.trace,
       sharedBytes: info.sharedBytesPerBlock,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }

@@ -75,11 +75,8 @@ export interface LowerContext {
   overlap: boolean
   /** Whether products of few tokens have kernels of their own. */
   skinny: boolean
-  /** Whether a step of few tokens is one kernel where it can be; with what more is compiled. */
+  /** Whether a step of few tokens is one kernel where it can be. */
   wholeSteps: boolean
-  wholeDefines?: Readonly<Record<string, number>> | undefined
-  /** Where that kernel writes its clocks, if it is compiled to. */
-  trace?: number | undefined
   /** Shared memory that a block may have. */
   sharedBytes: number
 }

@@ -1,7 +1,7 @@
 // Owns decode steps of few tokens as one cooperative kernel: its table of phases on the device, its
 // counters and scratch, and its launches. Which models it takes is decode-step.ts's to say.
 
-import { present } from '../../assert.ts'
+import { assert, present } from '../../assert.ts'
 import { FUNCTION } from '../../ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import { viewMemory } from '../../ffi/libc.ts'
@@ -13,7 +13,7 @@ import type { LowerContext } from './lower.ts'
 
 const KINDS: readonly ArgumentKind[] = [
   ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32', 'u64', 'u64'] as const),
-  ...(['u64', 'i32', 'i32', 'f32', 'u64'] as const),
+  ...(['u64', 'i32', 'i32', 'f32'] as const),
 ]
 
 /** sizeof(Phase) in phases.cuh. */
@@ -62,25 +62,22 @@ export class WholeSteps {
 
   private make(plan: readonly Phase[], tokens: number): KernelLaunch | Unplanned {
     const { driver, find, multiprocessors, sharedBytes, state, layout, weights } = this.context
-    const longestOf = (some: readonly Phase[]) =>
-      Math.max(0, ...some.map((phase) => weights.joined(phase.weights).k))
     const products = plan.filter(({ kind }) => kind !== 'attention')
-    const longest = longestOf(products)
-    const longestNormed = longestOf(products.filter(({ norm }) => norm !== undefined))
-    const shape = { config: this.config, longest, longestNormed }
+    const lengthOf = (phase: Phase) => weights.joined(phase.weights).k
+    const inputs = products.map(lengthOf)
+    const normed = products.filter(({ norm }) => norm !== undefined).map(lengthOf)
+    const shape = { config: this.config, inputs, normed }
     const variant = stepVariant(shape, tokens, multiprocessors, sharedBytes)
     if ('reason' in variant) return variant
-    const defines = { ...variant.defines, ...this.context.wholeDefines }
-    const kernel = find('decode-step.cu', 'decodeStep', defines)
+    const kernel = find('decode-step.cu', 'decodeStep', variant.defines)
     driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
     const { positions, lengths: seen, bases } = state.rows.tokens
     const heads = tokens * this.config.kvHeads
     const counters = this.zeros(4 * (4 + 4 * plan.length + heads))
     const partial = this.zeros(variant.partialFloats * 4)
     const launch = new KernelLaunch(kernel, KINDS).cooperative()
-    if (this.context.overlap && !("NO_PDL" in defines)) launch.programmatic()
-    const threads = 32 * (defines.WARPS ?? 1)
-    launch.grid(multiprocessors).threads(threads).sharedBytes(variant.sharedBytes)
+    if (this.context.overlap) launch.programmatic()
+    launch.grid(multiprocessors).threads(variant.threads).sharedBytes(variant.sharedBytes)
     const ropes = plan.flatMap((phase) => phase.rope ?? [])
     const rope = present(ropes[0], 'a rotation')
     const turn = this.context.ropeTable(rope)
@@ -88,7 +85,7 @@ export class WholeSteps {
       ...[this.table(plan, heads), plan.length, counters, positions, seen, bases],
       ...[layout.tokenStride, this.config.attentionScale, partial],
       ...[counters + 4 * (4 + 4 * plan.length), turn.address, rope.dimensions],
-      ...[rope.pairing === 'interleaved' ? 1 : 0, turn.magnitude, this.context.trace ?? 0],
+      ...[rope.pairing === 'interleaved' ? 1 : 0, turn.magnitude],
     )
   }
 
@@ -106,9 +103,11 @@ export class WholeSteps {
         phase.kind === 'logits'
           ? { address: logits, stride: matrix.rows }
           : this.place(present(phase.out, 'what a phase makes'))
+      const from = this.place(phase.in)
+      assert(matrix.k === 0 || from.stride === matrix.k, 'inputs of a phase have no gaps')
       const before = plan[i - 1]?.kind
       const addresses = [
-        ...[matrix.address, this.place(phase.in).address, weights.vector(phase.norm?.weight)],
+        ...[matrix.address, from.address, weights.vector(phase.norm?.weight)],
         ...[out.address, phase.layer * layout.layerStride],
       ]
       addresses.forEach((value, j) => view.setBigUint64(at + j * 8, BigInt(value), true))
