@@ -8,7 +8,7 @@
 // A warp computes whole rows; lanes split K, inputs lie in shared memory. float32 sums, rounded
 // once where kernels of their own would round. Launched cooperatively: blocks wait for each other.
 //
-// -D TOKENS 1|2|4, WARPS a power of two, SLOTS, SEGMENT, INPUT_BYTES (the largest input, or what
+// -D TOKENS 1|2|4, WARPS, SLOTS, SEGMENT, TAKEN, HOLD, INPUT_BYTES (the largest input, or what
 // attention needs), NORM_CHUNKS (of 8 · THREADS elements, of the longest row that is normed),
 // HEADS, KV_HEADS, HEAD_DIM, SPLITS. Dynamic shared memory: WARPS·SLOTS·SEGMENT + INPUT_BYTES.
 // Oracle: test/cuda/families.gpu.ts.

@@ -103,7 +103,7 @@ struct Stretch {
 struct Tile {
   /** Tokens lane / 4 and 8 more; chunk j has dimensions (4·j + lane % 4) · 8 and 7 more. */
   uint4 keys[2][HEAD_DIM / 32];
-  /** Tokens lane % 4 · 2 and one more, and 8 more; HEAD_DIM / 8 dimensions from those · lane / 4. */
+  /** Tokens lane % 4 · 2, one more, and 8 more; HEAD_DIM / 8 dimensions from those · lane / 4. */
   u32 values[4][PAIRS_ROW];
 
   /** Tokens between `begin` and `end` from `token` on; the others stay as they are. */
@@ -135,7 +135,8 @@ struct Tile {
 #pragma unroll
         for (int j = 0; j < PAIRS_ROW; j += 4) {
           const uint4 v = FRESH ? loadFresh(from + j * 4) : loadStream(from + j * 4);
-          values[i][j] = v.x, values[i][j + 1] = v.y, values[i][j + 2] = v.z, values[i][j + 3] = v.w;
+          values[i][j] = v.x, values[i][j + 1] = v.y;
+          values[i][j + 2] = v.z, values[i][j + 3] = v.w;
         }
       } else {
 #pragma unroll
@@ -154,7 +155,7 @@ struct Attended {
   /** [step][dimension of two · head of two], dimensions from lane / 4 · HEAD_DIM / 8 on. */
   float o[STEPS][4] = {};
 
-  /** Scores of 16 tokens, in units of log2: [token of two · head of two]; those from `to` hidden. */
+  /** Scores of 16 tokens in units of log2, [token of two · head of two]; hidden from `to` on. */
   __device__ __forceinline__ static void score(float (&x)[4], const Tile& tile,
                                                const uint4 (&q)[HEAD_DIM / 32], float scale,
                                                int token, int to) {
@@ -277,7 +278,8 @@ __device__ __forceinline__ void attend(const Phase& phase, const AttentionMemory
     constexpr int ONCE = SPLITS < 16 ? SPLITS : 16;
     for (int s = first; s < first + SPLITS; s += ONCE) {
       whole = merge<ONCE>(
-          min(ONCE, first + SPLITS - s), [&](int i) { return freshPair(parts + (s + i) * GROUP + g); },
+          min(ONCE, first + SPLITS - s),
+          [&](int i) { return freshPair(parts + (s + i) * GROUP + g); },
           [&](int i) {
             return freshPair((const float2*)(memory.partial + (u64)(s + i) * RESULT + e));
           },

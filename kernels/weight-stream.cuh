@@ -3,11 +3,11 @@
 // nothing, so memory stays busy while phases wait for each other:
 //
 //   memory    …|qkv 0|output 0   |gate and up 0      |down 0     |qkv 1|output 1 …
-//   products      …|qkv 0| · · · |output 0|·|gate and up 0  |·|down 0 |·|qkv 1| …
-//                         attention        ↑ all wait for all; what is read meanwhile lies in
-//                                            shared memory, 192 KiB a multiprocessor
+//   products     …|qkv 0| · · · |output 0|·|gate and up 0   |·|down 0  |·|qkv 1| …
+//                        attention        ↑ all blocks wait for all; what is read meanwhile lies
+//                                           in shared memory, 192 KiB a multiprocessor
 //
-// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), TAKEN, and those of
+// Before: -D SLOTS of a warp, SEGMENT bytes each (a multiple of 512), TAKEN, HOLD, and those of
 // phases.cuh.
 #pragma once
 #include "phases.cuh"
@@ -32,16 +32,21 @@ __device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
 }
 
 /**
- * One for each warp; every lane follows the same way. Most items are dealt to the warps of all
- * blocks in turn, from phase to phase, too: what is read at one time lies together. The last TAKEN
- * percent of a phase go to whoever is first: multiprocessors do not read equally fast.
+ * One for each warp; every lane follows the same way.
+ *
+ * Most items are dealt to the warps of all blocks in turn, from phase to phase, too: what is read
+ * at one time lies together. The last TAKEN percent of a long phase go to whoever is first:
+ * multiprocessors do not read equally fast.
+ *
+ * Of later phases a warp asks for HOLD segments only, until its block has signalled that it is done
+ * with this one: signals and results would queue behind what is asked for, for 2–4 µs a phase.
  */
 class WeightStream {
   const Phase* phases;
   const int count;
   /** By phase, how many items were taken. */
   u32* const tickets;
-  /** This warp's slots, a barrier for each (a slot is full when its phase ends), what is in them. */
+  /** This warp's slots, a barrier for each (full when its phase ends), and what is in them. */
   const unsigned char* slots;
   const u32 full;
   int2* const contents;

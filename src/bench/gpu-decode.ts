@@ -41,6 +41,8 @@ interface DecodeResult extends DecodeCase {
   cpuUs: number
   tokensPerSecond: number
   profile: readonly { name: string; count: number; us: number }[]
+  /** Of few sequences, why the step is not one kernel. */
+  whyNotWhole: string | undefined
 }
 
 const PAGE_BYTES = 2 << 20
@@ -64,7 +66,9 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
   for (const of of CASES) {
     const one = benchDecode(device, modules, model, of, readGBs, options)
     const name = `${MODEL}, ${one.batch} × ${one.context}`
-    row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
+    const why = one.whyNotWhole
+    const how = why === undefined ? '' : ` (a kernel a product: ${why})`
+    row(`${name}: step${how}`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
     row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
     for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
@@ -138,9 +142,10 @@ function benchDecode(
   const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
   const rooflineUs = (weightBytes(model) + kvBytes) / readGBs / 1e3
   const profile = options.profile ? profiled(device, forward, of) : []
+  const whyNotWhole = forward.decoding.whyNotWhole(of.batch)
   forward.close()
   driver.free(address)
-  return { ...of, ...result, rooflineUs, profile }
+  return { ...of, ...result, rooflineUs, profile, whyNotWhole }
 }
 
 function decode(device: CudaDevice, forward: CudaForward, { batch, context, steps }: DecodeCase) {
