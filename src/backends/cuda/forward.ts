@@ -123,15 +123,15 @@ export class CudaForward {
       state: this.state,
       layout: kv.layout,
       multiprocessors: info.multiprocessors,
+      sharedBytes: info.sharedBytesPerBlock,
+      // Attention is a part of it.
+      wholeSteps: options.wholeSteps ?? options.attention === undefined,
       logits: this.logits,
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
       overlap: options.overlap ?? true,
       skinny: options.skinny ?? true,
-      // Attention is a part of it.
-      wholeSteps: options.wholeSteps ?? options.attention === undefined,
-      sharedBytes: info.sharedBytesPerBlock,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
     const decodingRows = { tokens: maxSequences, outputs: maxSequences }

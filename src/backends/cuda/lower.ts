@@ -64,6 +64,10 @@ export interface LowerContext {
   state: StepState
   layout: KvLayout
   multiprocessors: number
+  /** Shared memory that a block may have. */
+  sharedBytes: number
+  /** Whether a step of few tokens is one kernel where it can be. */
+  wholeSteps: boolean
   /** [outputs, vocab] float32 */
   logits: number
   /** Device address of a rotation's frequencies. */
@@ -75,16 +79,14 @@ export interface LowerContext {
   overlap: boolean
   /** Whether products of few tokens have kernels of their own. */
   skinny: boolean
-  /** Whether a step of few tokens is one kernel where it can be. */
-  wholeSteps: boolean
-  /** Shared memory that a block may have. */
-  sharedBytes: number
 }
 
 export class Lowering {
   /** Rows that buffers have. */
   private readonly room: Readonly<Record<Rows, number>>
   readonly buffers: Buffers
+  private whole: readonly (NamedCommand[] | undefined)[] = []
+  private wholeSteps: WholeSteps | undefined
   private readonly context: LowerContext
   private readonly program: Program
   private readonly nodes: readonly Node[]
@@ -92,8 +94,6 @@ export class Lowering {
   private commands: readonly NamedCommand[] = []
   private skinny: readonly NamedCommand[] = []
   private readonly products: SkinnyProducts
-  private whole: readonly (NamedCommand[] | undefined)[] = []
-  private wholeSteps: WholeSteps | undefined
 
   constructor(
     program: Program,
@@ -112,13 +112,12 @@ export class Lowering {
   /** Lowers everything to an arena of `buffers.bytes` at this address. */
   build(arena: number): void {
     this.arena = arena
+    this.whole = this.lowerWhole()
     this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
-    const few = fuseSkinny(this.nodes)
-    this.skinny = few.map((node) => ({
+    this.skinny = fuseSkinny(this.nodes).map((node) => ({
       name: nameOf(node.kind === 'skinny' ? node.linear : node),
       run: this.lowerSkinny(node),
     }))
-    this.whole = this.lowerWhole(few)
   }
 
   /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
@@ -132,13 +131,31 @@ export class Lowering {
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
+    const whole = this.whole[tokens]
+    if (whole) return whole
     const few = this.context.skinny && tokens <= GEMV_TOKENS_MAX
-    return this.whole[tokens] ?? (few ? this.skinny : this.commands)
+    return few ? this.skinny : this.commands
   }
 
   /** Queues the program, embedding to logits. */
   queue(step: StepShape): void {
     for (const { run } of this.commandsFor(step.tokens)) run(step)
+  }
+
+  /** By number of tokens: the embedding, and one kernel for all the rest. */
+  private lowerWhole(): (NamedCommand[] | undefined)[] {
+    const { driver, skinny } = this.context
+    const [first] = this.nodes
+    if (!skinny || first?.kind !== 'embed') return []
+    const embed = { name: nameOf(first), run: this.lower(first) }
+    const steps = new WholeSteps(this.context, this.program.config, this.nodes, (value) =>
+      this.place(value),
+    )
+    this.wholeSteps = steps
+    return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
+      const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
+      return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
+    })
   }
 
   /** The products of all nodes, each with the weights that are multiplied so. */
@@ -196,20 +213,6 @@ export class Lowering {
       if (launch) this.context.driver.launch(launch, step.stream)
       else for (const command of apart) command(step)
     }
-  }
-
-  /** By number of tokens: the embedding, and one kernel for all the rest. */
-  private lowerWhole(few: readonly (Node | SkinnyNode)[]): (NamedCommand[] | undefined)[] {
-    const { driver, skinny } = this.context
-    const embed = this.commands[0]
-    if (!skinny || !embed) return []
-    this.wholeSteps = new WholeSteps(this.context, this.program.config, few, (v) => this.place(v))
-    const rows = Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => tokens)
-    return rows.map((tokens) => {
-      if (tokens > this.room.tokens) return undefined
-      const launch = this.wholeSteps?.launch(tokens)
-      return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
-    })
   }
 
   private embed({ out, weight, scale }: Extract<Node, { kind: 'embed' }>): Command {

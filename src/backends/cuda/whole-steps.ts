@@ -8,7 +8,7 @@ import { viewMemory } from '../../ffi/libc.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import { PHASE, type Phase, planStep, stepVariant, type Unplanned } from './decode-step.ts'
-import type { Node, SkinnyNode } from './fuse.ts'
+import { fuseSkinny, type Node } from './fuse.ts'
 import type { LowerContext } from './lower.ts'
 
 const KINDS: readonly ArgumentKind[] = [
@@ -31,17 +31,16 @@ export class WholeSteps {
   private readonly plan: readonly Phase[] | Unplanned
   private readonly allocations: number[] = []
 
-  /** @param nodes as `fuseSkinny` makes them */
   constructor(
     context: LowerContext,
     config: ModelConfig,
-    nodes: readonly (Node | SkinnyNode)[],
+    nodes: readonly Node[],
     place: (value: Value) => Place,
   ) {
     this.context = context
     this.config = config
     this.place = place
-    this.plan = context.wholeSteps ? planStep(nodes) : { reason: 'it is switched off' }
+    this.plan = context.wholeSteps ? planStep(fuseSkinny(nodes)) : { reason: 'it is switched off' }
   }
 
   /**
