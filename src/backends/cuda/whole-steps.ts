@@ -70,6 +70,9 @@ export class WholeSteps {
     if ('reason' in variant) return variant
     const kernel = find('decode-step.cu', 'decodeStep', variant.defines)
     driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
+    if (driver.blocksPerMultiprocessor(kernel, variant.threads, variant.sharedBytes) < 1) {
+      return { reason: 'a multiprocessor has no room for its block' }
+    }
     const { positions, lengths: seen, bases } = state.rows.tokens
     const heads = tokens * this.config.kvHeads
     const counters = this.zeros(4 * (4 + 4 * plan.length + heads))
