@@ -4,6 +4,7 @@ import assert from 'node:assert/strict'
 import { readdirSync } from 'node:fs'
 import { test } from 'node:test'
 import { attentionVariants } from '../src/backends/cuda/attention-variants.ts'
+import { stepVariant } from '../src/backends/cuda/decode-step.ts'
 import { gemvVariant } from '../src/backends/cuda/gemv.ts'
 import { KERNELS_FOLDER, ModuleCache } from '../src/backends/cuda/module-cache.ts'
 import { provideNvrtc } from './support/nvrtc.ts'
@@ -33,10 +34,21 @@ function shaped(capability: number, room: number): Shaped[] {
   const attention = [64, 96, 128, 256].flatMap((headDim) =>
     Object.values(attentionVariants({ heads: 8, kvHeads: 2, headDim, scale: 1 }, capability, room)),
   )
-  return [...products, ...attention]
+  const llama = {
+    config: { heads: 32, kvHeads: 8, headDim: 128 },
+    inputs: [4096, 14336],
+    normed: [4096],
+  }
+  const small = { config: { heads: 9, kvHeads: 3, headDim: 96 }, inputs: [576], normed: [576] }
+  const steps = [
+    stepVariant(llama, 1, 108, room),
+    stepVariant(llama, 4, 108, room),
+    stepVariant(small, 1, 58, room),
+  ].flatMap((variant) => ('reason' in variant ? [] : { file: 'decode-step.cu', ...variant }))
+  return [...products, ...attention, ...steps]
 }
 
-const SHAPED = ['gemv.cu', 'attention-decode.cu', 'attention-prefill.cu']
+const SHAPED = ['decode-step.cu', 'gemv.cu', 'attention-decode.cu', 'attention-prefill.cu']
 const HOPPER_ONLY = 'attention-prefill-hopper.cu'
 
 const skip = (await provideNvrtc()) ?? false

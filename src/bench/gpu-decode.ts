@@ -6,6 +6,7 @@ import { present } from '../assert.ts'
 import { gpuKvLayout } from '../backends/cuda/kv-memory.ts'
 import type { CudaDevice } from '../backends/cuda/device.ts'
 import { CudaForward } from '../backends/cuda/forward.ts'
+import { GEMV_TOKENS_MAX } from '../backends/cuda/gemv.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import { PLACES } from '../backends/cuda/state.ts'
@@ -24,6 +25,7 @@ interface DecodeCase {
 interface DecodeOptions {
   prefetchBytes?: number
   overlap?: boolean
+  wholeSteps?: boolean
   /** Also times each kind of kernel by itself. */
   profile?: boolean
 }
@@ -39,6 +41,8 @@ interface DecodeResult extends DecodeCase {
   cpuUs: number
   tokensPerSecond: number
   profile: readonly { name: string; count: number; us: number }[]
+  /** Of few sequences, why the step is not one kernel. */
+  whyNotWhole: string | undefined
 }
 
 const PAGE_BYTES = 2 << 20
@@ -62,10 +66,15 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
   for (const of of CASES) {
     const one = benchDecode(device, modules, model, of, readGBs, options)
     const name = `${MODEL}, ${one.batch} × ${one.context}`
-    row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
+    const why = one.whyNotWhole
+    const how = why === undefined ? '' : ` (a kernel a product: ${why})`
+    row(`${name}: step${how}`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
     row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
     for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+    if (of.batch > GEMV_TOKENS_MAX) continue
+    const apart = benchDecode(device, modules, model, of, readGBs, { wholeSteps: false })
+    row(`${name}: step, a kernel a product`, apart.stepUs, 'µs', apart.rooflineUs)
   }
 }
 
@@ -133,9 +142,10 @@ function benchDecode(
   const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
   const rooflineUs = (weightBytes(model) + kvBytes) / readGBs / 1e3
   const profile = options.profile ? profiled(device, forward, of) : []
+  const whyNotWhole = forward.decoding.whyNotWhole(of.batch)
   forward.close()
   driver.free(address)
-  return { ...of, ...result, rooflineUs, profile }
+  return { ...of, ...result, rooflineUs, profile, whyNotWhole }
 }
 
 function decode(device: CudaDevice, forward: CudaForward, { batch, context, steps }: DecodeCase) {

@@ -10,8 +10,8 @@ export type ArgumentKind = 'u64' | 'i32' | 'u32' | 'f32' | 'bytes128'
 /** CUlaunchConfig: 7 × uint32, then stream, attributes, count (cuda.h). */
 const CONFIG = { bytes: 56, shared: 24, stream: 32, attributes: 40, attributeCount: 48 }
 /** CUlaunchAttribute: id, padding, a union of 64 bytes. */
-const ATTRIBUTE = { bytes: 72, value: 8, cluster: 4, programmatic: 6 }
-const ATTRIBUTES_MAX = 2
+const ATTRIBUTE = { bytes: 72, value: 8, cooperative: 2, cluster: 4, programmatic: 6 }
+const ATTRIBUTES_MAX = 3
 
 export class KernelLaunch {
   /** The function of a loaded module. */
@@ -66,6 +66,12 @@ export class KernelLaunch {
   cluster(x: number, y = 1, z = 1): this {
     const at = this.attribute(ATTRIBUTE.cluster)
     this.block.u32.set([x, y, z], at / 4)
+    return this
+  }
+
+  /** All blocks run at once, so they may wait for each other; a grid that cannot is refused. */
+  cooperative(): this {
+    this.block.u32[this.attribute(ATTRIBUTE.cooperative) / 4] = 1
     return this
   }
 

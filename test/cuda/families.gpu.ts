@@ -32,13 +32,17 @@ after(() => console.log('largest relative error:', worst))
 /** Heads that the fast attention takes; every family also runs on the reference. */
 const FAST = [64, 96, 128, 256]
 
+/** The last: few decoding sequences in one kernel where a family allows it, else as the first. */
+type Kind = 'reference attention' | 'fast attention' | 'whole steps'
+
 for (const family of FAMILIES) {
   const golden = new Golden(family)
   run(family, golden, 'reference attention')
+  run(family, golden, 'whole steps')
   if (FAST.includes(golden.model.config.headDim)) run(family, golden, 'fast attention')
 }
 
-function run(family: string, golden: Golden, kind: 'reference attention' | 'fast attention'): void {
+function run(family: string, golden: Golden, kind: Kind): void {
   const name = `${family}, ${kind}`
   describe(name, () => {
     const longest = Math.max(...golden.sequences.map(({ tokens }) => tokens.length))
@@ -56,6 +60,7 @@ function run(family: string, golden: Golden, kind: 'reference attention' | 'fast
             attention: (state, find) =>
               new ReferenceAttention(gpu.driver, golden.model.config, layout, state, find),
           }),
+      wholeSteps: kind === 'whole steps',
       maxSequences: SLOTS,
       stepTokens: STEP_TOKENS,
     })

@@ -38,6 +38,8 @@ export interface ForwardOptions {
   overlap?: boolean
   /** Off only where there is no gemv.cu: few tokens are multiplied by the matrix library, too. */
   skinny?: boolean
+  /** Off only to measure or test what comes instead: a kernel a product. */
+  wholeSteps?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
@@ -121,6 +123,9 @@ export class CudaForward {
       state: this.state,
       layout: kv.layout,
       multiprocessors: info.multiprocessors,
+      sharedBytes: info.sharedBytesPerBlock,
+      // Attention is a part of it.
+      wholeSteps: options.wholeSteps ?? options.attention === undefined,
       logits: this.logits,
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
@@ -181,6 +186,8 @@ export class CudaForward {
     driver.synchronize()
     for (const graph of this.graphs.values()) driver.destroyExecutable(graph)
     for (const { address } of this.ropes.values()) driver.free(address)
+    this.decoding.close()
+    this.mixed.close()
     driver.free(this.arena)
     driver.free(this.logits)
     this.attention.close()

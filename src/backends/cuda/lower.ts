@@ -26,6 +26,7 @@ import { type Matmuls, type Product, paddedRows } from './matmul.ts'
 import { SkinnyProducts } from './skinny.ts'
 import type { StepState } from './state.ts'
 import type { DeviceWeights } from './weights.ts'
+import { WholeSteps } from './whole-steps.ts'
 
 /** How many rows of each kind a step has. */
 export interface StepShape {
@@ -63,6 +64,10 @@ export interface LowerContext {
   state: StepState
   layout: KvLayout
   multiprocessors: number
+  /** Shared memory that a block may have. */
+  sharedBytes: number
+  /** Whether a step of few tokens is one kernel where it can be. */
+  wholeSteps: boolean
   /** [outputs, vocab] float32 */
   logits: number
   /** Device address of a rotation's frequencies. */
@@ -80,6 +85,8 @@ export class Lowering {
   /** Rows that buffers have. */
   private readonly room: Readonly<Record<Rows, number>>
   readonly buffers: Buffers
+  private whole: readonly (NamedCommand[] | undefined)[] = []
+  private wholeSteps: WholeSteps | undefined
   private readonly context: LowerContext
   private readonly program: Program
   private readonly nodes: readonly Node[]
@@ -105,6 +112,7 @@ export class Lowering {
   /** Lowers everything to an arena of `buffers.bytes` at this address. */
   build(arena: number): void {
     this.arena = arena
+    this.whole = this.lowerWhole()
     this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
     this.skinny = fuseSkinny(this.nodes).map((node) => ({
       name: nameOf(node.kind === 'skinny' ? node.linear : node),
@@ -112,8 +120,19 @@ export class Lowering {
     }))
   }
 
+  /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
+  whyNotWhole(tokens: number): string | undefined {
+    return this.wholeSteps?.reasons[tokens]
+  }
+
+  close(): void {
+    this.wholeSteps?.close()
+  }
+
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
+    const whole = this.whole[tokens]
+    if (whole) return whole
     const few = this.context.skinny && tokens <= GEMV_TOKENS_MAX
     return few ? this.skinny : this.commands
   }
@@ -121,6 +140,22 @@ export class Lowering {
   /** Queues the program, embedding to logits. */
   queue(step: StepShape): void {
     for (const { run } of this.commandsFor(step.tokens)) run(step)
+  }
+
+  /** By number of tokens: the embedding, and one kernel for all the rest. */
+  private lowerWhole(): (NamedCommand[] | undefined)[] {
+    const { driver, skinny } = this.context
+    const [first] = this.nodes
+    if (!skinny || first?.kind !== 'embed') return []
+    const embed = { name: nameOf(first), run: this.lower(first) }
+    const steps = new WholeSteps(this.context, this.program.config, this.nodes, (value) =>
+      this.place(value),
+    )
+    this.wholeSteps = steps
+    return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
+      const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
+      return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
+    })
   }
 
   /** The products of all nodes, each with the weights that are multiplied so. */
