@@ -2,9 +2,7 @@
 
 #pragma once
 
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f;
 #define NONE __int_as_float(0xff800000)  // minus infinity
@@ -34,13 +32,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/** Two floats as bf16, the first in the low half. */
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
 }
 
 __device__ __forceinline__ float exp2(float x) {

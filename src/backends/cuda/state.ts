@@ -55,7 +55,7 @@ export class StepState {
   readonly entriesOfPlace: number
   readonly limits: StepLimits
   private readonly driver: CudaDriver
-  private readonly stream: number
+  readonly stream: number
   private readonly device: number
   private readonly host: number
   private readonly input: Int32Array
