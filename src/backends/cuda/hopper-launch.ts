@@ -2,13 +2,14 @@
 // rotation as one kernel, where that was measured to be faster than the matrix library.
 
 import { present } from '../../assert.ts'
-import { FUNCTION } from '../../ffi/cuda.ts'
+import { type CudaDriver, FUNCTION } from '../../ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Rows, Value } from '../../model/program.ts'
 import type { SkinnyNode } from './fuse.ts'
 import { GEMV_EPILOGUE, type GemvEpilogue } from './gemv.ts'
 import { type HopperVariant, hopperVariants } from './hopper-products.ts'
+import type { KernelFinder } from './kernels.ts'
 import type { LowerContext } from './lower.ts'
 import type { Matrix } from './weights.ts'
 
@@ -42,6 +43,62 @@ const LIBRARY = 'library'
 const PATIENCE = 1.03
 
 type Place = { address: number; stride: number; width: number }
+
+/** One product; addresses are the device's, strides in elements. */
+export interface HopperProduct {
+  /** [rows, k] bf16 */
+  weight: number
+  rows: number
+  k: number
+  /** [tokens, k] bf16, of as many rows as there may be read. */
+  x: { address: number; stride: number; rows: number }
+  tokens: number
+  epilogue: GemvEpilogue
+  out: { address: number; stride: number }
+  gelu: boolean
+  /** Of the rotation: as rope-append.cu takes them. */
+  positions: number
+  slots: number
+  frequencies: number
+  magnitude: number
+  heads: { heads: number; kvHeads: number; headDim: number }
+  tokenStride: number
+  layerOffset: number
+}
+
+/** A launch of a variant; `room` is dynamic shared memory that a block can have, in bytes. */
+export function hopperLaunch(
+  driver: CudaDriver,
+  find: KernelFinder,
+  room: number,
+  variant: HopperVariant,
+  product: HopperProduct,
+): KernelLaunch {
+  const { sharedBytes, split, stages, blocks, threads } = variant
+  const kernel = find('skinny-hopper.cu', 'skinny', variant.defines)
+  driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, room)
+  const launch = new KernelLaunch(kernel, KINDS)
+  launch.grid(blocks).threads(threads).sharedBytes(sharedBytes)
+  if (split > 1) launch.cluster(split)
+  const { weight, rows, k, x, tokens, epilogue, out } = product
+  const map = (at: number, address: number, count: number, stride: number, box: number) =>
+    driver.encodeTensorMap(launch.addressOfArgument(at), {
+      ...{ dataType: TENSOR_MAP.bfloat16, address, dimensions: [k, count] },
+      ...{ strides: [stride * BF16], box: [COLUMNS_OF_BOX, box] },
+      ...{ swizzle: TENSOR_MAP.swizzle128, l2Promotion: TENSOR_MAP.promotion256 },
+    })
+  map(ARGUMENT.weights, weight, rows, k, variant.weightBox)
+  map(ARGUMENT.x, x.address, Math.min(variant.tokens, x.rows), x.stride, variant.tokens)
+  const { positions, slots, frequencies, magnitude, tokenStride, layerOffset } = product
+  const { heads, kvHeads, headDim } = product.heads
+  const values = [
+    ...[rows, k, tokens, split, stages, GEMV_EPILOGUE[epilogue], out.address, out.stride],
+    ...[product.gelu ? 1 : 0, positions, slots, frequencies, headDim, magnitude],
+    ...[heads, kvHeads, headDim, tokenStride, layerOffset],
+  ]
+  values.forEach((value, i) => launch.set(2 + i, value))
+  return launch
+}
 
 export class HopperProducts implements FusedProducts {
   private readonly context: LowerContext
@@ -119,42 +176,23 @@ export class HopperProducts implements FusedProducts {
   }
 
   private make(node: SkinnyNode, tokens: number, variant: HopperVariant): KernelLaunch {
-    const { driver, state, layout, ropeTable, hopperRoom } = this.context
+    const { driver, find, state, layout, hopperRoom, overlap } = this.context
     const { rope, glu } = node
-    const { sharedBytes, split, stages, blocks, threads } = variant
-    const kernel = this.context.find('skinny-hopper.cu', 'skinny', variant.defines)
-    driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, hopperRoom)
-    const launch = new KernelLaunch(kernel, KINDS)
-    launch.grid(blocks).threads(threads).sharedBytes(sharedBytes)
-    if (split > 1) launch.cluster(split)
-    if (this.context.overlap) launch.programmatic()
     const { address, rows, k } = this.matrixOf(node)
     const x = this.place(node.in)
-    const map = (at: number, from: number, count: number, stride: number, box: number) =>
-      driver.encodeTensorMap(launch.addressOfArgument(at), {
-        dataType: TENSOR_MAP.bfloat16,
-        address: from,
-        dimensions: [k, count],
-        strides: [stride * BF16],
-        box: [COLUMNS_OF_BOX, box],
-        swizzle: TENSOR_MAP.swizzle128,
-        l2Promotion: TENSOR_MAP.promotion256,
-      })
-    map(ARGUMENT.weights, address, rows, k, variant.weightBox)
-    const room = Math.min(variant.tokens, this.room[rowsOf(node)])
-    map(ARGUMENT.x, x.address, room, x.stride, variant.tokens)
-    const out = this.outOf(node)
-    const { positions, bases } = state.rows[rowsOf(node)]
-    const turn = rope && ropeTable(rope.rope)
-    const { heads, kvHeads, headDim } = this.config
-    const values = [
-      ...[rows, k, tokens, split, stages, GEMV_EPILOGUE[epilogueOf(node)], out.address, out.stride],
-      ...[glu?.activation === 'gelu' ? 1 : 0, positions, bases, turn?.address ?? 0],
-      ...[rope?.rope.dimensions ?? 0, turn?.magnitude ?? 1, heads, kvHeads, headDim],
-      ...[layout.tokenStride, (rope?.layer ?? 0) * layout.layerStride],
-    ]
-    values.forEach((value, i) => launch.set(2 + i, value))
-    return launch
+    const { positions, bases: slots } = state.rows[rowsOf(node)]
+    const turn = rope && this.context.ropeTable(rope.rope)
+    const launch = hopperLaunch(driver, find, hopperRoom, variant, {
+      ...{ weight: address, rows, k, tokens, epilogue: epilogueOf(node) },
+      x: { address: x.address, stride: x.stride, rows: this.room[rowsOf(node)] },
+      out: this.outOf(node),
+      gelu: glu?.activation === 'gelu',
+      ...{ positions, slots, frequencies: turn?.address ?? 0, magnitude: turn?.magnitude ?? 1 },
+      heads: this.config,
+      tokenStride: layout.tokenStride,
+      layerOffset: (rope?.layer ?? 0) * layout.layerStride,
+    })
+    return overlap ? launch.programmatic() : launch
   }
 
   private outOf({ linear, rope, glu }: SkinnyNode): { address: number; stride: number } {

@@ -33,7 +33,9 @@ export const HOPPER_TOKENS_MAX = 128
 const TOKENS = [8, 16, 32, 48, 64, 96, 128]
 /** Elements of K at a time. */
 const STEP = 64
-const BARRIER_BYTES = 512
+const BARRIER_BYTES = 256
+/** Of a block of the small kernels between two products: it is to be there before its turn. */
+const BESIDE_BYTES = 1408
 /** Beyond this, more steps under way bring nothing. */
 const STAGES_MAX = 8
 /** Multiprocessors of the smallest unit that a cluster lies in are a multiple of this. */
@@ -62,7 +64,7 @@ export function hopperVariants(
       const share = columns / split
       const sumBytes = (columns + share * (split - 1)) * (tileRows + 4) * 4
       const stageBytes = (tileRows + columns) * STEP * 2
-      const fit = Math.floor((room - BARRIER_BYTES - sumBytes) / stageBytes)
+      const fit = Math.floor((room - BESIDE_BYTES - BARRIER_BYTES - sumBytes) / stageBytes)
       const stages = Math.min(STAGES_MAX, fit)
       if (stages < 3) continue
       const tiles = Math.ceil(rows / tileRows)
