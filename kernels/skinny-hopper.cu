@@ -154,6 +154,8 @@ __device__ __forceinline__ void produce(const Product &p, const TensorMap *weigh
   int stage = 0;
   for (u32 parity = 0; more(); advance()) {
     barrierWait(empty + stage * 8, parity);
+    // No lane may be left waiting for a phase that others have gone beyond.
+    __syncwarp();
     weightsOf(stage);
     inputOf(stage, step);
     if (++stage == p.stages) stage = 0, parity ^= 1;
