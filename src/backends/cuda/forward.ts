@@ -17,7 +17,13 @@ import { fuse } from './fuse.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import { type KernelFinder, Kernels } from './kernels.ts'
-import { type Attention, type LowerContext, Lowering, type StepShape } from './lower.ts'
+import {
+  type Attention,
+  type HopperUse,
+  type LowerContext,
+  Lowering,
+  type StepShape,
+} from './lower.ts'
 import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
@@ -41,6 +47,8 @@ export interface ForwardOptions {
   overlap?: boolean
   /** Off only where there is no gemv.cu: few tokens are multiplied by the matrix library, too. */
   skinny?: boolean
+  /** Whether skinny-hopper.cu multiplies 5–128 tokens; where it was measured to be faster if off. */
+  hopperAlways?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
@@ -139,6 +147,7 @@ export class CudaForward {
       overlap: options.overlap ?? true,
       skinny: options.skinny ?? true,
       hopperRoom: info.capability === HOPPER ? info.sharedBytesPerBlock : 0,
+      hopper: this.hopper,
       choices: this.choices,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
@@ -207,6 +216,11 @@ export class CudaForward {
 
   private get rowsMax(): number {
     return this.options.maxSequences
+  }
+
+  private get hopper(): HopperUse {
+    if (this.options.hopperAlways) return 'always'
+    return (this.options.skinny ?? true) ? 'measured' : 'never'
   }
 
   private capture(bucket: number): number {
@@ -337,7 +351,7 @@ export class CudaForward {
     this.tuneFor(this.mixed, prompts, ({ float32 }) => !float32)
     this.matmuls.save()
     const few = buckets.filter((b) => b > GEMV_TOKENS_MAX && b <= HOPPER_TOKENS_MAX)
-    if (this.options.skinny ?? true) this.tuneHopper(few)
+    if (this.hopper === 'measured') this.tuneHopper(few)
     // No request is to wait for what can be done now.
     for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
       this.capture(bucket)

@@ -8,7 +8,7 @@ import type { ModelConfig } from '../../model/model.ts'
 import type { Rows, Value } from '../../model/program.ts'
 import type { SkinnyNode } from './fuse.ts'
 import { GEMV_EPILOGUE, type GemvEpilogue } from './gemv.ts'
-import { type HopperVariant, hopperVariants } from './hopper-products.ts'
+import { hopperColumns, type HopperVariant, hopperVariants } from './hopper-products.ts'
 import type { KernelFinder } from './kernels.ts'
 import type { LowerContext } from './lower.ts'
 import type { Matrix } from './weights.ts'
@@ -24,7 +24,7 @@ const KINDS: readonly ArgumentKind[] = [
   ...(['bytes128', 'bytes128', 'i32', 'i32', 'i32', 'i32', 'i32', 'i32', 'u64', 'i32'] as const),
   ...(['i32', 'u64', 'u64', 'u64', 'i32', 'f32', 'i32', 'i32', 'i32', 'u64', 'u64'] as const),
 ]
-const ARGUMENT = { weights: 0, x: 1 } as const
+const ARGUMENT = { weights: 0, x: 1, tokens: 4 } as const
 
 /** cuTensorMapEncodeTiled's numbers (cuda.h). */
 const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
@@ -32,7 +32,7 @@ const COLUMNS_OF_BOX = 64
 const BF16 = 2
 
 /** Variants that are measured. */
-const CANDIDATES = 6
+const CANDIDATES = 5
 /** Below this, matrices come from L2 anyway, and launches are what takes time. */
 const MATRIX_BYTES_MIN = 4 << 20
 const LIBRARY = 'library'
@@ -105,7 +105,7 @@ export class HopperProducts implements FusedProducts {
   private readonly config: ModelConfig
   private readonly place: (value: Value) => Place
   private readonly room: Readonly<Record<Rows, number>>
-  /** By node and number of tokens. */
+  /** By node and columns of its tiles; null where the library is faster. */
   private readonly launches = new Map<SkinnyNode, (KernelLaunch | null)[]>()
 
   /** @param room rows that buffers have */
@@ -124,8 +124,8 @@ export class HopperProducts implements FusedProducts {
   launch(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
     let ofNode = this.launches.get(node)
     if (!ofNode) this.launches.set(node, (ofNode = []))
-    const launch = (ofNode[tokens] ??= this.chosen(node, tokens) ?? null)
-    return launch ?? undefined
+    const launch = (ofNode[hopperColumns(tokens) ?? 0] ??= this.chosen(node, tokens) ?? null)
+    return launch?.set(ARGUMENT.tokens, tokens)
   }
 
   /**
@@ -157,8 +157,8 @@ export class HopperProducts implements FusedProducts {
 
   private chosen(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
     const id = this.context.choices.get(this.keyOf(node, tokens))
-    if (id === undefined || id === LIBRARY) return undefined
-    const variant = this.variantsOf(node, tokens).find((one) => idOf(one) === id)
+    const always = this.context.hopper === 'always'
+    const variant = this.variantsOf(node, tokens).find((one) => always || idOf(one) === id)
     return variant && this.make(node, tokens, variant)
   }
 
@@ -169,8 +169,9 @@ export class HopperProducts implements FusedProducts {
     const { headDim } = this.config
     // Pairs of which both halves of a whole head are made.
     const halves = rope && rope.rope.pairing !== 'interleaved' && rope.rope.dimensions === headDim
-    if (biased || (rope && !halves) || rows * k * BF16 < MATRIX_BYTES_MIN) return []
-    const { multiprocessors, hopperRoom } = this.context
+    const { multiprocessors, hopperRoom, hopper } = this.context
+    const small = rows * k * BF16 < MATRIX_BYTES_MIN && hopper !== 'always'
+    if (biased || (rope && !halves) || small) return []
     const shape = { rows, k, tokens, epilogue: epilogueOf(node), headDim }
     return hopperVariants(shape, multiprocessors, hopperRoom)
   }
@@ -210,8 +211,7 @@ export class HopperProducts implements FusedProducts {
 
   private keyOf(node: SkinnyNode, tokens: number): string {
     const { rows, k } = this.matrixOf(node)
-    const columns = this.variantsOf(node, tokens)[0]?.tokens ?? 0
-    return `${rows} ${k} ${columns} ${epilogueOf(node)}`
+    return `${rows} ${k} ${hopperColumns(tokens)} ${epilogueOf(node)}`
   }
 }
 

@@ -30,16 +30,23 @@ export interface HopperShape {
 export const HOPPER_TOKENS_MAX = 128
 
 /** Columns of a warpgroup's product. */
-const TOKENS = [8, 16, 32, 48, 64, 96, 128]
+const TOKENS = [8, 16, 32, 64, 96, HOPPER_TOKENS_MAX]
 /** Elements of K at a time. */
 const STEP = 64
 const BARRIER_BYTES = 256
 /** Of a block of the small kernels between two products: it is to be there before its turn. */
 const BESIDE_BYTES = 1408
+const TILE_ROWS = [64, 128, 256]
+const SPLITS = [1, 2, 4]
 /** Beyond this, more steps under way bring nothing. */
 const STAGES_MAX = 8
 /** Multiprocessors of the smallest unit that a cluster lies in are a multiple of this. */
 const CLUSTERED = 16
+
+/** Columns that a product of so many tokens is computed with; undefined if they are too many. */
+export function hopperColumns(tokens: number): number | undefined {
+  return TOKENS.find((count) => count >= tokens)
+}
 
 /**
  * Variants for a product, none where the kernel is not made for it: rows that are no whole number
@@ -51,15 +58,15 @@ export function hopperVariants(
   multiprocessors: number,
   room: number,
 ): HopperVariant[] {
-  const columns = TOKENS.find((count) => count >= tokens)
+  const columns = hopperColumns(tokens)
   if (columns === undefined || k % 8 !== 0) return []
   const paired = epilogue === 'glu' || epilogue === 'rope'
   if (epilogue === 'rope' && headDim % 64 !== 0) return []
   if (epilogue === 'glu' && rows % 2 !== 0) return []
   const steps = Math.ceil(k / STEP)
   const found: { variant: HopperVariant; busiest: number }[] = []
-  for (const tileRows of [64, 128, 192, 256]) {
-    for (const split of [1, 2, 4, 8]) {
+  for (const tileRows of TILE_ROWS) {
+    for (const split of SPLITS) {
       if (split > steps || columns % split !== 0) continue
       const share = columns / split
       const sumBytes = (columns + share * (split - 1)) * (tileRows + 4) * 4

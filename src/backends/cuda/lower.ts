@@ -43,6 +43,8 @@ export interface StepShape {
 
 export type Command = (step: StepShape) => void
 
+export type HopperUse = 'never' | 'measured' | 'always'
+
 /** What a command does: its node's kind, and its matrix without the block's number. */
 export interface NamedCommand {
   name: string
@@ -79,6 +81,8 @@ export interface LowerContext {
   skinny: boolean
   /** Dynamic shared memory of a block of skinny-hopper.cu; 0 where that does not run. */
   hopperRoom: number
+  /** Where that is used: where it was measured to be faster, or wherever it fits. */
+  hopper: HopperUse
   /** What was measured to be fastest for which product. */
   choices: Choices
 }
@@ -128,8 +132,9 @@ export class Lowering {
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
-    if (!this.context.skinny || tokens > HOPPER_TOKENS_MAX) return this.commands
-    return tokens <= GEMV_TOKENS_MAX ? this.skinny : this.hopper
+    const { skinny, hopper } = this.context
+    if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
+    return hopper === 'never' || tokens > HOPPER_TOKENS_MAX ? this.commands : this.hopper
   }
 
   /** Queues the program, embedding to logits. */
