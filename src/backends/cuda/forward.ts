@@ -47,7 +47,7 @@ export interface ForwardOptions {
   overlap?: boolean
   /** Off only where there is no gemv.cu: few tokens are multiplied by the matrix library, too. */
   skinny?: boolean
-  /** Whether skinny-hopper.cu multiplies 5–128 tokens; where it was measured to be faster if off. */
+  /** Multiplies 5–128 tokens by skinny-hopper.cu wherever it fits, faster or not; for tests. */
   hopperAlways?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
