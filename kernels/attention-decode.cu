@@ -370,9 +370,7 @@ __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u
 
 /** What this multiprocessor keeps of other kernels' memory may be from before the last step. */
 __device__ __forceinline__ void forgetCached(const int *any) {
-  int unused;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(unused) : "l"(any) : "memory");
-  (void)unused;
+  asm volatile("{ .reg .s32 t; ld.acquire.gpu.global.s32 t, [%0]; }" ::"l"(any) : "memory");
 }
 
 /** The warps that attend wait for each other. */
