@@ -13,6 +13,8 @@
 // heads form one line, every block takes an equal stretch of it, and the last block to finish a
 // part of a row merges the parts (flash decoding, Dao et al. 2023). Tiles are counted backwards
 // from a row's last token, so that none reaches beyond it into memory that may not be mapped.
+// Older tokens than that are asked for before the kernel that appends it has ended (programmatic
+// dependent launch): it has to let this one start only when all before it are complete.
 // Tokens are the long side of the tensor-core products (S' = K·Q', O' = V'·P'), which pads the
 // group to 8 or 16 columns. Each warp has 16 tokens of a tile; in merging, a share of dimensions.
 // Sums and softmax are float32: ‖error‖ ≤ 1e-2 of bf16 results, oracle test/cuda/attention.ts.
@@ -248,6 +250,15 @@ template <int N> struct Sums {
 };
 
 /**
+ * The token that a tile begins with. The oldest tile begins with the sequence, and ends where the
+ * next one begins: what it would lack is not in memory. Below 0 only if the sequence is shorter.
+ */
+__device__ __forceinline__ int firstToken(const Piece &p, int tile) {
+  const int token = p.length - (tile + 1) * TILE;
+  return p.length >= TILE ? max(0, token) : token;
+}
+
+/**
  * Starts filling a stage with a tile's keys and values. Tokens before the first that is seen are
  * hidden later; in their place that one is copied again. The copy engine would do such a tile, too,
  * and heads that end within a panel, but for what is outside of the tensor it touches the tensor's
@@ -278,18 +289,23 @@ __device__ __forceinline__ void copyTile(const Arguments &a, const Piece &p, int
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(filled) : "memory");
 }
 
-/** Copies the tiles of this block's pieces into the ring, one stage after another. */
+/**
+ * Copies the tiles of this block's pieces into the ring, one stage after another. Only a sequence's
+ * last token, in the first of its tiles, may still be on its way when the kernel begins.
+ */
 __device__ __forceinline__ void produce(const Arguments &a, u32 stages, u32 full, u32 empty) {
+  releaseDependents();
   Walk walk(a);
   Piece p;
   int stage = 0;
   u32 parity = 1;
+  bool all = false;
   while (walk.next(p)) {
     const int slot = a.slots[p.row];
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
       barrierWait(empty + stage * 8, parity);
-      const int token = p.length - (tile + 1) * TILE;
-      copyTile(a, p, slot, token, stages + stage * STAGE, full + stage * 8);
+      if (tile == 0 && !all) awaitInputs(), all = true;
+      copyTile(a, p, slot, firstToken(p, tile), stages + stage * STAGE, full + stage * 8);
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
   }
@@ -300,9 +316,9 @@ __device__ __forceinline__ u32 stepAt(u32 panels, int token, int half, int k) {
   return panels + k / 4 * PANEL + token * 128 + ((k % 4 * 32) ^ ((half ^ (token & 7)) * 16));
 }
 
-/** Adds 16 tokens from `token` of a stage on to the state; those below `begin` are hidden. */
+/** Adds 16 tokens from `token` of a stage on to the state; of all only begin … end - 1 are seen. */
 __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u32 keys, int token,
-                                       const u32 (&q)[COLUMNS][STEPS][2], int begin) {
+                                       const u32 (&q)[COLUMNS][STEPS][2], int begin, int end) {
   const int lane = threadIdx.x % 32;
   float s[COLUMNS][2][4] = {};
 #pragma unroll
@@ -313,7 +329,8 @@ __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u
     for (int c = 0; c < COLUMNS; c++) multiply(s[c][k % 2], matrix, q[c][k][0], q[c][k][1]);
   }
   u32 weights[COLUMNS][2];
-  const bool hidden[2] = {token + lane / 4 < begin, token + lane / 4 + 8 < begin};
+  const int low = token + lane / 4, high = low + 8;
+  const bool hidden[2] = {low < begin || low >= end, high < begin || high >= end};
 #pragma unroll
   for (int c = 0; c < COLUMNS; c++) {
     float x[4], decay[2];
@@ -351,6 +368,11 @@ __device__ __forceinline__ void attend(const Arguments &a, Sums<STEPS> &state, u
   }
 }
 
+/** What this multiprocessor keeps of other kernels' memory may be from before the last step. */
+__device__ __forceinline__ void forgetCached(const int *any) {
+  asm volatile("{ .reg .s32 t; ld.acquire.gpu.global.s32 t, [%0]; }" ::"l"(any) : "memory");
+}
+
 /** The warps that attend wait for each other. */
 __device__ __forceinline__ void meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
@@ -374,6 +396,7 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
                                         float4 *area) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Walk walk(a);
+  awaitPredecessor();
   Piece p;
   int stage = 0;
   u32 parity = 0;
@@ -393,8 +416,9 @@ __device__ __forceinline__ void consume(const Arguments &a, u32 stages, u32 full
     state.clear();
     for (int tile = p.tile; tile < p.tile + p.tiles; tile++) {
       barrierWait(full + stage * 8, parity);
-      const int begin = p.first - (p.length - (tile + 1) * TILE);
-      attend(a, state, stages + stage * STAGE, warp * 16, q, begin);
+      const int from = firstToken(p, tile);
+      const int begin = p.first - from, end = p.length - tile * TILE - from;
+      attend(a, state, stages + stage * STAGE, warp * 16, q, begin, end);
       __syncwarp();
       if (lane == 0) barrierArrive(empty + stage * 8);
       if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -440,7 +464,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 1) * 32)
   }
   if (threadIdx.x == 32) prefetchMap(&map);
   barriersReady();
-  awaitPredecessor();
+  forgetCached(lengths);
   if (threadIdx.x / 32 == WARPS) produce(a, stages, full, empty);
   else consume(a, stages, full, empty, area);
 }

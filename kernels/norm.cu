@@ -15,8 +15,9 @@ extern "C" __global__ void __launch_bounds__(1024)
     normRow(bf16* x, const bf16* added, const float* postWeight, const float* weight, bf16* out,
             int width, float eps) {
   __shared__ float scratch[33];
-  awaitInputs();
+  // At once: a product that follows asks for its first weights while this waits for its row.
   releaseDependents();
+  awaitInputs();
   u64 at = (u64)blockIdx.x * width;
   int count = width >> 3;
   float v[PER_THREAD][8];

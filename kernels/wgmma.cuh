@@ -37,9 +37,11 @@ __device__ __forceinline__ void publishShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-#define NAMES_32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_4 "%0,%1,%2,%3"
+#define NAMES_8 NAMES_4 ",%4,%5,%6,%7"
+#define NAMES_16 NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define NAMES_24 NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define NAMES_32 NAMES_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define NAMES_40 NAMES_32 "," \
   "%32,%33,%34,%35,%36,%37,%38,%39"
 #define NAMES_48 NAMES_40 "," \
@@ -55,7 +57,10 @@ __device__ __forceinline__ void publishShared() {
 #define SUMS_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
     "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SUMS_32(d, i) SUMS_8(d, i), SUMS_8(d, i + 8), SUMS_8(d, i + 16), SUMS_8(d, i + 24)
+#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
+#define SUMS_24(d, i) SUMS_16(d, i), SUMS_8(d, i + 16)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
 #define SUMS_40(d, i) SUMS_32(d, i), SUMS_8(d, i + 32)
 #define SUMS_48(d, i) SUMS_40(d, i), SUMS_8(d, i + 40)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
@@ -77,6 +82,10 @@ __device__ __forceinline__ void publishShared() {
                  : SUMS_##COUNT(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
 
+PRODUCTS(8, 4, 4, 5, 6, 7, 8)
+PRODUCTS(16, 8, 8, 9, 10, 11, 12)
+PRODUCTS(32, 16, 16, 17, 18, 19, 20)
+PRODUCTS(48, 24, 24, 25, 26, 27, 28)
 PRODUCTS(64, 32, 32, 33, 34, 35, 36)
 PRODUCTS(80, 40, 40, 41, 42, 43, 44)
 PRODUCTS(96, 48, 48, 49, 50, 51, 52)

@@ -26,8 +26,11 @@ const modules = {
   get: () => ({ image: new Uint8Array(), log: undefined }),
 } as unknown as ModuleCache
 
-for (const family of FAMILIES) {
-  test(`${family}: logits are wrong on the mocked GPU`, () => {
+for (const [family, own] of FAMILIES.flatMap((family) => [
+  [family, false] as const,
+  [family, true] as const,
+])) {
+  test(`${family}: logits are wrong on the mocked GPU${own ? ', products fused' : ''}`, () => {
     const golden = new Golden(family)
     const cuda = new MockCuda({ pageBytes: PAGE_BYTES, totalBytes: 1 << 30 })
     const device = CudaDevice.open(0, cuda)
@@ -47,6 +50,7 @@ for (const family of FAMILIES) {
       tune: false,
       // Products of few tokens run as their parts: gemv.cu has a test of its own on a GPU.
       skinny: false,
+      hopperAlways: own,
       lt: kernels.lt,
       attention: () => new MockAttention(kernels, kv.address, layout),
     })

@@ -6,6 +6,7 @@ import { test } from 'node:test'
 import { attentionVariants } from '../src/backends/cuda/attention-variants.ts'
 import { stepVariant } from '../src/backends/cuda/decode-step.ts'
 import { gemvVariant } from '../src/backends/cuda/gemv.ts'
+import { hopperVariants } from '../src/backends/cuda/hopper-products.ts'
 import { KERNELS_FOLDER, ModuleCache } from '../src/backends/cuda/module-cache.ts'
 import { provideNvrtc } from './support/nvrtc.ts'
 import { temporaryDirectory } from './support/temporary.ts'
@@ -34,6 +35,14 @@ function shaped(capability: number, room: number): Shaped[] {
   const attention = [64, 96, 128, 256].flatMap((headDim) =>
     Object.values(attentionVariants({ heads: 8, kvHeads: 2, headDim, scale: 1 }, capability, room)),
   )
+  const fewTokens = [8, 64, 128].flatMap((tokens) =>
+    hopperVariants(
+      { rows: 4096, k: 4096, tokens, epilogue: 'add', headDim: 128 },
+      132,
+      capability === 90 ? room : 0,
+    ).map(({ defines }) => ({ file: 'skinny-hopper.cu', defines })),
+  )
+  const skinny = new Map(fewTokens.map((one) => [JSON.stringify(one), one]))
   const llama = {
     config: { heads: 32, kvHeads: 8, headDim: 128 },
     inputs: [4096, 14336],
@@ -45,11 +54,11 @@ function shaped(capability: number, room: number): Shaped[] {
     stepVariant(llama, 4, 108, room),
     stepVariant(small, 1, 58, room),
   ].flatMap((variant) => ('reason' in variant ? [] : { file: 'decode-step.cu', ...variant }))
-  return [...products, ...attention, ...steps]
+  return [...products, ...attention, ...skinny.values(), ...steps]
 }
 
 const SHAPED = ['decode-step.cu', 'gemv.cu', 'attention-decode.cu', 'attention-prefill.cu']
-const HOPPER_ONLY = 'attention-prefill-hopper.cu'
+const HOPPER_ONLY = ['attention-prefill-hopper.cu', 'skinny-hopper.cu']
 
 const skip = (await provideNvrtc()) ?? false
 
@@ -58,7 +67,7 @@ for (const file of readdirSync(KERNELS_FOLDER).filter((name) => name.endsWith('.
     const modules = new ModuleCache(temporaryDirectory('kernels'))
     for (const [architecture, [capability, room]] of Object.entries(ARCHITECTURES)) {
       const variants = shaped(capability, room).filter((variant) => variant.file === file)
-      const plain = [...SHAPED, HOPPER_ONLY].includes(file) ? [] : [{ file, defines: {} }]
+      const plain = [...SHAPED, ...HOPPER_ONLY].includes(file) ? [] : [{ file, defines: {} }]
       for (const { defines } of [...variants, ...plain]) {
         assert.ok(modules.get({ file, defines }, architecture).image.length > 0)
       }

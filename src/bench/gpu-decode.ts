@@ -163,18 +163,16 @@ function decode(device: CudaDevice, forward: CudaForward, { batch, context, step
   }
   for (let i = 0; i < WARM_STEPS; i++) state.wait(queue())
   const ends: number[] = []
-  let busy = 0
-  let waited = 0
+  const busy: number[] = []
   for (let i = 0; i < steps; i++) {
     const start = performance.now()
     const step = queue()
-    busy += performance.now() - start
+    const queued = performance.now() - start
     // One step ahead: this one is queued before the last one's tokens are known.
     if (i === 0) continue
-    const before = performance.now()
     state.wait(step - 1)
-    waited = performance.now()
-    busy += takeTokens(state.tokensOf(step - 1), batch) - before - (waited - before)
+    const waited = performance.now()
+    busy.push(queued + takeTokens(state.tokensOf(step - 1), batch) - waited)
     ends.push(waited)
   }
   state.wait(state.steps - 1)
@@ -192,7 +190,7 @@ function decode(device: CudaDevice, forward: CudaForward, { batch, context, step
   }
   for (const event of events) driver.destroyEvent(event)
   const queuedUs = median(queued) * 1e3
-  const cpuUs = (busy / steps) * 1e3
+  const cpuUs = median(busy) * 1e3
   return { stepUs, queuedUs, cpuUs, tokensPerSecond: (batch / stepUs) * 1e6 }
 }
 

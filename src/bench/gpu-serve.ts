@@ -13,8 +13,14 @@ import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measur
 const MODEL = 'dummy:llama-3.1-8b'
 const CONTEXT = 8448
 const STEP_TOKENS = 2048
-const SEQUENCES = 128
+const SEQUENCES = 256
 const KV_BYTES = 44 * 2 ** 30
+/** Sequences, and tokens of their prompts. */
+const LOADS = [
+  [64, 512],
+  [128, 512],
+  [256, 64],
+] as const
 
 interface Load {
   sequences: number
@@ -55,7 +61,7 @@ export function benchServe(bench: GpuBench): void {
     const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
     row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
     row(`${MODEL}: the same, of the product's rate`, share, '%')
-    for (const sequences of [64, 128]) growth(gpu, sequences, row)
+    for (const [sequences, prompt] of LOADS) growth(gpu, sequences, prompt, row)
     const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
     const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
     row(`${MODEL}: 128 of mixed lengths, KV memory unused`, 100 * waste, '%')
@@ -65,9 +71,9 @@ export function benchServe(bench: GpuBench): void {
 }
 
 /** The same load twice: pages are mapped as it grows, then they are all there. */
-function growth(gpu: OpenedCuda, sequences: number, row: GpuBench['row']): void {
-  const load = { sequences, promptTokens: () => 512, outputTokens: 128 }
-  const name = `${MODEL}, ${sequences} × (512 + 128)`
+function growth(gpu: OpenedCuda, sequences: number, prompt: number, row: GpuBench['row']): void {
+  const load = { sequences, promptTokens: () => prompt, outputTokens: 128 }
+  const name = `${MODEL}, ${sequences} × (${prompt} + 128)`
   serve(gpu, { ...load, outputTokens: 4 })
   const late = gpu.backend.kv
   const grown = serve(gpu, load)

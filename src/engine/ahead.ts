@@ -35,6 +35,9 @@ export class StepsAhead {
   flight: Flight | undefined
   private readonly backend: Backend
   private readonly chooser: TokenChooser
+  /** What flights await, in turns: one is launched while the one before is not yet taken in. */
+  private readonly awaited: readonly [AwaitedToken[], AwaitedToken[]] = [[], []]
+  private turn: 0 | 1 = 0
   /** By slot: who chooses there now. */
   private readonly chosenFor: (Sequence | undefined)[] = []
 
@@ -45,7 +48,10 @@ export class StepsAhead {
 
   /** Queues a step of these parts, in the same order as the batch has them. */
   launch(parts: readonly ScheduledPart<Sequence>[], batch: StepBatch, nowMs: number): void {
-    const flight = { awaited: [] as AwaitedToken[], hosted: false, work: workOf(parts) }
+    this.turn = this.turn === 0 ? 1 : 0
+    const awaited = this.awaited[this.turn]
+    let outputs = 0
+    let anyHosted = false
     for (const { sequence, count } of parts) {
       const { slot, computed, tokens } = sequence
       // Who lost its slot computes its prompt first: by then its last token is known.
@@ -53,12 +59,17 @@ export class StepsAhead {
       assert(known || this.chosenFor[slot] === sequence, 'a slot has chosen what comes next')
       if (computed + count < sequence.length) continue
       const hosted = this.isHosted(sequence)
-      if (hosted) flight.hosted = true
+      if (hosted) anyHosted = true
       else this.begin(sequence)
-      flight.awaited.push({ sequence, position: hosted ? -1 : sequence.length })
+      const position = hosted ? -1 : sequence.length
+      const token = (awaited[outputs++] ??= { sequence, position })
+      token.sequence = sequence
+      token.position = position
     }
-    const number = this.chooser.launchChoosing(batch, flight.hosted)
-    this.flight = { ...flight, number, startMs: nowMs }
+    awaited.length = outputs
+    const number = this.chooser.launchChoosing(batch, anyHosted)
+    const work = workOf(parts)
+    this.flight = { awaited, hosted: anyHosted, work, number, startMs: nowMs }
   }
 
   /** The step that is under way, to be taken in when the next one is queued. */

@@ -4,7 +4,7 @@
 // Nothing runs before it has to: queued work waits until somebody synchronises, or the test calls
 // `advance`. So code that unmaps or reuses what a queued kernel still reads is always caught.
 
-import type { CudaDriver, GpuDevice } from '../../src/ffi/cuda.ts'
+import type { CudaDriver, GpuDevice, TensorMapTiled } from '../../src/ffi/cuda.ts'
 import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
 import { NativeBlock } from '../../src/ffi/block.ts'
 import { viewMemory } from '../../src/ffi/libc.ts'
@@ -331,7 +331,10 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
     this.destroyGraph(executable)
   }
 
-  encodeTensorMap(): void {}
+  /** What kernels in JavaScript need of a map: where it begins, and bytes from row to row. */
+  encodeTensorMap(into: number, { address, strides }: TensorMapTiled): void {
+    new Float64Array(viewMemory(into, 16)).set([address, strides[0] ?? 0])
+  }
 
   private works(graph: number): Work[] {
     const works = this.graphs.get(graph)

@@ -2,6 +2,7 @@
 // lowering of programs is tested without a GPU. bf16 is rounded where kernels store it.
 
 import type { DecodeRows, PrefillSegments } from '../../src/backends/cuda/attention.ts'
+import { GEMV_EPILOGUE } from '../../src/backends/cuda/gemv.ts'
 import type { Attention } from '../../src/backends/cuda/lower.ts'
 import type { KvLayout } from '../../src/kv/layout.ts'
 import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
@@ -39,10 +40,15 @@ export class MockKernels {
       addBias: (a, [rows]) => this.addBias(a, rows!),
       ropeAppend: (a, [rows]) => this.ropeAppend(a, rows!),
       sample: (a, [outputs]) => this.sample(a, outputs!),
+      skinny: (a) => this.skinny(a),
     }
     for (const [name, run] of Object.entries(kernels)) {
       cuda.behaviours.set(name, (launch: KernelLaunch) => {
-        const args = launch.kinds.map((kind, i) => (kind === 'bytes128' ? 0 : launch.get(i)))
+        const args = launch.kinds.flatMap((kind, i) =>
+          kind === 'bytes128'
+            ? [...new Float64Array(viewMemory(launch.addressOfArgument(i), 16))]
+            : [launch.get(i)],
+        )
         const grid = launch.shape.slice(0, 3)
         return { touches: [], run: () => run(args, grid) }
       })
@@ -236,6 +242,40 @@ export class MockKernels {
         this.putBf16(to, head(v! + r * kvStride! * 2 + h * row, 0, false))
       }
     }
+  }
+
+  /** skinny-hopper.cu, by the other kernels' means. */
+  private skinny(a: readonly number[]): void {
+    const [weight, , x, xBytes, rows, k, tokens, , , epilogue, out, outStride] = a as number[]
+    const [gelu, positions, slots, frequencies, dims, magnitude] = a.slice(12) as number[]
+    const [heads, kvHeads, headDim, tokenStride, layerOffset] = a.slice(18) as number[]
+    const { store, add, glu, logits } = GEMV_EPILOGUE
+    const rowBytes = 2 * rows!
+    const scratch = this.cuda.allocate(Math.max(1, tokens! * rowBytes))
+    for (let t = 0; t < tokens!; t++) {
+      const input = this.bf16(x! + t * xBytes!, k!)
+      const y = Float32Array.from({ length: rows! }, (_, r) =>
+        this.bf16(weight! + r * k! * 2, k!).reduce((sum, w, i) => sum + w * input[i]!, 0),
+      )
+      const at = out! + t * outStride! * (epilogue === logits ? 4 : 2)
+      if (epilogue === logits) this.cuda.write(at, new Uint8Array(y.buffer))
+      else if (epilogue === store) this.putBf16(at, y)
+      else if (epilogue === add) {
+        const old = this.bf16(at, rows!)
+        this.putBf16(
+          at,
+          y.map((v, i) => v + old[i]!),
+        )
+      } else this.putBf16(scratch + t * rowBytes, y)
+    }
+    if (epilogue === glu) this.glu([scratch, out!, rows! / 2, gelu!], tokens!)
+    else if (epilogue === GEMV_EPILOGUE.rope) {
+      const [key, value] = [heads!, heads! + kvHeads!].map((h) => scratch + h * headDim! * 2)
+      const from = [scratch, key!, value!, rows!, rows!, out!, positions!, slots!, frequencies!]
+      const how = [dims!, 0, magnitude!, 0, 0, 0, heads!, kvHeads!, headDim!]
+      this.ropeAppend([...from, ...how, tokenStride!, layerOffset!], tokens!)
+    }
+    this.cuda.free(scratch)
   }
 
   /** One query row over tokens [first, length) of a slot's layer that starts at `keys`. */

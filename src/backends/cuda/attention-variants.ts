@@ -79,7 +79,10 @@ function decodeVariant(shape: AttentionShape, room: number): DecodeVariant {
     const mergeBytes = warps * columns * (headDim / 16 + 1) * 32 * 16
     const fit = Math.floor((room - BESIDES - mergeBytes) / stageBytes)
     if (fit < 2) continue
-    const stages = Math.min(fit, Math.max(2, Math.ceil(IN_FLIGHT / stageBytes)))
+    const enough = Math.min(fit, Math.max(2, Math.ceil(IN_FLIGHT / stageBytes)))
+    // What has no room for a second block anyway keeps memory busy while a piece is finished.
+    const alone = 2 * (enough * stageBytes + mergeBytes + BESIDES) > room
+    const stages = alone ? fit : enough
     const share = Math.ceil(headDim / 16 / warps)
     return {
       file: 'attention-decode.cu',

@@ -168,6 +168,8 @@ export class CudaAttention {
     const { decode, prefill } = variants
     this.decoder = this.prepare(decode, DECODE)
     this.prefiller = this.prepare(prefill, prefill.boxTokens ? HOPPER : PORTABLE)
+    // It reads older tokens' keys while the kernel that appends the newest ones ends.
+    if (info.capability >= 90) this.decoder.launch.programmatic()
     const blocks = present(this.decoder.launch.shape[0], 'blocks of a grid')
     this.partial = driver.allocate(blocks * decode.scratchBytes)
     const counters = rowsMax * decode.counters

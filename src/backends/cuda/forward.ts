@@ -11,10 +11,19 @@ import { programFor } from '../../model/arch/programs.ts'
 import type { Model, RopeConfig } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
 import { CudaAttention } from './attention.ts'
+import { Choices, choicesPath } from './choices.ts'
 import type { CudaDevice } from './device.ts'
 import { fuse } from './fuse.ts'
+import { GEMV_TOKENS_MAX } from './gemv.ts'
+import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import { type KernelFinder, Kernels } from './kernels.ts'
-import { type Attention, type LowerContext, Lowering, type StepShape } from './lower.ts'
+import {
+  type Attention,
+  type HopperUse,
+  type LowerContext,
+  Lowering,
+  type StepShape,
+} from './lower.ts'
 import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
@@ -40,6 +49,8 @@ export interface ForwardOptions {
   skinny?: boolean
   /** Off only to measure or test what comes instead: a kernel a product. */
   wholeSteps?: boolean
+  /** Multiplies 5–128 tokens by skinny-hopper.cu wherever it fits, faster or not; for tests. */
+  hopperAlways?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
@@ -58,6 +69,12 @@ export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 const PREFETCH_BYTES = 0
 const RELEASE_ROUNDS = 0
 
+/** Of which the fastest counts. */
+const TIMED_GRAPHS = 4
+
+/** Compute capability 9.0, with products of warpgroups. */
+const HOPPER = 90
+
 /** Tokens of a step that products are tuned for: eighths of the largest, which nearly all are. */
 function promptRows(stepTokens: number): number[] {
   return Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
@@ -75,6 +92,7 @@ export class CudaForward {
   private readonly options: ForwardOptions
   private readonly kernels: Kernels
   private readonly attention: Attention
+  private readonly choices: Choices
   private readonly arena: number
   private readonly adjusted: number
   private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
@@ -102,6 +120,7 @@ export class CudaForward {
       this.fillRandom(address, elements, seed, scale)
     this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
     this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
+    this.choices = new Choices(choicesPath(modules.folder, 'skinny', info, driver.version))
     this.attention =
       options.attention?.(this.state, this.kernels.find) ?? this.makeAttention(program)
     this.sampling = new SamplingTable(
@@ -132,6 +151,9 @@ export class CudaForward {
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
       overlap: options.overlap ?? true,
       skinny: options.skinny ?? true,
+      hopperRoom: info.capability === HOPPER ? info.sharedBytesPerBlock : 0,
+      hopper: this.hopper,
+      choices: this.choices,
     }
     const rows = { tokens: stepTokens, outputs: maxSequences }
     const decodingRows = { tokens: maxSequences, outputs: maxSequences }
@@ -201,6 +223,11 @@ export class CudaForward {
 
   private get rowsMax(): number {
     return this.options.maxSequences
+  }
+
+  private get hopper(): HopperUse {
+    if (this.options.hopperAlways) return 'always'
+    return (this.options.skinny ?? true) ? 'measured' : 'never'
   }
 
   private capture(bucket: number): number {
@@ -330,10 +357,38 @@ export class CudaForward {
     const prompts = promptRows(this.options.stepTokens).filter((rows) => rows > this.rowsMax)
     this.tuneFor(this.mixed, prompts, ({ float32 }) => !float32)
     this.matmuls.save()
+    const few = buckets.filter((b) => b > GEMV_TOKENS_MAX && b <= HOPPER_TOKENS_MAX)
+    if (this.hopper === 'measured') this.tuneHopper(few)
     // No request is to wait for what can be done now.
     for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
       this.capture(bucket)
     }
+  }
+
+  private tuneHopper(tokens: readonly number[]): void {
+    const { driver } = this.options.device
+    const { stream } = this
+    // Of zeros a product would be faster than it is.
+    this.fillRandom(this.arena, this.decoding.buffers.bytes / 2, 1, 1)
+    const events = [driver.createEvent(true), driver.createEvent(true)] as const
+    this.decoding.tuneHopper(tokens, (queue) => {
+      driver.beginCapture(stream)
+      queue()
+      const graph = driver.endCapture(stream)
+      const executable = driver.instantiate(graph)
+      const times = Array.from({ length: TIMED_GRAPHS }, () => {
+        driver.recordEvent(events[0], stream)
+        driver.launchGraph(executable, stream)
+        driver.recordEvent(events[1], stream)
+        driver.synchronizeEvent(events[1])
+        return driver.elapsedMs(...events) * 1e3
+      })
+      driver.destroyExecutable(executable)
+      driver.destroyGraph(graph)
+      return Math.min(...times)
+    })
+    for (const event of events) driver.destroyEvent(event)
+    this.choices.save()
   }
 
   private tuneFor(

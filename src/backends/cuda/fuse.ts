@@ -304,8 +304,11 @@ function reads(op: Op): readonly Value[] {
   }
 }
 
-/** Nodes for a few tokens: norms, rotations and activations ride along with their product. */
-export function fuseSkinny(nodes: readonly Node[]): (Node | SkinnyNode)[] {
+/**
+ * Nodes for a few tokens: norms, rotations and activations ride along with their product.
+ * @param norms whether norms before a product do, too
+ */
+export function fuseSkinny(nodes: readonly Node[], norms = true): (Node | SkinnyNode)[] {
   const fused: (Node | SkinnyNode)[] = []
   for (let i = 0; i < nodes.length; i++) {
     const node = present(nodes[i], 'a node')
@@ -315,7 +318,11 @@ export function fuseSkinny(nodes: readonly Node[]): (Node | SkinnyNode)[] {
     }
     const before = fused.at(-1)
     const norm =
-      before?.kind === 'norm' && !before.added && before.out === node.in && single(nodes, node.in)
+      norms &&
+      before?.kind === 'norm' &&
+      !before.added &&
+      before.out === node.in &&
+      single(nodes, node.in)
         ? before
         : undefined
     if (norm) fused.pop()

@@ -20,7 +20,10 @@ import {
   type SkinnyNode,
   fuseSkinny,
 } from './fuse.ts'
+import type { Choices } from './choices.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
+import { type FusedProducts, HopperProducts, rowsOf } from './hopper-launch.ts'
+import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import type { KernelFinder } from './kernels.ts'
 import { type Matmuls, type Product, paddedRows } from './matmul.ts'
 import { SkinnyProducts } from './skinny.ts'
@@ -40,6 +43,8 @@ export interface StepShape {
 }
 
 export type Command = (step: StepShape) => void
+
+export type HopperUse = 'never' | 'measured' | 'always'
 
 /** What a command does: its node's kind, and its matrix without the block's number. */
 export interface NamedCommand {
@@ -79,6 +84,12 @@ export interface LowerContext {
   overlap: boolean
   /** Whether products of few tokens have kernels of their own. */
   skinny: boolean
+  /** Dynamic shared memory of a block of skinny-hopper.cu; 0 where that does not run. */
+  hopperRoom: number
+  /** Where that is used: where it was measured to be faster, or wherever it fits. */
+  hopper: HopperUse
+  /** What was measured to be fastest for which product. */
+  choices: Choices
 }
 
 export class Lowering {
@@ -94,6 +105,8 @@ export class Lowering {
   private commands: readonly NamedCommand[] = []
   private skinny: readonly NamedCommand[] = []
   private readonly products: SkinnyProducts
+  private hopper: readonly NamedCommand[] = []
+  private readonly hopperProducts: HopperProducts
 
   constructor(
     program: Program,
@@ -106,7 +119,9 @@ export class Lowering {
     this.context = context
     this.room = { tokens: paddedRows(rowsMax.tokens), outputs: paddedRows(rowsMax.outputs) }
     this.buffers = new Buffers(nodes, program, this.room)
-    this.products = new SkinnyProducts(context, program.config, (value) => this.place(value))
+    const place = (value: Value) => this.place(value)
+    this.products = new SkinnyProducts(context, program.config, place)
+    this.hopperProducts = new HopperProducts(context, program.config, place, this.room)
   }
 
   /** Lowers everything to an arena of `buffers.bytes` at this address. */
@@ -114,10 +129,13 @@ export class Lowering {
     this.arena = arena
     this.whole = this.lowerWhole()
     this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
-    this.skinny = fuseSkinny(this.nodes).map((node) => ({
-      name: nameOf(node.kind === 'skinny' ? node.linear : node),
-      run: this.lowerSkinny(node),
-    }))
+    const fused = (nodes: readonly (Node | SkinnyNode)[], products: FusedProducts) =>
+      nodes.map((node) => ({
+        name: nameOf(node.kind === 'skinny' ? node.linear : node),
+        run: this.lowerFused(node, products),
+      }))
+    this.skinny = fused(fuseSkinny(this.nodes), this.products)
+    this.hopper = fused(fuseSkinny(this.nodes, false), this.hopperProducts)
   }
 
   /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
@@ -131,10 +149,11 @@ export class Lowering {
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
+    const { skinny, hopper } = this.context
     const whole = this.whole[tokens]
     if (whole) return whole
-    const few = this.context.skinny && tokens <= GEMV_TOKENS_MAX
-    return few ? this.skinny : this.commands
+    if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
+    return hopper === 'never' || tokens > HOPPER_TOKENS_MAX ? this.commands : this.hopper
   }
 
   /** Queues the program, embedding to logits. */
@@ -172,6 +191,19 @@ export class Lowering {
     return [...shapes.values()]
   }
 
+  /** Measures which kernels are fastest for products of so many tokens. */
+  tuneHopper(tokens: readonly number[], microseconds: (queue: () => void) => number): void {
+    const { stream } = this.context.state
+    const nodes = fuseSkinny(this.nodes, false).filter((node) => node.kind === 'skinny')
+    const apart = new Map(nodes.map((node) => [node, this.partsOf(node)]))
+    for (const count of tokens) {
+      const step = { stream, tokens: count, outputs: count, singles: count, segments: 0 }
+      this.hopperProducts.tune(nodes, count, stream, microseconds, (node) =>
+        present(apart.get(node), 'parts').forEach((command) => command(step)),
+      )
+    }
+  }
+
   private lower(node: Node): Command {
     switch (node.kind) {
       case 'embed':
@@ -194,25 +226,28 @@ export class Lowering {
     }
   }
 
-  private lowerSkinny(node: Node | SkinnyNode): Command {
+  private lowerFused(node: Node | SkinnyNode, products: FusedProducts): Command {
     if (node.kind !== 'skinny') return this.lower(node)
-    const { linear, rope, glu } = node
-    const rows = linear.kind === 'logits' ? 'outputs' : linear.rows
-    // Where the kernel does not fit the shape, the parts run one by one.
+    const rows = rowsOf(node)
+    const apart = this.partsOf(node)
+    return (step) => {
+      if (step[rows] === 0) return
+      const launch = products.launch(node, step[rows])
+      if (launch) this.context.driver.launch(launch, step.stream)
+      else for (const command of apart) command(step)
+    }
+  }
+
+  /** The parts of a product one by one, where no kernel does them together. */
+  private partsOf({ linear, norm, rope, glu }: SkinnyNode): Command[] {
     const parts = this.nodes.filter(
       (part) =>
         part === linear ||
         part === rope ||
         part === glu ||
-        (part.kind === 'norm' && node.norm !== undefined && part.out === linear.in),
+        (part.kind === 'norm' && norm !== undefined && part.out === linear.in),
     )
-    const apart = parts.map((part) => this.lower(part))
-    return (step) => {
-      if (step[rows] === 0) return
-      const launch = this.products.launch(node, step[rows])
-      if (launch) this.context.driver.launch(launch, step.stream)
-      else for (const command of apart) command(step)
-    }
+    return parts.map((part) => this.lower(part))
   }
 
   private embed({ out, weight, scale }: Extract<Node, { kind: 'embed' }>): Command {

@@ -1,13 +1,11 @@
 // Owns matrix products through cuBLASLt: which of its algorithms is fastest for a shape on this
 // GPU is measured once, the best of eight, and kept in a file.
 
-import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
-import { dirname, join } from 'node:path'
-import { randomUUID } from 'node:crypto'
 import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import type { CudaDriver, GpuDevice } from '../../ffi/cuda.ts'
 import { type CublasLt, MATRIX, type MatmulAlgorithm, type MatmulPlan } from '../../ffi/cublaslt.ts'
+import { Choices, choicesPath } from './choices.ts'
 
 export const WORKSPACE_BYTES = 64 << 20
 
@@ -57,9 +55,7 @@ export class Matmuls {
   /** Numbers of rows that were measured. */
   private readonly tuned = new Set<number>()
   private readonly prepared = new Map<string, Prepared>()
-  private readonly kept: Record<string, Kept>
-  private readonly path: string
-  private unsaved = false
+  private readonly kept: Choices<Kept>
 
   /** @param folder where measured choices are kept */
   constructor(driver: CudaDriver, lt: CublasLt, device: GpuDevice, folder: string) {
@@ -67,9 +63,7 @@ export class Matmuls {
     this.lt = lt
     this.handle = lt.createHandle()
     this.workspace = driver.allocate(WORKSPACE_BYTES)
-    const machine = `${device.name}-${device.multiprocessors}-${driver.version}-${lt.version}`
-    this.path = join(folder, `matmul-${machine.replaceAll(/[^\w.-]+/g, '-')}.json`)
-    this.kept = readKept(this.path)
+    this.kept = new Choices(choicesPath(folder, 'matmul', device, driver.version, lt.version))
   }
 
   /**
@@ -101,7 +95,7 @@ export class Matmuls {
     const key = keyOf(product, n)
     this.tuned.add(n)
     const stream = this.driver.createStream()
-    if (this.kept[key]) {
+    if (this.kept.get(key)) {
       // Once, so that the library loads the kernel now.
       this.run(
         { ...product, accumulate: false },
@@ -140,18 +134,12 @@ export class Matmuls {
     if (!best) throw noAlgorithm(product, n)
     const { block, workspaceBytes } = best.algorithm
     const algorithm = Buffer.from(block.bytes).toString('base64')
-    this.kept[key] = { algorithm, workspaceBytes }
-    this.unsaved = true
+    this.kept.set(key, { algorithm, workspaceBytes })
   }
 
   /** Writes what was measured, whole or not at all. */
   save(): void {
-    if (!this.unsaved) return
-    mkdirSync(dirname(this.path), { recursive: true })
-    const partial = `${this.path}.${randomUUID()}`
-    writeFileSync(partial, JSON.stringify(this.kept))
-    renameSync(partial, this.path)
-    this.unsaved = false
+    this.kept.save()
   }
 
   close(): void {
@@ -172,7 +160,7 @@ export class Matmuls {
     const padded = paddedRows(rows)
     const most = Math.min(room, padded * SLACK)
     const tuned = [...this.tuned].filter(
-      (n) => n >= padded && n <= most && this.kept[keyOf(product, n)],
+      (n) => n >= padded && n <= most && this.kept.get(keyOf(product, n)),
     )
     return tuned.length > 0 ? Math.min(...tuned) : padded
   }
@@ -182,7 +170,7 @@ export class Matmuls {
     const known = this.prepared.get(key)
     if (known) return known
     const plan = this.planOf(product, n)
-    const kept = this.kept[keyOf(product, n)]
+    const kept = this.kept.get(keyOf(product, n))
     const algorithm = kept
       ? this.lt.algorithm(Buffer.from(kept.algorithm, 'base64'), kept.workspaceBytes)
       : this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, 1)[0]
@@ -213,13 +201,4 @@ function noAlgorithm({ m, k }: Product, n: number): LatticeError {
     `The matrix library has no algorithm for [${m}, ${k}] times ${n} tokens.`,
     { todo: 'Update the CUDA libraries, or use --device cpu.' },
   )
-}
-
-function readKept(path: string): Record<string, Kept> {
-  try {
-    return JSON.parse(readFileSync(path, 'utf8')) as Record<string, Kept>
-  } catch {
-    // Not there or not whole: everything is measured again.
-    return {}
-  }
 }
