@@ -7,6 +7,7 @@
 
 import { assert, present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import type { TokenLogprobs } from './api.ts'
 import type { Backend, StepBatch, TokenChooser } from '../backends/backend.ts'
 import type { StepWork } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart } from '../scheduler/scheduler.ts'
@@ -80,13 +81,16 @@ export class StepsAhead {
     return flight.hosted ? this.backend.collect() : []
   }
 
-  /** Its tokens are chosen here: beams', those with log-probabilities, or what is too much. */
+  /** Log-probabilities of a step's output, if its sequence asks; once the step was waited for. */
+  logprobsOf({ number }: Flight, output: number, { request }: Sequence): TokenLogprobs | undefined {
+    const { topLogprobs } = request
+    if (topLogprobs === undefined) return undefined
+    return this.chooser.logprobsOf(number, output, topLogprobs)
+  }
+
+  /** Its tokens are chosen here: those of beams, or what is too much for the backend. */
   isHosted({ unit, request }: Sequence): boolean {
-    return (
-      unit !== undefined ||
-      request.topLogprobs !== undefined ||
-      !this.chooser.takes(request.sampling)
-    )
+    return unit !== undefined || !this.chooser.takes(request.sampling, request.topLogprobs)
   }
 
   private begin(sequence: Sequence): void {
@@ -94,7 +98,8 @@ export class StepsAhead {
     if (this.chosenFor[slot] === sequence) return
     this.chosenFor[slot] = sequence
     const output = tokens.subarray(promptLength, length)
-    this.chooser.begin(slot, { params: request.sampling, prompt: request.prompt, output })
+    const { sampling: params, prompt, topLogprobs } = request
+    this.chooser.begin(slot, { params, prompt, output, topLogprobs })
   }
 }
 

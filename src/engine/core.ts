@@ -226,15 +226,16 @@ export class EngineCore {
       if (unit) this.advanceBeam(unit, sequence, present(row, 'a row of logits'))
       else if (this.sequences.get(id) !== sequence) return
       else if (position < 0) this.advance(sequence, present(row, 'a row of logits'))
-      else this.takeIn(sequence, present(sequence.tokens[position], 'a token'))
+      else this.takeIn(sequence, position, ahead.logprobsOf(flight, output, sequence))
     })
   }
 
   /** The first unknown token of a sequence is known. */
-  private takeIn(sequence: Sequence, token: number): void {
+  private takeIn(sequence: Sequence, position: number, logprobs: TokenLogprobs | undefined): void {
+    const token = present(sequence.tokens[position], 'a token')
     if (token < 0) return this.finish(sequence, 'error', notANumber())
     sequence.unknown--
-    this.tell(sequence, token, undefined)
+    this.tell(sequence, token, logprobs)
   }
 
   /**
@@ -394,7 +395,6 @@ export class EngineCore {
     sequence.push(token)
     const logprobs =
       topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-    sequence.logprobs += logprobs?.logprob ?? 0
     this.tell(sequence, token, logprobs)
   }
 
@@ -402,6 +402,7 @@ export class EngineCore {
   private tell(sequence: Sequence, token: number, logprobs: TokenLogprobs | undefined): void {
     const { stopTokens, maxTokens } = sequence.request
     this.counts.outputTokens++
+    sequence.logprobs += logprobs?.logprob ?? 0
     if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
     this.sink.onToken(sequence.id, token, logprobs)
     if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')

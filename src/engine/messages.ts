@@ -58,7 +58,7 @@ export type BackendChoice =
   | { kind: 'cuda'; modelPath: string; device: number; kvIdleReleaseMs?: number }
   | ({ kind: 'null' } & Pick<
       NullBackendOptions,
-      'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns'
+      'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns' | 'ahead'
     >)
 
 export type ToEngine =

@@ -15,6 +15,7 @@ import type { CudaDevice } from './device.ts'
 import { fuse } from './fuse.ts'
 import { type KernelFinder, Kernels } from './kernels.ts'
 import { type Attention, type LowerContext, Lowering, type StepShape } from './lower.ts'
+import { LogprobRing } from './logprobs.ts'
 import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
@@ -65,6 +66,7 @@ export class CudaForward {
   readonly vocab: number
   readonly state: StepState
   readonly sampling: SamplingTable
+  readonly logprobs: LogprobRing
   readonly weights: DeviceWeights
   readonly stream: number
   /** [outputs, vocab] float32 of the last step. */
@@ -94,6 +96,7 @@ export class CudaForward {
     this.kernels = new Kernels(device, modules)
     const limits = { tokens: stepTokens, outputs: maxSequences, slots: maxSequences }
     this.state = new StepState(driver, limits, this.stream)
+    this.logprobs = new LogprobRing(driver, maxSequences)
     const program = programFor(model)
     const nodes = { decoding: fuse(program, true), mixed: fuse(program, false) }
     const fill = (address: number, elements: number, seed: number, scale: number) =>
@@ -185,6 +188,7 @@ export class CudaForward {
     driver.free(this.logits)
     this.attention.close()
     this.sampling.close()
+    this.logprobs.close()
     this.matmuls.close()
     this.weights.close()
     this.state.close()
@@ -267,12 +271,14 @@ export class CudaForward {
     const { state, sampling } = this
     const kinds: ArgumentKind[] = [
       ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64'] as const),
+      ...(['u64', 'i32', 'i32', 'u64'] as const),
     ]
     const launch = new KernelLaunch(this.kernels.find('sample.cu', 'sample'), kinds)
     return launch
       .setAll(
         ...[this.logits, this.vocab, state.outputSlots, sampling.table, sampling.biasTokens],
         ...[sampling.biases, sampling.counts, this.adjusted, state.sampled, state.lastTokens],
+        ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
       )
       .threads(1024)
       .programmatic()
