@@ -20,6 +20,7 @@ import type {
   SequenceRequest,
   TokenLogprobs,
 } from './api.ts'
+import { answerOf } from './answers.ts'
 import { type Flight, notANumber, StepsAhead, workOf } from './ahead.ts'
 import { BeamGroup, beamsFork, tooFew } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
@@ -286,16 +287,8 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
-    const { kind } = question
-    if (kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
-    if (kind === 'forgotten') return this.sharing.forgotten()
-    const { tenant } = question
-    if (kind === 'watch') return this.sharing.watch(tenant, question.tokens, question.prefixes)
-    if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
-    if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
-    if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
-    if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
-    return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
+    if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    return answerOf(question, this.sharing, this.sessions, this.now())
   }
 
   private map(): KvMap {
