@@ -69,6 +69,8 @@ export async function openSession(
   const starting = startEngine(path, {
     modelId: id,
     device: options.device,
+    // What takes long is said at once, and on stderr: stdout may be an answer's.
+    onStarting: (what) => void process.stderr.write(`${what} …\n`),
     ...defined({
       threads: options.threads,
       contextLength: options.context,

@@ -84,11 +84,15 @@ export interface EngineFacts {
   layout: KvLayout
   kvPages: number
   tier?: TierFacts
+  /** What the start took, if its parts are worth telling. */
+  started?: string | undefined
 }
 
 export type FromEngine =
   /** Sent before `ready`, by an engine that needs a pager. */
   | { kind: 'pager'; start: PagerStart }
+  /** Sent before `ready`: what the start is about to spend its time on, if that is long. */
+  | { kind: 'starting'; what: string }
   | { kind: 'ready'; facts: EngineFacts }
   /** Sent before the step that begins the sequence is computed, not with its tokens. */
   | { kind: 'started'; id: number; cachedTokens: number }

@@ -43,6 +43,8 @@ export interface EngineOptions {
   maxQueue?: number
   /** Tokens of one step, at most. */
   stepTokens?: number
+  /** Hears of what takes long, before it begins. */
+  onStarting?: (what: string) => void
 }
 
 export interface StartedEngine {
@@ -98,8 +100,9 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       vocabSize: config.vocab,
     },
     { sequences: maxSequences + maxQueue, contextLength },
+    options.onStarting,
   )
-  const { layout, tier } = engine.facts
+  const { layout, tier, started } = engine.facts
   const tokenBytes = liveBytes(layout, 1)
   const shortened =
     contextLength < config.contextLength && options.contextLength === undefined
@@ -115,6 +118,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
         : ''),
+    ...(started === undefined ? [] : [`start    ${started}`]),
     ...(tier ? [`tier     ${describeTier(tier)}`] : []),
     ...(tier?.store ? [`store    ${describeStore(tier.store)}`] : []),
     `limits   ${maxSequences} sequences at once, ${maxQueue} waiting, ${stepTokens} tokens a step`,

@@ -44,6 +44,8 @@ interface Opened {
   variant: string
   repackedBytes: Record<string, number>
   tier?: TierFacts | undefined
+  /** What the start took. */
+  started?: string
   /** Closes the backend and what it computes on. */
   close?(): void
 }
@@ -59,7 +61,8 @@ async function openBackend(): Promise<Opened> {
   const { openModel } = await import('../model/load.ts')
   if (choice.kind === 'cuda') {
     const { openCuda } = await import('../backends/cuda/open.ts')
-    const gpu = openCuda(openModel(choice.modelPath), { ...options, ...choice })
+    const onStarting = (what: string) => say({ kind: 'starting', what })
+    const gpu = openCuda(openModel(choice.modelPath), { ...options, ...choice }, onStarting)
     return { ...gpu, variant: gpu.device.architecture, repackedBytes: {} }
   }
   const { CpuBackend } = await import('../backends/cpu/backend.ts')
@@ -168,13 +171,13 @@ function run(core: EngineCore): void {
 let opened: Opened | undefined
 try {
   opened = await openBackend()
-  const { backend, variant, repackedBytes, tier } = opened
+  const { backend, variant, repackedBytes, tier, started } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
   const core = makeCore(backend, kvPages)
   say({
     kind: 'ready',
-    facts: { variant, repackedBytes, layout, kvPages, ...(tier && { tier }) },
+    facts: { variant, repackedBytes, layout, kvPages, ...(tier && { tier }), started },
   })
   run(core)
 } catch (thrown) {

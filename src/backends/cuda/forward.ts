@@ -20,6 +20,7 @@ import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
 import { SamplingTable } from './sampling.ts'
+import type { StartTimes } from './start-times.ts'
 import { PLACES, StepState } from './state.ts'
 import { DeviceWeights } from './weights.ts'
 
@@ -43,6 +44,10 @@ export interface ForwardOptions {
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
   lt?: CublasLt
+  /** Takes note of how long each part of the start takes. */
+  times?: StartTimes
+  /** Is told of what takes long, before it begins. */
+  say?: (what: string) => void
 }
 
 /** Decoding sequences that a graph is captured for; a step takes the next larger one. */
@@ -55,7 +60,7 @@ export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
  * starting early costs 9 %, because blocks then crowd on the multiprocessors that end first.
  */
 const PREFETCH_BYTES = 0
-const RELEASE_ROUNDS = 0
+export const RELEASE_ROUNDS = 0
 
 /** Tokens of a step that products are tuned for: eighths of the largest, which nearly all are. */
 function promptRows(stepTokens: number): number[] {
@@ -102,6 +107,7 @@ export class CudaForward {
     const fill = (address: number, elements: number, seed: number, scale: number) =>
       this.fillRandom(address, elements, seed, scale)
     this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
+    options.times?.done('weights')
     this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
     this.attention =
       options.attention?.(this.state, this.kernels.find) ?? this.makeAttention(program)
@@ -142,6 +148,9 @@ export class CudaForward {
     this.fetchLaunch = this.makeFetch()
     this.sampleLaunch = this.makeSample()
     this.publishLaunch = this.makePublish()
+    this.decoding.prepare()
+    this.mixed.prepare()
+    options.times?.done('loading kernels')
     if (options.tune ?? true) this.tune()
   }
 
@@ -323,22 +332,43 @@ export class CudaForward {
 
   /** Measures every product of decode steps of any bucket, and of a step full of prompts. */
   private tune(): void {
+    const { times, say, stepTokens } = this.options
     const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
-    this.tuneFor(this.decoding, buckets, () => true)
-    this.tuneFor(this.mixed, buckets, () => true)
-    const prompts = promptRows(this.options.stepTokens).filter((rows) => rows > this.rowsMax)
-    this.tuneFor(this.mixed, prompts, ({ float32 }) => !float32)
+    const prompts = promptRows(stepTokens).filter((rows) => rows > this.rowsMax)
+    const ofPrompts = ({ float32 }: Product) => !float32
+    const unknown =
+      this.unknownTo(this.decoding, buckets) +
+      this.unknownTo(this.mixed, buckets) +
+      this.unknownTo(this.mixed, prompts, ofPrompts)
+    if (unknown > 0) say?.(`measuring ${unknown} matrix products, once for this model and GPU`)
+    this.tuneFor(this.decoding, buckets)
+    this.tuneFor(this.mixed, buckets)
+    this.tuneFor(this.mixed, prompts, ofPrompts)
     this.matmuls.save()
+    times?.done('matrix products', unknown > 0 ? `${unknown} measured` : undefined)
     // No request is to wait for what can be done now.
     for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
       this.capture(bucket)
     }
+    times?.done('graphs')
+  }
+
+  private unknownTo(
+    of: Lowering,
+    rows: readonly number[],
+    which: (product: Product) => boolean = () => true,
+  ): number {
+    const products = of.productShapes().map(({ product }) => product)
+    const wanted = products
+      .filter(which)
+      .flatMap((product) => rows.map((count) => [product, count] as const))
+    return wanted.filter(([product, count]) => !this.matmuls.knows(product, count)).length
   }
 
   private tuneFor(
     of: Lowering,
     rows: readonly number[],
-    which: (product: Product) => boolean,
+    which: (product: Product) => boolean = () => true,
   ): void {
     const { driver } = this.options.device
     if (rows.length === 0) return

@@ -86,6 +86,7 @@ export class Lowering {
   private arena = 0
   private commands: readonly NamedCommand[] = []
   private skinny: readonly NamedCommand[] = []
+  private skinnyNodes: readonly (Node | SkinnyNode)[] = []
   private readonly products: SkinnyProducts
 
   constructor(
@@ -106,10 +107,19 @@ export class Lowering {
   build(arena: number): void {
     this.arena = arena
     this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
-    this.skinny = fuseSkinny(this.nodes).map((node) => ({
+    this.skinnyNodes = fuseSkinny(this.nodes)
+    this.skinny = this.skinnyNodes.map((node) => ({
       name: nameOf(node.kind === 'skinny' ? node.linear : node),
       run: this.lowerSkinny(node),
     }))
+  }
+
+  /** Loads what launches would load when they are first needed. */
+  prepare(): void {
+    if (!this.context.skinny) return
+    for (const node of this.skinnyNodes) {
+      if (node.kind === 'skinny') this.products.prepare(node)
+    }
   }
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */

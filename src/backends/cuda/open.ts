@@ -4,10 +4,14 @@ import type { KvLayout } from '../../kv/layout.ts'
 import { regionsFor } from '../../kv/regions.ts'
 import type { Model } from '../../model/model.ts'
 import { CudaBackend } from './backend.ts'
+import { compileAhead } from './compile-ahead.ts'
 import { CudaDevice } from './device.ts'
+import { RELEASE_ROUNDS } from './forward.ts'
+import { kernelsOf } from './kernel-list.ts'
 import { CudaKvMemory, gpuKvLayout } from './kv-memory.ts'
 import { ModuleCache } from './module-cache.ts'
 import { ThreadPager } from './pager.ts'
+import { StartTimes } from './start-times.ts'
 
 export interface CudaStart {
   /** Which GPU. */
@@ -24,15 +28,29 @@ export interface OpenedCuda {
   backend: CudaBackend
   device: CudaDevice
   layout: KvLayout
+  /** What the start took, part by part. */
+  started: string
   close(): void
 }
 
 const IDLE_RELEASE_MS = 500
 
-/** @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed` */
-export function openCuda(model: Model, start: CudaStart): OpenedCuda {
+/**
+ * @param say is told of what takes long, before it begins
+ * @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed`,
+ *   `model_unsupported`
+ */
+export function openCuda(
+  model: Model,
+  start: CudaStart,
+  say: (what: string) => void = () => {},
+): OpenedCuda {
   const { maxSequences, stepTokens } = start
+  const times = new StartTimes()
   const device = CudaDevice.open(start.device)
+  times.done('driver')
+  const modules = new ModuleCache()
+  compileFor(model, device, modules, times, say)
   const layout = gpuKvLayout(model.config, start.contextLength)
   const kv = new CudaKvMemory(device, layout, new ThreadPager(device), {
     slots: maxSequences,
@@ -40,11 +58,30 @@ export function openCuda(model: Model, start: CudaStart): OpenedCuda {
     limitPages: Math.floor(start.kvBytes / layout.shape.pageBytes),
     idleReleaseMs: start.kvIdleReleaseMs ?? IDLE_RELEASE_MS,
   })
-  const modules = new ModuleCache()
-  const backend = new CudaBackend(model, { device, modules, kv, maxSequences, stepTokens })
+  const sizes = { maxSequences, stepTokens }
+  const backend = new CudaBackend(model, { device, modules, kv, ...sizes, times, say })
   const close = (): void => {
     backend.close()
     device.close()
   }
-  return { backend, device, layout, close }
+  return { backend, device, layout, started: String(times), close }
+}
+
+function compileFor(
+  model: Model,
+  device: CudaDevice,
+  modules: ModuleCache,
+  times: StartTimes,
+  say: (what: string) => void,
+): void {
+  const kernels = kernelsOf(model, device.info, RELEASE_ROUNDS)
+  const { architecture } = device
+  const compiled = compileAhead(modules, kernels, architecture, (count, threads) => {
+    const who = threads > 1 ? `${threads} threads` : 'a thread'
+    say(`compiling ${count} kernels for ${architecture} on ${who}; kept in ${modules.folder}`)
+  })
+  times.done('kernels', compiled > 0 ? `${compiled} compiled` : undefined)
+  if (modules.unkept !== undefined) {
+    say(`compiled kernels cannot be kept, so each start takes as long: ${modules.unkept}`)
+  }
 }
