@@ -71,6 +71,23 @@ export interface KvMemory extends KvMover {
   settle?(nowMs: number): number | undefined
   /** Where columns can go, if anywhere. */
   readonly tier?: KvTier
+  /** There if other processes can take memory that was free. */
+  readonly contended?: ContendedMemory
+}
+
+/** Memory of which less may be had than was asked for at the start. */
+export interface ContendedMemory {
+  /**
+   * Waits until all is there that grew. Of the regions that it names some columns are not: whoever
+   * writes there must discard what it has of it, before a step.
+   */
+  lacking(): ReadonlySet<number>
+  /** Whether somebody still holds columns that it named. */
+  readonly holdsLacking: boolean
+  /** Pages that there are, and up to so many more that could be had now. */
+  obtainablePages(more: number): number
+  /** No more than this will be asked for, until it is told otherwise. */
+  limit(pages: number): void
 }
 
 /** What a sequence asks of whoever chooses its tokens. */

@@ -32,6 +32,7 @@ import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
 import type { Sessions } from './sessions.ts'
 import type { PromptSharing } from './sharing.ts'
+import { memoryTaken, Shortage } from './shortage.ts'
 import { EngineCounts, snapshotOf } from './snapshot.ts'
 
 /** How soon to look again for what is on its way, when there is nothing else to do. */
@@ -55,6 +56,7 @@ export class EngineCore {
   /** Regions besides its own that a slot's tokens may lie in. */
   private readonly spansMax: number
   private readonly ahead: StepsAhead | undefined
+  private readonly shortage: Shortage | undefined
   private landedMs = -Infinity
   private readonly batch: StepBatch
   private readonly sampler: Sampler
@@ -84,6 +86,8 @@ export class EngineCore {
       this.sharing,
       this.offload,
     )
+    const { contended } = backend.kv
+    this.shortage = contended && new Shortage(contended, this.slots, this.scheduler)
     this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -162,7 +166,9 @@ export class EngineCore {
   step(): boolean {
     const start = this.now()
     this.scheduler.settle(start)
-    const parts = this.scheduler.plan()
+    this.shortage?.look(start)
+    const planned = this.scheduler.plan()
+    const parts = this.shortage?.sift(planned) ?? planned
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
     if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
@@ -245,7 +251,7 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
-    const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now())
+    const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now(), this.shortage)
     this.offload?.keepRoom()
     this.keep()
     if (!this.offload?.busy) {
@@ -467,12 +473,14 @@ export class EngineCore {
     this.endBeams(group, this.now(), tooFew(hypotheses.length))
   }
 
-  /** Ends a beam search that has no room even alone, because of what is pinned. */
+  /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */
   private giveUpStuck(): boolean {
-    const unit = this.scheduler.stuck?.unit
-    if (!unit) return false
-    this.endBeams(unit, -Infinity, this.scheduler.tooLarge(unit))
-    return true
+    const hopeless = this.shortage?.hopeless(this.now())
+    if (hopeless && !hopeless.unit) this.finish(hopeless, 'error', memoryTaken())
+    const unit = hopeless ? hopeless.unit : this.scheduler.stuck?.unit
+    if (unit)
+      this.endBeams(unit, -Infinity, hopeless ? memoryTaken() : this.scheduler.tooLarge(unit))
+    return (hopeless ?? unit) !== undefined
   }
 
   /** Takes all beams out; who still waits for a hypothesis gets the error. */

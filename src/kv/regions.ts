@@ -165,7 +165,8 @@ interface Region {
 
 export class RegionTable {
   readonly layout: KvLayout
-  readonly limitPages: number
+  /** Falls and rises with what there is of memory that others use, too; never below what is used. */
+  limitPages: number
   readonly mover: KvMover
   /** Regions in which a live hold ended; whoever waits for that clears it. */
   readonly loosened = new Set<number>()
