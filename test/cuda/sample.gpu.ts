@@ -145,7 +145,10 @@ function checkLogprobs(top: number, vocab: number): void {
   table.begin(0, { ...start, topLogprobs: undefined }, gpu.stream)
   table.begin(1, { ...start, topLogprobs: top }, gpu.stream)
   const ring = new LogprobRing(gpu.driver, 2)
-  const rows = gpu.put(Float32Array.of(...logits, ...logits))
+  const both = new Float32Array(2 * vocab)
+  both.set(logits)
+  both.set(logits, vocab)
+  const rows = gpu.put(both)
   const tokens = gpu.poisoned(8)
   const args = [rows, vocab, gpu.put(Int32Array.of(0, 1)), table.table, table.biasTokens]
   args.push(table.biases, table.counts, gpu.poisoned(vocab * 8), tokens, gpu.poisoned(8))

@@ -88,7 +88,7 @@ for (const shareColumns of [1, 4]) {
           gpu.close()
           shared.cuda.assertClean()
         }),
-        { seed: 23, numRuns: 40, endOnFailure: true },
+        { seed: 23, numRuns: 25, endOnFailure: true },
       )
       assert.ok(took > 100 && lowered > 100, `taken ${took} times, short in ${lowered} steps`)
       assert.ok(finished > 200, `only ${finished} came to their end`)
