@@ -8,6 +8,7 @@ import { CudaBackend } from '../src/backends/cuda/backend.ts'
 import { CudaDevice } from '../src/backends/cuda/device.ts'
 import { CudaKvMemory, gpuKvLayout } from '../src/backends/cuda/kv-memory.ts'
 import type { ModuleCache } from '../src/backends/cuda/module-cache.ts'
+import { warmUp } from '../src/backends/cuda/warm-up.ts'
 import { InlinePager } from '../src/backends/cuda/pager.ts'
 import { regionsFor } from '../src/kv/regions.ts'
 import { Golden } from './arch/golden.ts'
@@ -69,6 +70,9 @@ function engine(
   })
   backend.cuda = cuda
   backend.hosted = hosted
+  // As at every start: whoever comes first notices nothing.
+  warmUp(backend)
+  kv.check()
   const bench = new Bench(backend, { maxSequences: SLOTS, kvPages, prefixPages, greedy: true })
   const end = (): void => {
     backend.close()

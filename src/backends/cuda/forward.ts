@@ -62,10 +62,17 @@ export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 const PREFETCH_BYTES = 0
 export const RELEASE_ROUNDS = 0
 
-/** Tokens of a step that products are tuned for: eighths of the largest, which nearly all are. */
+/**
+ * Tokens of a step with prompts that products are tuned for: those of short prompts, and eighths of
+ * the largest step, which nearly all are.
+ */
 function promptRows(stepTokens: number): number[] {
-  return Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
+  const eighths = Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
+  const rows = [...SHORT_PROMPTS, ...eighths].map(paddedRows)
+  return [...new Set(rows)].filter((count) => count <= paddedRows(stepTokens))
 }
+
+const SHORT_PROMPTS = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 export class CudaForward {
   readonly vocab: number

@@ -12,6 +12,7 @@ import { CudaKvMemory, gpuKvLayout } from './kv-memory.ts'
 import { ModuleCache } from './module-cache.ts'
 import { ThreadPager } from './pager.ts'
 import { StartTimes } from './start-times.ts'
+import { warmUp } from './warm-up.ts'
 
 export interface CudaStart {
   /** Which GPU. */
@@ -60,6 +61,8 @@ export function openCuda(
   })
   const sizes = { maxSequences, stepTokens }
   const backend = new CudaBackend(model, { device, modules, kv, ...sizes, times, say })
+  warmUp(backend)
+  times.done('first steps')
   const close = (): void => {
     backend.close()
     device.close()
