@@ -53,18 +53,29 @@ export async function openSession(
   options: EngineOptions,
   capacity: Capacity = { maxSequences: 1 },
 ): Promise<Session> {
-  const [{ resolveModel }, { openModel }, { loadTokenizer, loadChatTemplate }, { startEngine }] =
-    await Promise.all([
-      import('../model/registry.ts'),
-      import('../model/load.ts'),
-      import('../text/load.ts'),
-      import('../engine/start.ts'),
-    ])
+  const [
+    { resolveModel },
+    { openModel },
+    { loadTokenizer, loadChatTemplate },
+    { startEngine },
+    { isDummy },
+  ] = await Promise.all([
+    import('../model/registry.ts'),
+    import('../model/load.ts'),
+    import('../text/load.ts'),
+    import('../engine/start.ts'),
+    import('../model/dummy.ts'),
+  ])
   // By name: whoever gives more than a capacity must not overwrite what is decided here.
   const { maxSequences, maxQueue, stepTokens } = capacity
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
+  if (isDummy(model)) {
+    throw new LatticeError('usage', `${id} is a shape without words: it reads and says nothing.`, {
+      todo: 'Measure it with `lattice bench gpu`, or take a model with files.',
+    })
+  }
   // The engine's thread loads weights while this one builds the tokenizer.
   const starting = startEngine(path, {
     modelId: id,

@@ -89,6 +89,6 @@ export class Shortage {
 /** What who waits in vain is told. */
 export function memoryTaken(): LatticeError {
   return new LatticeError('gpu_memory_taken', 'Other processes have the memory that this needs.', {
-    todo: 'Retry later; `nvidia-smi` shows who has it, and a smaller --kv-memory leaves it to them.',
+    todo: 'Retry later; `nvidia-smi` shows who has it. A smaller --kv-memory leaves it to them.',
   })
 }

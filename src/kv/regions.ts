@@ -165,7 +165,7 @@ interface Region {
 
 export class RegionTable {
   readonly layout: KvLayout
-  /** Falls and rises with what there is of memory that others use, too; never below what is used. */
+  /** Falls and rises with what there is, if others use that memory too; never below `used`. */
   limitPages: number
   readonly mover: KvMover
   /** Regions in which a live hold ended; whoever waits for that clears it. */

@@ -8,6 +8,7 @@ import {
   readdirSync,
   readFileSync,
   renameSync,
+  statSync,
   writeFileSync,
 } from 'node:fs'
 import { homedir } from 'node:os'
@@ -114,6 +115,17 @@ export class ModuleCache {
       this.unkept = (thrown as Error).message
     }
   }
+}
+
+/** How many kernels are kept, and what they take. */
+export function keptKernels(folder = cacheFolder()): {
+  folder: string
+  count: number
+  bytes: number
+} {
+  const files = existsSync(folder) ? readdirSync(folder).filter((file) => /-sm_/.test(file)) : []
+  const bytes = files.reduce((sum, file) => sum + statSync(join(folder, file)).size, 0)
+  return { folder, count: files.length, bytes }
 }
 
 function cacheFolder(): string {

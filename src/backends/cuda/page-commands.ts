@@ -11,7 +11,7 @@ export class PageCommands {
   private readonly handles: (number | undefined)[] = []
   /** Frames for which there was no memory, since the last look. */
   readonly absent: number[] = []
-  /** Mapped in their place until whoever wanted them has heard of it: nothing reads it in earnest. */
+  /** Mapped in their place until whoever wanted them has heard of it. */
   private readonly sink: number
   private readonly sinkBytes: number
   /** Mapped, but not readable yet: one call for a whole run of neighbours costs a fifth less. */
