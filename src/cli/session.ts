@@ -58,7 +58,7 @@ export async function openSession(
     { openModel },
     { loadTokenizer, loadChatTemplate },
     { startEngine },
-    { isDummy },
+    { DUMMY_PREFIX },
   ] = await Promise.all([
     import('../model/registry.ts'),
     import('../model/load.ts'),
@@ -71,7 +71,7 @@ export async function openSession(
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
-  if (isDummy(model)) {
+  if (path.startsWith(DUMMY_PREFIX)) {
     throw new LatticeError('usage', `${id} is a shape without words: it reads and says nothing.`, {
       todo: 'Measure it with `lattice bench gpu`, or take a model with files.',
     })
