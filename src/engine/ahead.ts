@@ -54,8 +54,11 @@ export class StepsAhead {
       assert(known || this.chosenFor[slot] === sequence, 'a slot has chosen what comes next')
       if (computed + count < sequence.length) continue
       const hosted = this.isHosted(sequence)
-      if (hosted) flight.hosted = true
-      else this.begin(sequence)
+      if (hosted) {
+        flight.hosted = true
+        // The backend chooses something there, too, as if for who was there before.
+        this.chosenFor[slot] = undefined
+      } else this.begin(sequence)
       flight.awaited.push({ sequence, position: hosted ? -1 : sequence.length })
     }
     const number = this.chooser.launchChoosing(batch, flight.hosted)
@@ -96,6 +99,9 @@ export class StepsAhead {
   private begin(sequence: Sequence): void {
     const { slot, request, tokens, promptLength, length } = sequence
     if (this.chosenFor[slot] === sequence) return
+    // If it comes back to where it was, what is remembered there is old.
+    const before = this.chosenFor.indexOf(sequence)
+    if (before >= 0) this.chosenFor[before] = undefined
     this.chosenFor[slot] = sequence
     const output = tokens.subarray(promptLength, length)
     const { sampling: params, prompt, topLogprobs } = request

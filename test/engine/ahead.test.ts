@@ -3,9 +3,12 @@
 
 import assert from 'node:assert/strict'
 import { mock, test } from 'node:test'
+import { type Backend, StepBatch, type TokenChooser } from '../../src/backends/backend.ts'
 import { NullBackend } from '../../src/backends/null/backend.ts'
+import { StepsAhead } from '../../src/engine/ahead.ts'
 import { GREEDY, type SequenceRequest } from '../../src/engine/api.ts'
 import { Sampler } from '../../src/engine/sampler.ts'
+import { Sequence } from '../../src/engine/sequence.ts'
 import { OutputLengths } from '../../src/scheduler/growth.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
 
@@ -85,4 +88,33 @@ test('log-probabilities, penalties and biases are chosen by the host, or are oth
   const { logprobs, tokens, score } = outcomes[1]![2]!
   assert.ok(logprobs.every((one) => one?.top.length === 20))
   assert.ok(score !== undefined && score < 0 && tokens.length > 3)
+})
+
+test('a sequence that comes back to a slot draws as it did when it left', () => {
+  const begun: number[] = []
+  const chooser: TokenChooser = {
+    takes: ({ seed }) => seed !== 9,
+    begin: (slot) => void begun.push(slot),
+    launchChoosing: () => begun.length,
+    tokensOf: () => Int32Array.of(1),
+    logprobsOf: () => ({ logprob: 0, top: [] }),
+  }
+  const backend = { collect: () => [] } as unknown as Backend
+  const ahead = new StepsAhead(backend, chooser)
+  const batch = new StepBatch(16, 4)
+  const step = (sequence: Sequence, slot: number) => {
+    Object.assign(sequence, { slot, computed: sequence.length - 1 })
+    ahead.launch([{ sequence, count: 1 }], batch, 0)
+  }
+  const one = new Sequence(1, sequenceRequest(), [], 0)
+  const hosted = sequenceRequest({ sampling: { ...GREEDY, seed: 9 } })
+  step(one, 0)
+  step(one, 0)
+  assert.deepEqual(begun, [0], 'it stays where it is')
+  step(one, 2)
+  step(one, 0)
+  assert.deepEqual(begun, [0, 2, 0], 'what slot 0 remembers is from before')
+  step(new Sequence(2, hosted, [], 0), 0)
+  step(one, 0)
+  assert.deepEqual(begun, [0, 2, 0, 0], 'a token was chosen there for nobody')
 })

@@ -212,6 +212,12 @@ export class World implements CoreSink {
     if (reason === 'abort') {
       assert(id === this.aborting, `sequence ${id} is not aborted by itself`)
       expected.end(outputTokens)
+      const { tenant, pin } = expected.request
+      const pins = this.insides.cache?.pins.list ?? []
+      // Its prompt may be in memory before its first token is told.
+      if (this.config.ahead && pins.some((one) => one.tenant === tenant && one.id === pin)) {
+        this.computed(expected)
+      }
       this.coverage.aborted++
     } else if (reason === 'error') {
       const poisoned = this.backend.fault === 'nan' && error?.code === 'backend_failed'
