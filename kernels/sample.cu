@@ -9,8 +9,8 @@
 // al. 2025, arXiv:2501.01005). A greedy row is read once: 513 KB for 128,256 tokens, 6 µs for a
 // block; a filtered one four times and a half, 40 µs. Weights have float32's precision (2^-22),
 // the CPU's have float64's: a draw that falls between the two differs. Oracle:
-// test/cuda/sample.test.ts.
-#include "sample.cuh"
+// test/cuda/sample.gpu.ts.
+#include "logprobs.cuh"
 
 #define BUCKETS 2048
 #define BUCKETS_PER_NAT 64  // 32 nats: what lies beyond weighs less than 2^-40, that is nothing
@@ -256,12 +256,13 @@ __device__ __forceinline__ u64 largest(const float* row, int vocab, bool& usable
  * biases: [slot, BIASES_MAX]; counts: [slot, vocab], bit 15 says that the token has come up, the
  * rest how often it was generated (null if nobody is penalised); adjusted: [outputs, vocab] for
  * rows with biases or penalties. tokens: by output, -1 if no token can be chosen; lastTokens: by
- * slot.
+ * slot. reports: in host memory, `entries` in each of `places`; `steps` says which place is this
+ * step's. Only outputs whose sequence asks for log-probabilities have one.
  */
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     sample(const float* logits, int vocab, const int* slotOf, Sampling* table,
            const int* biasTokens, const float* biases, bf16* counts, float* adjusted, int* tokens,
-           int* lastTokens) {
+           int* lastTokens, Report* reports, int places, int entries, const u64* steps) {
   __shared__ Shared s;
   awaitInputs();
   releaseDependents();
@@ -301,6 +302,10 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     Kept kept = filter(row, p, s);
     if (p.typicalP < 1) keepTypical(row, p.typicalP, kept, s);
     token = draw(row, kept, uniform(p.seedLow, p.seedHigh, p.drawn), s);
+  }
+  if (token >= 0 && p.logprobs >= 0) {
+    Report* to = reports + *steps % places * entries + blockIdx.x;
+    report(logits + (u64)blockIdx.x * vocab, vocab, token, p.logprobs, to, s.sums);
   }
   if (threadIdx.x) return;
   tokens[blockIdx.x] = token;

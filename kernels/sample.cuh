@@ -59,20 +59,20 @@ __device__ inline u64 blockSum64(u64 x, u64* scratch) {
   return warpSum64(scratch[threadIdx.x & 31]);
 }
 
-__device__ inline u64 blockMax64(u64 x, u64* scratch) {
-  for (int d = 16; d; d >>= 1) {
-    u64 other = __shfl_xor_sync(~0u, x, d);
-    x = other > x ? other : x;
-  }
-  __syncthreads();
-  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = x;
-  __syncthreads();
-  x = scratch[threadIdx.x & 31];
+__device__ __forceinline__ u64 warpMax64(u64 x) {
   for (int d = 16; d; d >>= 1) {
     u64 other = __shfl_xor_sync(~0u, x, d);
     x = other > x ? other : x;
   }
   return x;
+}
+
+__device__ inline u64 blockMax64(u64 x, u64* scratch) {
+  x = warpMax64(x);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = x;
+  __syncthreads();
+  return warpMax64(scratch[threadIdx.x & 31]);
 }
 
 __device__ inline double blockSumDouble(double x, u64* scratch) {

@@ -34,6 +34,7 @@ export const ERROR_CODES = {
   backend_unavailable: { status: 500, exit: 1 },
   backend_failed: { status: 500, exit: 1 },
   gpu_call_failed: { status: 500, exit: 1 },
+  gpu_memory_taken: { status: 503, exit: 1 },
   kernel_compile_failed: { status: 500, exit: 1 },
   pager_failed: { status: 503, exit: 1 },
   net_refused: { status: 409, exit: 1 },

@@ -3,13 +3,14 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { GREEDY } from '../src/engine/api.ts'
+import { GREEDY, type SamplingParams } from '../src/engine/api.ts'
 import { CudaBackend } from '../src/backends/cuda/backend.ts'
 import type { CoreOptions } from '../src/engine/core-contract.ts'
 import { CudaDevice } from '../src/backends/cuda/device.ts'
 import { HostTier } from '../src/backends/cuda/host-tier.ts'
 import { CudaKvMemory, gpuKvLayout } from '../src/backends/cuda/kv-memory.ts'
 import type { ModuleCache } from '../src/backends/cuda/module-cache.ts'
+import { warmUp } from '../src/backends/cuda/warm-up.ts'
 import { InlinePager } from '../src/backends/cuda/pager.ts'
 import { regionsFor } from '../src/kv/regions.ts'
 import { Golden } from './arch/golden.ts'
@@ -29,6 +30,12 @@ const modules = {
 /** What is queued on the mock runs when somebody waits for it. */
 class MockedBackend extends CudaBackend {
   cuda: MockCuda | undefined
+  /** Every token is chosen from logits by the host. */
+  hosted = false
+
+  override takes(params: SamplingParams, topLogprobs?: number): boolean {
+    return !this.hosted && super.takes(params, topLogprobs)
+  }
 
   override tokensOf(step: number): Int32Array {
     this.cuda?.synchronizeStream(this.forward.stream)
@@ -39,8 +46,7 @@ class MockedBackend extends CudaBackend {
 function engine(
   golden: Golden,
   kvPages: number,
-  prefixPages = 0,
-  hostFrames = 0,
+  { prefixPages = 0, hostFrames = 0, hosted = false } = {},
 ): { bench: Bench; end(): void } {
   const cuda = new MockCuda({ pageBytes: PAGE_BYTES, totalBytes: 1 << 28 })
   const device = CudaDevice.open(0, cuda)
@@ -66,6 +72,10 @@ function engine(
     attention: () => new MockAttention(kernels, kv.address, layout),
   })
   backend.cuda = cuda
+  backend.hosted = hosted
+  // As at every start: whoever comes first notices nothing.
+  warmUp(backend)
+  kv.check()
   const options = { maxSequences: SLOTS, kvPages, prefixPages, greedy: true, comeBack: 'moved' }
   const bench = new Bench(backend, options as CoreOptions)
   const end = (): void => {
@@ -83,13 +93,13 @@ test('sequences that run together on a GPU say other than each alone', () => {
     sequenceRequest({ prompt: Int32Array.from(tokens.slice(0, length)), maxTokens: 3 + i }),
   )
   const pages = Math.ceil((CONTEXT * 4096) / PAGE_BYTES)
-  const alone = engine(golden, pages)
+  const alone = engine(golden, pages, { hosted: true })
   requests.forEach((request, id) => {
-    alone.bench.submit(id, request)
+    alone.bench.submit(id, { ...request, topLogprobs: 2 })
     alone.bench.runAll()
   })
-  const together = engine(golden, pages, pages >> 1)
-  // One of them is chosen by the host, one stops, one is aborted.
+  const together = engine(golden, pages, { prefixPages: pages >> 1 })
+  // One of them has log-probabilities, one stops, one is aborted.
   const stop = alone.bench.outcome(4).tokens[3]!
   requests.forEach((request, id) => {
     const topLogprobs = id === 1 ? 2 : undefined
@@ -108,6 +118,16 @@ test('sequences that run together on a GPU say other than each alone', () => {
     const last = lengths[id]! - 1
     if (gap[last]! > 0.15 * rms[last]!) assert.equal(expected[0], argmax[last])
   })
+  const [want, got] = [alone, together].map(({ bench }) => bench.outcome(1).logprobs)
+  want!.forEach((one, i) => {
+    const found = got![i]!
+    assert.ok(Math.abs(found.logprob - one!.logprob) < 1e-4)
+    assert.deepEqual(
+      found.top.map(({ token }) => token),
+      one!.top.map(({ token }) => token),
+    )
+  })
+  assert.ok(Math.abs(together.bench.outcome(1).score! - alone.bench.outcome(1).score!) < 1e-4)
   alone.end()
   together.end()
 })
@@ -138,7 +158,7 @@ test('a sequence that was in memory of the host goes on with tokens of others', 
     alone.bench.runAll()
   })
   // Of a page eight tokens fill, each comes to need five.
-  const pushed = engine(golden, 9, 0, 20)
+  const pushed = engine(golden, 9, { hostFrames: 20 })
   requests.forEach((request, id) => pushed.bench.submit(id, request))
   pushed.bench.runAll()
   const { tier } = pushed.bench.core.snapshot()

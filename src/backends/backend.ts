@@ -2,7 +2,7 @@
 // logits come out, keys and values land in slots. CPU, null and (later) CUDA fulfil it.
 
 import { assert } from '../assert.ts'
-import type { SamplingParams } from '../engine/api.ts'
+import type { SamplingParams, TokenLogprobs } from '../engine/api.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type { KvMover } from '../kv/regions.ts'
 import type { KvTier } from '../kv/tier.ts'
@@ -71,6 +71,23 @@ export interface KvMemory extends KvMover {
   settle?(nowMs: number): number | undefined
   /** Where columns can go, if anywhere. */
   readonly tier?: KvTier
+  /** There if other processes can take memory that was free. */
+  readonly contended?: ContendedMemory
+}
+
+/** Memory of which less may be had than was asked for at the start. */
+export interface ContendedMemory {
+  /**
+   * Waits until all is there that grew. Of the regions that it names some columns are not: whoever
+   * writes there must discard what it has of it, before a step.
+   */
+  lacking(): ReadonlySet<number>
+  /** Whether somebody still holds columns that it named. */
+  readonly holdsLacking: boolean
+  /** Pages that there are, and up to so many more that could be had now. */
+  obtainablePages(more: number): number
+  /** No more than this will be asked for, until it is told otherwise. */
+  limit(pages: number): void
 }
 
 /** What a sequence asks of whoever chooses its tokens. */
@@ -89,8 +106,11 @@ export interface SlotSampling {
  * done to KV memory after a step was queued, happens after that step.
  */
 export interface TokenChooser {
-  /** Whether tokens can be chosen so; if not, whoever asks chooses from logits. */
-  takes(params: SamplingParams): boolean
+  /**
+   * Whether tokens can be chosen so; if not, whoever asks chooses from logits.
+   * @param topLogprobs as in `SlotSampling`
+   */
+  takes(params: SamplingParams, topLogprobs?: number): boolean
   /** From its next step on, the tokens of a slot's sequence are chosen so. */
   begin(slot: number, sampling: SlotSampling): void
   /**
@@ -106,6 +126,11 @@ export interface TokenChooser {
    * @throws LatticeError `backend_failed` or `gpu_call_failed`
    */
   tokensOf(step: number): Int32Array
+  /**
+   * Log-probabilities of a step's output that `tokensOf` has waited for, whose sequence asked for
+   * `top` of the likeliest tokens. Valid as long as its token.
+   */
+  logprobsOf(step: number, output: number, top: number): TokenLogprobs
 }
 
 export interface Backend {

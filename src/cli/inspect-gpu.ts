@@ -10,7 +10,7 @@ export async function inspectGpu({ json }: { json?: boolean }): Promise<void> {
 }
 
 /** The report as lines. */
-export function gpuText({ usable, parts, devices, includeFolders }: GpuReport): string {
+export function gpuText({ usable, parts, devices, includeFolders, kernels }: GpuReport): string {
   const lines = [usable ? 'A GPU can be used: --device cuda.' : 'No GPU can be used.', '']
   lines.push(
     formatTable(
@@ -31,6 +31,11 @@ export function gpuText({ usable, parts, devices, includeFolders }: GpuReport): 
     if (device.problem !== undefined) lines.push(`  cannot be used: ${device.problem}`)
   }
   for (const part of parts) if (!part.found) lines.push('', ...missing(part))
+  if (usable || kernels.count > 0) {
+    const { count, bytes, folder } = kernels
+    const kept = count === 0 ? 'none yet' : `${count}, ${formatBytes(bytes)}`
+    lines.push('', `Compiled kernels: ${kept} in ${folder}; a model's first start adds its own.`)
+  }
   if (includeFolders.length > 0) lines.push('', `CUDA headers: ${includeFolders.join(', ')}`)
   return `${lines.join('\n')}\n`
 }

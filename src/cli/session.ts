@@ -55,22 +55,35 @@ export async function openSession(
   options: EngineOptions,
   capacity: Capacity = { maxSequences: 1 },
 ): Promise<Session> {
-  const [{ resolveModel }, { openModel }, { loadTokenizer, loadChatTemplate }, { startEngine }] =
-    await Promise.all([
-      import('../model/registry.ts'),
-      import('../model/load.ts'),
-      import('../text/load.ts'),
-      import('../engine/start.ts'),
-    ])
+  const [
+    { resolveModel },
+    { openModel },
+    { loadTokenizer, loadChatTemplate },
+    { startEngine },
+    { DUMMY_PREFIX },
+  ] = await Promise.all([
+    import('../model/registry.ts'),
+    import('../model/load.ts'),
+    import('../text/load.ts'),
+    import('../engine/start.ts'),
+    import('../model/dummy.ts'),
+  ])
   // By name: whoever gives more than a capacity must not overwrite what is decided here.
   const { maxSequences, maxQueue, stepTokens, disconnects } = capacity
   const { id, path } = await resolveModel(options.model)
   const started = performance.now()
   const model = openModel(path)
+  if (path.startsWith(DUMMY_PREFIX)) {
+    throw new LatticeError('usage', `${id} is a shape without words: it reads and says nothing.`, {
+      todo: 'Measure it with `lattice bench gpu`, or take a model with files.',
+    })
+  }
   // The engine's thread loads weights while this one builds the tokenizer.
   const starting = startEngine(path, {
     modelId: id,
     device: options.device,
+    // What takes long is said at once, and on stderr: stdout may be an answer's.
+    onStarting: (what) => void process.stderr.write(`${what} …\n`),
     ...defined({
       threads: options.threads,
       contextLength: options.context,

@@ -7,6 +7,7 @@
 
 import { assert, present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import type { TokenLogprobs } from './api.ts'
 import type { Backend, StepBatch, TokenChooser } from '../backends/backend.ts'
 import type { StepWork } from '../scheduler/costs.ts'
 import { isDecoding, type ScheduledPart } from '../scheduler/scheduler.ts'
@@ -59,8 +60,11 @@ export class StepsAhead {
       assert(known || this.chosenFor[slot] === sequence, 'a slot has chosen what comes next')
       if (computed + count < sequence.length) continue
       const hosted = this.isHosted(sequence)
-      if (hosted) anyHosted = true
-      else this.begin(sequence)
+      if (hosted) {
+        anyHosted = true
+        // The backend chooses something there, too, as if for who was there before.
+        this.chosenFor[slot] = undefined
+      } else this.begin(sequence)
       const position = hosted ? -1 : sequence.length
       const token = (awaited[outputs++] ??= { sequence, position })
       token.sequence = sequence
@@ -91,21 +95,28 @@ export class StepsAhead {
     return flight.hosted ? this.backend.collect() : []
   }
 
-  /** Its tokens are chosen here: beams', those with log-probabilities, or what is too much. */
+  /** Log-probabilities of a step's output, if its sequence asks; once the step was waited for. */
+  logprobsOf({ number }: Flight, output: number, { request }: Sequence): TokenLogprobs | undefined {
+    const { topLogprobs } = request
+    if (topLogprobs === undefined) return undefined
+    return this.chooser.logprobsOf(number, output, topLogprobs)
+  }
+
+  /** Its tokens are chosen here: those of beams, or what is too much for the backend. */
   isHosted({ unit, request }: Sequence): boolean {
-    return (
-      unit !== undefined ||
-      request.topLogprobs !== undefined ||
-      !this.chooser.takes(request.sampling)
-    )
+    return unit !== undefined || !this.chooser.takes(request.sampling, request.topLogprobs)
   }
 
   private begin(sequence: Sequence): void {
     const { slot, request, tokens, promptLength, length } = sequence
     if (this.chosenFor[slot] === sequence) return
+    // If it comes back to where it was, what is remembered there is old.
+    const before = this.chosenFor.indexOf(sequence)
+    if (before >= 0) this.chosenFor[before] = undefined
     this.chosenFor[slot] = sequence
     const output = tokens.subarray(promptLength, length)
-    this.chooser.begin(slot, { params: request.sampling, prompt: request.prompt, output })
+    const { sampling: params, prompt, topLogprobs } = request
+    this.chooser.begin(slot, { params, prompt, output, topLogprobs })
   }
 }
 

@@ -86,12 +86,14 @@ export class EngineClient implements Engine {
 
   /**
    * Starts the engine thread and waits until its model is loaded.
+   * @param onStarting hears of what takes long, before it begins
    * @throws LatticeError what kept the thread from it
    */
   static async start(
     options: Omit<EngineThreadOptions, 'signal'>,
     model: EngineModel,
     limits: ClientLimits,
+    onStarting: (what: string) => void = () => {},
   ): Promise<EngineClient> {
     const signal = new SharedArrayBuffer(4)
     const workerData: EngineThreadOptions = { ...options, signal }
@@ -100,6 +102,7 @@ export class EngineClient implements Engine {
     const facts = await new Promise<EngineFacts>((resolve, reject) => {
       worker.on('message', (message: FromEngine) => {
         if (message.kind === 'ready') resolve(message.facts)
+        else if (message.kind === 'starting') onStarting(message.what)
         else if (message.kind === 'pager') pager = new PagerHost(message.start)
         else if (message.kind === 'failed') reject(LatticeError.fromJSON(message.error))
       })

@@ -48,6 +48,7 @@ const requests: fc.Arbitrary<SequenceRequest> = fc
 const loads = fc.record({
   maxSequences: fc.integer({ min: 2, max: 6 }),
   extraBudget: fc.nat(30),
+  ahead: fc.boolean(),
   // One sequence of 80 tokens needs 40 pages.
   kvPages: fc.integer({ min: 40, max: 90 }),
   arrivals: fc.array(
@@ -64,8 +65,9 @@ const loads = fc.record({
 test('the batch, the step budget, aborts or preemption around a sequence change its tokens', () => {
   let preemptions = 0
   fc.assert(
-    fc.property(loads, ({ maxSequences, extraBudget, kvPages, arrivals }) => {
-      const engine = bench({ maxSequences, stepTokens: maxSequences + extraBudget }, kvPages)
+    fc.property(loads, ({ maxSequences, extraBudget, kvPages, arrivals, ahead }) => {
+      const stepTokens = maxSequences + extraBudget
+      const engine = bench({ maxSequences, stepTokens, ahead }, kvPages)
       const events: { at: number; act: () => void }[] = []
       let at = 0
       arrivals.forEach(({ request, gap, abortAfter }, id) => {
@@ -103,7 +105,7 @@ test('the batch, the step budget, aborts or preemption around a sequence change 
         }
       })
     }),
-    { seed: 41, numRuns: 400 },
+    { seed: 41, numRuns: 500 },
   )
   assert.ok(preemptions > 400, `only ${preemptions} preemptions were seen`)
 })

@@ -20,6 +20,7 @@ import type {
   SequenceRequest,
   TokenLogprobs,
 } from './api.ts'
+import { answerOf } from './answers.ts'
 import { type Flight, notANumber, StepsAhead, workOf } from './ahead.ts'
 import { BeamGroup, beamsFork, tooFew } from './beam-group.ts'
 import type { Hypothesis } from './beams.ts'
@@ -31,6 +32,7 @@ import { Sampler } from './sampler.ts'
 import { Sequence } from './sequence.ts'
 import type { Sessions } from './sessions.ts'
 import type { PromptSharing } from './sharing.ts'
+import { memoryTaken, Shortage } from './shortage.ts'
 import { EngineCounts, snapshotOf } from './snapshot.ts'
 
 /** How soon to look again for what is on its way, when there is nothing else to do. */
@@ -54,6 +56,7 @@ export class EngineCore {
   /** Regions besides its own that a slot's tokens may lie in. */
   private readonly spansMax: number
   private readonly ahead: StepsAhead | undefined
+  private readonly shortage: Shortage | undefined
   private landedMs = -Infinity
   private readonly batch: StepBatch
   private readonly sampler: Sampler
@@ -83,6 +86,8 @@ export class EngineCore {
       this.sharing,
       this.offload,
     )
+    const { contended } = backend.kv
+    this.shortage = contended && new Shortage(contended, this.slots, this.scheduler)
     this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     this.sampler = new Sampler(backend.vocab)
@@ -161,7 +166,9 @@ export class EngineCore {
   step(): boolean {
     const start = this.now()
     this.scheduler.settle(start)
-    const parts = this.scheduler.plan()
+    this.shortage?.look(start)
+    const planned = this.scheduler.plan()
+    const parts = this.shortage?.sift(planned) ?? planned
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
     if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
@@ -226,15 +233,16 @@ export class EngineCore {
       if (unit) this.advanceBeam(unit, sequence, present(row, 'a row of logits'))
       else if (this.sequences.get(id) !== sequence) return
       else if (position < 0) this.advance(sequence, present(row, 'a row of logits'))
-      else this.takeIn(sequence, present(sequence.tokens[position], 'a token'))
+      else this.takeIn(sequence, position, ahead.logprobsOf(flight, output, sequence))
     })
   }
 
   /** The first unknown token of a sequence is known. */
-  private takeIn(sequence: Sequence, token: number): void {
+  private takeIn(sequence: Sequence, position: number, logprobs: TokenLogprobs | undefined): void {
+    const token = present(sequence.tokens[position], 'a token')
     if (token < 0) return this.finish(sequence, 'error', notANumber())
     sequence.unknown--
-    this.tell(sequence, token, undefined)
+    this.tell(sequence, token, logprobs)
   }
 
   /**
@@ -243,7 +251,7 @@ export class EngineCore {
    * @returns milliseconds until there is more to give back, or undefined if there is nothing.
    */
   settle(): number | undefined {
-    const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now())
+    const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now(), this.shortage)
     this.offload?.keepRoom()
     this.keep()
     if (!this.offload?.busy) {
@@ -285,16 +293,8 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
-    const { kind } = question
-    if (kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
-    if (kind === 'forgotten') return this.sharing.forgotten()
-    const { tenant } = question
-    if (kind === 'watch') return this.sharing.watch(tenant, question.tokens, question.prefixes)
-    if (kind === 'pinned') return this.sharing.pinned(this.now(), tenant)
-    if (kind === 'unpin') return this.sharing.unpin(tenant, question.id)
-    if (kind === 'sessions') return this.sessions?.list(tenant, this.now()) ?? []
-    if (kind === 'offload') return this.sessions?.moveOut(tenant, question.id) ?? 'unknown'
-    return this.sessions?.moveIn(tenant, question.id) ?? 'unknown'
+    if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
+    return answerOf(question, this.sharing, this.sessions, this.now())
   }
 
   private map(): KvMap {
@@ -394,7 +394,6 @@ export class EngineCore {
     sequence.push(token)
     const logprobs =
       topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-    sequence.logprobs += logprobs?.logprob ?? 0
     this.tell(sequence, token, logprobs)
   }
 
@@ -402,6 +401,7 @@ export class EngineCore {
   private tell(sequence: Sequence, token: number, logprobs: TokenLogprobs | undefined): void {
     const { stopTokens, maxTokens } = sequence.request
     this.counts.outputTokens++
+    sequence.logprobs += logprobs?.logprob ?? 0
     if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
     this.sink.onToken(sequence.id, token, logprobs)
     if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
@@ -473,12 +473,14 @@ export class EngineCore {
     this.endBeams(group, this.now(), tooFew(hypotheses.length))
   }
 
-  /** Ends a beam search that has no room even alone, because of what is pinned. */
+  /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */
   private giveUpStuck(): boolean {
-    const unit = this.scheduler.stuck?.unit
-    if (!unit) return false
-    this.endBeams(unit, -Infinity, this.scheduler.tooLarge(unit))
-    return true
+    const hopeless = this.shortage?.hopeless(this.now())
+    if (hopeless && !hopeless.unit) this.finish(hopeless, 'error', memoryTaken())
+    const unit = hopeless ? hopeless.unit : this.scheduler.stuck?.unit
+    if (unit)
+      this.endBeams(unit, -Infinity, hopeless ? memoryTaken() : this.scheduler.tooLarge(unit))
+    return (hopeless ?? unit) !== undefined
   }
 
   /** Takes all beams out; who still waits for a hypothesis gets the error. */

@@ -31,7 +31,8 @@ function machine(missing: PartReport['part'][], devices: DeviceReport[]): Descri
       : { part, title: `the ${part}`, found: true, path: part, version: '13.0' },
   )
   const usable = missing.length === 0 && devices.some(({ problem }) => problem === undefined)
-  return async () => ({ usable, parts, devices, includeFolders: [] })
+  const kernels = { folder: 'kernels', count: 0, bytes: 0 }
+  return async () => ({ usable, parts, devices, includeFolders: [], kernels })
 }
 
 test('the CPU was asked for and is not what computes, or a GPU is looked for', async () => {

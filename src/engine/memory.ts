@@ -14,6 +14,7 @@ import type { CoreOptions } from './core-contract.ts'
 import { Offload } from './offload.ts'
 import { Sessions } from './sessions.ts'
 import { PromptSharing } from './sharing.ts'
+import type { Shortage } from './shortage.ts'
 
 /**
  * How long the pages of an ended sequence wait for one that overwrites them. Longer than the gap
@@ -78,6 +79,7 @@ export function giveBack(
   kv: KvMemory,
   idle: boolean,
   nowMs: number,
+  shortage?: Shortage,
 ): number | undefined {
   if (idle && slots.warmPages * kv.layout.shape.pageBytes > WARM_IDLE_BYTES) {
     slots.reclaim(Infinity)
@@ -86,7 +88,9 @@ export function giveBack(
   releaseOverdue(slots, nowMs)
   const { warmSinceMs } = slots
   const warm = warmSinceMs === undefined ? Infinity : warmSinceMs + WARM_MS - nowMs
-  const wait = Math.min(warm, kv.settle?.(nowMs) ?? Infinity)
+  // With nobody there, it looks when somebody comes.
+  const short = idle ? undefined : shortage?.look(nowMs)
+  const wait = Math.min(warm, kv.settle?.(nowMs) ?? Infinity, short ?? Infinity)
   return wait === Infinity ? undefined : Math.max(0, wait)
 }
 

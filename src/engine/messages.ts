@@ -75,7 +75,7 @@ export type BackendChoice =
     }
   | ({ kind: 'null' } & Pick<
       NullBackendOptions,
-      'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns'
+      'vocab' | 'kv' | 'stepMs' | 'fault' | 'tierColumns' | 'ahead'
     >)
 
 export type ToEngine =
@@ -102,6 +102,8 @@ export interface EngineFacts {
   kvPages: number
   tier?: TierFacts
   hostTier?: HostTierFacts
+  /** What the start took, if its parts are worth telling. */
+  started?: string | undefined
 }
 
 /** Memory of the host that a GPU's KV goes to. */
@@ -114,6 +116,8 @@ export interface HostTierFacts {
 export type FromEngine =
   /** Sent before `ready`, by an engine that needs a pager. */
   | { kind: 'pager'; start: PagerStart }
+  /** Sent before `ready`: what the start is about to spend its time on, if that is long. */
+  | { kind: 'starting'; what: string }
   | { kind: 'ready'; facts: EngineFacts }
   /** Sent before the step that begins the sequence is computed, not with its tokens. */
   | { kind: 'started'; id: number; cachedTokens: number }

@@ -130,7 +130,8 @@ async function onGpu(
     chunkTokensMin: 1,
     stepTokens: STEP_TOKENS_GPU,
     describe: () =>
-      `${reason}: ${gpu.name} (${gpu.architecture}), ${mib(weights)} of weights as bfloat16`,
+      `${reason}: ${gpu.name} (${gpu.architecture}), ${mib(weights)} of weights as bfloat16` +
+      converted(model),
   }
 }
 
@@ -139,6 +140,13 @@ function weightBytes({ tensors }: Model): number {
   let elements = 0
   for (const { shape } of tensors.values()) elements += shape.reduce((a, b) => a * b, 1)
   return 2 * elements
+}
+
+/** What becomes bfloat16, if anything does. */
+function converted({ tensors }: Model): string {
+  const matrices = [...tensors.values()].filter(({ shape }) => shape.length > 1)
+  const types = [...new Set(matrices.map(({ type }) => type))].filter((type) => type !== 'BF16')
+  return types.length === 0 ? '' : `, converted from ${types.toSorted().join(', ')}`
 }
 
 /** About what activations, logits and the libraries' workspaces take. */

@@ -47,6 +47,8 @@ export interface EngineOptions {
   stepTokens?: number
   /** Where the kernel says which clients have gone. */
   disconnects?: RingPlace
+  /** Hears of what takes long, before it begins. */
+  onStarting?: (what: string) => void
 }
 
 export interface StartedEngine {
@@ -103,8 +105,9 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       vocabSize: config.vocab,
     },
     { sequences: maxSequences + maxQueue, contextLength },
+    options.onStarting,
   )
-  const { layout, tier, hostTier } = engine.facts
+  const { layout, tier, hostTier, started } = engine.facts
   const tokenBytes = liveBytes(layout, 1)
   const shortened =
     contextLength < config.contextLength && options.contextLength === undefined
@@ -120,6 +123,7 @@ export async function startEngine(path: string, options: EngineOptions): Promise
       (prefixCacheBytes > 0
         ? `, ${mib(prefixCacheBytes)} of it for cached prefixes${answers}`
         : ''),
+    ...(started === undefined ? [] : [`start    ${started}`]),
     ...(hostTier ? [`tier     ${describeHostTier(hostTier)}`] : []),
     ...(tier ? [`tier     ${describeTier(tier, hostTier)}`] : []),
     ...(tier?.store ? [`store    ${describeStore(tier.store)}`] : []),

@@ -47,6 +47,8 @@ interface Opened {
   repackedBytes: Record<string, number>
   tier?: TierFacts | undefined
   hostTier?: HostTierFacts | undefined
+  /** What the start took. */
+  started?: string
   /** Closes the backend and what it computes on. */
   close?(): void
 }
@@ -75,7 +77,12 @@ async function openBackend(): Promise<Opened> {
     const { openCuda } = await import('../backends/cuda/open.ts')
     const { kvOffload } = options
     const offload = kvOffload && { ...kvOffload, signal: options.signal, startPager }
-    const gpu = openCuda(openModel(choice.modelPath), { ...options, ...choice, offload })
+    const onStarting = (what: string) => say({ kind: 'starting', what })
+    const gpu = openCuda(
+      openModel(choice.modelPath),
+      { ...options, ...choice, offload },
+      onStarting,
+    )
     return { ...gpu, variant: gpu.device.architecture, repackedBytes: {} }
   }
   const { CpuBackend } = await import('../backends/cpu/backend.ts')
@@ -194,7 +201,7 @@ function run(core: EngineCore, gone: GoneClients | undefined): void {
 let opened: Opened | undefined
 try {
   opened = await openBackend()
-  const { backend, variant, repackedBytes, tier, hostTier } = opened
+  const { backend, variant, repackedBytes, tier, hostTier, started } = opened
   const { layout } = backend.kv
   const kvPages = Math.floor(options.kvBytes / layout.shape.pageBytes)
   const gone = await openGone()
@@ -202,7 +209,7 @@ try {
   say({
     kind: 'ready',
     facts: {
-      ...{ variant, repackedBytes, layout, kvPages },
+      ...{ variant, repackedBytes, layout, kvPages, started },
       ...(tier && { tier }),
       ...(hostTier && { hostTier }),
     },

@@ -165,7 +165,8 @@ interface Region {
 
 export class RegionTable {
   readonly layout: KvLayout
-  readonly limitPages: number
+  /** Falls and rises with what there is, if others use that memory too; never below `used`. */
+  limitPages: number
   readonly mover: KvMover
   /** Regions in which a live hold ended; whoever waits for that clears it. */
   readonly loosened = new Set<number>()

@@ -66,6 +66,11 @@ export class Residence<S extends Schedulable> {
    * @param beginsAgain what it has is of no use to it
    */
   vacate(sequence: S, beginsAgain: boolean): void {
+    if (beginsAgain && sequence.image) {
+      this.forgetImage(sequence, sequence.image)
+      sequence.computed = 0
+      return
+    }
     const moves = beginsAgain ? false : this.moveOut(sequence)
     if (!moves) this.slots.retire(sequence.slot, -Infinity)
     this.preemptions[moves ? 'offload' : 'recompute']++

@@ -431,15 +431,20 @@ export class Scheduler<S extends Schedulable> {
     return members.reduce((sum, { slot, length }) => sum + this.slots.missingPages(slot, length), 0)
   }
 
+  /** Memory that it was given is not there: it waits, to be computed again. */
+  giveWay(sequence: S): void {
+    this.preempt(sequence, true)
+  }
+
   /** Sends a sequence back to the queue's front; a unit begins again. */
-  private preempt(sequence: S): void {
+  private preempt(sequence: S, beginsAgain = false): void {
     const { unit } = sequence
     const members = (unit?.members ?? [sequence]) as readonly S[]
     const first = present(members[0], 'a member')
     for (const member of members) {
       this.sharing.preempted?.(member)
       this.running.splice(this.running.indexOf(member), 1)
-      this.residence.vacate(member, unit !== undefined)
+      this.residence.vacate(member, beginsAgain || unit !== undefined)
     }
     unit?.restart()
     this.waiting.unshift(first)

@@ -4,7 +4,10 @@ import assert from 'node:assert/strict'
 import { after, test } from 'node:test'
 import { GREEDY, type SamplingParams } from '../../src/engine/api.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
+import { LogprobRing } from '../../src/backends/cuda/logprobs.ts'
 import { SamplingTable } from '../../src/backends/cuda/sampling.ts'
+import { PLACES } from '../../src/backends/cuda/state.ts'
+import { MAX_TOP_LOGPROBS } from '../../src/limits.ts'
 import { Gpu, Random } from './gpu.ts'
 
 const gpu = new Gpu()
@@ -67,6 +70,9 @@ for (const [name, variant] of Object.entries(VARIANTS)) {
 }
 
 const DRAWS = 24
+const KINDS = 'aiaaaaaaaaaiia'
+/** Nobody asks for log-probabilities. */
+const NO_REPORT = [0, 1, 1, 0]
 
 function check(params: SamplingParams, logits: Float32Array): void {
   const vocab = logits.length
@@ -80,14 +86,14 @@ function check(params: SamplingParams, logits: Float32Array): void {
   const tokens = gpu.poisoned(4)
   const last = gpu.poisoned(8)
   const args = [row, vocab, gpu.put(Int32Array.of(slot)), table.table, table.biasTokens]
-  args.push(table.biases, table.counts, adjusted, tokens, last)
+  args.push(table.biases, table.counts, adjusted, tokens, last, ...NO_REPORT)
   const cpu = new Sampler(vocab)
   const state = new SamplerState(params, prompt)
   let different = 0
   for (let draw = 0; draw < DRAWS; draw++) {
     const { tokens: ids, probabilities } = cpu.distribution(logits, state)
     const want = cpu.sample(logits, state)
-    gpu.run('sample.cu', 'sample', 'aiaaaaaaaa', args, [1], 1024)
+    gpu.run('sample.cu', 'sample', KINDS, args, [1], 1024)
     const [got] = gpu.get(tokens, new Int32Array(1))
     assert.equal(gpu.get(last, new Int32Array(2))[slot], got)
     const chance = probabilities[ids.indexOf(got!)] ?? 0
@@ -119,30 +125,46 @@ function tokenOf(logits: Float32Array): number {
   const tokens = gpu.poisoned(4)
   const args = [gpu.put(logits), vocab, gpu.put(Int32Array.of(0)), table.table]
   args.push(table.biasTokens, table.biases, table.counts, gpu.poisoned(vocab * 4), tokens)
-  gpu.run('sample.cu', 'sample', 'aiaaaaaaaa', [...args, gpu.poisoned(4)], [1], 1024)
+  gpu.run('sample.cu', 'sample', KINDS, [...args, gpu.poisoned(4), ...NO_REPORT], [1], 1024)
   table.close()
   return gpu.get(tokens, new Int32Array(1))[0]!
 }
 
-test('a log-probability is wrong', () => {
-  const vocab = 50257
+for (const top of [0, 1, 5, MAX_TOP_LOGPROBS]) {
+  for (const vocab of [50257, 128256, 33]) {
+    test(`a log-probability is wrong, ${top} of ${vocab}`, () => checkLogprobs(top, vocab))
+  }
+}
+
+function checkLogprobs(top: number, vocab: number): void {
   const logits = logitsOf('ties', vocab)
-  const table = new SamplingTable(gpu.driver, gpu.kernels.find, 1, vocab, gpu.stream)
-  const start = { params: GREEDY, prompt: new Int32Array(), output: new Int32Array() }
-  table.begin(0, { ...start, topLogprobs: 5 }, gpu.stream)
-  const out = [gpu.poisoned(4), gpu.poisoned(80), gpu.poisoned(80)] as const
-  const args = [gpu.put(logits), vocab, gpu.put(Int32Array.of(0)), table.table]
-  args.push(gpu.put(Int32Array.of(77)), ...out)
-  gpu.run('logprobs.cu', 'logprobs', 'aiaaaaaa', args, [1], 1024)
+  const table = new SamplingTable(gpu.driver, gpu.kernels.find, 2, vocab, gpu.stream)
+  // What is asked for is the model's own distribution, whatever a token is chosen from.
+  const params = { ...GREEDY, temperature: 1, seed: 7, logitBias: [[11, 9]] } as SamplingParams
+  const start = { params, prompt: new Int32Array(), output: new Int32Array() }
+  table.begin(0, { ...start, topLogprobs: undefined }, gpu.stream)
+  table.begin(1, { ...start, topLogprobs: top }, gpu.stream)
+  const ring = new LogprobRing(gpu.driver, 2)
+  const both = new Float32Array(2 * vocab)
+  both.set(logits)
+  both.set(logits, vocab)
+  const rows = gpu.put(both)
+  const tokens = gpu.poisoned(8)
+  const args = [rows, vocab, gpu.put(Int32Array.of(0, 1)), table.table, table.biasTokens]
+  args.push(table.biases, table.counts, gpu.poisoned(vocab * 8), tokens, gpu.poisoned(8))
+  const step = PLACES + 2
+  args.push(ring.address, PLACES, 2, gpu.put(BigUint64Array.of(BigInt(step))))
+  gpu.run('sample.cu', 'sample', KINDS, args, [2], 1024)
+  const got = ring.of(step, 1, top)
+  assert.equal(ring.of(step, 0, 0).logprob, 0, 'who asks for none costs nothing')
   table.close()
-  const want = new Sampler(vocab).logprobs(logits, 77, 5)
-  const chosen = gpu.get(out[0], new Float32Array(1))[0]!
-  assert.ok(Math.abs(chosen - want.logprob) < 1e-4)
-  const ids = [...gpu.get(out[1], new Int32Array(20))].slice(0, 5)
+  const chosen = gpu.get(tokens, new Int32Array(2))[1]!
+  const want = new Sampler(vocab).logprobs(logits, chosen, top)
+  ring.close()
+  assert.ok(Math.abs(got.logprob - want.logprob) < 1e-5)
   assert.deepEqual(
-    ids,
+    got.top.map(({ token }) => token),
     want.top.map(({ token }) => token),
   )
-  const values = gpu.get(out[2], new Float32Array(20))
-  want.top.forEach(({ logprob }, i) => assert.ok(Math.abs(values[i]! - logprob) < 1e-4))
-})
+  want.top.forEach(({ logprob }, i) => assert.ok(Math.abs(got.top[i]!.logprob - logprob) < 1e-5))
+}

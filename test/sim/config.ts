@@ -38,6 +38,8 @@ export interface SimConfig {
   sequencesMax: number
   /** How often an operation comes in a step, by its name; 0 is never. */
   rates: ReadonlyMap<string, number>
+  /** The backend chooses tokens, and steps are queued before the last one's are known. */
+  ahead: boolean
 }
 
 export function drawConfig(random: Random, operations: readonly Operation[]): SimConfig {
@@ -79,6 +81,7 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
     rates: new Map(
       operations.map(({ name, rate }) => [name, rate * random.pick([0, 0.3, 1, 1, 1, 3])]),
     ),
+    ahead: random.chance(0.5),
   }
 }
 

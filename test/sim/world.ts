@@ -96,6 +96,7 @@ export class World implements CoreSink {
   /** Steps in a row that did nothing although there are sequences. */
   private waited = 0
   private slownessMax = 1
+  private wasDead = false
   private aborting = -1
   private refusing = -1
   /** What shall fail, and whether it has. */
@@ -211,6 +212,12 @@ export class World implements CoreSink {
     if (reason === 'abort') {
       assert(id === this.aborting, `sequence ${id} is not aborted by itself`)
       expected.end(outputTokens)
+      const { tenant, pin } = expected.request
+      const pins = this.insides.cache?.pins.list ?? []
+      // Its prompt may be in memory before its first token is told.
+      if (this.config.ahead && pins.some((one) => one.tenant === tenant && one.id === pin)) {
+        this.computed(expected)
+      }
       this.coverage.aborted++
     } else if (reason === 'error') {
       const poisoned = this.backend.fault === 'nan' && error?.code === 'backend_failed'
@@ -241,7 +248,10 @@ export class World implements CoreSink {
     this.steps++
     this.guard(() => {
       const busy = this.core.step()
-      assert(!this.tier?.disk.dead, 'an engine without a pager stops')
+      const dead = this.tier?.disk.dead ?? false
+      // A step that is queued ahead is looked at when the next one is.
+      assert(!dead || (this.config.ahead && !this.wasDead), 'an engine without a pager stops')
+      this.wasDead = dead
       if (busy || this.backend.fault === 'nan') this.backend.fault = undefined
       this.checkAlive(busy)
     })
@@ -252,7 +262,7 @@ export class World implements CoreSink {
   finish(): void {
     this.armed = undefined
     this.backend.fault = undefined
-    while (this.expected.size > 0) this.advance()
+    while (this.expected.size > 0 || !this.core.idle) this.advance()
     for (const { tenant, id } of [...(this.insides.cache?.pins.list ?? [])]) {
       this.unpin(tenant, id)
     }
@@ -295,15 +305,26 @@ export class World implements CoreSink {
 
   private check(): void {
     this.core.check()
-    const pinned = this.insides.cache?.pins.list ?? []
-    const known = pinned.every(({ tenant, id }) => this.pinned.has(`${tenant}: ${id}`))
-    assert(known && pinned.length === this.pinned.size, 'what is pinned stays, nothing else')
+    const pinned = (this.insides.cache?.pins.list ?? []).map(({ tenant, id }) => `${tenant}: ${id}`)
+    const known = pinned.filter((pin) => this.pinned.has(pin))
+    assert(known.length === this.pinned.size, 'what is pinned stays')
+    assert(
+      pinned.every((pin) => this.pinned.has(pin) || this.mayPin(pin)),
+      'nothing else is pinned',
+    )
     const { memory, insides } = this
     memory.checkCounted(insides.regions)
     insides.slots.forEach(({ state, region, shared }, slot) => {
       if (state === 'held') memory.checkMapped(slot, region, shared)
     })
     for (const [tenant, root] of insides.roots) this.checkNode(root, this.saltOf(tenant))
+  }
+
+  /** Of steps that are queued ahead, a prompt is in memory before its first token is told. */
+  private mayPin(pin: string): boolean {
+    const { config, expected } = this
+    const requests = [...expected.values()].map(({ request }) => request)
+    return config.ahead && requests.some((asked) => `${asked.tenant}: ${asked.pin}` === pin)
   }
 
   /** Somebody gets on, and whoever came first ends in the time that the work until then takes. */
@@ -354,6 +375,7 @@ export class World implements CoreSink {
     if (this.tier) this.memory.tier = this.tier
     this.slownessMax = 1
     this.waited = 0
+    this.wasDead = false
     this.backend = new parts.backend(config, this.memory)
     const { prefixEviction, prefixOutput, greedy, comeBack } = config
     const options: CoreOptions = {
@@ -392,13 +414,17 @@ export class World implements CoreSink {
     this.backend.onRead = (slot, tokens, digest) => {
       const sequence = present(this.bySlot[slot], 'a sequence')
       const { id, unit, request } = sequence
-      const right = unit
-        ? digestOf(this.saltOf(request.tenant), tokensOf(sequence), tokens)
-        : this.of(id).digest
-      assert(
-        digest === right,
-        `the ${tokens} tokens that slot ${slot} reads are those of sequence ${id}`,
-      )
+      return () => {
+        // It may have ended with the step before, or been aborted meanwhile.
+        if (config.ahead && !this.expected.has(id)) return
+        const right = unit
+          ? digestOf(this.saltOf(request.tenant), tokensOf(sequence), tokens)
+          : this.of(id).digest
+        assert(
+          digest === right,
+          `the ${tokens} tokens that slot ${slot} reads are those of sequence ${id}`,
+        )
+      }
     }
     parts.tamper(this.core)
   }

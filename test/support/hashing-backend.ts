@@ -10,7 +10,7 @@ import { CudaKvMemory } from '../../src/backends/cuda/kv-memory.ts'
 import { InlinePager, type Pager } from '../../src/backends/cuda/pager.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
 import { extendHash } from '../../src/backends/null/kv-memory.ts'
-import type { SamplingParams } from '../../src/engine/api.ts'
+import type { SamplingParams, TokenLogprobs } from '../../src/engine/api.ts'
 import { Sampler, SamplerState } from '../../src/engine/sampler.ts'
 import type { CudaDriver } from '../../src/ffi/cuda.ts'
 import { tokenMajor } from '../../src/kv/layout.ts'
@@ -177,7 +177,10 @@ class HashingChooser implements TokenChooser {
   private readonly stream: number
   private readonly sampler: Sampler
   private readonly states: (SamplerState | undefined)[] = []
+  private readonly tops: (number | undefined)[] = []
   private readonly steps = new Map<number, { tokens: number[]; event: number }>()
+  /** Of the last two steps. */
+  private readonly logprobs = new Map<number, (TokenLogprobs | undefined)[]>()
   private launched = 0
 
   constructor(backend: HashingBackend, gpu: Gpu, stream: number) {
@@ -192,7 +195,7 @@ class HashingChooser implements TokenChooser {
     return seed % 5 !== 4
   }
 
-  begin(slot: number, { params, prompt, output }: SlotSampling): void {
+  begin(slot: number, { params, prompt, output, topLogprobs }: SlotSampling): void {
     const run = (): void => {
       const state = new SamplerState(params, prompt)
       for (const token of output) {
@@ -200,22 +203,28 @@ class HashingChooser implements TokenChooser {
         state.accept(token)
       }
       this.states[slot] = state
+      this.tops[slot] = topLogprobs
     }
     this.gpu.queue(this.stream, { name: 'begin', touches: [], run })
   }
 
   launchChoosing(batch: StepBatch): number {
     const tokens: number[] = []
+    const logprobs: (TokenLogprobs | undefined)[] = []
     this.backend.queue(batch, (slot, logits) => {
       const state = this.states[slot]
       const token = state ? this.sampler.sample(logits, state) : 0
       state?.accept(token)
       this.last[slot] = token
       tokens.push(token)
+      const top = this.tops[slot]
+      logprobs.push(top === undefined ? top : this.sampler.logprobs(logits, token, top))
     })
     const event = this.gpu.driver.createEvent()
     this.gpu.driver.recordEvent(event, this.stream)
     this.steps.set(this.launched, { tokens, event })
+    this.logprobs.delete(this.launched - 2)
+    this.logprobs.set(this.launched, logprobs)
     return this.launched++
   }
 
@@ -226,5 +235,11 @@ class HashingChooser implements TokenChooser {
     this.gpu.driver.destroyEvent(found.event)
     this.steps.delete(step)
     return Int32Array.from(found.tokens)
+  }
+
+  logprobsOf(step: number, output: number): TokenLogprobs {
+    const found = this.logprobs.get(step)?.[output]
+    assert.ok(found, 'log-probabilities are asked for in time, by whoever wants them')
+    return found
   }
 }

@@ -26,7 +26,8 @@ interface Mapping {
 
 export abstract class MockGpuMemory {
   readonly page: number
-  readonly totalBytes: number
+  /** Less when another process takes some. */
+  totalBytes: number
   /** Calls by name: what a test counts. */
   readonly calls = new Map<string, number>()
   private next = 0x7e00_0000_0000

@@ -128,7 +128,7 @@ export class MockKernels {
 
   /** Greedily. */
   private sample(args: readonly number[], outputs: number): void {
-    const [logits, vocab, slotOf, , , , , , tokens, last] = args as number[]
+    const [logits, vocab, slotOf, table, , , , , tokens, last] = args as number[]
     for (let o = 0; o < outputs; o++) {
       const [slot] = this.i32(slotOf! + o * 4)
       if (slot! < 0) continue
@@ -136,7 +136,20 @@ export class MockKernels {
       const best = row.indexOf(Math.max(...row))
       this.put(tokens!, o, best)
       this.put(last!, slot!, best)
+      const [top] = this.i32(table! + slot! * 96 + 84)
+      if (top! >= 0) this.report(row, best, top!, args.slice(10), o)
     }
+  }
+
+  private report(row: Float32Array, chosen: number, top: number, to: number[], o: number): void {
+    const [ring, places, entries, steps] = to
+    const words = viewMemory(ring! + ((this.u64(steps!) % places!) * entries! + o) * 164, 164)
+    const max = Math.max(...row)
+    const norm = max + Math.log(row.reduce((sum, x) => sum + Math.exp(x - max), 0))
+    const best = [...row.keys()].toSorted((a, b) => row[b]! - row[a]! || a - b).slice(0, top)
+    new Int32Array(words, 4).set(best)
+    new Float32Array(words)[0] = row[chosen]! - norm
+    new Float32Array(words, 84).set(best.map((token) => row[token]! - norm))
   }
 
   private embed([table, tokens, out, width, , scale]: readonly number[], rows: number): void {

@@ -4,9 +4,10 @@
 import { present } from '../../assert.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 import type { Model } from '../../model/model.ts'
-import type { SamplingParams } from '../../engine/api.ts'
+import type { SamplingParams, TokenLogprobs } from '../../engine/api.ts'
 import type { Backend, KvMemory, SlotSampling, StepBatch, TokenChooser } from '../backend.ts'
 import type { CudaDevice } from './device.ts'
+import { MAX_TOP_LOGPROBS } from '../../limits.ts'
 import { CudaForward, type ForwardOptions } from './forward.ts'
 
 /** KV memory as CudaKvMemory keeps it. */
@@ -53,8 +54,8 @@ export class CudaBackend implements Backend, TokenChooser {
     )
   }
 
-  takes(params: SamplingParams): boolean {
-    return this.forward.sampling.takes(params)
+  takes(params: SamplingParams, topLogprobs = 0): boolean {
+    return topLogprobs <= MAX_TOP_LOGPROBS && this.forward.sampling.takes(params)
   }
 
   begin(slot: number, sampling: SlotSampling): void {
@@ -69,6 +70,10 @@ export class CudaBackend implements Backend, TokenChooser {
     const { state } = this.forward
     state.wait(step)
     return state.tokensOf(step)
+  }
+
+  logprobsOf(step: number, output: number, top: number): TokenLogprobs {
+    return this.forward.logprobs.of(step, output, Math.min(top, this.vocab))
   }
 
   launch(batch: StepBatch): void {

@@ -25,13 +25,17 @@ export class Choices<T = string> {
     this.unsaved = true
   }
 
-  /** Writes what was measured, whole or not at all. */
+  /** Writes what was measured, whole or not at all; if it cannot be kept it is measured again. */
   save(): void {
     if (!this.unsaved) return
-    mkdirSync(dirname(this.path), { recursive: true })
     const partial = `${this.path}.${randomUUID()}`
-    writeFileSync(partial, JSON.stringify(this.kept))
-    renameSync(partial, this.path)
+    try {
+      mkdirSync(dirname(this.path), { recursive: true })
+      writeFileSync(partial, JSON.stringify(this.kept))
+      renameSync(partial, this.path)
+    } catch {
+      // The kernels lie in the same folder, and whoever keeps them says why that fails.
+    }
     this.unsaved = false
   }
 }

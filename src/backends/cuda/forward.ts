@@ -24,10 +24,12 @@ import {
   Lowering,
   type StepShape,
 } from './lower.ts'
+import { LogprobRing } from './logprobs.ts'
 import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import { ropeTable } from './rope-table.ts'
 import { SamplingTable } from './sampling.ts'
+import type { StartTimes } from './start-times.ts'
 import { PLACES, StepState } from './state.ts'
 import { DeviceWeights } from './weights.ts'
 
@@ -55,6 +57,10 @@ export interface ForwardOptions {
   attention?: (state: StepState, find: KernelFinder) => Attention
   /** The matrix library, if it is not the machine's. */
   lt?: CublasLt
+  /** Takes note of how long each part of the start takes. */
+  times?: StartTimes
+  /** Is told of what takes long, before it begins. */
+  say?: (what: string) => void
 }
 
 /** Decoding sequences that a graph is captured for; a step takes the next larger one. */
@@ -67,7 +73,7 @@ export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
  * starting early costs 9 %, because blocks then crowd on the multiprocessors that end first.
  */
 const PREFETCH_BYTES = 0
-const RELEASE_ROUNDS = 0
+export const RELEASE_ROUNDS = 0
 
 /** Of which the fastest counts. */
 const TIMED_GRAPHS = 4
@@ -75,15 +81,23 @@ const TIMED_GRAPHS = 4
 /** Compute capability 9.0, with products of warpgroups. */
 const HOPPER = 90
 
-/** Tokens of a step that products are tuned for: eighths of the largest, which nearly all are. */
+/**
+ * Tokens of a step with prompts that products are tuned for: those of short prompts, and eighths of
+ * the largest step, which nearly all are.
+ */
 function promptRows(stepTokens: number): number[] {
-  return Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
+  const eighths = Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
+  const rows = [...SHORT_PROMPTS, ...eighths].map(paddedRows)
+  return [...new Set(rows)].filter((count) => count <= paddedRows(stepTokens))
 }
+
+const SHORT_PROMPTS = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 export class CudaForward {
   readonly vocab: number
   readonly state: StepState
   readonly sampling: SamplingTable
+  readonly logprobs: LogprobRing
   readonly weights: DeviceWeights
   readonly stream: number
   /** [outputs, vocab] float32 of the last step. */
@@ -114,11 +128,13 @@ export class CudaForward {
     this.kernels = new Kernels(device, modules)
     const limits = { tokens: stepTokens, outputs: maxSequences, slots: maxSequences }
     this.state = new StepState(driver, limits, this.stream)
+    this.logprobs = new LogprobRing(driver, maxSequences)
     const program = programFor(model)
     const nodes = { decoding: fuse(program, true), mixed: fuse(program, false) }
     const fill = (address: number, elements: number, seed: number, scale: number) =>
       this.fillRandom(address, elements, seed, scale)
     this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
+    options.times?.done('weights')
     this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
     this.choices = new Choices(choicesPath(modules.folder, 'skinny', info, driver.version))
     this.attention =
@@ -166,6 +182,9 @@ export class CudaForward {
     this.fetchLaunch = this.makeFetch()
     this.sampleLaunch = this.makeSample()
     this.publishLaunch = this.makePublish()
+    this.decoding.prepare()
+    this.mixed.prepare()
+    options.times?.done('loading kernels')
     if (options.tune ?? true) this.tune()
   }
 
@@ -214,6 +233,7 @@ export class CudaForward {
     driver.free(this.logits)
     this.attention.close()
     this.sampling.close()
+    this.logprobs.close()
     this.matmuls.close()
     this.weights.close()
     this.state.close()
@@ -301,12 +321,14 @@ export class CudaForward {
     const { state, sampling } = this
     const kinds: ArgumentKind[] = [
       ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64'] as const),
+      ...(['u64', 'i32', 'i32', 'u64'] as const),
     ]
     const launch = new KernelLaunch(this.kernels.find('sample.cu', 'sample'), kinds)
     return launch
       .setAll(
         ...[this.logits, this.vocab, state.outputSlots, sampling.table, sampling.biasTokens],
         ...[sampling.biases, sampling.counts, this.adjusted, state.sampled, state.lastTokens],
+        ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
       )
       .threads(1024)
       .programmatic()
@@ -351,18 +373,39 @@ export class CudaForward {
 
   /** Measures every product of decode steps of any bucket, and of a step full of prompts. */
   private tune(): void {
+    const { times, say, stepTokens } = this.options
     const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
-    this.tuneFor(this.decoding, buckets, () => true)
-    this.tuneFor(this.mixed, buckets, () => true)
-    const prompts = promptRows(this.options.stepTokens).filter((rows) => rows > this.rowsMax)
-    this.tuneFor(this.mixed, prompts, ({ float32 }) => !float32)
+    const prompts = promptRows(stepTokens).filter((rows) => rows > this.rowsMax)
+    const ofPrompts = ({ float32 }: Product) => !float32
+    const unknown =
+      this.unknownTo(this.decoding, buckets) +
+      this.unknownTo(this.mixed, buckets) +
+      this.unknownTo(this.mixed, prompts, ofPrompts)
+    if (unknown > 0) say?.(`measuring ${unknown} matrix products, once for this model and GPU`)
+    this.tuneFor(this.decoding, buckets)
+    this.tuneFor(this.mixed, buckets)
+    this.tuneFor(this.mixed, prompts, ofPrompts)
     this.matmuls.save()
     const few = buckets.filter((b) => b > GEMV_TOKENS_MAX && b <= HOPPER_TOKENS_MAX)
     if (this.hopper === 'measured') this.tuneHopper(few)
+    times?.done('matrix products', unknown > 0 ? `${unknown} measured` : undefined)
     // No request is to wait for what can be done now.
     for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
       this.capture(bucket)
     }
+    times?.done('graphs')
+  }
+
+  private unknownTo(
+    of: Lowering,
+    rows: readonly number[],
+    which: (product: Product) => boolean = () => true,
+  ): number {
+    const products = of.productShapes().map(({ product }) => product)
+    const wanted = products
+      .filter(which)
+      .flatMap((product) => rows.map((count) => [product, count] as const))
+    return wanted.filter(([product, count]) => !this.matmuls.knows(product, count)).length
   }
 
   private tuneHopper(tokens: readonly number[]): void {
@@ -394,7 +437,7 @@ export class CudaForward {
   private tuneFor(
     of: Lowering,
     rows: readonly number[],
-    which: (product: Product) => boolean,
+    which: (product: Product) => boolean = () => true,
   ): void {
     const { driver } = this.options.device
     if (rows.length === 0) return

@@ -27,16 +27,20 @@ export interface Frame {
   steps: number
   /** Of the pager: when it is mapped in its own region. */
   ticket: number
+  /** There was no memory for it: it goes as soon as nobody holds it. */
+  absent: boolean
 }
 
 export class FramePool {
   readonly pageBytes: number
   readonly groupColumns: number
-  readonly limitColumns: number
+  limitColumns: number
   /** Columns of all frames there are. */
   columns = 0
   /** How often a frame was needed before the steps that read it were over. */
   fenceWaits = 0
+  /** Frames that are held although there was no memory for them. */
+  absent = 0
   private readonly pager: Pager
   private readonly fence: StepFence
   private readonly freeSmall: Frame[] = []
@@ -46,6 +50,8 @@ export class FramePool {
   private lapsedCount = 0
   private readonly onUnmap: (frame: Frame, address: number) => void
   private nextId = 0
+  /** By id: those that there are. */
+  private readonly frames: (Frame | undefined)[] = []
   private readonly spareIds: number[] = []
 
   /** @param onUnmap hears of each view that goes */
@@ -114,6 +120,8 @@ export class FramePool {
   /** Nobody holds the frame any more; the steps queued so far may still touch it. */
   lapse(frame: Frame): void {
     assert(frame.state === 'used' && frame.held === 0, 'only a frame that nobody holds lapses')
+    // No step has seen it.
+    if (frame.absent) return this.destroyUsed(frame)
     frame.state = 'lapsed'
     frame.steps = this.fence.queued
     this.lapsed.push(frame)
@@ -137,6 +145,25 @@ export class FramePool {
     }
     this.clear(frame)
     return true
+  }
+
+  /**
+   * There was no memory for a frame: it goes, now or when nobody holds it any more.
+   * @returns the region that is to do without it, -1 if nobody has it
+   */
+  dropAbsent(id: number): number {
+    const frame = this.frames[id]
+    if (!frame) return -1
+    frame.absent = true
+    if (frame.state === 'used') {
+      this.absent++
+      return frame.region
+    }
+    if (frame.state === 'lapsed') this.evict(frame)
+    const list = frame.columns === 1 ? this.freeSmall : this.freeLarge
+    list.splice(list.indexOf(frame), 1)
+    this.destroy(frame)
+    return -1
   }
 
   /** Gives a free frame back to the driver. False if there is none. */
@@ -189,7 +216,7 @@ export class FramePool {
     this.pager.create(id, columns * this.pageBytes)
     this.columns += columns
     const views = new Set<number>()
-    return {
+    const frame: Frame = {
       id,
       columns,
       state: 'used',
@@ -199,12 +226,17 @@ export class FramePool {
       held: 0,
       steps: 0,
       ticket: 0,
+      absent: false,
     }
+    this.frames[id] = frame
+    return frame
   }
 
   private destroy(frame: Frame): void {
+    if (frame.absent && frame.state === 'used') this.absent--
     this.pager.release(frame.id)
     this.spareIds.push(frame.id)
+    this.frames[frame.id] = undefined
     this.columns -= frame.columns
     frame.state = 'free'
   }

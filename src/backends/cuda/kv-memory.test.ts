@@ -26,8 +26,8 @@ for (const shareColumns of [1, 4, 8]) {
         const kv = { ...KV, shareColumns }
         const stepTokens = load.maxSequences + load.extraBudget
         const sizes = { vocab: VOCAB, contextLength: 80, maxSequences: load.maxSequences }
-        // The scratch memory for taking frames apart is beside the limit.
-        const totalBytes = (kvPages + shareColumns) * kv.pageBytes
+        // The scratch memory for taking frames apart is beside the limit, and the pager's sink.
+        const totalBytes = (kvPages + shareColumns + 1) * kv.pageBytes
         const cuda = new MockCuda({ pageBytes: kv.pageBytes, totalBytes })
         const options = { ...sizes, stepTokens, kvPages, kv, ...wait }
         const gpu = new HashingBackend(mockGpu(cuda, latePager), options)

@@ -86,6 +86,7 @@ export class CudaKvMemory implements KvMemory {
   /** Address of region 0. */
   readonly address: number
   readonly fence: StepFence
+  readonly contended = this
   private readonly device: CudaDevice
   readonly pager: Pager
   /** Where columns go, if anywhere; set by whoever opens it. */
@@ -247,14 +248,42 @@ export class CudaKvMemory implements KvMemory {
 
   /** Makes sure that all pages of the step are there; queues copies that it reads from. */
   beforeStep(stream: number): void {
+    this.awaitNeeded()
+    this.lastStream = stream
+    this.queueCopies(stream)
+  }
+
+  private awaitNeeded(): void {
     if (this.pager.done < this.needed) {
       const start = performance.now()
       this.pager.wait(this.needed)
       this.counted.lateSteps++
       this.counted.lateMs += performance.now() - start
     } else this.pager.wait(this.needed)
-    this.lastStream = stream
-    this.queueCopies(stream)
+  }
+
+  lacking(): ReadonlySet<number> {
+    this.awaitNeeded()
+    const frames = this.pager.takeAbsent()
+    if (frames.length === 0) return NONE
+    const regions = new Set(frames.map((frame) => this.pool.dropAbsent(frame)))
+    regions.delete(-1)
+    // Memory that nobody had yet was refused, too: no more of it is asked for in vain.
+    return regions.size > 0 ? regions : NOBODY
+  }
+
+  get holdsLacking(): boolean {
+    return this.pool.absent > 0
+  }
+
+  obtainablePages(more: number): number {
+    const { pageBytes } = this.layout.shape
+    const freeBytes = more > 0 ? this.device.driver.memoryInfo().freeBytes - LEFT_FREE_BYTES : 0
+    return this.pool.columns + Math.min(more, Math.max(0, Math.floor(freeBytes / pageBytes)))
+  }
+
+  limit(pages: number): void {
+    this.pool.limitColumns = pages
   }
 
   /** The step is queued on the stream: what it may touch stays until it is over. */
@@ -478,6 +507,13 @@ export class CudaKvMemory implements KvMemory {
     })
   }
 }
+
+const NONE: ReadonlySet<number> = new Set()
+/** No region is lacking anything, but there is no more memory. */
+const NOBODY: ReadonlySet<number> = new Set([-1])
+
+/** The driver and the libraries need some now and then. */
+const LEFT_FREE_BYTES = 64 << 20
 
 /** Frames whose unmapping or release the pager is told at a time: 2 ms of its work. */
 const SETTLE_FRAMES = 64

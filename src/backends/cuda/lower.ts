@@ -104,6 +104,7 @@ export class Lowering {
   private arena = 0
   private commands: readonly NamedCommand[] = []
   private skinny: readonly NamedCommand[] = []
+  private skinnyNodes: readonly (Node | SkinnyNode)[] = []
   private readonly products: SkinnyProducts
   private hopper: readonly NamedCommand[] = []
   private readonly hopperProducts: HopperProducts
@@ -134,7 +135,8 @@ export class Lowering {
         name: nameOf(node.kind === 'skinny' ? node.linear : node),
         run: this.lowerFused(node, products),
       }))
-    this.skinny = fused(fuseSkinny(this.nodes), this.products)
+    this.skinnyNodes = fuseSkinny(this.nodes)
+    this.skinny = fused(this.skinnyNodes, this.products)
     this.hopper = fused(fuseSkinny(this.nodes, false), this.hopperProducts)
   }
 
@@ -145,6 +147,14 @@ export class Lowering {
 
   close(): void {
     this.wholeSteps?.close()
+  }
+
+  /** Loads what launches would load when they are first needed. */
+  prepare(): void {
+    if (!this.context.skinny) return
+    for (const node of this.skinnyNodes) {
+      if (node.kind === 'skinny') this.products.prepare(node)
+    }
   }
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */

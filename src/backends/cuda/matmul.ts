@@ -137,7 +137,12 @@ export class Matmuls {
     this.kept.set(key, { algorithm, workspaceBytes })
   }
 
-  /** Writes what was measured, whole or not at all. */
+  /** Whether `tune` need not measure it. */
+  knows(product: Product, rows: number): boolean {
+    return this.kept.get(keyOf(product, paddedRows(rows))) !== undefined
+  }
+
+  /** Writes what was measured, whole or not at all; if it cannot be kept it is measured again. */
   save(): void {
     this.kept.save()
   }

@@ -2,7 +2,15 @@
 // by a hash of all that they were made of. With a filled cache no compiler is needed.
 
 import { createHash, randomUUID } from 'node:crypto'
-import { mkdirSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { homedir } from 'node:os'
 import { join } from 'node:path'
 import { cudaIncludeFolders } from '../../ffi/cuda-libraries.ts'
@@ -32,7 +40,9 @@ export interface CompiledKernel {
 
 export class ModuleCache {
   readonly folder: string
-  private readonly sources: string
+  readonly sources: string
+  /** Why compiled kernels cannot be kept, if they cannot: every start compiles them again. */
+  unkept: string | undefined
   private nvrtc: Nvrtc | undefined
   private headers: string | undefined
 
@@ -47,15 +57,7 @@ export class ModuleCache {
    * @throws LatticeError `backend_unavailable` without a compiler, `kernel_compile_failed`
    */
   get(kernel: KernelSource, architecture: string): CompiledKernel {
-    const source = readFileSync(join(this.sources, kernel.file), 'utf8')
-    const options = [
-      ...OPTIONS,
-      ...Object.entries(kernel.defines ?? {}).map(([name, value]) => `-D${name}=${value}`),
-      ...(kernel.options ?? []),
-    ]
-    const parts = [kernel.file, source, this.headerText(), architecture, ...options]
-    const hash = createHash('sha256').update(parts.join('\0')).digest('hex').slice(0, 32)
-    const path = join(this.folder, `${kernel.file.replace(/\.cu$/, '')}-${architecture}-${hash}`)
+    const { path, source, options } = this.place(kernel, architecture)
     const image = readIfThere(path)
     if (image !== undefined) return { image, log: undefined }
     const compiled = this.compiler().compile({
@@ -67,6 +69,25 @@ export class ModuleCache {
     })
     this.keep(path, compiled.image)
     return compiled
+  }
+
+  /** Whether no compiler is needed for it. */
+  has(kernel: KernelSource, architecture: string): boolean {
+    return existsSync(this.place(kernel, architecture).path)
+  }
+
+  /** Where a kernel is kept, and what it is made of. */
+  private place(kernel: KernelSource, architecture: string) {
+    const source = readFileSync(join(this.sources, kernel.file), 'utf8')
+    const options = [
+      ...OPTIONS,
+      ...Object.entries(kernel.defines ?? {}).map(([name, value]) => `-D${name}=${value}`),
+      ...(kernel.options ?? []),
+    ]
+    const parts = [kernel.file, source, this.headerText(), architecture, ...options]
+    const hash = createHash('sha256').update(parts.join('\0')).digest('hex').slice(0, 32)
+    const path = join(this.folder, `${kernel.file.replace(/\.cu$/, '')}-${architecture}-${hash}`)
+    return { path, source, options }
   }
 
   private compiler(): Nvrtc {
@@ -84,11 +105,27 @@ export class ModuleCache {
 
   /** Whole or not at all: another process may compile the same. */
   private keep(path: string, image: Uint8Array): void {
-    mkdirSync(this.folder, { recursive: true })
     const partial = `${path}.${randomUUID()}`
-    writeFileSync(partial, image)
-    renameSync(partial, path)
+    try {
+      mkdirSync(this.folder, { recursive: true })
+      writeFileSync(partial, image)
+      renameSync(partial, path)
+    } catch (thrown) {
+      // A disk that is full or read-only costs time at every start, but no answer.
+      this.unkept = (thrown as Error).message
+    }
   }
+}
+
+/** How many kernels are kept, and what they take. */
+export function keptKernels(folder = cacheFolder()): {
+  folder: string
+  count: number
+  bytes: number
+} {
+  const files = existsSync(folder) ? readdirSync(folder).filter((file) => /-sm_/.test(file)) : []
+  const bytes = files.reduce((sum, file) => sum + statSync(join(folder, file)).size, 0)
+  return { folder, count: files.length, bytes }
 }
 
 function cacheFolder(): string {
@@ -100,7 +137,8 @@ function readIfThere(path: string): Uint8Array | undefined {
   try {
     return readFileSync(path)
   } catch (thrown) {
-    if ((thrown as NodeJS.ErrnoException).code === 'ENOENT') return undefined
+    const { code } = thrown as NodeJS.ErrnoException
+    if (code === 'ENOENT' || code === 'ENOTDIR') return undefined
     throw thrown
   }
 }

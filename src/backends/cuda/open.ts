@@ -9,12 +9,17 @@ import type { KvTier } from '../../kv/tier.ts'
 import type { Model } from '../../model/model.ts'
 import { DiskTier, type OffloadOptions, type TierFacts } from '../../tier/tier.ts'
 import { CudaBackend } from './backend.ts'
+import { compileAhead } from './compile-ahead.ts'
 import { CudaDevice } from './device.ts'
+import { RELEASE_ROUNDS } from './forward.ts'
+import { kernelsOf } from './kernel-list.ts'
 import { CudaKvMemory, gpuKvLayout } from './kv-memory.ts'
 import { HostTier } from './host-tier.ts'
 import type { HostPages } from './host-pages.ts'
 import { ModuleCache } from './module-cache.ts'
 import { ThreadPager } from './pager.ts'
+import { StartTimes } from './start-times.ts'
+import { warmUp } from './warm-up.ts'
 
 export interface CudaStart {
   /** Which GPU. */
@@ -40,6 +45,8 @@ export interface OpenedCuda {
   hostTier?: HostTierFacts
   /** The disk beneath. */
   tier?: TierFacts
+  /** What the start took, part by part. */
+  started: string
   close(): void
 }
 
@@ -48,10 +55,22 @@ const IDLE_RELEASE_MS = 500
 /** What KV passes through on its way to a disk, unless more is given. */
 const STAGING_BYTES = 256 << 20
 
-/** @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed` */
-export function openCuda(model: Model, start: CudaStart): OpenedCuda {
+/**
+ * @param say is told of what takes long, before it begins
+ * @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed`,
+ *   `model_unsupported`
+ */
+export function openCuda(
+  model: Model,
+  start: CudaStart,
+  say: (what: string) => void = () => {},
+): OpenedCuda {
   const { maxSequences, stepTokens } = start
+  const times = new StartTimes()
   const device = CudaDevice.open(start.device)
+  times.done('driver')
+  const modules = new ModuleCache()
+  compileFor(model, device, modules, times, say)
   const layout = gpuKvLayout(model.config, start.contextLength)
   const kv = new CudaKvMemory(device, layout, new ThreadPager(device), {
     slots: maxSequences,
@@ -60,13 +79,16 @@ export function openCuda(model: Model, start: CudaStart): OpenedCuda {
     idleReleaseMs: start.kvIdleReleaseMs ?? IDLE_RELEASE_MS,
   })
   const facts = openTier(device, kv, start)
-  const modules = new ModuleCache()
-  const backend = new CudaBackend(model, { device, modules, kv, maxSequences, stepTokens })
+  if (facts.hostTier) times.done('pinned memory')
+  const sizes = { maxSequences, stepTokens }
+  const backend = new CudaBackend(model, { device, modules, kv, ...sizes, times, say })
+  warmUp(backend)
+  times.done('first steps')
   const close = (): void => {
     backend.close()
     device.close()
   }
-  return { backend, device, layout, close, ...facts }
+  return { backend, device, layout, started: String(times), close, ...facts }
 }
 
 function openTier(
@@ -102,4 +124,23 @@ export function diskBelow(pages: HostPages, layout: KvLayout, offload: DiskOptio
   const memory = { layout: region, slots: 0, regions: 1, address: pages.address, fd: pages.fd }
   // Nobody touches a page before what it shall hold has come: nothing is to be answered.
   return new DiskTier(memory, { ...offload, faults: false })
+}
+
+function compileFor(
+  model: Model,
+  device: CudaDevice,
+  modules: ModuleCache,
+  times: StartTimes,
+  say: (what: string) => void,
+): void {
+  const kernels = kernelsOf(model, device.info, RELEASE_ROUNDS)
+  const { architecture } = device
+  const compiled = compileAhead(modules, kernels, architecture, (count, threads) => {
+    const who = threads > 1 ? `${threads} threads` : 'a thread'
+    say(`compiling ${count} kernels for ${architecture} on ${who}; kept in ${modules.folder}`)
+  })
+  times.done('kernels', compiled > 0 ? `${compiled} compiled` : undefined)
+  if (modules.unkept !== undefined) {
+    say(`compiled kernels cannot be kept, so each start takes as long: ${modules.unkept}`)
+  }
 }

@@ -1,6 +1,7 @@
 // Owns carrying out what a pager is told: the driver's calls, and the handles of frames.
 
 import { present } from '../../assert.ts'
+import { LatticeError } from '../../errors.ts'
 import type { CudaDriver, PageLocation } from '../../ffi/cuda.ts'
 
 export class PageCommands {
@@ -8,6 +9,11 @@ export class PageCommands {
   private readonly device: number
   private readonly location: PageLocation
   private readonly handles: (number | undefined)[] = []
+  /** Frames for which there was no memory, since the last look. */
+  readonly absent: number[] = []
+  /** Mapped in their place until whoever wanted them has heard of it. */
+  private readonly sink: number
+  private readonly sinkBytes: number
   /** Mapped, but not readable yet: one call for a whole run of neighbours costs a fifth less. */
   private runStart = 0
   private runEnd = 0
@@ -16,20 +22,31 @@ export class PageCommands {
     this.driver = driver
     this.device = device
     this.location = { kind: 'device', device }
+    this.sinkBytes = driver.pageBytes(this.location)
+    this.sink = driver.createPages(this.sinkBytes, this.location)
   }
 
   create(frame: number, bytes: number): void {
-    this.handles[frame] = this.driver.createPages(bytes, this.location)
+    try {
+      this.handles[frame] = this.driver.createPages(bytes, this.location)
+    } catch (thrown) {
+      if (!isOutOfMemory(thrown)) throw thrown
+      this.handles[frame] = this.sink
+      this.absent.push(frame)
+    }
   }
 
   release(frame: number): void {
-    this.driver.releasePages(present(this.handles[frame], `frame ${frame}`))
+    const handle = present(this.handles[frame], `frame ${frame}`)
+    if (handle !== this.sink) this.driver.releasePages(handle)
     this.handles[frame] = undefined
   }
 
   map(address: number, bytes: number, frame: number): void {
     if (address !== this.runEnd) this.flush()
-    this.driver.map(address, bytes, present(this.handles[frame], `frame ${frame}`))
+    const handle = present(this.handles[frame], `frame ${frame}`)
+    const step = handle === this.sink ? this.sinkBytes : bytes
+    for (let at = address; at < address + bytes; at += step) this.driver.map(at, step, handle)
     if (this.runStart === this.runEnd) this.runStart = address
     this.runEnd = address + bytes
   }
@@ -61,4 +78,12 @@ export class PageCommands {
     this.runEnd = 0
     this.driver.allow(runStart, runEnd - runStart, this.device)
   }
+
+  close(): void {
+    this.driver.releasePages(this.sink)
+  }
+}
+
+function isOutOfMemory(thrown: unknown): boolean {
+  return thrown instanceof LatticeError && thrown.details['code'] === 'CUDA_ERROR_OUT_OF_MEMORY'
 }

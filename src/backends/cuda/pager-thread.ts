@@ -47,7 +47,7 @@ function run(): void {
   for (let done = 0; ;) {
     const given = Atomics.load(state, STATE.given)
     if (given === done) {
-      if (Atomics.load(state, STATE.closing) === 1) return
+      if (Atomics.load(state, STATE.closing) === 1) return pages.close()
       // Not for ever: the word to close may come between the look and the wait.
       Atomics.wait(state, STATE.given, given, 1000)
       continue
@@ -55,6 +55,10 @@ function run(): void {
     const count = Math.min((given - done) >>> 0, BATCH)
     for (let i = 0; i < count; i++) carryOut(pages, (done + i) >>> 0)
     pages.flush()
+    for (const frame of pages.absent.splice(0)) {
+      ring.absent[Atomics.load(state, STATE.absent) % ring.absent.length] = frame
+      Atomics.add(state, STATE.absent, 1)
+    }
     done = (done + count) | 0
     Atomics.store(state, STATE.done, done)
     Atomics.notify(state, STATE.done)

@@ -31,8 +31,15 @@ export interface Pager {
    * @throws LatticeError `gpu_call_failed` of the command that failed; none after it is carried out
    */
   wait(ticket: number): boolean
+  /**
+   * Frames for which there was no memory, since the last call: they are mapped, but what is written
+   * there is lost.
+   */
+  takeAbsent(): readonly number[]
   close(): void
 }
+
+const NONE: readonly number[] = []
 
 export const COMMAND = {
   create: 1,
@@ -57,12 +64,14 @@ export interface PagerRing {
   /** See `STATE`. */
   state: Int32Array<SharedArrayBuffer>
   commands: Float64Array<SharedArrayBuffer>
+  /** Frames for which there was no memory, a ring. */
+  absent: Int32Array<SharedArrayBuffer>
   /** JSON of the error, UTF-8, once there is one. */
   error: Uint8Array<SharedArrayBuffer>
 }
 
 /** Counters wrap around at 2^32; only differences count. */
-export const STATE = { given: 0, done: 1, errorBytes: 2, closing: 3 } as const
+export const STATE = { given: 0, done: 1, errorBytes: 2, closing: 3, absent: 4 } as const
 
 export interface PagerThreadData {
   ring: PagerRing
@@ -73,8 +82,10 @@ export interface PagerThreadData {
 /** Carries commands out on a thread of its own. */
 export class ThreadPager implements Pager {
   private given = 0
+  private absentTaken = 0
   private readonly ring: PagerRing = {
-    state: new Int32Array(new SharedArrayBuffer(16)),
+    state: new Int32Array(new SharedArrayBuffer(20)),
+    absent: new Int32Array(new SharedArrayBuffer(RING_COMMANDS * 4)),
     commands: new Float64Array(new SharedArrayBuffer(RING_COMMANDS * COMMAND_NUMBERS * 8)),
     error: new Uint8Array(new SharedArrayBuffer(ERROR_BYTES)),
   }
@@ -142,6 +153,17 @@ export class ThreadPager implements Pager {
     }
     this.rethrow()
     return true
+  }
+
+  takeAbsent(): readonly number[] {
+    const { state, absent } = this.ring
+    const count = Atomics.load(state, STATE.absent)
+    if (count === this.absentTaken) return NONE
+    const frames: number[] = []
+    for (; this.absentTaken < count; this.absentTaken++) {
+      frames.push(absent[this.absentTaken % absent.length] ?? 0)
+    }
+    return frames
   }
 
   /** Everything asked for is done first; the driver takes back what is left when it ends. */
@@ -231,8 +253,13 @@ export class InlinePager implements Pager {
     return waits
   }
 
+  takeAbsent(): readonly number[] {
+    return this.commands.absent.splice(0)
+  }
+
   close(): void {
     this.wait(this.ticket)
+    this.commands.close()
   }
 
   private give(command: () => void): void {

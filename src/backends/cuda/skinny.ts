@@ -7,7 +7,14 @@ import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import type { SkinnyNode } from './fuse.ts'
-import { gemvBlocks, type GemvEpilogue, gemvSharedBytes, gemvVariant } from './gemv.ts'
+import {
+  gemvBlocks,
+  GEMV_TOKENS_MAX,
+  type GemvEpilogue,
+  gemvSharedBytes,
+  type GemvVariant,
+  gemvVariant,
+} from './gemv.ts'
 import type { LowerContext } from './lower.ts'
 
 const KINDS: readonly ArgumentKind[] = [
@@ -31,6 +38,11 @@ export class SkinnyProducts {
     this.place = place
   }
 
+  /** Loads the kernels of a node for every number of tokens: no step waits for one. */
+  prepare(node: SkinnyNode): void {
+    for (const tokens of SKINNY_TOKENS) this.launch(node, tokens)
+  }
+
   /** The launch for a node and a number of tokens; undefined where the kernel does not fit. */
   launch(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
     let ofNode = this.launches.get(node)
@@ -41,14 +53,12 @@ export class SkinnyProducts {
 
   private make(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
     const { linear, norm, rope, glu } = node
-    const { weights, driver, multiprocessors, prefetchBytes } = this.context
-    const biased = linear.kind === 'linear' && linear.biases.some((bias) => bias !== undefined)
-    const k = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights).k
-    const variant = biased ? undefined : gemvVariant(k, tokens, epilogueOf(node), !!norm)
-    if (!variant) return undefined
-    const defines = { ...variant.defines, RELEASE_ROUNDS: this.context.releaseRounds }
-    const kernel = this.context.find('gemv.cu', 'gemv', defines)
+    const { weights, driver, multiprocessors, prefetchBytes, releaseRounds } = this.context
     const matrix = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights)
+    const { k } = matrix
+    const variant = skinnyVariant(node, k, tokens, releaseRounds)
+    if (!variant) return undefined
+    const kernel = this.context.find('gemv.cu', 'gemv', variant.defines)
     const blocks = gemvBlocks(variant, matrix.rows, multiprocessors)
     const shared = gemvSharedBytes(variant, matrix.rows, blocks)
     if (shared > DEFAULT_SHARED_BYTES) {
@@ -84,6 +94,22 @@ export class SkinnyProducts {
 }
 
 const DEFAULT_SHARED_BYTES = 48 << 10
+
+/** Numbers of tokens that `gemvVariant` has kernels for. */
+export const SKINNY_TOKENS = [1, 2, GEMV_TOKENS_MAX]
+
+/** How gemv.cu is specialised for a node with rows of `k`; undefined where it does not fit. */
+export function skinnyVariant(
+  node: SkinnyNode,
+  k: number,
+  tokens: number,
+  releaseRounds: number,
+): GemvVariant | undefined {
+  const { linear, norm } = node
+  if (linear.kind === 'linear' && linear.biases.some((bias) => bias !== undefined)) return undefined
+  const variant = gemvVariant(k, tokens, epilogueOf(node), !!norm)
+  return variant && { ...variant, defines: { ...variant.defines, RELEASE_ROUNDS: releaseRounds } }
+}
 
 function epilogueOf({ linear, rope, glu }: SkinnyNode): GemvEpilogue {
   if (linear.kind === 'logits') return 'logits'

@@ -7,6 +7,7 @@ import { LatticeError } from '../../errors.ts'
 import { layerMajor } from '../../kv/layout.ts'
 import { regionsFor } from '../../kv/regions.ts'
 import type { Backend, StepBatch } from '../backend.ts'
+import { NullChooser } from './chooser.ts'
 import { NullKvMemory } from './kv-memory.ts'
 import { NullTier } from './tier.ts'
 
@@ -22,6 +23,8 @@ export interface NullBackendOptions {
   fault?: NullFault
   /** Columns that a tier holds; none unless told. */
   tierColumns?: number
+  /** Chooses tokens itself, as a GPU does, so that steps are queued ahead. */
+  ahead?: boolean
 }
 
 /** What goes wrong in step `atStep` (the first is 0). */
@@ -44,6 +47,7 @@ export class NullBackend implements Backend {
   private readonly options: NullBackendOptions
   private readonly rows: Float32Array[]
   private readonly sleeper = new Int32Array(new SharedArrayBuffer(4))
+  readonly chooser?: NullChooser
   private steps = 0
 
   constructor(options: NullBackendOptions) {
@@ -56,6 +60,17 @@ export class NullBackend implements Backend {
     const { tierColumns: capacity } = options
     if (capacity) this.kv.tier = new NullTier(this.kv, { capacity })
     this.rows = Array.from({ length: maxSequences }, () => new Float32Array(vocab))
+    if (options.ahead) {
+      this.chooser = new NullChooser(vocab, (batch, choose) => {
+        this.launch(batch)
+        // Whatever follows is queued behind the step.
+        this.kv.endReading()
+        let row = 0
+        for (let s = 0; s < batch.segments; s++) {
+          if (batch.wantsLogits[s]) choose(batch.slots[s] ?? 0, present(this.rows[row++], 'a row'))
+        }
+      })
+    }
   }
 
   launch(batch: StepBatch): void {
@@ -65,7 +80,8 @@ export class NullBackend implements Backend {
       const slot = batch.slots[s] ?? 0
       let position = batch.starts[s] ?? 0
       for (const end = position + (batch.counts[s] ?? 0); position < end; position++) {
-        this.kv.append(slot, position, batch.tokens[token++] ?? 0)
+        const next = batch.tokens[token++] ?? 0
+        this.kv.append(slot, position, this.chooser?.known(slot, next) ?? next)
       }
       this.kv.beginReading(slot, position)
       if (!batch.wantsLogits[s]) continue

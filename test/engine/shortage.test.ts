@@ -1,0 +1,128 @@
+// Catches an engine that dies, hangs or says something else when another process takes GPU memory
+// that was free, or that does not take it back when it is free again.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import fc from 'fast-check'
+import { HashingBackend, mockGpu } from '../support/hashing-backend.ts'
+import { MockCuda } from '../support/mock-cuda.ts'
+import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
+import { loads, runLoad } from '../support/sharing-load.ts'
+
+/** 1.6 tokens a page: 80 tokens need 50 pages. */
+const KV = { layers: 2, rowBytes: 80, pageBytes: 256 }
+/** What the engine leaves to the driver, and a little. */
+const LEFT_FREE_BYTES = (64 << 20) + 4096
+
+/** A GPU on which somebody else takes and gives back memory, step by step. */
+class Contended {
+  readonly cuda: MockCuda
+  private readonly allBytes: number
+  private taken = 0
+  took = 0
+
+  constructor(pages: number) {
+    this.allBytes = pages * KV.pageBytes + LEFT_FREE_BYTES
+    this.cuda = new MockCuda({ pageBytes: KV.pageBytes, totalBytes: this.allBytes })
+  }
+
+  /** All of what is free now, as far as the other one gets. */
+  take(): void {
+    const { cuda } = this
+    this.taken = this.allBytes - cuda.residentBytes
+    cuda.totalBytes = this.allBytes - this.taken
+    this.took++
+  }
+
+  giveBack(): void {
+    this.taken = 0
+    this.cuda.totalBytes = this.allBytes
+  }
+}
+
+for (const shareColumns of [1, 4]) {
+  for (const chooses of [false, true]) {
+    const how = `in groups of ${shareColumns}, ${chooses ? 'steps ahead' : 'step by step'}`
+    test(`memory that another process takes stops the engine or changes tokens, ${how}`, () => {
+      const seen = { hits: 0, preemptions: 0, saved: 0 }
+      let took = 0
+      let lowered = 0
+      let finished = 0
+      const hogs = fc.record({ period: fc.constantFrom(3, 7, 31, 57), late: fc.boolean() })
+      fc.assert(
+        fc.property(loads, hogs, (load, { period, late }) => {
+          const kvPages = load.kvPages + 2 * shareColumns
+          const kv = { ...KV, shareColumns }
+          const stepTokens = load.maxSequences + load.extraBudget
+          const { maxSequences } = load
+          const sizes = { vocab: VOCAB, contextLength: 80, maxSequences, stepTokens }
+          const shared = new Contended(kvPages + shareColumns + 1)
+          const gpu = new HashingBackend(mockGpu(shared.cuda, late), {
+            ...sizes,
+            kvPages,
+            kv,
+            chooses,
+          })
+          const engine = new Bench(gpu, { ...load, kvPages, greedy: true })
+          let steps = 0
+          const meanwhile = ({ limitPages }: { limitPages: number }): void => {
+            gpu.kv.check()
+            if (limitPages < kvPages) lowered++
+            steps++
+            engine.nowMs += 9
+            if (steps % (2 * period) === period) shared.take()
+            if (steps % (2 * period) === 0) shared.giveBack()
+          }
+          runLoad(engine, { ...load, kvPages }, seen, meanwhile, 'gpu_memory_taken')
+          finished += engine.core.snapshot().finished.length
+          took += shared.took
+          shared.giveBack()
+          // A refusal from before may come late, and is noticed first.
+          for (const _ of [1, 2]) {
+            engine.nowMs += 1000
+            gpu.kv.drain()
+            engine.step()
+          }
+          engine.settle()
+          assert.equal(engine.core.snapshot().kv.limitPages, kvPages, 'the limit is what it was')
+          gpu.close()
+          shared.cuda.assertClean()
+        }),
+        { seed: 23, numRuns: 25, endOnFailure: true },
+      )
+      assert.ok(took > 100 && lowered > 100, `taken ${took} times, short in ${lowered} steps`)
+      assert.ok(finished > 200, `only ${finished} came to their end`)
+    })
+  }
+}
+
+test('whoever waits for memory that never comes is not told, or takes others with it', () => {
+  const shared = new Contended(120)
+  const sizes = { vocab: VOCAB, contextLength: 80, maxSequences: 2, stepTokens: 20 }
+  const kv = { ...KV, shareColumns: 1 }
+  const gpu = new HashingBackend(mockGpu(shared.cuda), {
+    ...sizes,
+    kvPages: 100,
+    kv,
+    chooses: true,
+  })
+  const engine = new Bench(gpu, { maxSequences: 2, kvPages: 100, greedy: true })
+  shared.take()
+  engine.submit(0, sequenceRequest({ prompt: new Int32Array(20).fill(3), maxTokens: 20 }))
+  const beams = { width: 2, lengthPenalty: 1, earlyStopping: false as const }
+  engine.submitChoices([1, 2], sequenceRequest({ maxTokens: 20, beams }), [])
+  for (let i = 0; i < 9000; i++) engine.step()
+  assert.equal(engine.outcome(0).reason, undefined, 'it waits for a while')
+  for (let i = 0; i < 2000; i++) engine.step()
+  for (const id of [0, 1, 2]) {
+    assert.equal(engine.outcome(id).error?.code, 'gpu_memory_taken', `sequence ${id}`)
+  }
+  shared.giveBack()
+  const request = sequenceRequest({ prompt: new Int32Array(20).fill(3), maxTokens: 20 })
+  engine.submit(3, request)
+  engine.runAll()
+  assert.deepEqual(engine.outcome(3).tokens, expectedOutcome(request).tokens)
+  engine.settle()
+  gpu.close()
+  shared.cuda.assertClean()
+})
