@@ -88,6 +88,8 @@ export class World implements CoreSink {
   private asked!: AskedPrompts
   /** Tenant and name of each pinned prefix. */
   readonly pinned = new Set<string>()
+  /** Sequences whose pin was taken away before their first token, at the latest. */
+  private readonly unpinned = new Set<number>()
   private readonly salts = new Map<string, number>()
   private readonly bySlot: (Sequence | undefined)[] = []
   private ids = 0
@@ -160,8 +162,13 @@ export class World implements CoreSink {
 
   unpin(tenant: string, pin: string): void {
     this.guard(() => {
+      const key = `${tenant}: ${pin}`
+      const early = this.pinning(key)
       const pinned = this.core.answer({ kind: 'unpin', tenant, id: pin })
-      assert(pinned === this.pinned.delete(`${tenant}: ${pin}`), 'what is pinned can be unpinned')
+      const known = this.pinned.delete(key)
+      assert(known ? pinned : !pinned || early.length > 0, 'what is pinned can be unpinned')
+      // What one of these has pinned, or is about to, is told with its first token.
+      for (const { id } of early) this.unpinned.add(id)
     })
   }
 
@@ -299,8 +306,11 @@ export class World implements CoreSink {
   }
 
   /** Its prompt is in memory, or was: it is pinned if it asked for that. */
-  private computed({ request: { tenant, pin } }: Expected): void {
-    if (pin !== undefined) this.pinned.add(`${tenant}: ${pin}`)
+  private computed({ id, request: { tenant, pin } }: Expected): void {
+    if (pin === undefined) return
+    const pins = this.insides.cache?.pins.list ?? []
+    const isPinned = () => pins.some((one) => one.tenant === tenant && one.id === pin)
+    if (!this.unpinned.has(id) || isPinned()) this.pinned.add(`${tenant}: ${pin}`)
   }
 
   private check(): void {
@@ -309,7 +319,7 @@ export class World implements CoreSink {
     const known = pinned.filter((pin) => this.pinned.has(pin))
     assert(known.length === this.pinned.size, 'what is pinned stays')
     assert(
-      pinned.every((pin) => this.pinned.has(pin) || this.mayPin(pin)),
+      pinned.every((pin) => this.pinned.has(pin) || this.pinning(pin).length > 0),
       'nothing else is pinned',
     )
     const { memory, insides } = this
@@ -321,10 +331,12 @@ export class World implements CoreSink {
   }
 
   /** Of steps that are queued ahead, a prompt is in memory before its first token is told. */
-  private mayPin(pin: string): boolean {
-    const { config, expected } = this
-    const requests = [...expected.values()].map(({ request }) => request)
-    return config.ahead && requests.some((asked) => `${asked.tenant}: ${asked.pin}` === pin)
+  private pinning(pin: string): Expected[] {
+    if (!this.config.ahead) return []
+    return [...this.expected.values()].filter(
+      ({ request, outputTokens }) =>
+        outputTokens === 0 && `${request.tenant}: ${request.pin}` === pin,
+    )
   }
 
   /** Somebody gets on, and whoever came first ends in the time that the work until then takes. */
@@ -393,6 +405,7 @@ export class World implements CoreSink {
     this.insides.sharing.spansMax = spansMax
     this.asked = new AskedPrompts()
     this.pinned.clear()
+    this.unpinned.clear()
     this.expected.clear()
     this.work = 0
     this.aborting = -1
