@@ -3,7 +3,7 @@
 // the GPU waits between steps.
 
 import { present } from '../assert.ts'
-import { gpuKvLayout } from '../backends/cuda/kv-memory.ts'
+import { gpuKvLayout } from '../backends/cuda/kv-layout.ts'
 import type { CudaDevice } from '../backends/cuda/device.ts'
 import { CudaForward } from '../backends/cuda/forward.ts'
 import { GEMV_TOKENS_MAX } from '../backends/cuda/gemv.ts'

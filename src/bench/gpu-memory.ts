@@ -2,7 +2,8 @@
 // step ever waits for it, and how fast pages move, fork and go back.
 
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
-import { CudaKvMemory, gpuKvLayout } from '../backends/cuda/kv-memory.ts'
+import { gpuKvLayout } from '../backends/cuda/kv-layout.ts'
+import { CudaKvMemory } from '../backends/cuda/kv-memory.ts'
 import { liveBytes, pagesFor } from '../kv/layout.ts'
 import { RegionTable, regionsFor } from '../kv/regions.ts'
 import { SlotTable } from '../kv/slots.ts'

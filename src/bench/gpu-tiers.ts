@@ -3,7 +3,8 @@
 // what decoding sequences notice of all that.
 
 import { present } from '../assert.ts'
-import { CudaKvMemory, gpuKvLayout } from '../backends/cuda/kv-memory.ts'
+import { gpuKvLayout } from '../backends/cuda/kv-layout.ts'
+import { CudaKvMemory } from '../backends/cuda/kv-memory.ts'
 import { HostTier } from '../backends/cuda/host-tier.ts'
 import { openCuda, type OpenedCuda } from '../backends/cuda/open.ts'
 import { GREEDY, type SequenceRequest } from '../engine/api.ts'

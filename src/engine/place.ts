@@ -111,7 +111,7 @@ async function onGpu(
       { todo: 'Give --kv-host less: it is pinned, so nobody else can have it.' },
     )
   }
-  const { gpuKvLayout } = await import('../backends/cuda/kv-memory.ts')
+  const { gpuKvLayout } = await import('../backends/cuda/kv-layout.ts')
   const { config } = model
   const weights = weightBytes(model)
   const free = Math.max(0, gpu.freeBytes - weights - workBytes(model, options))

@@ -81,6 +81,18 @@ export interface StepShape {
   normed: readonly number[]
 }
 
+/** @param kOf elements of a row of matrices that are side by side */
+export function stepShape(
+  plan: readonly Phase[],
+  config: StepShape['config'],
+  kOf: (weights: readonly string[]) => number,
+): StepShape {
+  const products = plan.filter(({ kind }) => kind !== 'attention')
+  const normed = products.filter(({ norm }) => norm !== undefined)
+  const lengths = (of: readonly Phase[]) => of.map(({ weights }) => kOf(weights))
+  return { config, inputs: lengths(products), normed: lengths(normed) }
+}
+
 const WARPS = 8
 const THREADS = 32 * WARPS
 /** Of a block's shared memory: barriers, phases, and what the driver keeps. */

@@ -79,7 +79,7 @@ export const RELEASE_ROUNDS = 0
 const TIMED_GRAPHS = 4
 
 /** Compute capability 9.0, with products of warpgroups. */
-const HOPPER = 90
+export const HOPPER = 90
 
 /**
  * Tokens of a step with prompts that products are tuned for: those of short prompts, and eighths of

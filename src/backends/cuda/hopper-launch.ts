@@ -32,7 +32,7 @@ const COLUMNS_OF_BOX = 64
 const BF16 = 2
 
 /** Variants that are measured. */
-const CANDIDATES = 5
+export const CANDIDATES = 5
 /** Below this, matrices come from L2 anyway, and launches are what takes time. */
 const MATRIX_BYTES_MIN = 4 << 20
 const LIBRARY = 'library'
@@ -163,17 +163,10 @@ export class HopperProducts implements FusedProducts {
   }
 
   private variantsOf(node: SkinnyNode, tokens: number): HopperVariant[] {
-    const { linear, rope } = node
-    const { rows, k } = this.matrixOf(node)
-    const biased = linear.kind === 'linear' && linear.biases.some((bias) => bias !== undefined)
-    const { headDim } = this.config
-    // Pairs of which both halves of a whole head are made.
-    const halves = rope && rope.rope.pairing !== 'interleaved' && rope.rope.dimensions === headDim
     const { multiprocessors, hopperRoom, hopper } = this.context
-    const small = rows * k * BF16 < MATRIX_BYTES_MIN && hopper !== 'always'
-    if (biased || (rope && !halves) || small) return []
-    const shape = { rows, k, tokens, epilogue: epilogueOf(node), headDim }
-    return hopperVariants(shape, multiprocessors, hopperRoom)
+    const matrix = this.matrixOf(node)
+    if (isSmall(matrix) && hopper !== 'always') return []
+    return variantsOf(node, matrix, this.config.headDim, tokens, multiprocessors, hopperRoom)
   }
 
   private make(node: SkinnyNode, tokens: number, variant: HopperVariant): KernelLaunch {
@@ -213,6 +206,29 @@ export class HopperProducts implements FusedProducts {
     const { rows, k } = this.matrixOf(node)
     return `${rows} ${k} ${hopperColumns(tokens)} ${epilogueOf(node)}`
   }
+}
+
+/** Whether nothing is to be won by an own kernel. */
+export function isSmall({ rows, k }: Pick<Matrix, 'rows' | 'k'>): boolean {
+  return rows * k * BF16 < MATRIX_BYTES_MIN
+}
+
+/** The likeliest to be fastest first; none where the kernel is not made for a node. */
+export function variantsOf(
+  node: SkinnyNode,
+  { rows, k }: Pick<Matrix, 'rows' | 'k'>,
+  headDim: number,
+  tokens: number,
+  multiprocessors: number,
+  room: number,
+): HopperVariant[] {
+  const { linear, rope } = node
+  const biased = linear.kind === 'linear' && linear.biases.some((bias) => bias !== undefined)
+  // Pairs of which both halves of a whole head are made.
+  const halves = rope && rope.rope.pairing !== 'interleaved' && rope.rope.dimensions === headDim
+  if (biased || (rope && !halves)) return []
+  const shape = { rows, k, tokens, epilogue: epilogueOf(node), headDim }
+  return hopperVariants(shape, multiprocessors, room)
 }
 
 export function rowsOf({ linear }: SkinnyNode): Rows {

@@ -17,7 +17,7 @@ import { compileAhead } from './compile-ahead.ts'
 import { CudaDevice } from './device.ts'
 import { RELEASE_ROUNDS } from './forward.ts'
 import { kernelsOf, keyOf } from './kernel-list.ts'
-import { gpuKvLayout } from './kv-memory.ts'
+import { gpuKvLayout } from './kv-layout.ts'
 import { type KernelSource, ModuleCache } from './module-cache.ts'
 
 const SLOTS = 8
@@ -70,7 +70,7 @@ for (const family of FAMILIES) {
   if (!HEAD_DIMS.includes(golden.model.config.headDim)) continue
   test(`${family}: a kernel is missing in the list, or needless`, () => {
     const device = CudaDevice.open(0, new MockCuda())
-    const list = kernelsOf(golden.model, device.info, RELEASE_ROUNDS).map(keyOf)
+    const list = kernelsOf(golden.model, device.info, RELEASE_ROUNDS, SLOTS).map(keyOf)
     const { start, steps } = askedFor(golden)
     assert.deepEqual([...start].toSorted(), list.toSorted())
     assert.deepEqual([...steps], [], 'nothing is loaded after the start')

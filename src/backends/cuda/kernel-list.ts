@@ -6,7 +6,13 @@ import type { GpuDevice } from '../../ffi/cuda.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import { attentionVariants } from './attention-variants.ts'
+import { planStep, stepShape, stepVariant } from './decode-step.ts'
+import { BUCKETS, HOPPER } from './forward.ts'
 import { fuse, fuseSkinny, type Node, type SkinnyNode } from './fuse.ts'
+import { GEMV_TOKENS_MAX } from './gemv.ts'
+import { CANDIDATES, isSmall, variantsOf as hopperVariantsOf } from './hopper-launch.ts'
+import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
+import { paddedRows } from './matmul.ts'
 import type { KernelSource } from './module-cache.ts'
 import { SKINNY_TOKENS, skinnyVariant } from './skinny.ts'
 
@@ -24,7 +30,12 @@ const FILES: Readonly<Partial<Record<Node['kind'], string>>> = {
 const ALWAYS = ['step.cu', 'sample.cu']
 
 /** @throws LatticeError `model_unsupported` for heads that no kernel takes */
-export function kernelsOf(model: Model, info: GpuDevice, releaseRounds: number): KernelSource[] {
+export function kernelsOf(
+  model: Model,
+  info: GpuDevice,
+  releaseRounds: number,
+  maxSequences: number,
+): KernelSource[] {
   const program = programFor(model)
   const { heads, kvHeads, headDim, attentionScale: scale } = program.config
   const { capability, sharedBytesPerBlock } = info
@@ -43,15 +54,75 @@ export function kernelsOf(model: Model, info: GpuDevice, releaseRounds: number):
     .flatMap((of) => fuseSkinny(of))
     .filter((node) => node.kind === 'skinny')
     .flatMap((node) => variantsOf(node, model, releaseRounds))
+  const [decoding = []] = nodes
+  const steps = wholeSteps(decoding, model, info, maxSequences)
+  const tiles = hopperTiles(nodes, model, info, maxSequences)
   // The longest to compile come first: nobody waits for one that began last.
-  const list = [prefill, decode, ...products, ...[...files].map((file) => ({ file, defines: {} }))]
+  const list = [
+    ...steps,
+    prefill,
+    decode,
+    ...tiles,
+    ...products,
+    ...[...files].map((file) => ({ file, defines: {} })),
+  ]
   return [...new Map(list.map((one) => [keyOf(one), sourceOf(one)])).values()]
 }
 
+/** Decode steps of few tokens as one kernel, where a model allows that. */
+function wholeSteps(
+  nodes: readonly Node[],
+  model: Model,
+  { multiprocessors, sharedBytesPerBlock }: GpuDevice,
+  maxSequences: number,
+): KernelSource[] {
+  const plan = planStep(fuseSkinny(nodes))
+  if ('reason' in plan) return []
+  const shape = stepShape(plan, programFor(model).config, (names) => matrixOf(model, names).k)
+  return SKINNY_TOKENS.filter((tokens) => tokens <= maxSequences).flatMap((tokens) => {
+    const variant = stepVariant(shape, tokens, multiprocessors, sharedBytesPerBlock)
+    return 'reason' in variant ? [] : [{ file: 'decode-step.cu', defines: variant.defines }]
+  })
+}
+
+/** What products of more tokens are measured with. */
+function hopperTiles(
+  nodes: readonly (readonly Node[])[],
+  model: Model,
+  { capability, multiprocessors, sharedBytesPerBlock: room }: GpuDevice,
+  maxSequences: number,
+): KernelSource[] {
+  if (capability !== HOPPER) return []
+  const { headDim } = programFor(model).config
+  const products = nodes
+    .flatMap((of) => fuseSkinny(of, false))
+    .filter((node) => node.kind === 'skinny')
+    .map((node) => ({ node, matrix: matrixOf(model, weightsOf(node)) }))
+    .filter(({ matrix }) => !isSmall(matrix))
+  const rows = paddedRows(maxSequences)
+  const counts = BUCKETS.filter((b) => b > GEMV_TOKENS_MAX && b <= HOPPER_TOKENS_MAX && b <= rows)
+  return counts.flatMap((tokens) =>
+    products
+      .flatMap(({ node, matrix }) =>
+        hopperVariantsOf(node, matrix, headDim, tokens, multiprocessors, room).slice(0, CANDIDATES),
+      )
+      .map(({ defines }) => ({ file: 'skinny-hopper.cu', defines })),
+  )
+}
+
+function weightsOf({ linear }: SkinnyNode): readonly string[] {
+  return linear.kind === 'logits' ? [linear.weight] : linear.weights
+}
+
+/** Matrices side by side. */
+function matrixOf(model: Model, names: readonly string[]): { rows: number; k: number } {
+  const shapes = names.map((name) => present(model.tensors.get(name)?.shape, `tensor ${name}`))
+  const rows = shapes.reduce((sum, [, count = 0]) => sum + count, 0)
+  return { rows, k: present(shapes[0]?.[0], 'a row') }
+}
+
 function variantsOf(node: SkinnyNode, model: Model, releaseRounds: number): KernelSource[] {
-  const { linear } = node
-  const name = present(linear.kind === 'logits' ? linear.weight : linear.weights[0], 'a weight')
-  const k = present(model.tensors.get(name)?.shape[0], `tensor ${name}`)
+  const { k } = matrixOf(model, weightsOf(node))
   return SKINNY_TOKENS.flatMap((tokens) => {
     const variant = skinnyVariant(node, k, tokens, releaseRounds)
     return variant ? [{ file: 'gemv.cu', defines: variant.defines }] : []

@@ -9,7 +9,7 @@
 // only where frames are. A backend calls `beforeStep` and `afterStep` around each step.
 
 import { assert, present } from '../../assert.ts'
-import { type KvLayout, tokenMajor } from '../../kv/layout.ts'
+import type { KvLayout } from '../../kv/layout.ts'
 import {
   copiedColumns,
   type KvColumns,
@@ -18,24 +18,12 @@ import {
   spannedTokens,
 } from '../../kv/regions.ts'
 import type { KvTier } from '../../kv/tier.ts'
-import type { ModelConfig } from '../../model/model.ts'
 import type { KvMemory } from '../backend.ts'
+import { BoundaryCopies } from './boundary-copies.ts'
 import type { CudaDevice } from './device.ts'
 import { StepFence } from './fence.ts'
 import { type Frame, FramePool } from './frames.ts'
 import type { Pager } from './pager.ts'
-
-/** A fork of this many tokens maps this many frames at most: 25 µs each. */
-const FORK_TOKENS = 4096
-const FORK_FRAMES = 16
-
-/** Where a model's keys and values (bfloat16) lie in slots of up to `maxTokens` tokens. */
-export function gpuKvLayout(config: ModelConfig, maxTokens: number, pageBytes = 2 << 20): KvLayout {
-  const rowBytes = 2 * config.kvHeads * config.headDim * Uint16Array.BYTES_PER_ELEMENT
-  const forkPages = (FORK_TOKENS * rowBytes * config.layers) / pageBytes
-  const shareColumns = 2 ** Math.max(0, Math.ceil(Math.log2(forkPages / FORK_FRAMES)))
-  return tokenMajor({ layers: config.layers, rowBytes, maxTokens, pageBytes, shareColumns })
-}
 
 export interface CudaKvOptions {
   slots: number
@@ -73,12 +61,6 @@ interface Region {
   leftSteps: number
 }
 
-interface Copy {
-  to: number
-  from: number
-  bytes: number
-}
-
 export class CudaKvMemory implements KvMemory {
   readonly layout: KvLayout
   readonly slots: number
@@ -99,12 +81,12 @@ export class CudaKvMemory implements KvMemory {
   private readonly reservedBytes: number
   /** Frames of which some columns are held and others not. */
   private readonly partial = new Set<Frame>()
-  private copies: Copy[] = []
+  private readonly copies: BoundaryCopies
   /** Regions that show others' frames which nobody reads there any more, longest first. */
   private readonly stale: number[] = []
   /** Of the pager: what the next step needs. */
   private needed = 0
-  private readonly counted = { lateSteps: 0, lateMs: 0, splits: 0, boundaryCopies: 0 }
+  private readonly counted = { lateSteps: 0, lateMs: 0, splits: 0 }
   private idleSinceMs = -Infinity
   private idleSteps = -1
   /** For taking a frame apart when no memory is left. */
@@ -126,6 +108,7 @@ export class CudaKvMemory implements KvMemory {
     this.reservedBytes = layout.slotBytes * options.regions
     this.address = driver.reserve(this.reservedBytes)
     this.fence = new StepFence(driver)
+    this.copies = new BoundaryCopies(driver)
     const groupColumns = layout.shareColumns
     const shape = { pageBytes, groupColumns, limitColumns: options.limitPages }
     this.pool = new FramePool(pager, this.fence, shape, (frame, at) => this.forget(frame, at))
@@ -137,7 +120,8 @@ export class CudaKvMemory implements KvMemory {
   }
 
   get counters(): CudaKvCounters {
-    return { ...this.counted, fenceWaits: this.pool.fenceWaits }
+    const { counted, copies, pool } = this
+    return { ...counted, boundaryCopies: copies.count, fenceWaits: pool.fenceWaits }
   }
 
   /** Where a slot's sequence lies: address(token 0) now, until the slot is mapped anew. */
@@ -180,7 +164,7 @@ export class CudaKvMemory implements KvMemory {
     for (const part of copiedColumns(this.layout, shared, first)) {
       const bytes = Math.min(part.end * pageBytes, all) - part.first * pageBytes
       const from = this.columnAddress(part.region, part.first)
-      this.copies.push({ to: this.columnAddress(region, part.first), from, bytes })
+      this.copies.add(this.columnAddress(region, part.first), from, bytes)
     }
   }
 
@@ -216,7 +200,8 @@ export class CudaKvMemory implements KvMemory {
   }
 
   discard(region: number, first: number, end: number): void {
-    this.settleCopies(region, first, end)
+    this.copies.drop(this.columnAddress(region, first), this.columnAddress(region, end))
+    this.finishCopies(region, first, end)
     const left = this.region(region)
     const { frames, held } = left
     left.leftSteps = this.fence.queued
@@ -250,7 +235,7 @@ export class CudaKvMemory implements KvMemory {
   beforeStep(stream: number): void {
     this.awaitNeeded()
     this.lastStream = stream
-    this.queueCopies(stream)
+    this.copies.queue(stream)
   }
 
   private awaitNeeded(): void {
@@ -386,30 +371,12 @@ export class CudaKvMemory implements KvMemory {
     return frame
   }
 
-  private queueCopies(stream: number): void {
-    for (const { to, from, bytes } of this.copies) {
-      this.device.driver.copyOnDevice(to, from, bytes, stream)
-    }
-    this.counted.boundaryCopies += this.copies.length
-    this.copies.length = 0
-  }
-
-  /** Columns go: nobody needs what was to be copied there; what is copied from there, stays. */
-  private settleCopies(region: number, first: number, end: number): void {
-    if (this.copies.length === 0) return
-    const [from, to] = [this.columnAddress(region, first), this.columnAddress(region, end)]
-    this.copies = this.copies.filter((copy) => copy.to < from || copy.to >= to)
-    this.finishCopies(region, first, end)
-  }
-
   /** Queues what is to be copied from or to columns now, if anything is. */
   private finishCopies(region: number, first: number, end: number): void {
     const [from, to] = [this.columnAddress(region, first), this.columnAddress(region, end)]
-    const touches = (at: number, bytes: number): boolean => at < to && at + bytes > from
-    if (!this.copies.some((copy) => touches(copy.from, copy.bytes) || touches(copy.to, copy.bytes)))
-      return
+    if (!this.copies.touch(from, to)) return
     this.pager.wait(this.needed)
-    this.queueCopies(this.lastStream)
+    this.copies.queue(this.lastStream)
     this.fence.record(this.lastStream)
   }
 

@@ -13,7 +13,8 @@ import { compileAhead } from './compile-ahead.ts'
 import { CudaDevice } from './device.ts'
 import { RELEASE_ROUNDS } from './forward.ts'
 import { kernelsOf } from './kernel-list.ts'
-import { CudaKvMemory, gpuKvLayout } from './kv-memory.ts'
+import { gpuKvLayout } from './kv-layout.ts'
+import { CudaKvMemory } from './kv-memory.ts'
 import { HostTier } from './host-tier.ts'
 import type { HostPages } from './host-pages.ts'
 import { ModuleCache } from './module-cache.ts'
@@ -70,7 +71,7 @@ export function openCuda(
   const device = CudaDevice.open(start.device)
   times.done('driver')
   const modules = new ModuleCache()
-  compileFor(model, device, modules, times, say)
+  compileFor(model, maxSequences, device, modules, times, say)
   const layout = gpuKvLayout(model.config, start.contextLength)
   const kv = new CudaKvMemory(device, layout, new ThreadPager(device), {
     slots: maxSequences,
@@ -128,12 +129,13 @@ export function diskBelow(pages: HostPages, layout: KvLayout, offload: DiskOptio
 
 function compileFor(
   model: Model,
+  maxSequences: number,
   device: CudaDevice,
   modules: ModuleCache,
   times: StartTimes,
   say: (what: string) => void,
 ): void {
-  const kernels = kernelsOf(model, device.info, RELEASE_ROUNDS)
+  const kernels = kernelsOf(model, device.info, RELEASE_ROUNDS, maxSequences)
   const { architecture } = device
   const compiled = compileAhead(modules, kernels, architecture, (count, threads) => {
     const who = threads > 1 ? `${threads} threads` : 'a thread'

@@ -7,7 +7,14 @@ import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
-import { PHASE, type Phase, planStep, stepVariant, type Unplanned } from './decode-step.ts'
+import {
+  PHASE,
+  type Phase,
+  planStep,
+  stepShape,
+  stepVariant,
+  type Unplanned,
+} from './decode-step.ts'
 import { fuseSkinny, type Node } from './fuse.ts'
 import type { LowerContext } from './lower.ts'
 
@@ -61,11 +68,7 @@ export class WholeSteps {
 
   private make(plan: readonly Phase[], tokens: number): KernelLaunch | Unplanned {
     const { driver, find, multiprocessors, sharedBytes, state, layout, weights } = this.context
-    const products = plan.filter(({ kind }) => kind !== 'attention')
-    const lengthOf = (phase: Phase) => weights.joined(phase.weights).k
-    const inputs = products.map(lengthOf)
-    const normed = products.filter(({ norm }) => norm !== undefined).map(lengthOf)
-    const shape = { config: this.config, inputs, normed }
+    const shape = stepShape(plan, this.config, (names) => weights.joined(names).k)
     const variant = stepVariant(shape, tokens, multiprocessors, sharedBytes)
     if ('reason' in variant) return variant
     const kernel = find('decode-step.cu', 'decodeStep', variant.defines)
