@@ -27,7 +27,17 @@ export interface PrefixCacheOptions {
   onGone?: (kind: 'evict' | 'demote', pages: number) => void
 }
 
+/** Whoever takes cached prefixes out of memory in its own time, so that they need not be forgotten. */
+export interface Outlet {
+  /** Begins to take out so many pages; false if nothing is on its way out. */
+  drain(pages: number): boolean
+  /** Pages on their way out; the cache is told at the end of each (`keepBudget`). */
+  readonly leavingPages: number
+}
+
 export class PrefixCache {
+  /** None unless set. */
+  outlet: Outlet | undefined
   evictions = 0
   /** Those that went out of memory, and are cached still. */
   demotions = 0
@@ -93,7 +103,7 @@ export class PrefixCache {
     while (at < length) {
       const child = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
-      if (child.coming) return this.keepBudget()
+      if (child.coming) return void this.keepBudget()
       const span = child.region < 0 ? spans.find(({ to }) => to > at) : undefined
       const end = Math.min(length, span?.to ?? length)
       const common = commonLength(child.tokens, tokens.subarray(at, end))
@@ -166,15 +176,6 @@ export class PrefixCache {
     this.demotions++
     this.onGone('demote', before - this.regions.usedPages)
     if (mayGo(parent)) this.queue.add(parent)
-  }
-
-  /** Makes room for `pages` more in the budget. False, having forgotten in vain, if it cannot. */
-  reserve(pages: number): boolean {
-    while (this.regions.cachedPages + pages > this.budgetPages) {
-      if (!this.queue.first) return false
-      this.yield(this.queue.first)
-    }
-    return true
   }
 
   /** Keeps a node from going, whatever follows it, until it is let go. */
@@ -297,7 +298,8 @@ export class PrefixCache {
     for (const root of this.tree.roots.values()) visit(root)
     const coming = [...this.nodes()].some((node) => node.coming)
     const within = this.regions.cachedPages <= this.budgetPages
-    assert(within || coming, 'cached pages keep to their budget')
+    const leaving = (this.outlet?.leavingPages ?? 0) > 0
+    assert(within || coming || leaving, 'cached pages keep to their budget')
     assert(this.queue.size === ends, 'nothing is queued that has gone')
     this.pins.check()
     for (const pin of this.pins.list) {
@@ -305,9 +307,17 @@ export class PrefixCache {
     }
   }
 
-  /** As far as it can: what is coming, and what leads to it, stays until it is there. */
-  keepBudget(): void {
-    while (this.regions.cachedPages > this.budgetPages && this.queue.first) {
+  /**
+   * Makes room in the budget, for `more` pages too, as far as it can: what is coming, and what leads
+   * to it, stays until it is there. Nothing is forgotten while something is on its way out: what is
+   * still too much then follows it.
+   * @returns whether there is, or will be, room
+   */
+  keepBudget(more = 0): boolean {
+    for (;;) {
+      const over = this.regions.cachedPages + more - this.budgetPages
+      if (over <= 0 || this.outlet?.drain(over)) return true
+      if (!this.queue.first) return false
       this.yield(this.queue.first)
     }
   }
