@@ -1,6 +1,6 @@
 // Owns the measurement of what waiting for a whole load costs: a conversation comes back from disk
-// and goes on when all of it is there, or at once, touching pages that are still on their way; alone,
-// and beside a stream that would stand still meanwhile.
+// and goes on when all of it is there, or at once, touching pages that are still on their way;
+// alone, and beside a stream that would stand still meanwhile.
 //
 //   node bench/kv-resume.ts [--model NAME] [--tokens 2000] [--rounds 7] [--threads 2]
 
@@ -108,7 +108,7 @@ function prompt(length: number, stream: number): Int32Array {
   return Int32Array.from({ length }, (_, i) => 300 + ((i * 7919 + stream * 104_729) % 29_000))
 }
 
-/** Milliseconds to the first token of what comes back, and the longest gap of a stream beside it. */
+/** Milliseconds to the first token of what comes back, and the longest gap of a stream beside. */
 function resume(round: number, runs: boolean, beside: boolean): { ttft: number; gap: number } {
   const tenant = `${round} ${runs} ${beside}`
   const text = prompt(tokens + CHUNK_TOKENS_MIN, round)

@@ -190,7 +190,7 @@ test('a beam search gives way in part, or goes on with the memory of a beam that
   assertBeams(engine, beams, [1, 2])
 })
 
-test('a beam search begins again although there is a disk, or writes there twice what it shares', () => {
+test('beams begin again although there is a disk, or write twice what they share', () => {
   // The beams share their prompt with a sequence that goes on.
   const prompt = Int32Array.from({ length: 24 }, (_, i) => i)
   const long = sequenceRequest({ prompt, maxTokens: 50 })

@@ -253,7 +253,7 @@ test('what the prefix cache has no room for is forgotten while there is room on 
   assert.deepEqual(places.toSorted(), [...Array(6).fill('disk'), ...Array(4).fill('memory')])
 })
 
-test('a prompt too large for what is free of the budget drives out what the disk has room for', () => {
+test('a prompt too large for what is free drives out what the disk has room for', () => {
   // Ten small prompts are two thirds of the budget; one of 80 % of it comes at once.
   const core = { maxSequences: 1, kvPages: 1000, prefixPages: 60 }
   for (const pollsMax of [1, 5]) {

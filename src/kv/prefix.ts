@@ -27,7 +27,7 @@ export interface PrefixCacheOptions {
   onGone?: (kind: 'evict' | 'demote', pages: number) => void
 }
 
-/** Whoever takes cached prefixes out of memory in its own time, so that they need not be forgotten. */
+/** Whoever takes prefixes out of memory in its own time, so that they need not be forgotten. */
 export interface Outlet {
   /** Begins to take out so many pages; false if nothing is on its way out. */
   drain(pages: number): boolean
@@ -308,9 +308,9 @@ export class PrefixCache {
   }
 
   /**
-   * Makes room in the budget, for `more` pages too, as far as it can: what is coming, and what leads
-   * to it, stays until it is there. Nothing is forgotten while something is on its way out: what is
-   * still too much then follows it.
+   * Makes room in the budget, for `more` pages too, as far as it can: what is coming, and what
+   * leads to it, stays until it is there. Nothing is forgotten while something is on its way out:
+   * what is still too much then follows it.
    * @returns whether there is, or will be, room
    */
   keepBudget(more = 0): boolean {

@@ -157,7 +157,7 @@ export class Tiers {
     for (const { places } of this.images) yield places
   }
 
-  /** A region that is a slot's own from now on for each of these; undefined if there are too few. */
+  /** For each of these a region that nobody else takes; undefined if there are too few. */
   private takeRegions(before: Iterable<number>): Map<number, number> | undefined {
     const { regions } = this.slots
     const taken = new Map<number, number>()

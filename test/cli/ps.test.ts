@@ -31,6 +31,7 @@ const SNAPSHOT: EngineSnapshot = {
     residentBytes: 131_072,
     cachedPages: 0,
     pinnedPages: 0,
+    prefixLimitPages: 0,
   },
   steps: 11,
   promptTokens: 90,

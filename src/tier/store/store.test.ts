@@ -91,7 +91,7 @@ test('what was durable is gone after a restart, or has other content', async (t)
   keep(again, { ...prefix(root, 3, 6) })
 })
 
-test('what a smaller file has no room for passes for torn, or comes back with the size', async () => {
+test('what a smaller file has no room for passes for torn, or comes back', async () => {
   const directory = temporaryDirectory('store')
   const first = open({ directory })
   save(first, 0, 9)
