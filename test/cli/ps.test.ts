@@ -59,6 +59,18 @@ test('--json is what the server said', async (t) => {
   assert.deepEqual(JSON.parse(stdout), SNAPSHOT)
 })
 
+test('an empty list does not say that there is no prefix cache', async (t) => {
+  for (const [prefixLimitPages, message] of [
+    [0, /no prefix cache: start it with --prefix-cache/],
+    [9, /No conversation is cached|Nothing is pinned/],
+  ] as const) {
+    const kv = { ...SNAPSHOT.kv, prefixLimitPages }
+    const url = await serve(t, { ...SNAPSHOT, kv, data: [] })
+    assert.match((await lattice(['ps', '--sessions', '--url', url])).stdout, message)
+    assert.match((await lattice(['prefix', 'ls', '--url', url])).stdout, message)
+  }
+})
+
 test('the key reaches the server, and a wrong one is told', async (t) => {
   const url = await serve(t, SNAPSHOT, 'secret')
   assert.equal((await lattice(['ps', '--url', url, '--api-key', 'secret'])).code, 0)
