@@ -94,13 +94,13 @@ const COMMANDS: readonly Entry[] = [
   {
     name: 'inspect',
     group: 'Look inside:',
-    summary: 'describe a model file, this CPU, or the error codes',
+    summary: 'describe a model file, this CPU or GPU, or the error codes',
     load: async () => (await import('./cli/inspect.ts')).inspectCommand(),
   },
   {
     name: 'bench',
     group: 'Look inside:',
-    summary: 'measure a server, KV memory or the CPU backend',
+    summary: 'measure a server, KV memory, the CPU, GPU or datagram path',
     load: async () => (await import('./cli/bench.ts')).benchCommand(),
   },
 ]

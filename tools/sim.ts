@@ -71,8 +71,15 @@ function options(): { seed: number; steps: number; seeds: number; jobs: number }
   try {
     const option = { type: 'string' } as const
     const { values } = parseArgs({
-      options: { seed: option, steps: option, seeds: option, jobs: option },
+      options: {
+        ...{ seed: option, steps: option, seeds: option, jobs: option },
+        help: { type: 'boolean', short: 'h' },
+      },
     })
+    if (values.help) {
+      process.stdout.write(USAGE)
+      process.exit(0)
+    }
     return {
       seed: count('seed', values.seed ?? `${Math.floor(Math.random() * 2 ** 31)}`, 0),
       steps: count('steps', values.steps ?? '10000', 1),

@@ -69,19 +69,19 @@ export function addEngineOptions(command: Command): Command {
       parseSize,
     )
     .option(
-      '--prefix-cache <SIZE>',
-      'how much of it may keep prompts for later ones that begin alike (default: none)',
-      parseSize,
-    )
-    .option(
       '--kv-idle-release <SECONDS>',
       'when idle KV memory of a GPU is given back to the driver (default: 0.5)',
       parseNumber(0, 86_400),
     )
+    .option(
+      '--prefix-cache <SIZE>',
+      'how much of it may keep prompts for later ones that begin alike (default: none)',
+      parseSize,
+    )
     .addOption(
       new Option(
         '--prefix-eviction <POLICY>',
-        'which of those go first: longest unused, least used, or cheapest to compute again' +
+        'which prompts go first: longest unused, least used, or cheapest to compute again' +
           ` for what it frees (default: ${EVICTION_DEFAULT})`,
       ).choices(EVICTION_NAMES),
     )

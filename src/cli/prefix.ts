@@ -3,7 +3,13 @@
 import { Command } from 'commander'
 import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
-import { addServerOptions, askServer, notLattice, type ServerAddress } from './server-client.ts'
+import {
+  addServerOptions,
+  askServer,
+  notLattice,
+  type ServerAddress,
+  whyNothing,
+} from './server-client.ts'
 import { formatBytes, formatMs, formatTable } from './table.ts'
 
 interface PinOptions extends ServerAddress {
@@ -85,6 +91,7 @@ async function ls(options: PinOptions): Promise<void> {
   const answer = await askServer(options, '/v1/prefixes')
   if (!Array.isArray(answer['data'])) throw notLattice(options.url, 200)
   if (options.json) return print(JSON.stringify(answer))
+  if (answer['data'].length === 0) return print(await whyNothing(options, 'Nothing is pinned.'))
   const rows = (answer['data'] as PrefixJson[]).map((prefix) => [
     prefix.id,
     String(prefix.tokens),

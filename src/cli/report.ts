@@ -32,10 +32,11 @@ export function printError(thrown: unknown): void {
 /** Commander's errors read "error: WHAT\n(Did you mean X?)". */
 function usage(error: CommanderError): LatticeError {
   const [what = '', suggestion] = error.message.replace(/^error: /, '').split('\n')
-  return new LatticeError('usage', what, {
-    todo: suggestion?.replace(/^\(|\)$/g, '') ?? 'Add --help to see what is possible.',
-    cause: error,
-  })
+  // As other programs have it: `serve MODEL`.
+  const model = /^too many arguments for '(serve|chat)'/.test(what)
+  const help = model ? 'Name a model with --model.' : 'Add --help to see what is possible.'
+  const todo = suggestion?.replace(/^\(|\)$/g, '') ?? help
+  return new LatticeError('usage', what, { todo, cause: error })
 }
 
 function stacks(thrown: unknown): string {

@@ -59,6 +59,15 @@ export async function askServer(
   throw refusal(url, response.status, answer)
 }
 
+/** Why a list of what a server has cached is empty. */
+export async function whyNothing(options: ServerAddress, otherwise: string): Promise<string> {
+  const { kv } = (await askServer(options, '/debug/sequences')) as {
+    kv?: { prefixLimitPages?: unknown }
+  }
+  if (kv?.prefixLimitPages !== 0) return otherwise
+  return 'The server has no prefix cache: start it with --prefix-cache SIZE.'
+}
+
 export function notLattice(url: string, status: number): LatticeError {
   const what = `What answers at ${url} is no Lattice server (status ${status}).`
   return new LatticeError('server_unreachable', what, {

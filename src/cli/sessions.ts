@@ -2,7 +2,13 @@
 // server has in its cache, and moving one out of its memory or back.
 
 import { Command } from 'commander'
-import { addServerOptions, askServer, notLattice, type ServerAddress } from './server-client.ts'
+import {
+  addServerOptions,
+  askServer,
+  notLattice,
+  type ServerAddress,
+  whyNothing,
+} from './server-client.ts'
 import { formatBytes, formatMs, formatTable } from './table.ts'
 
 /** As the server describes a session. */
@@ -39,6 +45,7 @@ export async function sessionList(options: ServerAddress, json: boolean): Promis
   const answer = await askServer(options, '/v1/sessions')
   if (!Array.isArray(answer['data'])) throw notLattice(options.url, 200)
   if (json) return JSON.stringify(answer)
+  if (answer['data'].length === 0) return whyNothing(options, 'No conversation is cached.')
   const right = true
   const columns = [
     { title: 'SESSION' },

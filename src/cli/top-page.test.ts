@@ -85,6 +85,7 @@ function report(change: Change = {}): KvReport {
         residentBytes: 0,
         cachedPages: 0,
         pinnedPages: 0,
+        prefixLimitPages: 0,
       },
       prefixQueries: 1000,
       prefixHits: 250,

@@ -276,6 +276,8 @@ export interface EngineSnapshot {
     cachedPages: number
     /** Of the used pages, those that pinned prefixes refer to. */
     pinnedPages: number
+    /** What cached prefixes may have; 0 is no prefix cache. */
+    prefixLimitPages: number
   }
   /** Prompt tokens looked up in the prefix cache, and found there. */
   prefixQueries: number

@@ -30,7 +30,8 @@ function bench(options: Partial<Options> = {}): Bench {
   const kv = { ...KV, layers: options.layers ?? KV.layers }
   const { tierColumns = 0 } = options
   const sizes = { vocab: VOCAB, contextLength: CONTEXT, maxSequences, stepTokens, kv, tierColumns }
-  return new Bench(new NullBackend(sizes), { maxSequences, kvPages, prefixPages, greedy: true })
+  const memory = { maxSequences, kvPages, prefixPages, greedy: true }
+  return new Bench(new NullBackend(sizes), { ...memory, comeBack: 'moved' })
 }
 
 function logprobsAfter(hash: number): number[] {
@@ -187,6 +188,43 @@ test('a beam search gives way in part, or goes on with the memory of a beam that
   assert.ok(restarts > 0, 'the beams never gave way')
   assert.deepEqual(engine.outcome(0).tokens, expectedOutcome(long).tokens)
   assertBeams(engine, beams, [1, 2])
+})
+
+test('beams begin again although there is a disk, or write twice what they share', () => {
+  // The beams share their prompt with a sequence that goes on.
+  const prompt = Int32Array.from({ length: 24 }, (_, i) => i)
+  const long = sequenceRequest({ prompt, maxTokens: 50 })
+  const others = sequenceRequest({ prompt: Int32Array.of(9), maxTokens: 70 })
+  const beams = sequenceRequest({ prompt, maxTokens: 40, beams: BEAMS })
+  for (const prefixPages of [0, 2 * 12]) {
+    const engine = bench({ kvPages: 2 * 60, tierColumns: 100, prefixPages })
+    engine.submit(0, long)
+    engine.submitChoices([3, 4], others, [GREEDY, { ...GREEDY, seed: 2 }])
+    engine.step()
+    engine.submitChoices([1, 2], beams, [GREEDY, GREEDY])
+    let [moved, before] = [0, 0]
+    while (!engine.core.idle) {
+      engine.step()
+      engine.core.check()
+      const { sequences, tier, kv } = engine.core.snapshot()
+      const state = sequences.at(-1)?.state
+      const used = kv.usedPages / 2
+      if (state === 'offloading') before = used
+      else if (state === 'offloaded' && before > 0) {
+        moved++
+        const onDisk = tier!.usedBytes / (2 * KV.pageBytes)
+        // The others take at most a column each meanwhile.
+        assert.ok(onDisk <= before - used + 3, `${onDisk} columns for ${before} − ${used}`)
+        before = 0
+      }
+    }
+    assert.ok(moved > 0, 'the beams never gave way')
+    const { promptTokens, tier } = engine.core.snapshot()
+    assert.ok(promptTokens <= 24 + 24 + 1, `${promptTokens} tokens of prompts were computed`)
+    assert.ok(tier!.offloads >= 4 && tier!.usedBytes === 0)
+    assert.deepEqual(engine.outcome(0).tokens, expectedOutcome(long).tokens)
+    assertBeams(engine, beams, [1, 2])
+  }
 })
 
 test('a beam search that cannot run is queued for ever', () => {

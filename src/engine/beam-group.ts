@@ -18,6 +18,7 @@ export class BeamGroup implements SchedulingUnit<Sequence> {
   readonly width: number
   readonly pagesMost: number
   private readonly pagesAtFirst: number
+  private readonly layout: KvLayout
   /** The running beams, the best first; before that the one sequence that computes the prompt. */
   members: Sequence[]
   /** It gave way once: what it shared with others then might be what it lacks. */
@@ -33,6 +34,7 @@ export class BeamGroup implements SchedulingUnit<Sequence> {
     this.ids = [...ids]
     this.request = request
     this.width = this.params.width
+    this.layout = layout
     const { prompt, maxTokens } = request
     this.pagesMost = pagesOf(layout, prompt.length, maxTokens, this.width)
     this.pagesAtFirst = pagesOf(layout, prompt.length, 1, this.width)
@@ -40,9 +42,11 @@ export class BeamGroup implements SchedulingUnit<Sequence> {
     this.search = this.begin()
   }
 
-  /** Who had to give way begins again only when it need not do so a second time. */
+  /** Who had to give way comes back only when it need not do so a second time. */
   get pagesToEnter(): number {
-    return this.restarted ? this.pagesMost : this.pagesAtFirst
+    const { image } = this.lead
+    if (!image) return this.restarted ? this.pagesMost : this.pagesAtFirst
+    return this.pagesMost - image.parts.first * this.layout.ranges
   }
 
   /** Nobody waits for it any more. */

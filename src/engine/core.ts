@@ -1,10 +1,14 @@
-// Owns the engine's loop body: plan a step, run it, sample, tell. It has no thread and no clock of
-// its own, so that it runs the same in a worker, in a test and in a simulation.
+// Owns the engine's loop body: what has been admitted is planned, stepped and committed. It has no
+// thread and no clock of its own, so that it runs the same in a worker, in a test and in a
+// simulation.
+//
+//   submit ──▶ queue ──plan──▶ parts of a step ──launch──▶ logits ──commit──▶ tokens ──▶ queue …
+//              (Scheduler)                      (Backend)           (Outcomes)
 //
 // Newcomers start at `step`.
 
 import { present } from '../assert.ts'
-import { type ErrorCode, LatticeError } from '../errors.ts'
+import { LatticeError } from '../errors.ts'
 import type { KvHistory } from '../kv/history.ts'
 import { type KvMap, kvMap } from '../kv/map.ts'
 import type { SlotTable } from '../kv/slots.ts'
@@ -15,25 +19,22 @@ import type {
   EngineAnswers,
   EngineQuestion,
   EngineSnapshot,
-  FinishReason,
   SamplingParams,
   SequenceRequest,
-  TokenLogprobs,
 } from './api.ts'
 import { answerOf } from './answers.ts'
-import { type Flight, notANumber, StepsAhead, workOf } from './ahead.ts'
-import { BeamGroup, beamsFork, tooFew } from './beam-group.ts'
-import type { Hypothesis } from './beams.ts'
+import { type Flight, StepsAhead, workOf } from './ahead.ts'
+import { BeamGroup, beamsFork } from './beam-group.ts'
 import type { CoreOptions, CoreSink } from './core-contract.ts'
 import { engineMemory, giveBack, releaseOverdue } from './memory.ts'
-import type { Offload } from './offload.ts'
 import { sequenceEnded } from './messages.ts'
-import { Sampler } from './sampler.ts'
+import type { Offload } from './offload.ts'
+import { Outcomes } from './outcomes.ts'
 import { Sequence } from './sequence.ts'
 import type { Sessions } from './sessions.ts'
 import type { PromptSharing } from './sharing.ts'
 import { memoryTaken, Shortage } from './shortage.ts'
-import { EngineCounts, snapshotOf } from './snapshot.ts'
+import { snapshotOf } from './snapshot.ts'
 
 /** How soon to look again for what is on its way, when there is nothing else to do. */
 const TIER_WAIT_MS = 1
@@ -43,7 +44,6 @@ const KEEP_WAIT_MS = 50
 
 export class EngineCore {
   private readonly backend: Backend
-  private readonly sink: CoreSink
   private readonly now: () => number
   private readonly slots: SlotTable
   private readonly sharing: PromptSharing
@@ -52,33 +52,25 @@ export class EngineCore {
   private readonly offload: Offload | undefined
   private readonly sessions: Sessions | undefined
   private readonly costs: Costs
-  private readonly sequences = new Map<number, Sequence>()
-  /** Regions besides its own that a slot's tokens may lie in. */
-  private readonly spansMax: number
   private readonly ahead: StepsAhead | undefined
   private readonly shortage: Shortage | undefined
   private landedMs = -Infinity
   private readonly batch: StepBatch
-  private readonly sampler: Sampler
-  /** A row of logits, for another sequence to sample from. */
-  private readonly row: Float32Array
-  private readonly counts = new EngineCounts()
+  private readonly outcomes: Outcomes
   private keptMs = 0
 
   /** @param now milliseconds that never go back. */
   constructor(backend: Backend, options: CoreOptions, sink: CoreSink, now: () => number) {
     this.backend = backend
-    this.sink = sink
     this.now = now
     const memory = engineMemory(backend, options, now)
     this.slots = memory.slots
-    this.spansMax = memory.spansMax
     this.history = memory.history
     this.costs = memory.costs
     this.offload = memory.offload
     this.sessions = memory.sessions
     this.sharing = memory.sharing
-    const { chunkTokensMin } = backend
+    const { chunkTokensMin, vocab } = backend
     const { maxSequences, greedy = false } = options
     this.scheduler = new Scheduler(
       this.slots,
@@ -90,12 +82,13 @@ export class EngineCore {
     this.shortage = contended && new Shortage(contended, this.slots, this.scheduler)
     this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
-    this.sampler = new Sampler(backend.vocab)
-    this.row = new Float32Array(backend.vocab)
+    const { scheduler, sharing } = this
+    const { spansMax } = memory
+    this.outcomes = new Outcomes({ scheduler, sharing, sink, now, vocab, spansMax })
   }
 
   get idle(): boolean {
-    return this.sequences.size === 0 && !this.ahead?.flight
+    return this.outcomes.sequences.size === 0 && !this.ahead?.flight
   }
 
   /** Takes a sequence in; its first token comes from a later step. */
@@ -112,50 +105,64 @@ export class EngineCore {
     if (request.beams) return this.submitBeams(ids, request)
     const group: Sequence[] = []
     ids.forEach((id, i) => {
-      try {
+      this.orReport([id], () => {
         this.sharing.checkPin(request)
         const sampling = present(samplings[i], 'sampling of a choice')
         const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
         group.push(sequence)
-        this.sequences.set(id, sequence)
+        this.outcomes.sequences.set(id, sequence)
         this.scheduler.waiting.push(sequence)
-      } catch (thrown) {
-        if (!(thrown instanceof LatticeError)) throw thrown
-        this.report(id, 'error', 0, thrown)
-      }
+      })
+    })
+  }
+
+  private submitBeams(ids: readonly number[], request: SequenceRequest): void {
+    this.orReport(ids, () => {
+      const group = new BeamGroup(ids, request, this.backend.kv.layout, this.now())
+      this.scheduler.checkUnit(group)
+      for (const id of ids) this.outcomes.sequences.set(id, group.lead)
+      this.scheduler.waiting.push(group.lead)
     })
   }
 
   /** Takes in a sequence that begins with the tokens that another one has now. */
   fork(parent: number, id: number, sampling: SamplingParams): void {
-    try {
+    const { sequences } = this.outcomes
+    this.orReport([id], () => {
       // Its tokens are to be known.
       if (this.ahead?.flight) this.land(this.ahead, present(this.ahead.take(), 'a step'))
-      const source = this.sequences.get(parent)
+      const source = sequences.get(parent)
       if (!source) throw sequenceEnded()
       if (source.unit) throw beamsFork()
       const fork = source.fork(id, sampling, this.now())
       const { group } = source
-      group.splice(0, Infinity, ...group.filter((one) => this.sequences.has(one.id)), fork)
-      this.sequences.set(id, fork)
+      group.splice(0, Infinity, ...group.filter((one) => sequences.has(one.id)), fork)
+      sequences.set(id, fork)
       const decodes = source.slot >= 0 && isDecoding(source)
       if (!decodes || !this.sharing.spreads(source) || !this.scheduler.fork(fork, source)) {
         this.scheduler.waiting.push(fork)
       }
+    })
+  }
+
+  /** What cannot be taken in ends at once, and says why. */
+  private orReport(ids: readonly number[], takeIn: () => void): void {
+    try {
+      takeIn()
     } catch (thrown) {
       if (!(thrown instanceof LatticeError)) throw thrown
-      this.report(id, 'error', 0, thrown)
+      for (const id of ids) this.outcomes.report(id, 'error', 0, thrown)
     }
   }
 
   abort(id: number): void {
-    const sequence = this.sequences.get(id)
+    const sequence = this.outcomes.sequences.get(id)
     if (!sequence) return
     const { unit } = sequence
-    if (!unit) return this.finish(sequence, 'abort')
+    if (!unit) return this.outcomes.finish(sequence, 'abort')
     unit.ids[unit.ids.indexOf(id)] = undefined
-    this.report(id, 'abort', 0)
-    if (unit.abandoned) this.endBeams(unit, -Infinity)
+    this.outcomes.report(id, 'abort', 0)
+    if (unit.abandoned) this.outcomes.endBeams(unit, -Infinity)
   }
 
   /**
@@ -176,7 +183,7 @@ export class EngineCore {
     if (this.ahead) this.stepAhead(this.ahead, parts)
     else this.stepAlone(parts)
     releaseOverdue(this.slots, this.now())
-    this.counts.stepMs += this.now() - start
+    this.outcomes.counts.stepMs += this.now() - start
     return true
   }
 
@@ -192,7 +199,40 @@ export class EngineCore {
     const ms = this.now() - start
     this.costs.stepped(workOf(parts), ms)
     this.commit(parts, rows)
-    this.counts.stepped(ms)
+    this.outcomes.counts.stepped(ms)
+  }
+
+  private fill(parts: readonly ScheduledPart<Sequence>[]): void {
+    this.batch.clear()
+    for (const { sequence, count } of parts) {
+      const { slot, computed, tokens, length } = sequence
+      this.outcomes.start(sequence)
+      this.batch.add(slot, computed, tokens, computed, count, computed + count === length)
+    }
+  }
+
+  /** While a step computes, memory can be made ready for the next. */
+  private expectGrowth(parts: readonly ScheduledPart<Sequence>[]): void {
+    const { maxTokens } = this.backend.kv.layout.shape
+    for (const { sequence, count } of parts) {
+      const after = sequence.computed + count
+      const chunk = Math.min(sequence.length - after, this.backend.stepTokensMax)
+      this.slots.expect(sequence.slot, Math.min(after + Math.max(1, chunk), maxTokens))
+    }
+  }
+
+  /** What a step computed is in memory: whoever has all of its tokens there gets another one. */
+  private commit(parts: readonly ScheduledPart<Sequence>[], rows: readonly Float32Array[]): void {
+    const { outcomes } = this
+    let row = 0
+    for (const { sequence, count } of parts) {
+      sequence.computed += count
+      if (sequence.outputTokens === 0) outcomes.counts.promptTokens += count
+      if (sequence.computed < sequence.length) continue
+      const logits = present(rows[row++], 'a row of logits')
+      if (sequence.outputTokens === 0 && !outcomes.share(sequence, logits)) continue
+      outcomes.advance(sequence, logits)
+    }
   }
 
   /** Queues a step, then takes in the one before it: while this runs, that one computes. */
@@ -212,37 +252,43 @@ export class EngineCore {
   private goOn(ahead: StepsAhead, sequence: Sequence, count: number): void {
     const first = sequence.length === sequence.promptLength
     sequence.computed += count
-    if (first) this.counts.promptTokens += count
+    if (first) this.outcomes.counts.promptTokens += count
     if (sequence.computed < sequence.length) return
-    if (first && !this.keepPrompt(sequence)) return
+    if (first && !this.outcomes.keepPrompt(sequence)) return
     if (!ahead.isHosted(sequence)) sequence.pushUnknown()
   }
 
   /** Waits for a step that was queued, and takes its tokens in. */
   private land(ahead: StepsAhead, flight: Flight): void {
+    const { outcomes } = this
     const rows = ahead.wait(flight)
     this.backend.kv.tier?.check()
     const now = this.now()
     const ms = now - Math.max(flight.startMs, this.landedMs)
     this.landedMs = now
     this.costs.stepped(flight.work, ms)
-    this.counts.stepped(ms)
+    outcomes.counts.stepped(ms)
     flight.awaited.forEach(({ sequence, position }, output) => {
-      const { id, unit } = sequence
-      const row = rows[output]
-      if (unit) this.advanceBeam(unit, sequence, present(row, 'a row of logits'))
-      else if (this.sequences.get(id) !== sequence) return
-      else if (position < 0) this.advance(sequence, present(row, 'a row of logits'))
-      else this.takeIn(sequence, position, ahead.logprobsOf(flight, output, sequence))
+      const hasEnded = !sequence.unit && outcomes.sequences.get(sequence.id) !== sequence
+      if (hasEnded) return
+      if (position < 0) outcomes.advance(sequence, present(rows[output], 'a row of logits'))
+      else {
+        const token = present(sequence.tokens[position], 'a token')
+        outcomes.takeIn(sequence, token, ahead.logprobsOf(flight, output, sequence))
+      }
     })
   }
 
-  /** The first unknown token of a sequence is known. */
-  private takeIn(sequence: Sequence, position: number, logprobs: TokenLogprobs | undefined): void {
-    const token = present(sequence.tokens[position], 'a token')
-    if (token < 0) return this.finish(sequence, 'error', notANumber())
-    sequence.unknown--
-    this.tell(sequence, token, logprobs)
+  /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */
+  private giveUpStuck(): boolean {
+    const hopeless = this.shortage?.hopeless(this.now())
+    if (hopeless && !hopeless.unit) this.outcomes.finish(hopeless, 'error', memoryTaken())
+    const unit = hopeless ? hopeless.unit : this.scheduler.stuck?.unit
+    if (unit) {
+      const error = hopeless ? memoryTaken() : this.scheduler.tooLarge(unit)
+      this.outcomes.endBeams(unit, -Infinity, error)
+    }
+    return (hopeless ?? unit) !== undefined
   }
 
   /**
@@ -286,7 +332,8 @@ export class EngineCore {
   }
 
   snapshot(): EngineSnapshot {
-    const { backend, slots, scheduler, sharing, offload, counts } = this
+    const { backend, slots, scheduler, sharing, offload } = this
+    const { counts } = this.outcomes
     return snapshotOf({ kv: backend.kv, slots, scheduler, sharing, offload, counts }, this.now())
   }
 
@@ -303,197 +350,4 @@ export class EngineCore {
     const sequences = [...running, ...waiting]
     return kvMap(slots, this.sharing.cache, history, sequences, this.now(), offload?.outside)
   }
-
-  private fill(parts: readonly ScheduledPart<Sequence>[]): void {
-    this.batch.clear()
-    for (const { sequence, count } of parts) {
-      const { slot, computed, tokens, length } = sequence
-      this.start(sequence)
-      this.batch.add(slot, computed, tokens, computed, count, computed + count === length)
-    }
-  }
-
-  /** While a step computes, memory can be made ready for the next. */
-  private expectGrowth(parts: readonly ScheduledPart<Sequence>[]): void {
-    const { maxTokens } = this.backend.kv.layout.shape
-    for (const { sequence, count } of parts) {
-      const after = sequence.computed + count
-      const chunk = Math.min(sequence.length - after, this.backend.stepTokensMax)
-      this.slots.expect(sequence.slot, Math.min(after + Math.max(1, chunk), maxTokens))
-    }
-  }
-
-  private commit(parts: readonly ScheduledPart<Sequence>[], rows: readonly Float32Array[]): void {
-    let row = 0
-    for (const { sequence, count } of parts) {
-      sequence.computed += count
-      if (sequence.outputTokens === 0) this.counts.promptTokens += count
-      if (sequence.computed < sequence.length) continue
-      const logits = present(rows[row++], 'a row of logits')
-      if (sequence.outputTokens === 0 && !this.share(sequence, logits)) continue
-      if (sequence.unit) this.advanceBeam(sequence.unit, sequence, logits)
-      else this.advance(sequence, logits)
-    }
-  }
-
-  /**
-   * A prompt is in memory: it is kept for later, and others that wait for it start from here.
-   * False if it was to be pinned and could not be: then the sequence has ended.
-   */
-  private share(sequence: Sequence, logits: Float32Array): boolean {
-    if (!this.keepPrompt(sequence)) return false
-    for (;;) {
-      // Others that wait for their prompt were overtaken already.
-      const next = this.scheduler.waiting.find((waiting) => !this.sharing.waits(waiting))
-      if (!next || !this.sharing.continues(next, sequence)) return true
-      if (!this.scheduler.fork(next, sequence)) return true
-      this.start(next)
-      // Sampling changes the logits that it samples from.
-      this.row.set(logits)
-      this.advance(next, this.row)
-    }
-  }
-
-  private keepPrompt(sequence: Sequence): boolean {
-    try {
-      this.sharing.computed(sequence)
-    } catch (thrown) {
-      const full = thrown instanceof LatticeError && thrown.code === 'prefix_memory_exhausted'
-      if (!full) throw thrown
-      this.finish(sequence, 'error', thrown)
-      return false
-    }
-    return true
-  }
-
-  private start(sequence: Sequence): void {
-    if (sequence.started) return
-    this.sharing.started(sequence)
-    sequence.started = true
-    for (const id of sequence.unit?.ids ?? [sequence.id]) {
-      if (id !== undefined) this.sink.onStart(id, sequence.cachedTokens)
-    }
-    // Only a fork has output before it has begun.
-    const { tokens, request, length, unit } = sequence
-    if (unit) return
-    for (const token of tokens.subarray(request.prompt.length, length)) {
-      this.sink.onToken(sequence.id, token, undefined)
-    }
-  }
-
-  /** Samples a sequence's next token and ends it if that was the last. */
-  private advance(sequence: Sequence, logits: Float32Array): void {
-    const { topLogprobs } = sequence.request
-    let token: number
-    try {
-      token = this.sampler.sample(logits, sequence.sampler)
-    } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      return this.finish(sequence, 'error', thrown)
-    }
-    sequence.push(token)
-    const logprobs =
-      topLogprobs === undefined ? undefined : this.sampler.logprobs(logits, token, topLogprobs)
-    this.tell(sequence, token, logprobs)
-  }
-
-  /** A sequence has a new token, which may be its last. */
-  private tell(sequence: Sequence, token: number, logprobs: TokenLogprobs | undefined): void {
-    const { stopTokens, maxTokens } = sequence.request
-    this.counts.outputTokens++
-    sequence.logprobs += logprobs?.logprob ?? 0
-    if (stopTokens.includes(token)) return this.finish(sequence, 'stop')
-    this.sink.onToken(sequence.id, token, logprobs)
-    if (sequence.outputTokens === maxTokens) this.finish(sequence, 'length')
-  }
-
-  private finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
-    sequence.dropUnknown()
-    if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
-    // After an abort nobody is likely to follow in its place: the pages go back within a step.
-    this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())
-    const { id, outputTokens, logprobs, request } = sequence
-    const scored = request.topLogprobs !== undefined && outputTokens > 0
-    this.report(id, reason, outputTokens, error, scored ? logprobs / outputTokens : undefined)
-  }
-
-  private report(
-    id: number,
-    reason: FinishReason,
-    outputTokens: number,
-    error?: LatticeError,
-    score?: number,
-  ): void {
-    this.sequences.delete(id)
-    this.counts.finished[reason]++
-    this.sink.onFinish(id, reason, outputTokens, error, score)
-  }
-
-  private submitBeams(ids: readonly number[], request: SequenceRequest): void {
-    try {
-      const group = new BeamGroup(ids, request, this.backend.kv.layout, this.now())
-      this.scheduler.checkUnit(group)
-      for (const id of ids) this.sequences.set(id, group.lead)
-      this.scheduler.waiting.push(group.lead)
-    } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      for (const id of ids) this.report(id, 'error', 0, thrown)
-    }
-  }
-
-  /** Takes a beam's logits in; once those of all are there, their search goes on by a token. */
-  private advanceBeam(group: BeamGroup, member: Sequence, logits: Float32Array): void {
-    if (group.abandoned) return
-    try {
-      if (!group.offer(member, logits, this.sampler)) return
-      const hypotheses = group.advance(this.scheduler, this.spansMax)
-      if (hypotheses) this.deliver(group, hypotheses)
-    } catch (thrown) {
-      // What fails beneath it stops the engine: it is not its own.
-      const own = thrown instanceof LatticeError && !BENEATH.has(thrown.code)
-      if (!own) throw thrown
-      this.endBeams(group, -Infinity, thrown)
-    }
-  }
-
-  /** Hands out what a beam search has found, the best to its first choice. */
-  private deliver(group: BeamGroup, hypotheses: readonly Hypothesis[]): void {
-    const { topLogprobs } = group.lead.request
-    hypotheses.forEach(({ tokens, logprobs, score, stopped }, i) => {
-      const id = group.ids[i]
-      if (id === undefined) return
-      const shown = stopped ? tokens.slice(0, -1) : tokens
-      shown.forEach((token, at) => {
-        this.sink.onToken(id, token, topLogprobs === undefined ? undefined : logprobs[at])
-      })
-      this.counts.outputTokens += tokens.length
-      group.ids[i] = undefined
-      this.report(id, stopped ? 'stop' : 'length', tokens.length, undefined, score)
-    })
-    this.endBeams(group, this.now(), tooFew(hypotheses.length))
-  }
-
-  /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */
-  private giveUpStuck(): boolean {
-    const hopeless = this.shortage?.hopeless(this.now())
-    if (hopeless && !hopeless.unit) this.finish(hopeless, 'error', memoryTaken())
-    const unit = hopeless ? hopeless.unit : this.scheduler.stuck?.unit
-    if (unit)
-      this.endBeams(unit, -Infinity, hopeless ? memoryTaken() : this.scheduler.tooLarge(unit))
-    return (hopeless ?? unit) !== undefined
-  }
-
-  /** Takes all beams out; who still waits for a hypothesis gets the error. */
-  private endBeams(group: BeamGroup, sinceMs: number, error?: LatticeError): void {
-    const running = this.scheduler.running.filter(({ unit }) => unit === group)
-    for (const member of new Set([...running, group.lead])) this.scheduler.remove(member, sinceMs)
-    group.ids.forEach((id, i) => {
-      if (id === undefined) return
-      group.ids[i] = undefined
-      this.report(id, 'error', 0, error)
-    })
-  }
 }
-
-/** Errors of those who move memory: nobody knows what is where afterwards. */
-const BENEATH: ReadonlySet<ErrorCode> = new Set(['os_call_failed', 'pager_failed'])

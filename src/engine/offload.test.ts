@@ -253,6 +253,32 @@ test('what the prefix cache has no room for is forgotten while there is room on 
   assert.deepEqual(places.toSorted(), [...Array(6).fill('disk'), ...Array(4).fill('memory')])
 })
 
+test('a prompt too large for what is free drives out what the disk has room for', () => {
+  // Ten small prompts are two thirds of the budget; one of 80 % of it comes at once.
+  const core = { maxSequences: 1, kvPages: 1000, prefixPages: 60 }
+  for (const pollsMax of [1, 5]) {
+    const engine = bench(
+      { ...core, stepTokens: 64 },
+      { capacity: 200, ...disorder(1, pollsMax, 0) },
+    )
+    const prompts = Array.from({ length: 10 }, (_, id) => new Int32Array(6).fill(id))
+    for (const prompt of [...prompts, new Int32Array(70).fill(11), ...prompts]) {
+      const id = engine.outcomes.size
+      engine.submit(id, sequenceRequest({ prompt, maxTokens: 1 }))
+      while (!engine.core.idle) {
+        engine.step()
+        engine.core.check()
+      }
+    }
+    engine.settle()
+    assert.equal(engine.core.snapshot().prefixEvictions, 0)
+    const again = prompts.map((_, i) => engine.outcome(11 + i).cachedTokens)
+    assert.deepEqual(again, Array(10).fill(5))
+    const { cachedPages } = engine.core.snapshot().kv
+    assert.ok(cachedPages <= core.prefixPages, `${cachedPages} pages are cached in memory`)
+  }
+})
+
 test('what leads to a prefix that is being brought back goes meanwhile', () => {
   const core = { maxSequences: 1, kvPages: 100, prefixPages: 20 }
   const engine = bench({ ...core, stepTokens: 64 }, { capacity: 100 })

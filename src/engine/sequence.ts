@@ -2,7 +2,7 @@
 
 import { liveBytes } from '../kv/layout.ts'
 import type { SlotTable } from '../kv/slots.ts'
-import type { Image } from '../kv/tiers.ts'
+import type { Image } from '../kv/image.ts'
 import type { SamplingParams, SequenceRequest, SequenceSnapshot, SequenceState } from './api.ts'
 import type { BeamGroup } from './beam-group.ts'
 import { SamplerState } from './sampler.ts'

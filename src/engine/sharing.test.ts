@@ -5,6 +5,7 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
+import { pinningLoads, prompts, runLoad } from '../../test/support/sharing-load.ts'
 import { NullBackend } from '../backends/null/backend.ts'
 import { LatticeError } from '../errors.ts'
 import { EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
@@ -30,104 +31,35 @@ function bench(options: Partial<Options> = {}): Bench {
   return new Bench(new NullBackend(sizes), { maxSequences, kvPages, greedy: true, ...prefix })
 }
 
-/** Prompts of a few words, so that they begin alike. */
-const prompts = fc
-  .array(fc.constantFrom([1, 2, 3, 4, 5], [1, 2, 9], [6], [7, 8, 7, 8, 7, 8, 7]), {
-    minLength: 1,
-    maxLength: 6,
-  })
-  .map((words) => Int32Array.from(words.flat()))
-
-const loads = fc.record({
-  maxSequences: fc.integer({ min: 2, max: 6 }),
-  extraBudget: fc.nat(30),
-  // One sequence of 80 tokens needs 50 pages.
-  kvPages: fc.integer({ min: 50, max: 110 }),
-  prefixPages: fc.constantFrom(0, 12, 50, 50),
+const policies = fc.record({
   greedy: fc.boolean(),
   prefixEviction: fc.constantFrom(...EVICTION_NAMES),
   prefixOutput: fc.boolean(),
-  arrivals: fc.array(
-    fc.record({
-      prompt: prompts,
-      choices: fc.constantFrom(1, 1, 2, 5),
-      tenant: fc.constantFrom('a', 'a', 'b'),
-      maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
-      temperature: fc.constantFrom(0, 1),
-      seed: fc.nat(1000),
-      gap: fc.nat(4),
-      pinned: fc.constantFrom(true, false, false, false),
-      // A fifth of the choices is aborted.
-      abortAfter: fc.nat(40).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
-    }),
-    { minLength: 3, maxLength: 9 },
-  ),
 })
 
 test('sharing changes a token, exceeds the limit, or leaves a page behind', () => {
-  let [hits, preemptions, saved, pins] = [0, 0, 0, 0]
+  const seen = { hits: 0, preemptions: 0, saved: 0 }
+  let pins = 0
   fc.assert(
-    fc.property(loads, ({ extraBudget, arrivals, ...options }) => {
-      const stepTokens = options.maxSequences + extraBudget
-      const engine = bench({ ...options, stepTokens })
-      const requests: SequenceRequest[] = []
-      const events: { at: number; act: () => void }[] = []
-      let at = 0
-      arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, pinned, ...arrival }) => {
-        at += gap
-        const pin = pinned ? { pin: arrival.prompt.join() } : {}
-        const request = sequenceRequest({ ...arrival, ...pin })
-        const first = requests.length
-        const ids = Array.from({ length: choices }, (_, choice) => first + choice)
-        const samplings = ids.map((_, i) => ({ ...GREEDY, temperature, seed: seed + i }))
-        for (const sampling of samplings) requests.push({ ...request, sampling })
-        events.push({ at, act: () => engine.submitChoices(ids, request, samplings) })
-        if (abortAfter === undefined) return
-        for (const id of ids.filter((_, i) => i !== 1)) {
-          events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
-        }
-      })
-      for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
-        for (const event of events.filter((event) => event.at === step)) {
-          events.splice(events.indexOf(event), 1)
-          event.act()
-        }
-        engine.step()
-        engine.core.check()
-        const { usedPages, pageBytes, residentBytes } = engine.core.snapshot().kv
-        assert.ok(usedPages <= options.kvPages, 'the limit is exceeded')
+    fc.property(pinningLoads, policies, (load, policy) => {
+      const { maxSequences, extraBudget, kvPages, prefixPages } = load
+      const stepTokens = maxSequences + extraBudget
+      const engine = bench({ maxSequences, kvPages, prefixPages, stepTokens, ...policy })
+      runLoad(engine, load, seen, ({ usedPages, pageBytes, residentBytes }) => {
         assert.ok(residentBytes <= usedPages * pageBytes, 'memory is used that nobody counted')
-        assert.ok(step < 5000, 'it does not end')
-      }
-      engine.settle()
-      const { kv, prefixHits, preemptions: preempted, promptTokens } = engine.core.snapshot()
-      hits += prefixHits
-      preemptions += preempted
+      })
+      const { kv, preemptions } = engine.core.snapshot()
       const { map } = engine.core.answer({ kind: 'map' })
-      assert.equal(
-        map.totals['preempt']?.count ?? 0,
-        preempted,
-        'a preemption is not in the history',
-      )
+      const told = map.totals['preempt']?.count ?? 0
+      assert.equal(told, preemptions, 'a preemption is not in the history')
       const counted = Object.values(map.pages).reduce((a, b) => a + b, 0)
       assert.equal(counted, kv.usedPages, 'the map has other pages')
-      const all = requests.reduce((sum, { prompt }) => sum + prompt.length, 0)
-      if (promptTokens < all) saved++
-      assert.ok(kv.usedPages <= options.prefixPages, 'pages are left behind')
       assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
       pins += ['a', 'b'].flatMap((tenant) => engine.core.answer({ kind: 'pinned', tenant })).length
-      requests.forEach((request, id) => {
-        const { tokens, reason, outputTokens, error } = engine.outcome(id)
-        const expected = expectedOutcome(request)
-        if (error) {
-          assert.ok(request.pin !== undefined && error.code === 'prefix_memory_exhausted')
-        } else if (reason === 'abort') {
-          assert.deepEqual(tokens, expected.tokens.slice(0, tokens.length))
-        } else assert.deepEqual({ tokens, reason, outputTokens }, expected)
-      })
     }),
     { seed: 17, numRuns: 600 },
   )
+  const { hits, preemptions, saved } = seen
   const counts = `${hits} ${preemptions} ${saved} ${pins}`
   assert.ok(hits > 2000 && preemptions > 200 && saved > 300 && pins > 100, counts)
 })

@@ -183,10 +183,11 @@ export class PromptSharing implements Sharing<Sequence> {
     return this.cache?.unpin(tenant, id) ?? false
   }
 
-  get gauges(): { cachedPages: number; pinnedPages: number; evictions: number } {
+  get gauges(): Record<'cachedPages' | 'prefixLimitPages' | 'pinnedPages' | 'evictions', number> {
     const { cachedPages } = this.slots.regions
-    const { pins, evictions = 0 } = this.cache ?? {}
-    return { cachedPages, pinnedPages: pins?.pages ?? 0, evictions }
+    const { pins, budgetPages = 0, evictions = 0 } = this.cache ?? {}
+    const pinnedPages = pins?.pages ?? 0
+    return { cachedPages, prefixLimitPages: budgetPages, pinnedPages, evictions }
   }
 
   /** A sequence in the queue can start where this one, whose prompt was just computed, is. */

@@ -43,8 +43,9 @@ export class Shortage {
     if (lacking.size === 0) return parts
     // The last first: so the queue keeps their order.
     for (const sequence of this.scheduler.running.toReversed()) {
-      if (sequence.slot < 0 || !lacking.has(this.slots.ownColumns(sequence.slot).region)) continue
-      this.scheduler.giveWay(sequence)
+      if (sequence.slot < 0) continue
+      const held = this.slots.columnsHeld(sequence.slot)
+      if (held.some(({ region }) => lacking.has(region))) this.scheduler.giveWay(sequence)
     }
     while (this.slots.reclaim(-Infinity) >= 0);
     // What was moved to make room, and had nowhere to go: nobody knows whose it was.

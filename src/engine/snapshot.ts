@@ -35,7 +35,7 @@ export interface EngineParts {
 export function snapshotOf(parts: EngineParts, now: number): EngineSnapshot {
   const { kv, slots, scheduler, sharing, offload: tiers, counts } = parts
   const { layout } = kv
-  const { cachedPages, pinnedPages, evictions } = sharing.gauges
+  const { cachedPages, prefixLimitPages, pinnedPages, evictions } = sharing.gauges
   const all = [...scheduler.running, ...scheduler.waiting]
   const sequences = all.map((sequence) => sequence.snapshot(slots, now))
   const { offload, recompute } = scheduler.preemptions
@@ -51,6 +51,7 @@ export function snapshotOf(parts: EngineParts, now: number): EngineSnapshot {
       residentBytes: kv.residentBytes(),
       cachedPages,
       pinnedPages,
+      prefixLimitPages,
     },
     prefixQueries: sharing.queries,
     prefixHits: sharing.hits,

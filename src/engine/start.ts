@@ -220,9 +220,11 @@ function offloadPlace({ kvOffload, kvStore }: EngineOptions): { kvOffload?: Offl
   })
 }
 
-function describeStore({ directory, prefixes, tokens, lost }: StoreFacts): string {
+function describeStore({ directory, prefixes, tokens, lost, beyond }: StoreFacts): string {
   const gone = lost === 0 ? 'nothing lost' : `${lost} torn or changed records or prefixes lost`
-  return `${prefixes} prefixes of ${tokens} tokens kept in ${directory}, ${gone}`
+  const smaller = `${beyond} left out, as --kv-offload was larger when they were written`
+  const kept = `${prefixes} prefixes of ${tokens} tokens kept in ${directory}, ${gone}`
+  return beyond === 0 ? kept : `${kept}, ${smaller}`
 }
 
 function describeHostTier({ bytes, pinnedMs }: HostTierFacts): string {

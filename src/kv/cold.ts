@@ -3,12 +3,12 @@
 // where. A prefix that came back keeps its places: it goes again without being written.
 
 import { columnsOf } from './eviction-queue.ts'
-import type { PrefixCache } from './prefix.ts'
+import type { Outlet, PrefixCache } from './prefix.ts'
 import type { PrefixNode } from './prefix-node.ts'
 import { type KvColumns, pagesOf, type RegionTable } from './regions.ts'
 import type { Transfers } from './transfers.ts'
 
-export class ColdPrefixes {
+export class ColdPrefixes implements Outlet {
   /** Prefixes that could not be written or read back. */
   lost = 0
   /** Prefixes that came back because a prompt began with them. */
@@ -28,6 +28,7 @@ export class ColdPrefixes {
     this.regions = regions
     this.transfers = transfers
     transfers.places.makeRoom = (count, copies) => this.freePlaces(count, copies)
+    cache.outlet = this
   }
 
   get leavingPages(): number {
@@ -42,6 +43,11 @@ export class ColdPrefixes {
       if (node.places) this.cache.demote(node)
       else if (!this.save(node)) return
     }
+  }
+
+  drain(pages: number): boolean {
+    this.demote(this.regions.usedPages - pages)
+    return this.leavingColumns > 0
   }
 
   /**
@@ -92,7 +98,7 @@ export class ColdPrefixes {
     const path = this.pathOf(parent)
     for (const columns of path) this.begin(columns, undefined)
     this.cache.hold(parent)
-    const region = this.cache.reserve(pages) && makeRoom(pages) ? this.regions.take(-1) : -1
+    const region = this.cache.keepBudget(pages) && makeRoom(pages) ? this.regions.take(-1) : -1
     // Making room may have forgotten what was to come back.
     if (region < 0 || nodes.some(({ gone }) => gone)) {
       if (region >= 0) this.regions.leave(region)
@@ -137,11 +143,15 @@ export class ColdPrefixes {
     const begun = this.write(node, true, (outcome) => {
       this.leavingColumns -= count
       const unused = outcome !== 'changed' && this.regions.evictableIn([columns]) === pages
-      if (!unused || node.warm > 0 || node.pins > 0) return
-      // Somebody may wait for its memory: where nothing can be written, it is forgotten.
-      if (outcome === 'failed') return this.cache.forgetAll(node)
-      this.cache.demote(node)
-      then()
+      if (unused && node.warm === 0 && node.pins === 0) {
+        // Somebody may wait for its memory: where nothing can be written, it is forgotten.
+        if (outcome === 'failed') this.cache.forgetAll(node)
+        else {
+          this.cache.demote(node)
+          then()
+        }
+      }
+      this.cache.keepBudget()
     })
     if (begun) this.leavingColumns += count
     return begun

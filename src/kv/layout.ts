@@ -72,11 +72,11 @@ export function liveBytes(layout: KvLayout, tokens: number): number {
   return tokens * layout.shape.rowBytes * layout.shape.layers
 }
 
-/** The last column at or before `column` that begins a group, with a token's first byte. */
+/** The last column at or before `column` that begins a group, and with a token's first byte. */
 export function tokenAlignedColumn(layout: KvLayout, column: number): number {
-  const { pageBytes } = layout.shape
-  const groupBytes = pageBytes * layout.shareColumns
-  const unit = leastCommonMultiple(groupBytes, layout.tokenStride) / pageBytes
+  const { shape, shareColumns, tokenStride } = layout
+  const { pageBytes } = shape
+  const unit = leastCommonMultiple(pageBytes * shareColumns, tokenStride) / pageBytes
   return column - (column % unit)
 }
 

@@ -9,7 +9,7 @@ import type { PrefixCache } from './prefix.ts'
 import type { PrefixNode } from './prefix-node.ts'
 import { type KvColumns, type KvSpan, spannedColumns, spannedTokens } from './regions.ts'
 import type { SlotTable } from './slots.ts'
-import type { Image } from './tiers.ts'
+import type { Image } from './image.ts'
 
 /**
  * live: one sequence refers to it; shared: several do; pinned, cached: only prefixes do; warm: the
@@ -161,7 +161,9 @@ function* slotHolds(
 ): Generator<RegionHold> {
   const bySlot = new Map(sequences.map((sequence) => [sequence.slot, sequence]))
   const byImage = new Map(sequences.map((sequence) => [sequence.image, sequence]))
-  const imageOf = new Map([...(outside?.images ?? [])].map((image) => [image.slot, image]))
+  const imageOf = new Map(
+    [...(outside?.images ?? [])].flatMap((image) => image.slots.map((slot) => [slot, image])),
+  )
   const { tokenStride } = slots.layout
   for (const used of slots.inUse()) {
     const { slot, state, region, first, end, held, spans, pending } = used

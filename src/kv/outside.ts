@@ -4,7 +4,7 @@
 import type { PlaceTable } from './places.ts'
 import type { PrefixCache } from './prefix.ts'
 import type { KvColumns } from './regions.ts'
-import type { Image } from './tiers.ts'
+import type { Image } from './image.ts'
 
 /** All that is outside of memory or on its way, prefixes that the cache knows excepted. */
 export interface Outside {

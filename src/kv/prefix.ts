@@ -1,6 +1,6 @@
-// Owns the cached prefixes: a radix tree over tokens for each tenant, whose nodes say in which
-// region the keys and values of their tokens lie. A prefix may end at any token. After SGLang's
-// RadixAttention (Zheng et al. 2024); the pages are shared by mapping, never copied out.
+// Owns the cached prefixes: which nodes of the tree (prefix-tree.ts) are in memory, in which region
+// the keys and values of their tokens lie there, and which go first. A prefix may end at any token.
+// After SGLang's RadixAttention (Zheng et al. 2024); the pages are shared by mapping, never copied.
 //
 //   tenant ─ "You are a helpful …" ─┬─ "Translate: …"      region 2
 //                region 0           └─ "Summarise: …" ─ …  region 5
@@ -12,8 +12,9 @@ import { tokensIn } from './layout.ts'
 import type { PlaceTable } from './places.ts'
 import { type Pin, pinLimitPages, PinTable } from './pins.ts'
 import { addSpan, commonLength, mayGo, type PrefixNode } from './prefix-node.ts'
+import { PrefixTree } from './prefix-tree.ts'
 import { type KvColumns, type KvSpan, type RegionTable, spannedTokens } from './regions.ts'
-import { WatchTable } from './watches.ts'
+import type { WatchTable } from './watches.ts'
 
 export interface PrefixCacheOptions {
   /** 'cost' unless told. */
@@ -26,7 +27,17 @@ export interface PrefixCacheOptions {
   onGone?: (kind: 'evict' | 'demote', pages: number) => void
 }
 
+/** Whoever takes prefixes out of memory in its own time, so that they need not be forgotten. */
+export interface Outlet {
+  /** Begins to take out so many pages; false if nothing is on its way out. */
+  drain(pages: number): boolean
+  /** Pages on their way out; the cache is told at the end of each (`keepBudget`). */
+  readonly leavingPages: number
+}
+
 export class PrefixCache {
+  /** None unless set. */
+  outlet: Outlet | undefined
   evictions = 0
   /** Those that went out of memory, and are cached still. */
   demotions = 0
@@ -37,11 +48,9 @@ export class PrefixCache {
   private readonly now: () => number
   private readonly places: PlaceTable | undefined
   private readonly onGone: (kind: 'evict' | 'demote', pages: number) => void
-  /** One tenant never sees another's prefixes: not even by how fast an answer comes. */
-  private readonly roots = new Map<string, PrefixNode>()
-  readonly watches = new WatchTable(this.roots)
+  private readonly tree: PrefixTree
+  readonly watches: WatchTable
   private clock = 0
-  private nextId = 1
 
   /** @param budgetPages that cached prefixes may refer to, at most */
   constructor(regions: RegionTable, budgetPages: number, options: PrefixCacheOptions = {}) {
@@ -52,12 +61,17 @@ export class PrefixCache {
     this.onGone = options.onGone ?? (() => {})
     this.queue = new EvictionQueue(regions, EVICTION_POLICIES[options.eviction ?? EVICTION_DEFAULT])
     this.pins = new PinTable(regions, pinLimitPages(regions, budgetPages))
+    this.tree = new PrefixTree(regions, options.places, (upper, lower) => {
+      this.queue.revalue(upper)
+      this.queue.revalue(lower)
+    })
+    this.watches = this.tree.watches
   }
 
   /** Where the longest prefix of the first `length` tokens lies that is cached in memory. */
   lookup(tenant: string, tokens: Int32Array, length: number): KvSpan[] {
     const spans: KvSpan[] = []
-    let node = this.roots.get(tenant)
+    let node = this.tree.roots.get(tenant)
     let at = 0
     this.clock++
     while (node) {
@@ -83,17 +97,17 @@ export class PrefixCache {
     const room = this.budgetPages - this.pins.pages
     const length = Math.min(tokens.length, tokensIn(this.regions.layout, room))
     this.clock++
-    let node = this.root(tenant)
+    let node = this.tree.root(tenant)
     this.touch(node)
     let at = 0
     while (at < length) {
       const child = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
-      if (child.coming) return this.keepBudget()
+      if (child.coming) return void this.keepBudget()
       const span = child.region < 0 ? spans.find(({ to }) => to > at) : undefined
       const end = Math.min(length, span?.to ?? length)
       const common = commonLength(child.tokens, tokens.subarray(at, end))
-      node = common === child.tokens.length ? child : this.split(child, common)
+      node = common === child.tokens.length ? child : this.tree.split(child, common)
       // What is outside of memory was computed again meanwhile.
       if (span) this.warmUp(node, span.region)
       node.uses++
@@ -104,10 +118,10 @@ export class PrefixCache {
       const start = Math.max(at, from)
       const end = Math.min(to, length)
       if (start >= end) continue
-      node = this.add(node, tokens.slice(start, end), start, region)
+      node = this.add(node, tokens.slice(start, end), region)
     }
     this.keepBudget()
-    this.forgetIfEmpty(this.root(tenant))
+    this.tree.forgetIfEmpty(this.tree.root(tenant))
   }
 
   /**
@@ -115,22 +129,20 @@ export class PrefixCache {
    * @returns the node at which it ends
    */
   restore(tenant: string, tokens: Int32Array, places: Uint32Array): PrefixNode {
-    let node = this.root(tenant)
+    let node = this.tree.root(tenant)
     let at = 0
     while (at < tokens.length) {
       const child = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
       const common = commonLength(child.tokens, tokens.subarray(at))
-      node = common === child.tokens.length ? child : this.split(child, common)
+      node = common === child.tokens.length ? child : this.tree.split(child, common)
       at += common
     }
     if (at === tokens.length) return node
-    const rest = { tokens: tokens.slice(at), from: at, region: -1 }
-    const end = this.node({ parent: node, tenant, ...rest })
+    const end = this.tree.append(node, tokens.slice(at), -1)
     const { first, end: last } = columnsOf(this.regions, end)
     end.places = places.slice(first, last)
     this.places?.claim(end.places)
-    node.children.set(present(tokens[at], 'a token'), end)
     return end
   }
 
@@ -164,15 +176,6 @@ export class PrefixCache {
     this.demotions++
     this.onGone('demote', before - this.regions.usedPages)
     if (mayGo(parent)) this.queue.add(parent)
-  }
-
-  /** Makes room for `pages` more in the budget. False, having forgotten in vain, if it cannot. */
-  reserve(pages: number): boolean {
-    while (this.regions.cachedPages + pages > this.budgetPages) {
-      if (!this.queue.first) return false
-      this.yield(this.queue.first)
-    }
-    return true
   }
 
   /** Keeps a node from going, whatever follows it, until it is let go. */
@@ -210,14 +213,14 @@ export class PrefixCache {
    */
   cold(tenant: string, tokens: Int32Array, length: number): PrefixNode[] | 'coming' {
     const found: PrefixNode[] = []
-    let node = this.roots.get(tenant)
+    let node = this.tree.roots.get(tenant)
     for (let at = 0; node && at < length;) {
       const child: PrefixNode | undefined = node.children.get(present(tokens[at], 'a token'))
       if (!child) break
       if (child.coming) return 'coming'
       const common = commonLength(child.tokens, tokens.subarray(at, length))
       const whole = common === child.tokens.length
-      node = whole || child.region >= 0 ? child : this.split(child, common)
+      node = whole || child.region >= 0 ? child : this.tree.split(child, common)
       if (node.region < 0) found.push(node)
       if (!whole) break
       at += common
@@ -242,7 +245,7 @@ export class PrefixCache {
     const whole = spannedTokens(spans) === tokens.length
     const pin = { tenant, id, tokens, spans, pinnedMs: this.now(), usesBefore: 0 }
     this.pins.add(pin, whole)
-    const node = this.end(tenant, tokens)
+    const node = this.tree.end(tenant, tokens)
     node.pins++
     pin.usesBefore = node.uses
     if (this.queue.has(node)) this.queue.remove(node)
@@ -252,7 +255,7 @@ export class PrefixCache {
   unpin(tenant: string, id: string): boolean {
     const pin = this.pins.find(tenant, id)
     if (!pin) return false
-    const node = this.end(tenant, pin.tokens)
+    const node = this.tree.end(tenant, pin.tokens)
     this.pins.remove(pin)
     node.pins--
     if (mayGo(node)) this.queue.add(node)
@@ -261,16 +264,12 @@ export class PrefixCache {
 
   /** Prompts that a pinned prefix served since it was pinned. */
   usesOf({ tenant, tokens, usesBefore }: Pin): number {
-    return this.end(tenant, tokens).uses - usesBefore
+    return this.tree.end(tenant, tokens).uses - usesBefore
   }
 
   /** All of them, parents before children. */
-  *nodes(): Generator<PrefixNode> {
-    const visit = function* (node: PrefixNode): Generator<PrefixNode> {
-      if (node.parent) yield node
-      for (const child of node.children.values()) yield* visit(child)
-    }
-    for (const root of this.roots.values()) yield* visit(root)
+  nodes(): Generator<PrefixNode> {
+    return this.tree.nodes()
   }
 
   /** What the nodes hold. */
@@ -296,20 +295,29 @@ export class PrefixCache {
         visit(child)
       }
     }
-    for (const root of this.roots.values()) visit(root)
+    for (const root of this.tree.roots.values()) visit(root)
     const coming = [...this.nodes()].some((node) => node.coming)
     const within = this.regions.cachedPages <= this.budgetPages
-    assert(within || coming, 'cached pages keep to their budget')
+    const leaving = (this.outlet?.leavingPages ?? 0) > 0
+    assert(within || coming || leaving, 'cached pages keep to their budget')
     assert(this.queue.size === ends, 'nothing is queued that has gone')
     this.pins.check()
     for (const pin of this.pins.list) {
-      assert(this.end(pin.tenant, pin.tokens).pins > 0, 'a pinned prefix stays')
+      assert(this.tree.end(pin.tenant, pin.tokens).pins > 0, 'a pinned prefix stays')
     }
   }
 
-  /** As far as it can: what is coming, and what leads to it, stays until it is there. */
-  keepBudget(): void {
-    while (this.regions.cachedPages > this.budgetPages && this.queue.first) {
+  /**
+   * Makes room in the budget, for `more` pages too, as far as it can: what is coming, and what
+   * leads to it, stays until it is there. Nothing is forgotten while something is on its way out:
+   * what is still too much then follows it.
+   * @returns whether there is, or will be, room
+   */
+  keepBudget(more = 0): boolean {
+    for (;;) {
+      const over = this.regions.cachedPages + more - this.budgetPages
+      if (over <= 0 || this.outlet?.drain(over)) return true
+      if (!this.queue.first) return false
       this.yield(this.queue.first)
     }
   }
@@ -338,32 +346,12 @@ export class PrefixCache {
     this.watches.went(leaf)
     this.evictions++
     this.onGone('evict', before - this.regions.usedPages)
-    if (!parent.parent) this.forgetIfEmpty(parent)
+    if (!parent.parent) this.tree.forgetIfEmpty(parent)
     else if (mayGo(parent) && !this.queue.has(parent)) this.queue.add(parent)
   }
 
-  private forgetIfEmpty(root: PrefixNode): void {
-    if (root.children.size === 0) this.roots.delete(root.tenant)
-  }
-
-  private root(tenant: string): PrefixNode {
-    let root = this.roots.get(tenant)
-    if (!root) {
-      root = this.node({
-        parent: undefined,
-        tenant,
-        tokens: new Int32Array(0),
-        from: 0,
-        region: -1,
-      })
-      this.roots.set(tenant, root)
-    }
-    return root
-  }
-
-  private add(parent: PrefixNode, tokens: Int32Array, from: number, region: number): PrefixNode {
-    const node = this.node({ parent, tenant: parent.tenant, tokens, from, region })
-    parent.children.set(present(tokens[0], 'a token'), node)
+  private add(parent: PrefixNode, tokens: Int32Array, region: number): PrefixNode {
+    const node = this.tree.append(parent, tokens, region)
     if (this.queue.has(parent)) this.queue.remove(parent)
     parent.warm++
     this.regions.hold(columnsOf(this.regions, node), 'cache')
@@ -372,82 +360,9 @@ export class PrefixCache {
     return node
   }
 
-  /** Puts a node of its own above a node for its first `count` tokens. */
-  private split(node: PrefixNode, count: number): PrefixNode {
-    const before = columnsOf(this.regions, node)
-    const { tenant, from, region, uses, usedAt, usedMs, base } = node
-    const tokens = node.tokens.slice(0, count)
-    const upper = this.node({ parent: node.parent, tenant, tokens, from, region })
-    Object.assign(upper, { uses, usedAt, usedMs, base })
-    upper.parent!.children.set(present(node.tokens[0], 'a token'), upper)
-    node.parent = upper
-    node.tokens = node.tokens.slice(count)
-    node.from += count
-    this.watches.split(upper, node)
-    upper.children.set(present(node.tokens[0], 'a token'), node)
-    if (node.places) this.splitPlaces(upper, node, node.places)
-    if (region < 0) return upper
-    upper.warm = 1
-    this.regions.hold(columnsOf(this.regions, upper), 'cache')
-    this.regions.hold(columnsOf(this.regions, node), 'cache')
-    this.regions.drop(before, 'cache')
-    this.queue.revalue(upper)
-    this.queue.revalue(node)
-    return upper
-  }
-
-  /** Columns of a group that both have bytes of have places that both hold. */
-  private splitPlaces(upper: PrefixNode, lower: PrefixNode, places: Uint32Array): void {
-    const above = columnsOf(this.regions, upper)
-    const below = columnsOf(this.regions, lower)
-    upper.places = places.slice(0, above.end - above.first)
-    lower.places = places.slice(below.first - above.first)
-    const shared = lower.places.subarray(0, Math.max(0, above.end - below.first))
-    for (const place of shared) this.places?.share(place)
-  }
-
-  private node(
-    place: Pick<PrefixNode, 'parent' | 'tenant' | 'tokens' | 'from' | 'region'>,
-  ): PrefixNode {
-    const { parent, tenant, tokens, from, region } = place
-    return {
-      id: this.nextId++,
-      parent,
-      tenant,
-      tokens,
-      from,
-      region,
-      children: new Map(),
-      usedAt: 0,
-      usedMs: 0,
-      uses: 1,
-      base: 0,
-      value: 0,
-      heapIndex: -1,
-      pins: 0,
-      places: undefined,
-      coming: false,
-      warm: 0,
-      gone: false,
-      watches: [],
-    }
-  }
-
   private touch(node: PrefixNode): void {
     node.usedAt = this.clock
     node.usedMs = this.now()
     if (node.parent) this.queue.used(node)
-  }
-
-  /** The node at which these tokens end; a node is made to end there if need be. */
-  private end(tenant: string, tokens: Int32Array): PrefixNode {
-    let node = present(this.roots.get(tenant), "a tenant's prefixes")
-    while (node.from + node.tokens.length < tokens.length) {
-      const at = node.from + node.tokens.length
-      const child = present(node.children.get(present(tokens[at], 'a token')), 'a cached prefix')
-      const count = tokens.length - at
-      node = child.tokens.length > count ? this.split(child, count) : child
-    }
-    return node
   }
 }

@@ -231,9 +231,9 @@ export class RegionTable {
     return this.regions[region]?.owned ?? false
   }
 
-  /** Whether no more than one sequence refers to a column, whatever is cached. */
-  hasOneUser(region: number, column: number): boolean {
-    return (this.regions[region]?.live[column] ?? 0) <= 1
+  /** How often a column is held, caches apart. */
+  liveHolders(region: number, column: number): number {
+    return this.regions[region]?.live[column] ?? 0
   }
 
   /** Whether others than the one who holds `own` hold a column of its region from `from` on. */

@@ -60,6 +60,16 @@ export interface SlotInUse extends Pick<Slot, 'state' | 'region' | 'first' | 'en
   pending: boolean
 }
 
+/** How a slot shows what it holds. */
+export interface ShownSlot {
+  /** Where it writes. */
+  region: number
+  /** Where its tokens lie. */
+  spans: readonly KvSpan[]
+  pending: boolean
+  beam: boolean
+}
+
 /** What a slot holds while it is free. */
 const NOTHING = {
   shared: [],
@@ -139,10 +149,52 @@ export class SlotTable {
     return Math.max(0, more) * this.layout.ranges
   }
 
-  /** What a slot holds of the region where it writes. */
-  ownColumns(slot: number): KvColumns {
-    const { region, first, end } = this.slot(slot)
-    return { region, first, end }
+  /** All that a slot holds. */
+  columnsHeld(slot: number): KvColumns[] {
+    const { region, first, end, held } = this.slot(slot)
+    return [...held, { region, first, end }]
+  }
+
+  /** Where a slot's first `tokens` tokens lie, without gaps from column 0 on. */
+  columnsShown(slot: number, tokens: number): KvColumns[] {
+    const { region, first, shared, pending } = this.slot(slot)
+    if (pending) return copiedColumns(this.layout, pending, 0)
+    const own = { region, first, end: columnsFor(this.layout, tokens) }
+    const all = [...sharedColumns(this.layout, shared), own]
+    return all.filter(({ first, end }) => end > first)
+  }
+
+  shownBy(slot: number, tokens: number): ShownSlot {
+    const { region, pending, beam } = this.slot(slot)
+    const spans = pending ?? this.spansOf(slot, tokens)
+    return { region, spans, pending: pending !== undefined, beam }
+  }
+
+  get freeSlots(): number {
+    return this.slots.reduce((count, { state }) => count + (state === 'free' ? 1 : 0), 0)
+  }
+
+  /**
+   * Takes a free slot that shows tokens as another one did, the last of them in its own region.
+   * They are about to be filled in: the region was taken, and grown, already.
+   */
+  acquireShown({ region, spans: all, pending, beam }: ShownSlot): number {
+    const { layout, regions } = this
+    const slot = this.slots.findIndex(({ state }) => state === 'free')
+    const spans = pending ? all : all.slice(0, -1)
+    regions.mover.map(slot, region, spans)
+    const taken = this.slot(slot)
+    Object.assign(taken, { state: 'held', region, beam })
+    if (pending) taken.held = copiedColumns(layout, spans, 0)
+    else taken.held = beam ? sharedColumns(layout, spans) : spannedColumns(layout, spans)
+    for (const columns of taken.held) regions.hold(columns, 'live')
+    this.share(taken, spans, spans)
+    if (pending) return slot
+    taken.pending = undefined
+    this.promise(taken, 0)
+    taken.end = Math.max(taken.first, columnsFor(layout, spannedTokens(all)))
+    regions.hold({ region, first: taken.first, end: taken.end }, 'live')
+    return slot
   }
 
   /** Part of what it holds is in another's region still, until it grows. */

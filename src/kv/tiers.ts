@@ -6,42 +6,20 @@
 //                    └────────────stop────────────────┘   (its places still hold it)
 
 import { assert } from '../assert.ts'
-import { type KvLayout, tokenAlignedColumn } from './layout.ts'
 import {
-  clipSpans,
-  columnsFor,
-  fullColumns,
-  type KvColumns,
-  type KvSpan,
-  spannedColumns,
-} from './regions.ts'
+  columnsFreed,
+  columnsIn,
+  type Image,
+  type ImageParts,
+  partsOf,
+  pieceIn,
+  regionsOf,
+  shownIn,
+  tokensBefore,
+} from './image.ts'
+import { clipSpans, type KvColumns, spannedColumns } from './regions.ts'
 import type { SlotTable } from './slots.ts'
 import type { TransferKind, Transfers } from './transfers.ts'
-
-/** What lets a sequence go on where it was: its columns outside of memory, or on their way. */
-export interface Image {
-  /** back: all is in memory; lost: a transfer failed, or it was dropped. Its places are free. */
-  state: 'leaving' | 'out' | 'coming' | 'back' | 'lost'
-  /** Tokens whose keys and values it has. */
-  readonly tokens: number
-  /** What of them stays in memory, because others use it too; up to a column's end. */
-  readonly shared: readonly KvSpan[]
-  /** The image itself keeps `shared` in memory; while it is coming, its slot does. */
-  pinned: boolean
-  /** The column in the first of `places`. */
-  readonly first: number
-  readonly places: Uint32Array
-  /** While leaving or coming; else -1. */
-  slot: number
-  /** Pages that will be free when it has left. */
-  pages: number
-  /** When it began to leave. */
-  readonly sinceMs: number
-  /** Transfers under way. */
-  pending: number
-  failed: boolean
-  dropped: boolean
-}
 
 export class Tiers {
   private readonly transfers: Transfers
@@ -66,71 +44,81 @@ export class Tiers {
   /** Slots that are nobody's while their columns leave. */
   get leavingSlots(): number {
     let slots = 0
-    for (const image of this.images) if (image.state === 'leaving') slots++
+    for (const image of this.images) if (image.state === 'leaving') slots += image.slots.length
     return slots
   }
 
-  /** Columns that would have to be written for a slot of `tokens` tokens to leave. */
-  columnsToMove(slot: number, tokens: number): number {
-    return columnsFor(this.slots.layout, tokens) - this.firstToMove(slot, tokens)
+  /**
+   * What of slots of `tokens` tokens each would go together.
+   * @returns undefined if a slot alone has just been forked and not written to
+   */
+  partsOf(slots: readonly number[], tokens: number): ImageParts | undefined {
+    const [slot = -1] = slots
+    if (slots.length === 1 && this.slots.isPending(slot)) return undefined
+    return partsOf(this.slots, slots, tokens)
   }
 
   /**
-   * Begins to move out the first `tokens` tokens of a held slot, which is the image's from now on:
-   * nobody may write to it.
-   * @returns undefined, with nothing changed, if the tier has no room, or the slot has just been
-   *   forked and not written to
+   * Begins to move out held slots of `tokens` tokens each, which are the image's from now on:
+   * nobody may write to them.
+   * @returns undefined, with nothing changed, if the tier has no room
    */
-  out(slot: number, tokens: number): Image | undefined {
-    const { slots } = this
-    const { layout } = slots
-    if (slots.isPending(slot)) return undefined
-    const first = this.firstToMove(slot, tokens)
-    const places = this.transfers.places.take(columnsFor(layout, tokens) - first)
+  out(slots: readonly number[], tokens: number, parts: ImageParts): Image | undefined {
+    const table = this.slots
+    const { layout } = table
+    const places = this.transfers.places.take(columnsIn(parts.pieces))
     if (!places) return undefined
-    const shared = clipSpans(slots.spansOf(slot, tokens), tokensBefore(layout, first))
-    slots.pin(shared)
-    const pages = (Math.max(slots.ownColumns(slot).end, first) - first) * layout.ranges
-    const counts = { pages, pending: 0, failed: false, dropped: false }
+    const [slot = -1] = slots
+    const shared = clipSpans(table.spansOf(slot, tokens), tokensBefore(layout, parts.first))
+    table.pin(shared)
     const image: Image = {
       state: 'leaving',
       tokens,
       shared,
       pinned: true,
-      first,
+      parts,
       places,
-      slot,
+      slots,
+      pages: columnsFreed(table, slots, parts.first) * layout.ranges,
       sinceMs: this.transfers.nowMs,
-      ...counts,
+      pending: 0,
+      failed: false,
+      dropped: false,
     }
     this.images.add(image)
-    for (const columns of this.columnsOf(slot, tokens)) {
-      const from = Math.max(columns.first, first)
-      if (from < columns.end) this.transfer(image, 'save', { ...columns, first: from })
-    }
+    this.transfer(image, 'save', parts.pieces)
     // Nothing to write: all of it stays in memory for others.
     if (image.pending === 0) this.settle(image)
     return image
   }
 
   /**
-   * Begins to fill a slot that was acquired with `image.shared`, and grown: what the image kept in
-   * memory, the slot keeps now.
-   * @returns true if there is nothing to fill: it is back
+   * Finds slots for what comes back, and begins to fill them; what the image kept in memory, they
+   * keep now. There must be memory for its pages (`pagesBack`).
+   * @returns the slots; undefined, with nothing changed, if too few of them or regions are free
    */
-  back(image: Image, slot: number): boolean {
+  back(image: Image): readonly number[] | undefined {
     assert(image.state === 'out' && image.pinned, 'what comes back was out')
-    image.state = 'coming'
+    const { slots: table } = this
+    const { layout } = table
+    const { parts, shared } = image
+    if (table.freeSlots < parts.shown.length) return undefined
+    const regions = this.takeRegions(regionsOf(parts))
+    if (!regions) return undefined
+    const pieces = parts.pieces.map((piece) => pieceIn(regions, parts, piece))
+    for (const { region, first, end } of pieces) table.regions.mover.grow?.(region, first, end)
+    const shown = parts.shown.map((slot) => shownIn(layout, regions, parts, slot))
+    const slots = shown.map((slot) => table.acquireShown(slot))
+    image.slots = slots
+    const own = new Set(shown.map(({ region }) => region))
+    for (const region of regions.values()) if (!own.has(region)) table.regions.leave(region)
+    table.unpin(shared)
     image.pinned = false
-    image.slot = slot
     image.failed = false
-    image.pages = this.slots.pagesOf(slot)
-    const { region, first } = this.slots.ownColumns(slot)
-    assert(first === image.first, 'a slot begins where its image does')
-    const columns = { region, first, end: first + image.places.length }
-    if (image.places.length > 0) this.transfer(image, 'load', columns)
-    else this.settle(image)
-    return image.places.length === 0
+    image.state = 'coming'
+    this.transfer(image, 'load', pieces)
+    if (image.pending === 0) this.settle(image)
+    return slots
   }
 
   /** What is coming shall not run after all: its slot is the image's again until it is out. */
@@ -169,30 +157,49 @@ export class Tiers {
     for (const { places } of this.images) yield places
   }
 
-  private transfer(image: Image, kind: TransferKind, columns: KvColumns): void {
-    const at = columns.first - image.first
-    const places = image.places.subarray(at, at + columns.end - columns.first)
-    image.pending++
-    this.transfers.begin(kind, columns, places, (error) => {
-      image.pending--
-      if (error) image.failed = true
-      if (image.pending > 0) return
-      if (!image.dropped) this.changed.push(image)
-      this.settle(image)
-    })
+  /** For each of these a region that nobody else takes; undefined if there are too few. */
+  private takeRegions(before: Iterable<number>): Map<number, number> | undefined {
+    const { regions } = this.slots
+    const taken = new Map<number, number>()
+    for (const region of before) {
+      const now = regions.take(-1)
+      if (now < 0) {
+        for (const other of taken.values()) regions.leave(other)
+        return undefined
+      }
+      taken.set(region, now)
+    }
+    return taken
+  }
+
+  private transfer(image: Image, kind: TransferKind, pieces: readonly KvColumns[]): void {
+    let at = 0
+    image.pending += pieces.length
+    for (const columns of pieces) {
+      const count = columns.end - columns.first
+      const places = image.places.subarray(at, at + count)
+      at += count
+      this.transfers.begin(kind, columns, places, (error) => {
+        image.pending--
+        if (error) image.failed = true
+        if (image.pending > 0) return
+        if (!image.dropped) this.changed.push(image)
+        this.settle(image)
+      })
+    }
   }
 
   /** Nothing of it is under way any more. */
   private settle(image: Image): void {
-    const { slots } = this
-    const { slot, failed, dropped, state } = image
-    image.slot = -1
+    const { slots: table } = this
+    const { slots, failed, dropped, state } = image
+    image.slots = []
     if (state === 'coming' && !failed) return this.forget(image, 'back')
     if (!image.pinned && !dropped && !failed) {
-      slots.pin(image.shared)
+      table.pin(image.shared)
       image.pinned = true
     }
-    slots.retire(slot, -Infinity)
+    for (const slot of slots) table.retire(slot, -Infinity)
     if (dropped || failed) this.forget(image, 'lost')
     else image.state = 'out'
   }
@@ -204,32 +211,4 @@ export class Tiers {
     this.images.delete(image)
     image.state = state
   }
-
-  /** Where each column of a slot lies: in others' regions, then in its own. */
-  private columnsOf(slot: number, tokens: number): KvColumns[] {
-    const { layout } = this.slots
-    const own = this.slots.ownColumns(slot)
-    const others = this.slots.spansOf(slot, tokens).map(({ region, from, to }) => {
-      const end = Math.min(fullColumns(layout, to), own.first)
-      return { region, first: fullColumns(layout, from), end }
-    })
-    const columns = [...others, { ...own, end: columnsFor(layout, tokens) }]
-    return columns.filter(({ first, end }) => end > first)
-  }
-
-  /** The column from which on nobody but this slot's sequence uses what it has. */
-  private firstToMove(slot: number, tokens: number): number {
-    const { layout, regions } = this.slots
-    let first = columnsFor(layout, tokens)
-    for (const columns of this.columnsOf(slot, tokens).toReversed()) {
-      while (first > columns.first && regions.hasOneUser(columns.region, first - 1)) first--
-      if (first > columns.first) break
-    }
-    // What stays in memory ends with a column and with a token: none is copied when it is back.
-    return tokenAlignedColumn(layout, Math.min(first, fullColumns(layout, tokens)))
-  }
-}
-
-function tokensBefore(layout: KvLayout, column: number): number {
-  return (column * layout.shape.pageBytes) / layout.tokenStride
 }

@@ -2,11 +2,11 @@
 // image brings back; pages that are warm or only cached go first. Who gets memory and who has to
 // give way, the scheduler decides.
 
-import { assert } from '../assert.ts'
+import { assert, present } from '../assert.ts'
+import { columnsIn, type Image, pagesBack } from '../kv/image.ts'
 import { type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
-import type { Image } from '../kv/tiers.ts'
-import type { Preemption, Schedulable, Sharing } from './scheduler.ts'
+import type { Preemption, Schedulable, Sharing } from './schedulable.ts'
 
 export class Residence<S extends Schedulable> {
   /** Sequences that made room, by how they were to come back. */
@@ -43,40 +43,57 @@ export class Residence<S extends Schedulable> {
     return true
   }
 
-  /** Finds a slot and pages for a sequence whose image is out, and begins to fill them. */
-  resume(sequence: S, image: Image): boolean {
-    const tokens = sequence.length + 1
-    if (!this.slots.fits(tokens, image.shared)) return false
-    const slot = this.acquireFresh(image.shared)
-    if (slot < 0) return false
-    sequence.slot = slot
-    assert(this.grow(slot, tokens), 'a sequence that fits gets its pages')
-    if (this.preemption?.tiers.back(image, slot)) this.isBack(sequence, image)
+  /** Finds slots and pages for those whose image is out, and begins to fill them. */
+  resume(members: readonly S[], image: Image): boolean {
+    const { slots } = this
+    const { length } = present(members[0], 'a member')
+    const pages = pagesBack(slots.layout, image, length + 1)
+    if (!this.preemption || pages > slots.availablePages()) return false
+    while (slots.usedPages + pages > slots.limitPages) if (!this.reclaimOne()) return false
+    let found: readonly number[] | undefined
+    while (!(found = this.preemption.tiers.back(image))) if (!this.reclaimOne()) return false
+    members.forEach((member, i) => {
+      member.slot = present(found?.[i], 'a slot')
+      // A fork grows when what it copies is there.
+      if (slots.isPending(member.slot)) return
+      assert(this.grow(member.slot, member.length + 1), 'a sequence that fits gets its pages')
+    })
+    if (image.state === 'back') this.isBack(members, image)
     return true
   }
 
-  /** All that a sequence's image had is in its slot. */
-  isBack(sequence: S, image: Image): void {
-    sequence.computed = image.tokens
-    sequence.image = undefined
+  /** All that an image had is in the slots of its sequences. */
+  isBack(members: readonly S[], image: Image): void {
+    for (const member of members) {
+      member.computed = image.tokens
+      member.image = undefined
+    }
   }
 
   /**
-   * Its pages are moved out, or given back if they are sooner computed again.
-   * @param beginsAgain what it has is of no use to it
+   * Pages of those that go together are moved out, or given back if they are sooner computed again.
+   * @param beginsAgain what they have is of no use to them
+   * @returns whether they are moved
    */
-  vacate(sequence: S, beginsAgain: boolean): void {
-    if (beginsAgain && sequence.image) {
-      this.forgetImage(sequence, sequence.image)
-      sequence.computed = 0
-      return
+  vacate(members: readonly S[], beginsAgain: boolean): boolean {
+    const before = present(members[0], 'a member').image
+    if (beginsAgain && before) {
+      for (const member of members) {
+        this.forgetImage(member, before)
+        member.computed = 0
+      }
+      return false
     }
-    const moves = beginsAgain ? false : this.moveOut(sequence)
-    if (!moves) this.slots.retire(sequence.slot, -Infinity)
-    this.preemptions[moves ? 'offload' : 'recompute']++
-    sequence.preemptions++
-    sequence.slot = -1
-    sequence.computed = 0
+    const image = beginsAgain ? undefined : this.moveOut(members)
+    for (const member of members) {
+      if (!image) this.slots.retire(member.slot, -Infinity)
+      this.preemptions[image ? 'offload' : 'recompute']++
+      member.preemptions++
+      member.image = image
+      member.slot = -1
+      member.computed = 0
+    }
+    return image !== undefined
   }
 
   /** What a sequence has outside of memory, or on the way, is of no more use. */
@@ -95,18 +112,20 @@ export class Residence<S extends Schedulable> {
     return this.slots.reclaim(Infinity) >= 0 || this.sharing.evict()
   }
 
-  private moveOut(sequence: S): boolean {
-    const { slot, computed, promptLength, image } = sequence
-    if (!this.preemption) return false
+  private moveOut(members: readonly S[]): Image | undefined {
+    const { computed, promptLength, image } = present(members[0], 'a member')
+    if (!this.preemption) return undefined
     const { tiers } = this.preemption
     // It was on its way back.
     if (image) tiers.stop(image)
-    if (image || computed === 0) return image !== undefined
-    const pages = tiers.columnsToMove(slot, computed) * this.slots.layout.ranges
+    if (image || computed === 0) return image
+    const slots = members.map(({ slot }) => slot)
+    const parts = tiers.partsOf(slots, computed)
+    if (!parts) return undefined
+    const pages = columnsIn(parts.pieces) * this.slots.layout.ranges
     const outputs = Math.max(0, computed - promptLength)
-    if (!this.preemption.preferMoving(pages, computed - outputs, outputs)) return false
-    sequence.image = tiers.out(slot, computed)
-    return sequence.image !== undefined
+    const worth = this.preemption.preferMoving(pages, computed - outputs, slots.length * outputs)
+    return worth ? tiers.out(slots, computed, parts) : undefined
   }
 
   private acquire(tokens: number): number {

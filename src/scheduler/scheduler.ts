@@ -5,71 +5,23 @@
 
 import { assert, present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
+import type { Image } from '../kv/image.ts'
 import type { KvSpan } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
-import type { Image, Tiers } from '../kv/tiers.ts'
-import { Residence } from './residence.ts'
 import { type Growing, OutputLengths, peakPages } from './growth.ts'
+import { Residence } from './residence.ts'
+import {
+  isDecoding,
+  membersOf,
+  placesOf,
+  type Preemption,
+  type Schedulable,
+  type SchedulingUnit,
+  type Sharing,
+} from './schedulable.ts'
 
-/** What the scheduler sees, and changes, of a sequence. */
-export interface Schedulable {
-  /** Tokens known: prompt and output. */
-  readonly length: number
-  /** The first of them, which are computed in chunks; what was decoded is computed so again. */
-  readonly promptLength: number
-  /** Tokens whose KV is in memory. */
-  computed: number
-  /** Tokens that it may have in the end. */
-  readonly lengthMax: number
-  /** -1 while waiting. */
-  slot: number
-  /** What it has outside of memory, or on the way; it does not run meanwhile. */
-  image: Image | undefined
-  /** How often it had to make room. */
-  preemptions: number
-  /** Those it goes together with, if any. */
-  readonly unit?: SchedulingUnit<Schedulable> | undefined
-}
-
-/**
- * Sequences that are let in, decode and give way together, such as beams. One of them waits for
- * all; when its prompt is computed the others fork from it.
- */
-export interface SchedulingUnit<S> {
-  /** Sequences that it will have, at most. */
-  readonly width: number
-  /** Pages that it may need to run to its end, and those that it is to find when it is let in. */
-  readonly pagesMost: number
-  readonly pagesToEnter: number
-  /** Those that run, or the one that waits. */
-  readonly members: readonly S[]
-  /** All have lost their memory: leaves one that begins again. */
-  restart(): void
-}
-
-/** What of a sequence may be in memory before it is let in. */
-export interface Sharing<S> {
-  /**
-   * Where its first tokens lie; 'wait' while another sequence is about to compute them, 'coming'
-   * while they come from outside of memory: others may go first, and leave a place for who waits.
-   */
-  prefixOf(sequence: S): readonly KvSpan[] | 'wait' | 'coming'
-  /** Lets go of a cached prefix, to make room. False if there is none. */
-  evict(): boolean
-  /** A sequence is about to lose its slot to make room; it will wait again. */
-  preempted?(sequence: S): void
-}
-
-/** How a sequence that makes room comes back. */
-export interface Preemption {
-  readonly tiers: Tiers
-  /** Something is on its way out of memory or back. */
-  readonly busy: boolean
-  /** Pages that become free without anybody's doing. */
-  readonly leavingPages: number
-  /** Whether moving so many pages costs less than computing so many tokens. */
-  preferMoving(pages: number, promptTokens: number, outputTokens: number): boolean
-}
+export { isDecoding } from './schedulable.ts'
+export type { Preemption, Schedulable, SchedulingUnit, Sharing } from './schedulable.ts'
 
 /** One sequence's part of a step: `count` tokens from `computed` on. */
 export interface ScheduledPart<S> {
@@ -141,8 +93,8 @@ export class Scheduler<S extends Schedulable> {
     for (const image of this.preemption.tiers.poll(nowMs)) {
       if (image.state === 'lost') this.computeAgain(image)
       if (image.state !== 'back') continue
-      const sequence = this.running.find((running) => running.image === image)
-      this.residence.isBack(present(sequence, 'whose image is back'), image)
+      const members = this.running.filter((running) => running.image === image)
+      this.residence.isBack(members, image)
     }
   }
 
@@ -157,6 +109,8 @@ export class Scheduler<S extends Schedulable> {
     this.planDecodes()
     const budget = this.options.stepTokens - this.parts.length
     this.admit(budget - this.planPrompts(budget))
+    // Who came back with nothing to wait for.
+    if (this.parts.length === 0) this.planDecodes()
     return this.parts
   }
 
@@ -231,10 +185,10 @@ export class Scheduler<S extends Schedulable> {
         continue
       }
       this.waiting.splice(at, 1)
-      this.running.push(sequence)
+      this.running.push(...membersOf(sequence))
       if (sequence.image) continue
       if (!isDecoding(sequence)) left -= this.planChunk(sequence, left)
-      else {
+      else if (!sequence.unit) {
         this.addPart(sequence, 1)
         left--
       }
@@ -246,7 +200,7 @@ export class Scheduler<S extends Schedulable> {
     const { image } = sequence
     if (image) {
       if (image.state !== 'out' || !this.expectsRoom(sequence, image.shared, before)) return false
-      return this.residence.resume(sequence, image)
+      return this.residence.resume(membersOf(sequence), image)
     }
     const shared = this.sharing.prefixOf(sequence)
     if (shared === 'wait' || shared === 'coming') return shared
@@ -288,9 +242,13 @@ export class Scheduler<S extends Schedulable> {
    */
   private unblock(): boolean {
     if (this.running.length > 0 || this.preemption?.busy) return false
-    const last = this.waiting.findLast(({ image }) => image && image.shared.length > 0)
+    const [first] = this.waiting
+    const keeps = this.waiting.findLast(({ image }) => image && image.shared.length > 0)
+    // Beams need as many regions as they had, and others may have got some for good.
+    const last = keeps ?? (first?.unit ? first : undefined)
     if (!last?.image) return false
     this.residence.forgetImage(last, last.image)
+    last.unit?.restart()
     return true
   }
 
@@ -436,17 +394,15 @@ export class Scheduler<S extends Schedulable> {
     this.preempt(sequence, true)
   }
 
-  /** Sends a sequence back to the queue's front; a unit begins again. */
+  /** Sends a sequence, and those that go with it, back to the queue's front. */
   private preempt(sequence: S, beginsAgain = false): void {
-    const { unit } = sequence
-    const members = (unit?.members ?? [sequence]) as readonly S[]
+    const members = membersOf(sequence)
     const first = present(members[0], 'a member')
     for (const member of members) {
       this.sharing.preempted?.(member)
       this.running.splice(this.running.indexOf(member), 1)
-      this.residence.vacate(member, beginsAgain || unit !== undefined)
     }
-    unit?.restart()
+    if (!this.residence.vacate(members, beginsAgain)) sequence.unit?.restart()
     this.waiting.unshift(first)
   }
 
@@ -455,21 +411,18 @@ export class Scheduler<S extends Schedulable> {
     this.imagesLost++
     const at = this.running.findIndex((sequence) => sequence.image === image)
     const sequence = this.running[at] ?? this.waiting.find((waiting) => waiting.image === image)
-    const lost = present(sequence, 'whose image is lost')
-    lost.image = undefined
-    lost.slot = -1
-    if (at < 0) return
-    this.running.splice(at, 1)
-    this.waiting.unshift(lost)
+    const members = membersOf(present(sequence, 'whose image is lost'))
+    const first = present(members[0], 'a member')
+    for (const member of members) {
+      member.image = undefined
+      member.slot = -1
+    }
+    if (at >= 0) {
+      this.running.splice(at, members.length)
+      this.waiting.unshift(first)
+    }
+    first.unit?.restart()
   }
-}
-
-/**
- * Its prompt is in memory: it goes on by a token a step. After a preemption these are known at
- * first, and computed as they were before, so that they have the same bits.
- */
-export function isDecoding(sequence: Schedulable): boolean {
-  return sequence.computed >= sequence.promptLength
 }
 
 /** Its last token is chosen, and only to be taken in. */
@@ -480,11 +433,4 @@ function hasAll({ unit, length, lengthMax }: Schedulable): boolean {
 /** A unit runs as a whole or not at all. */
 function isStalled({ unit }: Schedulable, stalled: Schedulable['unit']): boolean {
   return unit !== undefined && unit === stalled
-}
-
-/** Places that a running sequence takes: the first of a unit takes all of the unit's. */
-function placesOf(sequence: Schedulable): number {
-  const { unit } = sequence
-  if (!unit) return 1
-  return unit.members[0] === sequence ? unit.width : 0
 }

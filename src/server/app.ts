@@ -104,5 +104,5 @@ function notFound(c: RouteContext, routes: readonly Route[]): LatticeError {
 }
 
 function endpoints(routes: readonly Route[]): string[] {
-  return routes.map(([method, path]) => `${method} ${path.replace(/:id.*/, 'ID')}`)
+  return routes.map(([method, path]) => `${method} ${path.replace(/:id[^/]*/, 'ID')}`)
 }

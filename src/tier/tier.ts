@@ -80,6 +80,8 @@ export interface StoreFacts {
   tokens: number
   /** Records and prefixes that were torn or changed, or built on one that was. */
   lost: number
+  /** Prefixes that were left out, since the store was larger when they were written. */
+  beyond: number
 }
 
 export interface TierStats {
@@ -363,9 +365,9 @@ function geometryFor(memory: TieredMemory, bytes: number): TierGeometry {
   )
 }
 
-function storeFacts({ directory, prefixes, lost }: OpenedStore): StoreFacts {
+function storeFacts({ directory, prefixes, lost, beyond }: OpenedStore): StoreFacts {
   const tokens = prefixes.reduce((sum, { tokens }) => sum + tokens.length, 0)
-  return { directory, prefixes: prefixes.length, tokens, lost }
+  return { directory, prefixes: prefixes.length, tokens, lost, beyond }
 }
 
 export function pagerFailed(cause?: LatticeError): LatticeError {

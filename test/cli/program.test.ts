@@ -13,6 +13,7 @@ const usageErrors: [args: string[], what: RegExp, todo: RegExp][] = [
   [['serve', '--api-key', ''], /API key is empty/, /LATTICE_API_KEY/],
   [['run', '--raw', '--system', 'x', 'hi'], /--raw uses no chat template/, /leave one/],
   [['ps', 'extra'], /too many arguments/, /--help/],
+  [['serve', 'model.gguf'], /too many arguments/, /--model/],
 ]
 for (const [args, what, todo] of usageErrors) {
   test(`wrong usage is refused with what to do: lattice ${args.join(' ')}`, async () => {

@@ -31,6 +31,7 @@ const SNAPSHOT: EngineSnapshot = {
     residentBytes: 131_072,
     cachedPages: 0,
     pinnedPages: 0,
+    prefixLimitPages: 0,
   },
   steps: 11,
   promptTokens: 90,
@@ -56,6 +57,18 @@ test('requests and totals are in the table', async (t) => {
 test('--json is what the server said', async (t) => {
   const { stdout } = await lattice(['ps', '--json', '--url', await serve(t, SNAPSHOT)])
   assert.deepEqual(JSON.parse(stdout), SNAPSHOT)
+})
+
+test('an empty list does not say that there is no prefix cache', async (t) => {
+  for (const [prefixLimitPages, message] of [
+    [0, /no prefix cache: start it with --prefix-cache/],
+    [9, /No conversation is cached|Nothing is pinned/],
+  ] as const) {
+    const kv = { ...SNAPSHOT.kv, prefixLimitPages }
+    const url = await serve(t, { ...SNAPSHOT, kv, data: [] })
+    assert.match((await lattice(['ps', '--sessions', '--url', url])).stdout, message)
+    assert.match((await lattice(['prefix', 'ls', '--url', url])).stdout, message)
+  }
 })
 
 test('the key reaches the server, and a wrong one is told', async (t) => {

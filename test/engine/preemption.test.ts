@@ -91,6 +91,23 @@ test('one of 100 sequences differs in a bit because some were on disk', { skip }
   assert.deepEqual(disturbed.outcomes.map(whatCounts), undisturbed.outcomes.map(whatCounts))
 })
 
-function whatCounts({ tokens, logprobs, reason }: Outcome): Partial<Outcome> {
-  return { tokens, logprobs, reason }
+test(
+  'beams that were on disk together find something else than beams that were not',
+  { skip },
+  (t) => {
+    const requests = requestsOf([40, 30, 20], 40)
+    const beams = { width: 3, lengthPenalty: 1, earlyStopping: false } as const
+    const search = sequenceRequest({ ...requests[0]!, maxTokens: 30, beams })
+    // Early ones grow until the beams, which came last, have to go.
+    const all = [...requests.slice(1), search]
+    const undisturbed = run(t, all, { maxSequences: 5, kvTokens: UNLIMITED })
+    const options = { maxSequences: 5, kvTokens: 190, greedy: true, comeBack: 'moved' } as const
+    const disturbed = run(t, all, options, 64 << 20)
+    assert.ok(disturbed.offloads >= 3, `${disturbed.offloads} offloads`)
+    assert.deepEqual(disturbed.outcomes.map(whatCounts), undisturbed.outcomes.map(whatCounts))
+  },
+)
+
+function whatCounts({ tokens, logprobs, reason, score }: Outcome): Partial<Outcome> {
+  return { tokens, logprobs, reason, score }
 }

@@ -33,7 +33,7 @@ export function insidesOf(core: EngineCore): Insides {
     regionTable,
     regions: part(regionTable, 'regions'),
     cache,
-    roots: cache ? part(cache, 'roots') : new Map(),
+    roots: cache ? part(part(cache, 'tree'), 'roots') : new Map(),
     sharing: part(sharing, 'options'),
   }
 }

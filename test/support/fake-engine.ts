@@ -140,6 +140,7 @@ export class FakeEngine implements Engine {
         residentBytes: usedPages * 4096,
         cachedPages: 0,
         pinnedPages: 0,
+        prefixLimitPages: 0,
       },
       steps: this.#steps,
       promptTokens: this.#promptTokens,

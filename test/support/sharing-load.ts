@@ -8,35 +8,42 @@ import { GREEDY, type EngineSnapshot, type SequenceRequest } from '../../src/eng
 import { type Bench, expectedOutcome, sequenceRequest } from './null-engine.ts'
 
 /** Prompts of a few words, so that they begin alike. */
-const prompts = fc
+export const prompts = fc
   .array(fc.constantFrom([1, 2, 3, 4, 5], [1, 2, 9], [6], [7, 8, 7, 8, 7, 8, 7]), {
     minLength: 1,
     maxLength: 6,
   })
   .map((words) => Int32Array.from(words.flat()))
 
-export const loads = fc.record({
-  maxSequences: fc.integer({ min: 2, max: 6 }),
-  extraBudget: fc.nat(30),
-  // One sequence of 80 tokens needs 50 pages.
-  kvPages: fc.integer({ min: 50, max: 110 }),
-  prefixPages: fc.constantFrom(0, 12, 50, 50),
-  arrivals: fc.array(
-    fc.record({
-      prompt: prompts,
-      choices: fc.constantFrom(1, 1, 2, 5),
-      tenant: fc.constantFrom('a', 'a', 'b'),
-      maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
-      temperature: fc.constantFrom(0, 1),
-      stopTokens: fc.constantFrom([], [], [7, 21, 33]),
-      seed: fc.nat(1000),
-      gap: fc.nat(4),
-      // A fifth of the choices is aborted.
-      abortAfter: fc.nat(40).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
-    }),
-    { minLength: 3, maxLength: 9 },
-  ),
-})
+function loadsWith(pinned: fc.Arbitrary<boolean>) {
+  return fc.record({
+    maxSequences: fc.integer({ min: 2, max: 6 }),
+    extraBudget: fc.nat(30),
+    // One sequence of 80 tokens needs 50 pages.
+    kvPages: fc.integer({ min: 50, max: 110 }),
+    prefixPages: fc.constantFrom(0, 12, 50, 50),
+    arrivals: fc.array(
+      fc.record({
+        prompt: prompts,
+        choices: fc.constantFrom(1, 1, 2, 5),
+        tenant: fc.constantFrom('a', 'a', 'b'),
+        maxTokens: fc.oneof(fc.integer({ min: 1, max: 3 }), fc.integer({ min: 10, max: 36 })),
+        temperature: fc.constantFrom(0, 1),
+        stopTokens: fc.constantFrom([], [], [7, 21, 33]),
+        seed: fc.nat(1000),
+        gap: fc.nat(4),
+        pinned,
+        // A fifth of the choices is aborted.
+        abortAfter: fc.nat(40).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
+      }),
+      { minLength: 3, maxLength: 9 },
+    ),
+  })
+}
+
+export const loads = loadsWith(fc.constant(false))
+/** Some prompts are pinned, or cannot be. */
+export const pinningLoads = loadsWith(fc.constantFrom(true, false, false, false))
 
 type Load = typeof loads extends fc.Arbitrary<infer T> ? T : never
 
@@ -61,9 +68,10 @@ export function runLoad(
   const requests: SequenceRequest[] = []
   const events: { at: number; act: () => void }[] = []
   let at = 0
-  arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }) => {
+  arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, pinned, ...arrival }) => {
     at += gap
-    const request = sequenceRequest(arrival)
+    const pin = pinned ? { pin: arrival.prompt.join() } : {}
+    const request = sequenceRequest({ ...arrival, ...pin })
     const first = requests.length
     const ids = Array.from({ length: choices }, (_, choice) => first + choice)
     const samplings = ids.map((_, i) => ({ ...GREEDY, temperature, seed: seed + i }))
@@ -96,7 +104,9 @@ export function runLoad(
   requests.forEach((request, id) => {
     const { tokens, reason, outputTokens, error } = engine.outcome(id)
     const expected = expectedOutcome(request)
-    if (reason === 'abort' || (error && error.code === mayEndWith)) {
+    if (error && error.code !== mayEndWith) {
+      assert.ok(request.pin !== undefined && error.code === 'prefix_memory_exhausted')
+    } else if (reason === 'abort' || error) {
       assert.deepEqual(tokens, expected.tokens.slice(0, tokens.length))
     } else assert.deepEqual({ tokens, reason, outputTokens }, expected)
   })

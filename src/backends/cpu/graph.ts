@@ -50,11 +50,15 @@ export class StepGraph {
   /** Tensors whose size along a dimension is the step's token (or output) count. */
   private readonly perToken: { tensor: Tensor; d: number }[] = []
   private readonly perOutput: { tensor: Tensor; d: number }[] = []
+  /** The same, but never less than two: of products that else would be computed otherwise. */
+  private readonly pairs: Record<Rows, Tensor[]> = { tokens: [], outputs: [] }
   /** Nodes that only matter when a step wants logits. */
   private readonly tail: Tensor[] = []
   private readonly sites: AttentionSite[] = []
   /** Whether the op that is being lowered has a row for each token or for each output. */
   private rows: Rows = 'tokens'
+  /** Whether the product that is being lowered has two rows at least. */
+  private inPairs = false
   private tokens: number
   private outputs: number
   private pieces: number
@@ -89,11 +93,13 @@ export class StepGraph {
   bind(tokens: number, outputs: number, plans: AttentionPlans): void {
     if (tokens !== this.tokens) {
       for (const { tensor, d } of this.perToken) this.arena.setSize(tensor, d, tokens)
+      this.setPairs('tokens', tokens)
       this.tokens = tokens
     }
     if (outputs !== this.outputs) {
       const rows = Math.max(1, outputs)
       for (const { tensor, d } of this.perOutput) this.arena.setSize(tensor, d, rows)
+      this.setPairs('outputs', rows)
       for (const node of this.tail) this.arena.setEnabled(node, outputs > 0)
       this.outputs = outputs
     }
@@ -101,6 +107,11 @@ export class StepGraph {
     assert(pieces <= this.limits.pieces, 'the graph has a node for each attention piece')
     for (const site of this.sites) this.bindAttention(site, plans[site.kind])
     this.pieces = pieces
+  }
+
+  private setPairs(rows: Rows, count: number): void {
+    const size = Math.min(this.limits[rows], Math.max(2, count))
+    for (const tensor of this.pairs[rows]) this.arena.setSize(tensor, 1, size)
   }
 
   free(): void {
@@ -159,14 +170,17 @@ export class StepGraph {
         return
       }
       case 'logits': {
+        this.inPairs = this.weights.inPairs([op.weight])
         const product = g.ggml_mul_mat(context, this.weights.matrix(op.weight), this.row(op.in))
         this.append(product, this.memory.logits, 1)
+        this.inPairs = false
       }
     }
   }
 
   private lowerLinear(op: Extract<Op, { kind: 'linear' }>): void {
     const { g, context } = this.arena
+    this.inPairs = this.weights.inPairs(op.projections.map(({ weight }) => weight))
     const x = this.row(op.in)
     const whole = this.weights.joined(op)
     const outs = op.projections.map((projection) => projection.out)
@@ -178,6 +192,7 @@ export class StepGraph {
         this.node(g.ggml_mul_mat(context, this.weights.matrix(weight), x), out, 1)
       }
     }
+    this.inPairs = false
     for (const { bias, out } of op.projections) {
       if (bias === undefined) continue
       const sum = g.ggml_add(context, this.grouped(out, this.width(out)), this.weights.norm(bias))
@@ -391,7 +406,8 @@ export class StepGraph {
   }
 
   private track(tensor: Tensor, d: number): Tensor {
-    ;(this.rows === 'outputs' ? this.perOutput : this.perToken).push({ tensor, d })
+    if (this.inPairs) this.pairs[this.rows].push(tensor)
+    else (this.rows === 'outputs' ? this.perOutput : this.perToken).push({ tensor, d })
     return tensor
   }
 

@@ -43,6 +43,11 @@ export class WeightTensors {
     return found(this.vectors.get(name), name)
   }
 
+  /** Whether a product with one of these must have two rows at least (`Weights` says why). */
+  inPairs(names: readonly string[]): boolean {
+    return names.some((name) => this.weights.multipliesInPairs(name))
+  }
+
   /** All projections of a linear op as one matrix, if they could be joined. */
   joined(op: Op): Tensor | undefined {
     return this.whole.get(op)

@@ -83,6 +83,11 @@ export class Weights {
     return this.repacked(parts, bufferType)
   }
 
+  /** Whether ggml multiplies one row by another kernel than several: with all unquantised types. */
+  multipliesInPairs(name: string): boolean {
+    return ['F32', 'F16', 'BF16'].includes(this.reference(name).type)
+  }
+
   /** Vectors one after another in float32, plus `offset`; in place if the file has them so. */
   vector(names: readonly string[], offset = 0): Tensor {
     const parts = names.map((name) => this.reference(name))

@@ -40,8 +40,10 @@ export interface OpenedStore {
   seals: Map<number, PlaceSeal>
   log: LogStart
   nextId: number
-  /** Records and prefixes that could not be kept. */
+  /** Records and prefixes that were torn or changed, or built on one that was. */
   lost: number
+  /** Prefixes that lie where an earlier, larger store had room. */
+  beyond: number
 }
 
 const MAGIC = Buffer.from('lattice kv log 1')
@@ -100,13 +102,14 @@ export function openStore(
         end: last ? last.offset + last.bytes : HEAD_BYTES,
         headBytes: HEAD_BYTES,
         frames: [...index.standing].map(([id, { offset, bytes }]) => [id, offset, bytes] as const),
-        rewrite: lost > 0,
+        rewrite: lost > 0 || index.beyond.size > 0,
         key: keys.addressOf(storeKeys.derive(storeKeys.salt, 'lattice kv log')),
         storeId: storeKeys.storeId,
         salt: storeKeys.salt,
       },
       nextId,
       lost,
+      beyond: index.beyond.size,
     }
     for (const { salt } of seals.values()) storeKeys.columnKey(salt)
     storeKeys.columnKey(storeKeys.salt)

@@ -20,6 +20,8 @@ interface Claim {
 
 export class PrefixIndex {
   readonly standing = new Map<number, Standing>()
+  /** Those that lie beyond the capacity, or continue one that does. */
+  readonly beyond = new Set<number>()
   private readonly children = new Map<number, number[]>()
   private readonly claims = new Map<number, Claim>()
   private readonly capacity: number
@@ -29,13 +31,15 @@ export class PrefixIndex {
     this.capacity = capacity
   }
 
-  /** @returns how many fell, itself among them if it cannot stand */
+  /** @returns how many fell, itself among them if what it continues does not stand */
   put(added: Standing): number {
     const { prefix, seals } = added
     const fallen = this.claim(prefix, seals)
-    if (!this.continues(prefix) || !prefix.places.every((place) => place < this.capacity)) {
-      return fallen + 1
+    if (this.isBeyond(prefix)) {
+      this.beyond.add(prefix.id)
+      return fallen
     }
+    if (!this.continues(prefix)) return fallen + 1
     this.standing.set(prefix.id, added)
     const siblings = this.children.get(prefix.parent)
     if (siblings) siblings.push(prefix.id)
@@ -45,6 +49,7 @@ export class PrefixIndex {
 
   /** @returns how many fell: the prefix and all that continue it */
   drop(id: number): number {
+    this.beyond.delete(id)
     if (!this.standing.delete(id)) return 0
     const children = this.children.get(id) ?? []
     this.children.delete(id)
@@ -73,6 +78,10 @@ export class PrefixIndex {
       }
     })
     return fallen
+  }
+
+  private isBeyond({ parent, places }: StoredPrefix): boolean {
+    return this.beyond.has(parent) || places.some((place) => place >= this.capacity)
   }
 
   /** Whether a prefix begins at the first token, or where one that stands ends. */

@@ -79,6 +79,7 @@ test('what was durable is gone after a restart, or has other content', async (t)
     prefixes: 2,
     tokens: 56,
     lost: 0,
+    beyond: 0,
   })
   again.kv.map(1, 4, [])
   const ticket = again.tier.load({ region: 4, first: 0, end: 7 }, places(0, 7))
@@ -88,6 +89,25 @@ test('what was durable is gone after a restart, or has other content', async (t)
   for (let c = 7; c < 9; c++) again.write(0, c, c)
   again.ended(again.tier.save({ region: 0, first: 7, end: 9 }, places(7, 2)))
   keep(again, { ...prefix(root, 3, 6) })
+})
+
+test('what a smaller file has no room for passes for torn, or comes back', async () => {
+  const directory = temporaryDirectory('store')
+  const first = open({ directory })
+  save(first, 0, 9)
+  const root = keep(first, prefix(0, 0, 3))
+  const child = keep(first, prefix(root, 3, 4))
+  keep(first, prefix(child, 7, 2))
+  await first.close()
+  for (const [capacity, beyond] of [
+    [5, 2],
+    [64, 0],
+  ] as const) {
+    const again = open({ directory, capacity })
+    const { store } = again.tier.facts
+    await again.close()
+    assert.deepEqual([store!.prefixes, store!.lost, store!.beyond], [1, 0, beyond])
+  }
 })
 
 test('a log that was half written in a crash stays for ever', async () => {
