@@ -3,10 +3,11 @@
 import { type Command, Option } from 'commander'
 import { LatticeError } from '../errors.ts'
 import { NET_MODES, type NetMode } from '../net/interface.ts'
+import type { SynRate } from '../net/ingress.ts'
 import type { AttachOptions } from '../net/net-service.ts'
 import { PROTOCOL_PORT } from '../net/protocol.ts'
 import type { DatagramTenant } from '../net/tenants.ts'
-import { parseCount } from './parse.ts'
+import { parseCount, parseRate } from './parse.ts'
 
 export interface NetOptions {
   net?: string
@@ -17,6 +18,8 @@ export interface NetOptions {
   netBusyPoll?: number
   netForce?: boolean
   netAllowGeneric?: boolean
+  netSyn?: SynRate
+  netSynTotal?: SynRate
 }
 
 /** @param prefix of each option's name: 'net-' beside other options */
@@ -44,6 +47,12 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
       parseCount(1, 65535),
     )
     .option(`--${prefix}allow-generic`, 'take the next best mode if the driver cannot do this one')
+    .option(
+      `--${prefix}syn <RATE[:BURST]>`,
+      'drop new HTTP connections of a source beyond so many a second, in the driver',
+      parseRate,
+    )
+    .option(`--${prefix}syn-total <RATE[:BURST]>`, 'the same, of all sources together', parseRate)
     .option(`--${prefix}force`, 'also an interface that the default route leads through')
 }
 
@@ -66,8 +75,11 @@ export interface NetChoice {
  * if they ask for nothing.
  * @throws LatticeError `usage`, `net_refused`
  */
-export async function chooseNet(options: NetOptions): Promise<NetChoice | undefined> {
+export async function chooseNet(
+  options: NetOptions & { host: string; port: number },
+): Promise<NetChoice | undefined> {
   const { net, netTenants } = options
+  const { netSyn: source, netSynTotal: total, host, port } = options
   const given = Object.keys(options).filter((name) => /^net[A-Z]/.test(name))
   const alone = given.find((name) => name !== 'netTenants')
   if (net === undefined && alone !== undefined) {
@@ -93,8 +105,18 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | undefi
     busyPollBudget: options.netBusyPoll ?? 0,
     force: options.netForce ?? false,
     allowGeneric: options.netAllowGeneric ?? false,
+    syn: source || total ? { port, source, total } : undefined,
   }
-  const { checkInterface } = await import('../net/interface.ts')
+  const [{ checkInterface }, { checkSyn }] = await Promise.all([
+    import('../net/interface.ts'),
+    import('../net/net-service.ts'),
+  ])
   checkInterface(attach)
+  if (attach.syn) checkSyn(host)
+  if (attach.syn && port === 0) {
+    throw new LatticeError('usage', '--net-syn needs to know the HTTP port before it is chosen.', {
+      todo: 'Choose it with --port.',
+    })
+  }
   return { tenants, attach }
 }

@@ -4,9 +4,10 @@ import { Command } from 'commander'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { LatticeError } from '../errors.ts'
 import type { DatagramStatus } from '../net/datagram-server.ts'
+import type { SynRate } from '../net/ingress.ts'
 import type { NetMode } from '../net/interface.ts'
 import { addAttachOptions } from './net-options.ts'
-import { netLine, netPage } from './net-page.ts'
+import { attachedLines, netPage } from './net-page.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
 import { addServerOptions, askServer, notLattice, type ServerAddress } from './server-client.ts'
 import { borrowTerminal, interruptible } from './terminal.ts'
@@ -18,6 +19,8 @@ interface AttachFlags extends ServerAddress {
   busyPoll?: number
   force?: boolean
   allowGeneric?: boolean
+  syn?: SynRate
+  synTotal?: SynRate
 }
 
 const PATH = '/debug/net'
@@ -62,7 +65,7 @@ function attachCommand(): Command {
 }
 
 async function attach(name: string, flags: AttachFlags): Promise<void> {
-  const { queue, mode, port, busyPoll, force, allowGeneric } = flags
+  const { queue, mode, port, busyPoll, force, allowGeneric, syn, synTotal } = flags
   const body = {
     interface: name,
     queue,
@@ -71,8 +74,14 @@ async function attach(name: string, flags: AttachFlags): Promise<void> {
     busy_poll: busyPoll,
     force,
     allow_generic: allowGeneric,
+    syn: rateBody(syn),
+    syn_total: rateBody(synTotal),
   }
-  print(netLine(statusOf(await askServer(flags, PATH, { body }), flags)))
+  print(attachedLines(statusOf(await askServer(flags, PATH, { body }), flags)))
+}
+
+function rateBody(rate: SynRate | undefined): object | undefined {
+  return rate && { per_second: rate.perSecond, burst: rate.burst }
 }
 
 async function detach(address: ServerAddress): Promise<void> {
@@ -96,7 +105,8 @@ async function top(address: ServerAddress): Promise<void> {
         const now = await look(address)
         if (process.stdout.isTTY) process.stdout.write(HOME_AND_CLEAR)
         const seconds = (now.atMs - before.atMs) / 1000
-        print(netPage(now.status, { status: now.status, before: before.status, seconds }))
+        print(netPage(now.status, { before: before.status, seconds }))
+        if (!process.stdout.isTTY) print('')
         before = now
       }
     })

@@ -10,9 +10,10 @@ import {
   STEP_TOKENS_MAX_DEFAULT,
 } from '../limits.ts'
 import { warn } from '../log.ts'
+import { isLoopback } from '../net/interface.ts'
 import type { NetService } from '../net/net-service.ts'
 import { addNetOptions, chooseNet, type NetChoice, type NetOptions } from './net-options.ts'
-import { netLine } from './net-page.ts'
+import { attachedLines } from './net-page.ts'
 import { addEngineOptions, type EngineOptions } from './options.ts'
 import { collect, parseCount } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
@@ -111,14 +112,14 @@ async function serve(options: ServeOptions): Promise<void> {
 async function openNet(
   { tenants, attach }: NetChoice,
   { engine, tokenizer, template }: Session,
-  { maxSequences, maxQueue, prefixCache }: ServeOptions,
+  { maxSequences, maxQueue, prefixCache, host }: ServeOptions,
 ): Promise<NetService> {
   const { NetService } = await import('../net/net-service.ts')
   const maxRunning = maxSequences + maxQueue
   const limits = { tenants, maxRunning, publishes: prefixCache !== undefined }
-  const net = new NetService({ engine, tokenizer, template, ...limits, warn })
+  const net = new NetService({ engine, tokenizer, template, ...limits, host, warn })
   try {
-    if (attach) print(netLine(await net.attach(attach)))
+    if (attach) print(attachedLines(await net.attach(attach)))
     return net
   } catch (thrown) {
     await engine.close()
@@ -160,10 +161,6 @@ function listenError(thrown: unknown, host: string, port: number): unknown {
   const found = code === undefined ? undefined : known[code]
   if (found === undefined) return thrown
   return new LatticeError('usage', found[0], { todo: found[1], cause: thrown })
-}
-
-function isLoopback(host: string): boolean {
-  return host === 'localhost' || host === '::1' || host.startsWith('127.')
 }
 
 /** Since `npm start` was typed, if that is what started us. */

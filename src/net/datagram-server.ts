@@ -5,14 +5,16 @@ import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import { Egress, type TenantAccount } from './egress.ts'
-import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
+import { Ingress, type IngressCounters, type SynLimits, type TenantUse } from './ingress.ts'
 import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
 import {
   addressesOf,
   type CheckedInterface,
   checkInterface,
   type InterfaceChoice,
+  lacking,
   type NetMode,
+  reason,
   refused,
   taken,
 } from './interface.ts'
@@ -37,6 +39,8 @@ export interface DatagramOptions extends InterfaceChoice {
   /** Requests at once, of all tenants together. */
   maxRunning: number
   port: number
+  /** Limits the new connections of a plain TCP port of this machine as well. */
+  syn?: SynLimits | undefined
   /** The ring thread is gone: every HELLO is refused from now on. */
   onFailure: (error: LatticeError) => void
 }
@@ -49,6 +53,10 @@ export interface DatagramStatus {
   zeroCopy: boolean
   queues: readonly number[]
   port: number
+  /** One end of a veth pair. */
+  isPair: boolean
+  /** Limits of plain connections, if there are any. */
+  syn?: SynLimits | undefined
   /** Instructions that the verifier followed. */
   verified: number
   running: number
@@ -89,7 +97,7 @@ export class DatagramServer {
     this.options = options
     this.link = link
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
-    this.ingress = Ingress.load({ port: options.port })
+    this.ingress = Ingress.load({ port: options.port, syn: options.syn })
     this.ingress.setMaxRunning(options.maxRunning)
     this.egress = Egress.load(options.port)
     for (const tenant of options.tenants) {
@@ -162,6 +170,8 @@ export class DatagramServer {
       zeroCopy: ring.zeroCopy,
       queues: link.queues,
       port: options.port,
+      isPair: link.isPair,
+      syn: options.syn,
       verified: ingress.program.info().verified,
       running: ingress.running,
       counters,
@@ -214,13 +224,7 @@ export class DatagramServer {
         failure = thrown
       }
     }
-    throw refused(
-      `${this.link.name} cannot do ${mode}: ${String(failure)}`,
-      mode === 'generic'
-        ? 'Use another interface.'
-        : 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).',
-      failure,
-    )
+    throw lacking(this.link, mode, failure)
   }
 
   private async attachAs(mode: NetMode): Promise<Attached> {
@@ -261,10 +265,11 @@ export class DatagramServer {
     const { name, index } = this.link
     const other = isBusy(thrown) ? attachedXdp(index) : undefined
     if (other && other.id !== this.ingress.program.info().id) return taken(name, other)
+    const what = `The kernel refuses ${name} (${mode}, ${thrown.details['call']}): ${reason(thrown)}.`
     const todo = isBusy(thrown)
       ? 'Another process has this queue: choose another with --queue, or end that process.'
-      : 'The kernel’s reason is in the number: `errno -l` lists them.'
-    return refused(`${name} cannot be used (${mode}): ${thrown.message}`, todo, thrown)
+      : '`dmesg` may say more.'
+    return refused(what, todo, thrown)
   }
 
   private run(wire: WireRequest, answer: WireAnswer): () => void {
@@ -313,11 +318,15 @@ const LADDER: readonly NetMode[] = ['zerocopy', 'native', 'generic']
 const NO_USAGE = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
 const EBUSY = 16
 const EEXIST = 17
+const EINVAL = 22
+const ERANGE = 34
 const EOPNOTSUPP = 95
 
+/** Of a mode; drivers have several words for frames that are too large for theirs. */
 function isUnsupported(thrown: unknown): boolean {
   const { call, errno } = thrown instanceof LatticeError ? thrown.details : {}
-  return (call === 'bind' || call === 'bpf_link_create') && errno === EOPNOTSUPP
+  if (call === 'bpf_link_create') return [EINVAL, ERANGE, EOPNOTSUPP].includes(Number(errno))
+  return call === 'bind' && errno === EOPNOTSUPP
 }
 
 function isBusy({ details }: LatticeError): boolean {

@@ -1,12 +1,19 @@
 // Owns what is asked of a network interface before a program is attached to it: whether it is
 // there, whether the machine itself lives on it, who else is attached.
 
-import { globSync, readFileSync } from 'node:fs'
+import { existsSync, globSync, readFileSync } from 'node:fs'
 import { networkInterfaces } from 'node:os'
+import { getSystemErrorMessage } from 'node:util'
 import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
 import { interfaceIndex } from '../ffi/xdp-socket.ts'
 import { ADDRESSES_MAX, QUEUES_MAX } from './ingress-maps.ts'
+import { FRAGMENT_BYTES, HEADER_BYTES } from './protocol.ts'
+
+/** An IP packet of the largest datagram, over IPv6. */
+export const MTU_MIN = 40 + 8 + HEADER_BYTES + FRAGMENT_BYTES
+/** Beyond it a frame may not fit the page that a driver gives to XDP. */
+const MTU_USUAL = 1500
 
 /** generic is behind the driver, where every packet has a socket buffer already. */
 export const NET_MODES = ['native', 'zerocopy', 'generic'] as const
@@ -24,6 +31,9 @@ export interface CheckedInterface {
   name: string
   index: number
   queues: number[]
+  mtu: number
+  /** One end of a veth pair: its driver sends an answer only to an end that has XDP too. */
+  isPair: boolean
 }
 
 /** @throws LatticeError `net_refused` with what speaks against it */
@@ -40,6 +50,13 @@ export function checkInterface({ name, queue, force }: InterfaceChoice): Checked
   }
   const other = attachedXdp(index)
   if (other) throw taken(name, other)
+  const mtu = Number(readFileSync(`/sys/class/net/${name}/mtu`, 'utf8'))
+  if (mtu < MTU_MIN) {
+    throw refused(
+      `${name} has an MTU of ${mtu} bytes; the protocol’s datagrams need ${MTU_MIN}.`,
+      `Raise it: ip link set ${name} mtu ${MTU_USUAL}`,
+    )
+  }
   const all = queuesOf(name)
   if (queue !== undefined && !all.includes(queue)) {
     throw refused(
@@ -54,7 +71,7 @@ export function checkInterface({ name, queue, force }: InterfaceChoice): Checked
       `Give it fewer: ethtool -L ${name} combined ${QUEUES_MAX}`,
     )
   }
-  return { name, index, queues }
+  return { name, index, queues, mtu, isPair: isPair(name) }
 }
 
 export function taken(name: string, { id, mode, name: program }: AttachedXdp): LatticeError {
@@ -65,8 +82,38 @@ export function taken(name: string, { id, mode, name: program }: AttachedXdp): L
   )
 }
 
+/** The driver has not got a mode, as an error that says what would help. */
+export function lacking(
+  { name, mtu }: CheckedInterface,
+  mode: NetMode,
+  cause: unknown,
+): LatticeError {
+  const what = { native: 'XDP', zerocopy: 'AF_XDP without a copy', generic: 'generic XDP' }[mode]
+  const other =
+    mode === 'generic'
+      ? 'Use another interface.'
+      : 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).'
+  const isLarge = mtu > MTU_USUAL
+  return refused(
+    `The driver of ${name} has no ${what}${isLarge ? ` at an MTU of ${mtu}` : ''}: ${reason(cause)}.`,
+    isLarge ? `Lower it: ip link set ${name} mtu ${MTU_USUAL}. ${other}` : other,
+    cause,
+  )
+}
+
+/** What the kernel said, in words. */
+export function reason(thrown: unknown): string {
+  const { errno } = thrown instanceof LatticeError ? thrown.details : {}
+  return typeof errno === 'number' ? getSystemErrorMessage(-errno) : String(thrown)
+}
+
 export function refused(what: string, todo: string, cause?: unknown): LatticeError {
   return new LatticeError('net_refused', what, { todo, cause })
+}
+
+/** An address that only this machine reaches. */
+export function isLoopback(host: string): boolean {
+  return host === 'localhost' || host === '::1' || host.startsWith('127.')
 }
 
 /** The addresses of an interface as the program compares them. */
@@ -104,6 +151,13 @@ function isDefaultRoute(name: string): boolean {
     const leads = (Number.parseInt(row[8] ?? '', 16) & REJECTS) === 0
     return row[9] === name && isZero(row[0]) && isZero(row[1]) && leads
   })
+}
+
+/** Of what has no device and leads to another interface, only veth has XDP in its driver. */
+function isPair(name: string): boolean {
+  const folder = `/sys/class/net/${name}`
+  const read = (file: string) => readFileSync(`${folder}/${file}`, 'utf8').trim()
+  return !existsSync(`${folder}/device`) && read('iflink') !== read('ifindex')
 }
 
 /** Receive queues, ascending. */
