@@ -8,7 +8,7 @@ import type { Engine } from '../../src/engine/api.ts'
 import { EngineClient } from '../../src/engine/client.ts'
 import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
-import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
+import { interfaceIndex, XdpSocket } from '../../src/ffi/xdp-socket.ts'
 import { type ClientOptions, type GenerateOptions, LatticeClient } from '../../src/net/client.ts'
 import type { LatticeError } from '../../src/errors.ts'
 import { Ingress } from '../../src/net/ingress.ts'
@@ -16,6 +16,7 @@ import { NetService } from '../../src/net/net-service.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
 import { fakeTokenizer } from '../support/fake-tokenizer.ts'
+import { runMutations } from './mutations.ts'
 import { relay, type World } from './relay.ts'
 
 /** What an answer came to, or how it failed. */
@@ -128,6 +129,18 @@ export const COMMANDS = {
     const before = held()
     once(times)
     return { before, after: held() }
+  },
+
+  /** Mutated packets for the ingress program, by BPF_PROG_TEST_RUN: none is sent. */
+  mutate(name: string, options: { seed: number; packets: number }) {
+    const ingress = Ingress.load()
+    const ring = new XdpSocket(interfaceIndex(name), 0)
+    const report = runMutations(ingress, ring.fd, options)
+    const counters = ingress.counters()
+    const use = ingress.use(0)
+    ring.close()
+    ingress.close()
+    return { ...report, counters, use }
   },
 
   /** The whole path: program, rings, thread. */
