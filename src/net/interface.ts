@@ -1,7 +1,8 @@
 // Owns what is asked of a network interface before a program is attached to it: whether it is
 // there, whether the machine itself lives on it, who else is attached.
 
-import { existsSync, globSync, readFileSync } from 'node:fs'
+import { execFileSync } from 'node:child_process'
+import { globSync, readFileSync } from 'node:fs'
 import { networkInterfaces } from 'node:os'
 import { getSystemErrorMessage } from 'node:util'
 import { LatticeError } from '../errors.ts'
@@ -88,17 +89,20 @@ export function lacking(
   mode: NetMode,
   cause: unknown,
 ): LatticeError {
-  const what = { native: 'XDP', zerocopy: 'AF_XDP without a copy', generic: 'generic XDP' }[mode]
-  const other =
-    mode === 'generic'
-      ? 'Use another interface.'
-      : 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).'
-  const isLarge = mtu > MTU_USUAL
+  const lower =
+    mtu > MTU_USUAL ? `Its MTU is ${mtu}; try it with ip link set ${name} mtu ${MTU_USUAL}. ` : ''
   return refused(
-    `The driver of ${name} has no ${what}${isLarge ? ` at an MTU of ${mtu}` : ''}: ${reason(cause)}.`,
-    isLarge ? `Lower it: ip link set ${name} mtu ${MTU_USUAL}. ${other}` : other,
+    `${name} cannot do ${mode}: its driver has no ${MODE_NAMES[mode]}.`,
+    lower + INSTEAD[mode],
     cause,
   )
+}
+
+const MODE_NAMES = { native: 'XDP', zerocopy: 'AF_XDP without a copy', generic: 'generic XDP' }
+const INSTEAD = {
+  native: 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).',
+  zerocopy: 'Use --mode native, or --allow-generic for the best there is (for serve: --net-…).',
+  generic: 'Use another interface.',
 }
 
 /** What the kernel said, in words. */
@@ -153,11 +157,16 @@ function isDefaultRoute(name: string): boolean {
   })
 }
 
-/** Of what has no device and leads to another interface, only veth has XDP in its driver. */
+/** Only for a hint: without `ip` there is none. */
 function isPair(name: string): boolean {
-  const folder = `/sys/class/net/${name}`
-  const read = (file: string) => readFileSync(`${folder}/${file}`, 'utf8').trim()
-  return !existsSync(`${folder}/device`) && read('iflink') !== read('ifindex')
+  try {
+    const argv = ['-d', '-j', 'link', 'show', 'dev', name]
+    const text = execFileSync('ip', argv, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] })
+    const [link] = JSON.parse(text) as { linkinfo?: { info_kind?: string } }[]
+    return link?.linkinfo?.info_kind === 'veth'
+  } catch {
+    return false
+  }
 }
 
 /** Receive queues, ascending. */

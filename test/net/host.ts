@@ -3,7 +3,9 @@
 
 import { createHash } from 'node:crypto'
 import { readdirSync, readFileSync } from 'node:fs'
+import { once } from 'node:events'
 import { connect, createServer } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { Engine } from '../../src/engine/api.ts'
 import { EngineClient } from '../../src/engine/client.ts'
 import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
@@ -16,6 +18,7 @@ import { NetService } from '../../src/net/net-service.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
 import { fakeTokenizer } from '../support/fake-tokenizer.ts'
+import { http } from './http.ts'
 import { runMutations } from './mutations.ts'
 import { relay, type World } from './relay.ts'
 
@@ -237,6 +240,22 @@ export const COMMANDS = {
     })
     return new Promise((resolve) => server.listen(port, resolve))
   },
+
+  /** Whether so many connections to a TCP port, one after another, are made at once. */
+  async connects(address: string, port: number, times: number): Promise<boolean[]> {
+    const made: boolean[] = []
+    for (let i = 0; i < times; i++) {
+      const socket = connect(port, address)
+      // A SYN that is dropped comes again after a second.
+      const late = sleep(300, false)
+      made.push(await Promise.race([once(socket, 'connect').then(() => true), late]))
+      socket.destroy()
+    }
+    return made
+  },
+
+  /** One HTTP request, as a client that may wait to be told to go on, or may leave. */
+  http,
 
   /** Sends bytes over TCP; returns the hash that came back. */
   async transfer(address: string, port: number, bytes: Uint8Array): Promise<string> {

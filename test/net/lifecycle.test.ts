@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+import { ip, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
 
 const skip = WITHOUT_ROOT
 const KEY = new Uint8Array(16).fill(3)
@@ -39,6 +39,9 @@ test('another program is replaced, or a wrong interface is taken', { skip }, asy
   await assert.rejects(serve('eth9'), /no interface 'eth9'/)
   await assert.rejects(serve('veth-s', { mode: 'zerocopy' }), /veth-s cannot do zerocopy/)
   await assert.rejects(serve('lo'), /lo cannot do native/)
+  ip('-n', server.namespace, 'link', 'set', 'veth-s', 'mtu', '1343')
+  await assert.rejects(serve('veth-s'), /MTU of 1343 bytes; .* need 1344/)
+  ip('-n', server.namespace, 'link', 'set', 'veth-s', 'mtu', '1500')
   assert.ok(!server.details().includes('xdp'), 'a refused attachment leaves the program')
   server.route('default', 'via', '10.99.0.1')
   await assert.rejects(serve('veth-s'), /default route leads through veth-s/)
