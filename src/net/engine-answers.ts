@@ -44,6 +44,10 @@ export class EngineAnswers {
   start(wire: WireRequest, tenant: string, answer: WireAnswer): () => void {
     const { engine, tokenizer } = this.options
     const usage: WireUsage = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
+    if (!isWithinBounds(wire)) {
+      answer.end('malformed', usage)
+      return () => {}
+    }
     try {
       const prompt = this.encode(wire)
       usage.promptTokens = prompt.length
@@ -127,6 +131,11 @@ const CODES: Partial<Record<ErrorCode, MessageCode>> = {
   template_invalid: 'prompt',
   queue_full: 'busy',
   draining: 'no_replica',
+}
+
+/** What the ingress program does not look at; NaN is outside. */
+function isWithinBounds({ maxTokens, sampling: { temperature, topP } }: WireRequest): boolean {
+  return maxTokens >= 1 && temperature >= 0 && temperature < Infinity && topP > 0 && topP <= 1
 }
 
 function decode(prompt: Uint8Array): string {
