@@ -265,7 +265,8 @@ export class DatagramServer {
     const { name, index } = this.link
     const other = isBusy(thrown) ? attachedXdp(index) : undefined
     if (other && other.id !== this.ingress.program.info().id) return taken(name, other)
-    const what = `The kernel refuses ${name} (${mode}, ${thrown.details['call']}): ${reason(thrown)}.`
+    const call = String(thrown.details['call'])
+    const what = `The kernel refuses ${name} (${mode}, ${call}): ${reason(thrown)}.`
     const todo = isBusy(thrown)
       ? 'Another process has this queue: choose another with --queue, or end that process.'
       : '`dmesg` may say more.'

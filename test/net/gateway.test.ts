@@ -1,5 +1,5 @@
-// Catches a gateway that loses a request between HTTP and a real server over datagrams: its text, its
-// refusal, its end.
+// Catches a gateway that loses a request between HTTP and a real server over datagrams: its text,
+// its refusal, its end.
 
 import assert from 'node:assert/strict'
 import { setTimeout as sleep } from 'node:timers/promises'

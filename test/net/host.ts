@@ -28,8 +28,9 @@ export interface Asked {
   tokens: number
   reason?: string
   usage?: { promptTokens: number; cachedTokens: number; outputTokens: number }
-  /** Code of the error, and the server's code in it. */
+  /** Code of the error, its text, and the server's code in it. */
   error?: string
+  message?: string
   code?: unknown
 }
 
@@ -164,6 +165,9 @@ export const COMMANDS = {
     return { before, after: held() }
   },
 
+  /** If it is attached. */
+  detach: () => (service?.status() ? service.detach() : undefined),
+
   status: () => service?.status(),
 
   /** How many programs see what an interface sends. */
@@ -223,8 +227,8 @@ export const COMMANDS = {
         if (asked.text.length >= cancelAfter) abort.abort()
       }
     } catch (thrown) {
-      const { code, details } = thrown as LatticeError
-      return { ...asked, error: code ?? String(thrown), code: details?.['code'] }
+      const { code, details, message } = thrown as LatticeError
+      return { ...asked, error: code ?? String(thrown), message, code: details?.['code'] }
     }
   },
 

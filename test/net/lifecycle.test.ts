@@ -2,7 +2,10 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { ip, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { closeFd } from '../../src/ffi/libc.ts'
+import { openById } from '../../src/ffi/bpf-objects.ts'
+import { Host, ip, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
 
 const skip = WITHOUT_ROOT
 const KEY = new Uint8Array(16).fill(3)
@@ -27,6 +30,60 @@ test('serving and stopping leaves something behind', { skip }, async (t) => {
   assert.deepEqual(after, before)
   assert.ok(!server.details().includes('xdp'), server.details())
 })
+
+test('a killed process leaves a program, a map or a socket', { skip }, async (t) => {
+  const { server, remove } = await twoHosts()
+  const { namespace, link, address } = server
+  let host = server
+  t.after(() => host.end().then(remove))
+  const programs: number[] = []
+  for (let round = 0; round < 4; round++) {
+    // What was left behind, a program or who has the queue, would be in the way.
+    const status = await host.call('serve', { interface: link, tenants: TENANTS, reply: REPLY })
+    assert.equal(await host.call('accountants', link), 1)
+    programs.push(status.attached!.id)
+    await host.end('SIGKILL')
+    host = new Host(namespace, link, address)
+    // The kernel takes them away a moment after its last user has gone.
+    for (let tries = 0; host.details().includes('xdp'); tries++) {
+      assert.ok(tries < 100, 'the program is still attached after 5 s')
+      await sleep(50)
+    }
+    assert.equal(await host.call('accountants', link), 0)
+  }
+  for (let tries = 0; programs.some((id) => programExists(id)); tries++) {
+    assert.ok(tries < 100, 'a program is still there after 5 s')
+    await sleep(50)
+  }
+})
+
+test('of two that attach at once both succeed, or none', { skip }, async (t) => {
+  const { server, remove } = await twoHosts()
+  const { namespace, link, address } = server
+  const second = new Host(namespace, link, address)
+  t.after(() => second.end().then(remove))
+  for (let round = 0; round < 2; round++) {
+    const serve = (host: Host) =>
+      host.call('serve', { interface: link, tenants: TENANTS, reply: REPLY })
+    const outcomes = await Promise.allSettled([serve(server), serve(second)])
+    const winners = outcomes.filter(({ status }) => status === 'fulfilled')
+    assert.equal(winners.length, 1, JSON.stringify(outcomes))
+    const lost = outcomes.find((outcome) => outcome.status === 'rejected')
+    assert.match(String(lost?.reason), /Another XDP program is attached|has this queue/)
+    assert.equal(await server.call('accountants', link), 1)
+    await Promise.all([server, second].map((host) => host.call('detach')))
+    assert.ok(!server.details().includes('xdp'))
+  }
+})
+
+function programExists(id: number): boolean {
+  try {
+    closeFd(openById('program', id))
+    return true
+  } catch {
+    return false
+  }
+}
 
 test('another program is replaced, or a wrong interface is taken', { skip }, async (t) => {
   const { client, server, remove } = await twoHosts()

@@ -1,5 +1,5 @@
-// Owns `lattice` in the hosts of a test: a server with a small model in one namespace, other commands
-// in the other.
+// Owns `lattice` in the hosts of a test: a server with a small model in one namespace, other
+// commands in the other.
 
 import { type ChildProcess, execFile, spawn } from 'node:child_process'
 import { writeFileSync } from 'node:fs'

@@ -1,5 +1,5 @@
-// Catches a protocol that its document does not describe: a client in another language, written from
-// docs/protocol.md alone, is answered otherwise than the document says.
+// Catches a protocol that its document does not describe: a client in another language, written
+// from docs/protocol.md alone, is answered otherwise than the document says.
 
 import assert from 'node:assert/strict'
 import { spawn, spawnSync } from 'node:child_process'
