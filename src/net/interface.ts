@@ -2,7 +2,7 @@
 // there, whether the machine itself lives on it, who else is attached.
 
 import { execFileSync } from 'node:child_process'
-import { globSync, readFileSync } from 'node:fs'
+import { globSync, readdirSync, readFileSync } from 'node:fs'
 import { networkInterfaces } from 'node:os'
 import { getSystemErrorMessage } from 'node:util'
 import { LatticeError } from '../errors.ts'
@@ -43,9 +43,11 @@ export function checkInterface({ name, queue, force }: InterfaceChoice): Checked
   if (index === 0) {
     throw refused(`There is no interface '${name}'.`, '`ip link` lists those there are.')
   }
-  if (!force && isDefaultRoute(name)) {
+  const way = stackOn(name).find(isDefaultRoute)
+  if (!force && way !== undefined) {
+    const through = way === name ? name : `${way}, which is on ${name}`
     throw refused(
-      `The default route leads through ${name}: a mistake could cut this machine off.`,
+      `The default route leads through ${through}: a mistake could cut this machine off.`,
       'Choose another interface, or insist (--force; for serve, --net-force).',
     )
   }
@@ -120,9 +122,10 @@ export function isLoopback(host: string): boolean {
   return host === 'localhost' || host === '::1' || host.startsWith('127.')
 }
 
-/** The addresses of an interface as the program compares them. */
+/** The addresses of an interface, and of what is stacked on it, as the program compares them. */
 export function addressesOf(name: string): Uint8Array[] {
-  const list = networkInterfaces()[name] ?? []
+  const interfaces = networkInterfaces()
+  const list = stackOn(name).flatMap((each) => interfaces[each] ?? [])
   // More than it knows are none: then it answers for any.
   return list.length > ADDRESSES_MAX ? [] : list.map(({ address }) => addressBytes(address))
 }
@@ -138,6 +141,12 @@ export function addressBytes(address: string): Uint8Array {
   const [first, last] = [words(head), words(tail ?? '')]
   const gap = Array<number>(8 - first.length - last.length).fill(0)
   return Uint8Array.from([...first, ...gap, ...last].flatMap((word) => [word >> 8, word & 255]))
+}
+
+/** An interface and those above it that its frames reach: VLANs, a bridge, a bond. */
+function stackOn(name: string): string[] {
+  const uppers = readdirSync(`/sys/class/net/${name}`).filter((file) => file.startsWith('upper_'))
+  return [name, ...uppers.flatMap((file) => stackOn(file.slice('upper_'.length)))]
 }
 
 /** RTF_REJECT: a route that leads nowhere. */

@@ -154,6 +154,9 @@ test('what is wrong is refused without its reason', { skip }, async (t) => {
     silent.map(({ error }) => error),
     Array(2).fill('server_unreachable'),
   )
+  const nowhere = await ask({ host: '10.250.0.1' })
+  assert.equal(nowhere.error, 'server_unreachable', JSON.stringify(nowhere))
+  assert.match(nowhere.message ?? '', /No way to 10.250.0.1:7411/)
   assert.equal((await ask({}, { model: 'another' })).code, 'model')
   assert.equal((await ask({ tenant: 2 }, { maxTokens: 100 })).code, 'too_large')
   assert.equal((await ask({}, { maxTokens: 1 << 20, prompt: 'x'.repeat(1 << 20) })).code, 'context')
@@ -204,6 +207,29 @@ test('a prefix in memory is not published, or one that has gone stays', { skip }
     most = Math.max(most, held)
     return most > 35 && held >= 10 && held <= 35
   })
+})
+
+test('an address of a bridge over the interface is not answered for', { skip }, async (t) => {
+  const two = await twoHosts()
+  t.after(() => two.remove())
+  const { client, server } = two
+  const link = (...args: string[]) => ip('-n', server.namespace, 'link', ...args)
+  try {
+    link('add', 'br0', 'type', 'bridge')
+  } catch {
+    return t.skip('SKIPPED: this kernel has no bridges')
+  }
+  link('set', server.link, 'master', 'br0')
+  link('set', 'br0', 'up')
+  ip('-n', server.namespace, 'addr', 'add', '10.99.1.2/24', 'dev', 'br0')
+  ip('-n', client.namespace, 'addr', 'add', '10.99.1.1/24', 'dev', client.link)
+  const options = { interface: server.link, tenants: [TENANT], reply: REPLY }
+  server.route('default', 'via', '10.99.1.1')
+  await assert.rejects(server.call('serve', options), /through br0, which is on veth-s/)
+  await server.call('serve', { ...options, force: true })
+  const to = { ...CLIENT, host: '10.99.1.2' }
+  const asked = await client.call('ask', to, { prompt: 'x'.repeat(5000), maxTokens: 5000 })
+  assert.equal(asked.text, answerTo(5000), JSON.stringify(asked))
 })
 
 test('generic mode serves nothing', { skip }, async (t) => {
