@@ -39,8 +39,8 @@ hello          10
     rate        2
 forwarded       0
 
-TENANT  NUMBER  RUNNING  GRANTED  REJECTED  CHARGED  SENT  BYTES  REPEATS
-seven        7        1        4         5      600   300   5000        2
+TENANT  NUMBER  RUNNING  GRANTED  REJECTED  CHARGED  TOKENS  BYTES  REPEATS
+seven        7        1        4         5      600     300   5000        2
 
 REPLICA  RUNNING  PREFIXES
 tiny           1        12`,
@@ -73,7 +73,7 @@ test('rates are of another time than between two looks', () => {
   const page = netPage(STATUS, { before: { ...STATUS, counters, tenants }, seconds: 2 })
   assert.match(page, /^hello +10 +3$/m)
   assert.match(page, /^ {4}rate +2 +1$/m)
-  assert.match(page, /SENT\/S\nseven .* 100$/m)
+  assert.match(page, /TOKENS\/S\nseven .* 100$/m)
 })
 
 test('an end of a veth pair is attached without a word of the other end', () => {

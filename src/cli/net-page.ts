@@ -111,7 +111,7 @@ function packetTable({ counters }: DatagramStatus, rates?: NetRates): string {
 }
 
 function tenantTable({ tenants }: DatagramStatus, rates?: NetRates): string {
-  const titles = ['NUMBER', 'RUNNING', 'GRANTED', 'REJECTED', 'CHARGED', 'SENT', 'BYTES', 'REPEATS']
+  const titles = 'NUMBER RUNNING GRANTED REJECTED CHARGED TOKENS BYTES REPEATS'.split(' ')
   // Frames of a paced tenant that would have left too late.
   const isLate = tenants.some(({ sent }) => sent.overdue > 0)
   const before = new Map(rates?.before.tenants.map(({ index, sent }) => [index, sent.tokens]))
@@ -123,7 +123,7 @@ function tenantTable({ tenants }: DatagramStatus, rates?: NetRates): string {
     if (rates) row.push(perSecond(tokens - (before.get(index) ?? 0), rates))
     return row
   })
-  const more = [...(isLate ? ['OVERDUE'] : []), ...(rates ? ['SENT/S'] : [])]
+  const more = [...(isLate ? ['OVERDUE'] : []), ...(rates ? ['TOKENS/S'] : [])]
   const numbers = [...titles, ...more].map((title) => ({ title, right: true }))
   return formatTable([{ title: 'TENANT' }, ...numbers], rows)
 }

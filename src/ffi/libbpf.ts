@@ -11,6 +11,7 @@ const BPF_XDP = 37
 const XDP_FLAGS_SKB_MODE = 2
 const XDP_FLAGS_DRV_MODE = 4
 const ENOENT = 2
+const ENODEV = 19
 /** Of a map, read at a time; no bucket of a hash map has more. */
 const BATCH = 4096
 
@@ -218,12 +219,13 @@ export interface AttachedXdp {
 
 const ATTACHED = [undefined, 'native', 'generic', 'offloaded', 'several'] as const
 
-/** @throws LatticeError `os_call_failed` if there is no such interface */
+/** Undefined also of an interface that has vanished. @throws LatticeError `os_call_failed` */
 export function attachedXdp(ifindex: number): AttachedXdp | undefined {
   // struct bpf_xdp_query_opts
   const answer = new DataView(new ArrayBuffer(32))
   answer.setBigUint64(0, 32n, true)
   const result = bpf().queryXdp(ifindex, 0, new Uint8Array(answer.buffer))
+  if (result === -ENODEV) return undefined
   if (result < 0) throw failed('bpf_xdp_query', -result, `interface ${ifindex}`)
   const mode = ATTACHED[answer.getUint8(24)]
   if (!mode) return undefined

@@ -2,7 +2,7 @@
 // there, whether the machine itself lives on it, who else is attached.
 
 import { execFileSync } from 'node:child_process'
-import { globSync, readdirSync, readFileSync } from 'node:fs'
+import { existsSync, globSync, readdirSync, readFileSync } from 'node:fs'
 import { networkInterfaces } from 'node:os'
 import { getSystemErrorMessage } from 'node:util'
 import { LatticeError } from '../errors.ts'
@@ -145,7 +145,10 @@ export function addressBytes(address: string): Uint8Array {
 
 /** An interface and those above it that its frames reach: VLANs, a bridge, a bond. */
 function stackOn(name: string): string[] {
-  const uppers = readdirSync(`/sys/class/net/${name}`).filter((file) => file.startsWith('upper_'))
+  const folder = `/sys/class/net/${name}`
+  // It may have vanished.
+  const files = existsSync(folder) ? readdirSync(folder) : []
+  const uppers = files.filter((file) => file.startsWith('upper_'))
   return [name, ...uppers.flatMap((file) => stackOn(file.slice('upper_'.length)))]
 }
 

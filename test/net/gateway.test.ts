@@ -123,9 +123,10 @@ test('a client that leaves lets the server go on', { skip }, async (t) => {
   const body = { messages: MESSAGES, max_tokens: 3900, temperature: 0, stream: true }
   const left = await ask(body, { leaveAfter: 1 })
   assert.equal(left.status, 200)
+  assert.equal((await ask({ ...body, stream: false }, { leaveAfterMs: 300 })).status, 0)
   for (let tries = 0; (await counts()).running > 0; tries++) {
     assert.ok(tries < 100, 'it runs on')
     await sleep(50)
   }
-  assert.ok((await counts()).tenants[0]!.sent.tokens < 3900, 'it ran to its end')
+  assert.ok((await counts()).tenants[0]!.sent.tokens < 3900, 'one ran to its end')
 })

@@ -170,6 +170,11 @@ export const COMMANDS = {
 
   status: () => service?.status(),
 
+  /** What it does every few seconds. */
+  sync(): void {
+    ;(service as unknown as { server?: { sync(): void } }).server?.sync()
+  },
+
   /** How many programs see what an interface sends. */
   accountants: (name: string) => attachedPrograms(interfaceIndex(name), ATTACH.tcxEgress),
 

@@ -2,6 +2,7 @@
 
 import { once } from 'node:events'
 import { type IncomingMessage, request } from 'node:http'
+import { setTimeout as sleep } from 'node:timers/promises'
 
 export interface HttpAsked {
   url: string
@@ -11,6 +12,8 @@ export interface HttpAsked {
   expects?: boolean
   /** Goes once so many bytes of the answer have come. */
   leaveAfter?: number
+  /** Goes after so long, whatever has come; status 0 if nothing has. */
+  leaveAfterMs?: number
 }
 
 export interface HttpAnswered {
@@ -22,7 +25,7 @@ export interface HttpAnswered {
 }
 
 export async function http(asked: HttpAsked): Promise<HttpAnswered> {
-  const { url, body, headers = {}, expects = false, leaveAfter = Infinity } = asked
+  const { url, body, headers = {}, expects = false, leaveAfter = Infinity, leaveAfterMs } = asked
   const bytes = Buffer.from(body)
   const outgoing = request(url, {
     method: 'POST',
@@ -43,6 +46,11 @@ export async function http(asked: HttpAsked): Promise<HttpAnswered> {
       outgoing.end(bytes)
     })
   } else outgoing.end(bytes)
+  if (leaveAfterMs !== undefined) {
+    await sleep(leaveAfterMs)
+    outgoing.destroy()
+    return { status: 0, headers: {}, text: '', continued }
+  }
   const [response] = (await once(outgoing, 'response')) as [IncomingMessage]
   let text = ''
   for await (const chunk of response.setEncoding('utf8')) {

@@ -85,6 +85,27 @@ function programExists(id: number): boolean {
   }
 }
 
+test('an interface that vanishes takes the server with it', { skip }, async (t) => {
+  const { client, server, remove } = await twoHosts()
+  t.after(() => remove())
+  const options = { interface: 'veth-s', tenants: TENANTS, reply: REPLY }
+  await server.call('serve', options)
+  ip('-n', server.namespace, 'link', 'del', 'veth-s')
+  await server.call('sync')
+  const status = await server.call('status')
+  assert.equal(status?.attached, undefined)
+  const before = await server.call('cpuUs')
+  await sleep(500)
+  const busyUs = (await server.call('cpuUs')) - before
+  assert.ok(busyUs < 250_000, `${busyUs} µs of 500,000 are spent on nothing`)
+  await server.call('detach')
+  await assert.rejects(server.call('serve', options), /no interface 'veth-s'/)
+  const peer = ['peer', 'veth-s', 'netns', server.namespace]
+  ip('link', 'add', 'veth-c', 'netns', client.namespace, 'type', 'veth', ...peer)
+  ip('-n', server.namespace, 'link', 'set', 'veth-s', 'up')
+  assert.equal((await server.call('serve', options)).attached?.mode, 'native')
+})
+
 test('another program is replaced, or a wrong interface is taken', { skip }, async (t) => {
   const { client, server, remove } = await twoHosts()
   t.after(() => remove())
