@@ -250,17 +250,19 @@ export const COMMANDS = {
     return new Promise((resolve) => server.listen(port, resolve))
   },
 
-  /** Whether so many connections to a TCP port, one after another, are made at once. */
-  async connects(address: string, port: number, times: number): Promise<boolean[]> {
-    const made: boolean[] = []
-    for (let i = 0; i < times; i++) {
-      const socket = connect(port, address)
-      // A SYN that is dropped comes again after a second.
-      const late = sleep(300, false)
-      made.push(await Promise.race([once(socket, 'connect').then(() => true), late]))
-      socket.destroy()
-    }
-    return made
+  /** How many of so many connections to a TCP port are made within two tries of each. */
+  async connects(address: string, port: number, times: number): Promise<number> {
+    const made = await Promise.all(
+      Array.from({ length: times }, async () => {
+        const socket = connect(port, address)
+        // A SYN that is dropped comes again after a second.
+        const late = sleep(1500, 0)
+        const count = await Promise.race([once(socket, 'connect').then(() => 1), late])
+        socket.destroy()
+        return count
+      }),
+    )
+    return made.reduce<number>((sum, count) => sum + count, 0)
   },
 
   /** One HTTP request, as a client that may wait to be told to go on, or may leave. */
