@@ -65,6 +65,12 @@ def fnv1a(text):
     return value
 
 
+def prefix_words(key, prompt):
+    """What HELLO says of a prompt: hashes of its four longest prefixes."""
+    sizes = [size for size in LADDER if size <= len(prompt)][-4:]
+    return [siphash(key, prompt[:size]) for size in sizes] + [0] * (4 - len(sizes))
+
+
 class Refused(Exception):
     """The server said no: a code of the protocol, and after how many ms to ask again."""
 
@@ -125,10 +131,7 @@ class Client:
         return kind, code, rest[3], rest[6:], route, payload
 
     def ask(self):
-        sizes = [size for size in LADDER if size <= len(self.prompt)]
-        words = [siphash(self.key, self.prompt[:size]) for size in sizes]
-        words = words[-4:] if self.key_index == 0 else []
-        words += [0] * (4 - len(words))
+        words = prefix_words(self.key, self.prompt) if self.key_index == 0 else [0] * 4
         wait = 0.1
         for attempt in range(6):
             flags = RETRY if attempt else 0
@@ -236,6 +239,10 @@ def vectors(path):
 
 def main():
     asked = json.load(sys.stdin)
+    if "prefixes" in asked:
+        key, prompt = bytes.fromhex(asked["key"]), asked["prefixes"].encode()
+        json.dump({"words": [str(word) for word in prefix_words(key, prompt)]}, sys.stdout)
+        return
     if "vectors" in asked:
         json.dump({"vectors": vectors(asked["vectors"])}, sys.stdout)
         return

@@ -6,6 +6,8 @@ import { spawn, spawnSync } from 'node:child_process'
 import { text } from 'node:stream/consumers'
 import { fileURLToPath } from 'node:url'
 import { test } from 'node:test'
+import { prefixHashes } from '../../src/net/protocol.ts'
+import { sipKey } from '../../src/net/siphash.ts'
 import { ip, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
 
 const CLIENT = fileURLToPath(new URL('client.py', import.meta.url))
@@ -34,6 +36,7 @@ interface Answer {
   cachedTokens: number
   refused?: number
   retryMs?: number
+  words?: string[]
 }
 
 async function python(command: string, args: string[], asked: object): Promise<Answer> {
@@ -44,6 +47,17 @@ async function python(command: string, args: string[], asked: object): Promise<A
 
 test('a vector of the document is not what it says', { skip: noPython }, async () => {
   assert.deepEqual(await python('python3', [], { vectors: PROTOCOL }), { vectors: 6 })
+})
+
+test('a prefix has another hash than the document says', { skip: noPython }, async () => {
+  const text = 'What a prompt begins with. '.repeat(2500)
+  const key = Buffer.from(KEYS[0]).toString('hex')
+  for (const length of [1023, 1024, 3100, 16_384, 65_535, 65_536]) {
+    const prefixes = text.slice(0, length)
+    const { words } = await python('python3', [], { prefixes, key })
+    const ours = prefixHashes(sipKey(KEYS[0]), Buffer.from(prefixes))
+    assert.deepEqual(words?.map(BigInt), ours, `of ${length} bytes`)
+  }
 })
 
 test('a client of a stranger is not answered', { skip }, async (t) => {
