@@ -242,6 +242,11 @@ static __always_inline int is_for_us(const struct packet *p, const struct contro
 // Connections are limited where they are for us, which is defined above.
 #include "syn.h"
 
+/** What is granted must come in where a ring is: a flow stays on its queue. */
+static __always_inline int has_ring(const struct xdp_md *ctx, const struct control *c) {
+  return !c->queues || c->queues >> (ctx->rx_queue_index & (QUEUES - 1)) & 1;
+}
+
 static __always_inline int well_formed(const struct lt_header *h) {
   __u32 bytes = bpf_ntohl(h->prompt_bytes), tokens = bpf_ntohl(h->max_tokens);
   if (bytes == 0 || bytes > LT_PROMPT_BYTES_MAX) return 0;
@@ -389,7 +394,8 @@ int ingress(struct xdp_md *ctx) {
   void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
   __u32 zero = 0;
   struct control *c = bpf_map_lookup_elem(&controls, &zero);
-  if (!c || !packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port) || !is_for_us(&p, c)) {
+  if (!c || !packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port) ||
+      !is_for_us(&p, c) || !has_ring(ctx, c)) {
     if (syn_port && c && !syn_admit(data, end, c)) return XDP_DROP;
     count(C_PASSED);
     return XDP_PASS;

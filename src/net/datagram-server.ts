@@ -105,6 +105,7 @@ export class DatagramServer {
       if (tenant.egress) this.egress.setTenant(tenant.index, tenant.egress)
     }
     this.ingress.setAddresses(addressesOf(link.name))
+    this.ingress.setQueues(link.queues)
   }
 
   /**

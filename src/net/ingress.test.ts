@@ -333,6 +333,15 @@ test('a request that was granted and never came keeps its place', { skip }, asyn
   assert.equal(code(ingress, { request }), MESSAGE_CODES.ok)
 })
 
+test('a request is granted on a queue that nobody reads', { skip }, () => {
+  const ingress = open()
+  // Packets of a test come in on queue 0.
+  ingress.setQueues([1, 63])
+  assert.equal(send(ingress, hello()).action, PASS)
+  ingress.setQueues([0, 5])
+  assert.equal(send(ingress, hello()).action, TX)
+})
+
 test('datagrams on their way to another machine are taken', { skip }, () => {
   const ingress = open()
   const mapped = (last: number) =>

@@ -173,6 +173,12 @@ export class Ingress {
     this.control.setUint32(CONTROL.addresses, addresses.length, true)
   }
 
+  /** The receive queues that are answered on; what comes in on others goes on. None is all. */
+  setQueues(queues: readonly number[]): void {
+    const bits = queues.reduce((all, queue) => all | (1n << BigInt(queue)), 0n)
+    this.control.setBigUint64(CONTROL.queues, bits, true)
+  }
+
   /** @param model its name; undefined takes the replica out of the choice */
   setReplica(index: number, model: string | undefined): void {
     if (!Number.isInteger(index) || index < 0 || index >= REPLICAS_MAX) {

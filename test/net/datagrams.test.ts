@@ -209,6 +209,20 @@ test('a prefix in memory is not published, or one that has gone stays', { skip }
   })
 })
 
+test('a request that comes in on another queue is lost', { skip }, async (t) => {
+  const two = await twoHosts(4)
+  t.after(() => two.remove())
+  const { client, server } = two
+  const options = { interface: server.link, tenants: [TENANT], reply: REPLY }
+  assert.deepEqual((await server.call('serve', options)).queues, [0, 1, 2, 3])
+  const answers = await Promise.all(
+    Array.from({ length: 24 }, () => {
+      return client.call('ask', CLIENT, { prompt: 'x'.repeat(3000), maxTokens: 5000 })
+    }),
+  )
+  for (const { text } of answers) assert.equal(text, answerTo(3000))
+})
+
 test('an address of a bridge over the interface is not answered for', { skip }, async (t) => {
   const two = await twoHosts()
   t.after(() => two.remove())
