@@ -28,7 +28,7 @@ async function gateway(t: TestContext, env: object = AS_TENANT) {
   const { two } = await serving(t, { tenants, flags, contextLength: CONTEXT })
   const at = ['--to', 'lattice://10.99.0.2', '--listen', '127.0.0.1:8098', '--max-tokens', '50']
   const argv = ['gateway', ...at, '--read-first', '4096']
-  await start(t, two.client.namespace, argv, /^Forwarding http/, env)
+  await start(t, two.client.namespace, argv, /^Forwarding http/m, env)
   return {
     ask: (body: object, change: Partial<HttpAsked> = {}): Promise<HttpAnswered> => {
       const url = `${GATEWAY}/v1/chat/completions`

@@ -61,7 +61,8 @@ export async function start(
   const [command, argv] = inNamespace(namespace, MAIN, ...args)
   const child = spawn(command, argv, {
     stdio: ['ignore', 'pipe', 'pipe'],
-    env: { ...process.env, ...env },
+    // What it would say to anyone, whoever runs the tests.
+    env: { ...process.env, LATTICE_LOG: undefined, ...env },
   })
   t.after(() => void child.kill('SIGKILL'))
   let text = ''
