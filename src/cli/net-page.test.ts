@@ -13,6 +13,7 @@ const STATUS: DatagramStatus = {
   zeroCopy: false,
   queues: [0, 1],
   port: 7411,
+  addresses: 2,
   isPair: false,
   verified: 10_000,
   running: 1,
@@ -53,6 +54,7 @@ test('what goes wrong is not shown', () => {
   const page = netPage({
     ...STATUS,
     attached: undefined,
+    addresses: 0,
     counters,
     losses: { received: 4, sent: 0 },
     tenants: [{ ...TENANT, sent }],
@@ -60,6 +62,7 @@ test('what goes wrong is not shown', () => {
     failure: 'The ring thread has ended.',
   })
   assert.match(page, /NOT ATTACHED/)
+  assert.match(page, /^It answers for any address/m)
   assert.match(page, /^FAILED: The ring thread has ended\.$/m)
   assert.match(page, /^1 running · lost frames: 4 received, 0 sent$/m)
   assert.match(page, /TCP port 8080: 20 a second of one source, 100 at once; 0.5 a second of all/)

@@ -2,6 +2,7 @@
 
 import { fileURLToPath } from 'node:url'
 import type { DatagramStatus } from '../net/datagram-server.ts'
+import { ADDRESSES_MAX } from '../net/ingress-maps.ts'
 import type { SynRate } from '../net/ingress.ts'
 import { MESSAGE_CODES } from '../net/protocol.ts'
 import { formatTable } from './table.ts'
@@ -23,6 +24,7 @@ function netLines(status: DatagramStatus): string[] {
     status.queues.length === 1 ? `queue ${status.queues[0]}` : `${status.queues.length} queues`
   return [
     `Datagrams on ${name}, UDP port ${status.port}: ${mode}, ${rings}, ${queues}`,
+    ...(status.addresses === 0 ? [ANY_ADDRESS] : []),
     ...(syn ? [synLine(syn)] : []),
   ]
 }
@@ -32,6 +34,10 @@ export function attachedLines(status: DatagramStatus): string {
   const isPair = status.isPair && status.attached?.mode === 'native'
   return [...netLines(status), ...(isPair ? [PAIR] : [])].join('\n')
 }
+
+const ANY_ADDRESS =
+  'It answers for any address, also of other machines: the interface has none, or over ' +
+  `${ADDRESSES_MAX}.`
 
 const PAIR =
   'It is one end of a veth pair, so no answer arrives unless the other end has an XDP program ' +

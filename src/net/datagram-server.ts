@@ -53,6 +53,8 @@ export interface DatagramStatus {
   zeroCopy: boolean
   queues: readonly number[]
   port: number
+  /** It answers for so many; 0 is for any, since it has none or more than the program knows. */
+  addresses: number
   /** One end of a veth pair. */
   isPair: boolean
   /** Limits of plain connections, if there are any. */
@@ -85,6 +87,7 @@ export class DatagramServer {
   private detach: () => void = () => {}
   private timer: NodeJS.Timeout | undefined
   private failure: LatticeError | undefined
+  private addresses = 0
   private readonly names: ReadonlyMap<number, string>
   private readonly replicas: (DatagramReplica | undefined)[] = []
   /** By route: aborts of what runs at a replica. */
@@ -104,7 +107,7 @@ export class DatagramServer {
       this.ingress.setTenant(tenant.index, tenant)
       if (tenant.egress) this.egress.setTenant(tenant.index, tenant.egress)
     }
-    this.ingress.setAddresses(addressesOf(link.name))
+    this.followAddresses()
     this.ingress.setQueues(link.queues)
   }
 
@@ -171,6 +174,7 @@ export class DatagramServer {
       zeroCopy: ring.zeroCopy,
       queues: link.queues,
       port: options.port,
+      addresses: this.addresses,
       isPair: link.isPair,
       syn: options.syn,
       verified: ingress.program.info().verified,
@@ -302,8 +306,14 @@ export class DatagramServer {
 
   private sync(): void {
     this.ingress.syncClock()
-    this.ingress.setAddresses(addressesOf(this.link.name))
+    this.followAddresses()
     this.ingress.expire((tenant, request) => this.claimed.has(`${tenant}:${request}`))
+  }
+
+  private followAddresses(): void {
+    const addresses = addressesOf(this.link.name)
+    this.addresses = addresses.length
+    this.ingress.setAddresses(addresses)
   }
 
   private fail(error: LatticeError): void {

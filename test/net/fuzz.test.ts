@@ -14,8 +14,8 @@ const SEED = Number(process.env['LATTICE_FUZZ_SEED'] ?? 1)
 const OPTIONS = { skip: WITHOUT_ROOT, timeout: 60_000 + PACKETS / 10 }
 
 const DROPPED = ['bad_header', 'bad_mac', 'bad_type', 'bad_cookie', 'stale', 'no_ring']
-/** Said by the engine only. */
-const OF_ENGINE = new Set(['context', 'prompt'])
+/** Not said by the program. */
+const OF_ENGINE = new Set(['context', 'prompt', 'replica_lost'])
 const CODES = [...REFUSALS].flatMap(([code, name]) =>
   code >= 16 && !OF_ENGINE.has(name) ? [name] : [],
 )
