@@ -2,6 +2,7 @@
 // pieces, and let the model encode each. What differs between models are the parts.
 
 import type { AddedTokenMatcher } from './added-tokens.ts'
+import { ChunkCache } from './chunks.ts'
 import { decodeUtf8, StreamingDetokenizer } from './detokenizer.ts'
 import type { Normalizer } from './normalize.ts'
 import type { PreTokenizer } from './pretokenize.ts'
@@ -38,21 +39,26 @@ export class TextTokenizer implements Tokenizer {
   readonly eosTokens: readonly number[]
   readonly #parts: TokenizerParts
   readonly #bytes: (Uint8Array | undefined)[] = []
+  /** Only if text may be cut where words begin. */
+  readonly #chunks: ChunkCache | undefined
 
   constructor(parts: TokenizerParts) {
     this.#parts = parts
     this.vocabSize = parts.tokens.length
     this.bosToken = parts.bosToken
     this.eosTokens = parts.eosTokens
+    if (parts.preTokenize.atWords !== 'cuts') return
+    this.#chunks = new ChunkCache((stretch, out) => this.#encodePieces(stretch, false, out))
   }
 
   encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array {
-    const { added, addedNormalized, normalize, preTokenize, model, prefix, suffix } = this.#parts
+    const { added, addedNormalized, normalize, prefix, suffix } = this.#parts
     const { addSpecial, parseSpecial } = options
     const out: number[] = addSpecial ? [...prefix] : []
     let atStart = true
     const encodeText = (segment: string): void => {
-      for (const piece of preTokenize({ texts: [segment], atStart }).texts) model.encode(piece, out)
+      if (this.#chunks) this.#chunks.encode(segment, out)
+      else this.#encodePieces(segment, atStart, out)
     }
     for (const segment of added.split(text.toWellFormed(), parseSpecial)) {
       if (typeof segment === 'number') {
@@ -71,7 +77,12 @@ export class TextTokenizer implements Tokenizer {
       this.#dropSecondBos(out)
       out.push(...suffix)
     }
-    return Int32Array.from(out)
+    return new Int32Array(out)
+  }
+
+  #encodePieces(text: string, atStart: boolean, out: number[]): void {
+    const { preTokenize, model } = this.#parts
+    for (const piece of preTokenize({ texts: [text], atStart }).texts) model.encode(piece, out)
   }
 
   /** A rendered template often begins with the token that addSpecial adds. */
