@@ -48,7 +48,7 @@ export class Ring {
   /** @throws LatticeError what kept a socket from being opened; then none is open */
   static async open(options: RingThreadOptions, events: RingEvents): Promise<Ring> {
     const url = new URL('./ring-thread.ts', import.meta.url)
-    const worker = new Worker(url, { workerData: options })
+    const worker = new Worker(url, { workerData: options, name: 'ring' })
     const ready = await new Promise<Ready>((resolve, reject) => {
       worker.once('message', (message: FromRing) => {
         if (message.kind === 'ready') resolve(message)
