@@ -7,7 +7,7 @@ import { decodeUtf8, StreamingDetokenizer } from './detokenizer.ts'
 import type { Normalizer } from './normalize.ts'
 import type { PreTokenizer } from './pretokenize.ts'
 import type { Detokenizer, Tokenizer } from './tokenizer.ts'
-import type { PieceModel } from './words.ts'
+import { type PieceModel, TokenBuffer, type TokenSink } from './words.ts'
 
 export interface TokenizerParts {
   /** Spelling by id; ids may have holes. */
@@ -39,6 +39,7 @@ export class TextTokenizer implements Tokenizer {
   readonly eosTokens: readonly number[]
   readonly #parts: TokenizerParts
   readonly #bytes: (Uint8Array | undefined)[] = []
+  readonly #out = new TokenBuffer()
   /** Only if text may be cut where words begin. */
   readonly #chunks: ChunkCache | undefined
 
@@ -54,7 +55,9 @@ export class TextTokenizer implements Tokenizer {
   encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array {
     const { added, addedNormalized, normalize, prefix, suffix } = this.#parts
     const { addSpecial, parseSpecial } = options
-    const out: number[] = addSpecial ? [...prefix] : []
+    const out = this.#out
+    out.count = 0
+    if (addSpecial) for (const token of prefix) out.push(token)
     let atStart = true
     const encodeText = (segment: string): void => {
       if (this.#chunks) this.#chunks.encode(segment, out)
@@ -75,21 +78,21 @@ export class TextTokenizer implements Tokenizer {
     }
     if (addSpecial) {
       this.#dropSecondBos(out)
-      out.push(...suffix)
+      for (const token of suffix) out.push(token)
     }
-    return new Int32Array(out)
+    return out.take()
   }
 
-  #encodePieces(text: string, atStart: boolean, out: number[]): void {
+  #encodePieces(text: string, atStart: boolean, out: TokenSink): void {
     const { preTokenize, model } = this.#parts
     for (const piece of preTokenize({ texts: [text], atStart }).texts) model.encode(piece, out)
   }
 
   /** A rendered template often begins with the token that addSpecial adds. */
-  #dropSecondBos(out: number[]): void {
+  #dropSecondBos(out: TokenBuffer): void {
     const { prefix, bosToken } = this.#parts
     const at = prefix.length
-    if (at > 0 && prefix[at - 1] === bosToken && out[at] === bosToken) out.splice(at, 1)
+    if (at > 0 && prefix[at - 1] === bosToken && out.at(at) === bosToken) out.remove(at)
   }
 
   tokenBytes(token: number, skipSpecial: boolean): Uint8Array {

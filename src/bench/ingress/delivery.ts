@@ -89,7 +89,7 @@ async function deliver(
 }
 
 /** The project's own prose and code, from as many places as there are prompts. */
-function prompts(): Buffer {
+export function prompts(): Buffer {
   const root = fileURLToPath(new URL('../../../', import.meta.url))
   const files = globSync(['README.md', 'ARCHITECTURE.md', 'docs/*.md', 'src/engine/*.ts'], {
     cwd: root,
