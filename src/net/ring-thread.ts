@@ -17,19 +17,36 @@ const port = present(parentPort, 'the parent thread')
 const options = workerData as RingThreadOptions
 const { mode, busyPollBudget } = options
 
-/** How long a sleep lasts at most, so that lost frames are told. */
+/** How long a sleep lasts at most, and how often lost frames are counted. */
 const SLEEP_MS = 1000
+/** Frames of a queue before what they ask for is sent. */
+const BURST = 256
 
 const sockets: XdpSocket[] = []
 /** Answers leave through the kernel's stack, where the egress program accounts for them. */
 let out: PacketSocket | undefined
 const answers = new Map<number, WireAnswer>()
 const losses: RingLosses = { received: 0, sent: 0 }
+/** The time of this turn: asking for it costs as much as a short hash. */
+let nowMs = performance.now()
 let nextId = 1
 let draining = false
 
-function say(message: FromRing, transfer: ArrayBuffer[] = []): void {
-  port.postMessage(message, transfer)
+/** What is to be told at the end of this turn. */
+let news: FromRing[] = []
+let given: ArrayBuffer[] = []
+
+/** Told with everything else of this turn: a message wakes the main thread, whatever is in it. */
+function say(message: FromRing, transfer?: ArrayBuffer): void {
+  news.push(message)
+  if (transfer) given.push(transfer)
+}
+
+function tell(): void {
+  if (news.length === 0) return
+  port.postMessage(news, given)
+  news = []
+  given = []
 }
 
 function makeReplica(): Replica {
@@ -40,13 +57,13 @@ function makeReplica(): Replica {
   const known = (tenant: number, index: number) =>
     index < 2 ? keys.get(2 * tenant + index) : undefined
   return new Replica(known, {
-    now: () => performance.now(),
+    now: () => nowMs,
     timeUs: () => BigInt(Date.now()) * 1000n,
     claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }),
     start(wire, answer) {
       const id = nextId++
       answers.set(id, answer)
-      say({ kind: 'start', id, wire }, [wire.prompt.buffer as ArrayBuffer])
+      say({ kind: 'start', id, wire }, wire.prompt.buffer as ArrayBuffer)
       return () => {
         if (answers.delete(id)) say({ kind: 'abort', id })
       }
@@ -61,42 +78,51 @@ function makeReplica(): Replica {
 /** Returns false when the thread is to end. */
 function hear(): boolean {
   for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
-    const message = item.message as ToRing
-    if (message.kind === 'close') return false
-    if (message.kind === 'drain') draining = true
-    else if (message.kind === 'tokens') answers.get(message.id)?.tokens(message.ids, message.text)
-    else {
-      const answer = answers.get(message.id)
-      answers.delete(message.id)
-      answer?.end(message.code, message.usage)
+    for (const message of item.message as ToRing[]) {
+      if (message.kind === 'close') return false
+      if (message.kind === 'drain') draining = true
+      else if (message.kind === 'tokens') answers.get(message.id)?.tokens(message.ids, message.text)
+      else {
+        const answer = answers.get(message.id)
+        answers.delete(message.id)
+        answer?.end(message.code, message.usage)
+      }
     }
   }
   return true
 }
 
 function run(replica: Replica, bell: Bell): void {
-  let told = 0
+  const take = (view: DataView, at: number, bytes: number) => replica.take(view, at, bytes)
+  let countedMs = nowMs
   while (hear()) {
+    nowMs = performance.now()
     let taken = 0
-    for (const socket of sockets) {
-      taken += socket.receive((view, at, bytes) => replica.take(view, at, bytes))
-    }
+    for (const socket of sockets) taken += socket.receive(take, BURST)
     const next = replica.turn()
     out?.flush()
     if (draining && replica.settled) {
       draining = false
       say({ kind: 'drained' })
     }
+    if (nowMs - countedMs >= SLEEP_MS) {
+      countedMs = nowMs
+      tellLosses()
+    }
+    tell()
     if (taken > 0 || busyPollBudget > 0) continue
     const waitMs = next === undefined ? SLEEP_MS : Math.min(SLEEP_MS, next - performance.now())
     if (waitMs > 0) bell.wait(Math.ceil(waitMs))
-    losses.received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
-    losses.sent = out?.lost ?? 0
-    if (losses.received + losses.sent > told) {
-      told = losses.received + losses.sent
-      say({ kind: 'lost', losses })
-    }
   }
+}
+
+function tellLosses(): void {
+  const received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
+  const sent = out?.lost ?? 0
+  if (received === losses.received && sent === losses.sent) return
+  losses.received = received
+  losses.sent = sent
+  say({ kind: 'lost', losses })
 }
 
 function lostBy(socket: XdpSocket): number {
@@ -113,9 +139,11 @@ try {
   const bell = openBell(fds)
   const zeroCopy = sockets.every((socket) => socket.zeroCopy)
   say({ kind: 'ready', fds, bell: bell.fd, zeroCopy })
+  tell()
   run(makeReplica(), bell)
 } catch (thrown) {
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
+  tell()
 }
 for (const socket of sockets) socket.close()
 out?.close()

@@ -28,6 +28,7 @@ export class Ring {
   private readonly events: RingEvents
   private readonly aborts = new Map<number, () => void>()
   private readonly drained: (() => void)[] = []
+  private readonly outbox: ToRing[] = []
   private over = false
 
   private constructor(worker: Worker, { fds, zeroCopy, bell }: Ready, events: RingEvents) {
@@ -36,10 +37,13 @@ export class Ring {
     this.zeroCopy = zeroCopy
     this.bell = bell
     this.events = events
-    worker.on('message', (message: FromRing) => this.receive(message))
+    worker.on('message', (messages: FromRing[]) => {
+      for (const message of messages) this.receive(message)
+    })
     worker.on('error', (thrown) => this.fail(toLatticeError(thrown)))
     worker.on('exit', () => {
       // Not before: its number could be another file's by the time it is rung.
+      this.outbox.length = 0
       closeFd(bell)
       this.fail(ended())
     })
@@ -50,9 +54,9 @@ export class Ring {
     const url = new URL('./ring-thread.ts', import.meta.url)
     const worker = new Worker(url, { workerData: options, name: 'ring' })
     const ready = await new Promise<Ready>((resolve, reject) => {
-      worker.once('message', (message: FromRing) => {
-        if (message.kind === 'ready') resolve(message)
-        else if (message.kind === 'failed') {
+      worker.once('message', ([message]: FromRing[]) => {
+        if (message?.kind === 'ready') resolve(message)
+        else if (message?.kind === 'failed') {
           // Its sockets are closed when it has ended.
           worker.once('exit', () => reject(LatticeError.fromJSON(message.error)))
         }
@@ -111,8 +115,14 @@ export class Ring {
     if (!this.over) this.post(message)
   }
 
+  /** With everything else that is said in this turn of the event loop. */
   private post(message: ToRing): void {
-    this.worker.postMessage(message)
+    if (this.outbox.push(message) === 1) setImmediate(() => this.flush())
+  }
+
+  private flush(): void {
+    if (this.outbox.length === 0) return
+    this.worker.postMessage(this.outbox.splice(0))
     ring(this.bell)
   }
 
