@@ -9,6 +9,7 @@ import { ChunkCache, isWordCut } from './chunks.ts'
 import { FAMILY_NAMES, preTokenizerFamily } from './gguf-pretokenizers.ts'
 import { readPreTokenizer } from './json-pretokenizers.ts'
 import type { PreTokenizer } from './pretokenize.ts'
+import { TokenBuffer } from './words.ts'
 
 const seed = Number(process.env['LATTICE_TEST_SEED'] ?? Date.now() % 2 ** 31)
 console.log(`seed ${seed} (LATTICE_TEST_SEED repeats it)`)
@@ -28,14 +29,16 @@ const anyText = fc.oneof(
       ),
       { maxLength: 24 },
     )
-    .map((parts) => parts.join('')),
+    .map((parts) => parts.join('').toWellFormed()),
   fc.string({ unit: 'grapheme-ascii', maxLength: 60 }),
 )
 
 function stretches(text: string): string[] {
-  const units = Uint16Array.from({ length: text.length + 1 }, (_, i) => text.charCodeAt(i) || 0)
-  const at = [...units.keys()].filter((i) => i > 0 && i < text.length && isWordCut(units, i))
-  return [0, ...at].map((from, i) => text.slice(from, at[i] ?? text.length)).filter((t) => t !== '')
+  const utf8 = Buffer.from(`${text}\0`)
+  const end = utf8.length - 1
+  const at = [...utf8.keys()].filter((i) => i > 0 && i < end && isWordCut(utf8, i))
+  const ends = [...at, end]
+  return [0, ...at].map((from, i) => utf8.toString('utf8', from, ends[i])).filter((t) => t !== '')
 }
 
 function holds(name: string, preTokenize: PreTokenizer): void {
@@ -78,26 +81,32 @@ for (const file of readdirSync(folder).filter((each) => each.endsWith('.json')))
 }
 
 /** Encodes a stretch as its code units, and counts how often it had to. */
-function counted(): { cache: ChunkCache; encoded: string[]; tokens: (text: string) => number[] } {
+function counted(): { encoded: string[]; tokens: (text: string) => number[] } {
   const encoded: string[] = []
-  const cache = new ChunkCache((stretch, out) => {
+  const out = new TokenBuffer()
+  const cache = new ChunkCache((stretch, to) => {
     encoded.push(stretch)
-    for (let i = 0; i < stretch.length; i++) out.push(stretch.charCodeAt(i))
+    for (const unit of unitsOf(stretch)) to.push(unit)
   })
   const tokens = (text: string): number[] => {
-    const out: number[] = []
     cache.encode(text, out)
-    return out
+    return [...out.take()]
   }
-  return { cache, encoded, tokens }
+  return { encoded, tokens }
 }
 
 const unitsOf = (text: string): number[] => text.split('').map((unit) => unit.charCodeAt(0))
 
-test('a stretch is taken for another one', () => {
-  const { tokens } = counted()
+test('a stretch is taken for another one, or ends elsewhere than where text is cut', () => {
+  const { encoded, tokens } = counted()
   fc.assert(
-    fc.property(anyText, (text) => assert.deepEqual(tokens(text), unitsOf(text))),
+    fc.property(anyText, (text) => {
+      encoded.length = 0
+      assert.deepEqual(tokens(text), unitsOf(text))
+      const all = stretches(text)
+      assert.ok(encoded.every((stretch) => all.includes(stretch)))
+      assert.deepEqual(tokens(text), unitsOf(text))
+    }),
     runs,
   )
 })
@@ -111,22 +120,46 @@ test('what was encoded before is encoded again', () => {
   assert.deepEqual(encoded, [' Why'])
 })
 
-test('more stretches than are kept: wrong tokens, or what is used all the time is lost', () => {
-  const { encoded, tokens } = counted()
-  for (let i = 0; i < 100_000; i++) {
-    const text = `Usual x${i}y`
-    if (i > 0) encoded.length = 0
-    assert.deepEqual(tokens(text), unitsOf(text))
-    if (i > 0) assert.deepEqual(encoded, [` x${i}y`])
+test('stretches of all lengths, or of one to many tokens, are mixed up', () => {
+  const spelled = new Map<string, number[]>()
+  const out = new TokenBuffer()
+  const cache = new ChunkCache((stretch, to) => {
+    for (const token of spelled.get(stretch) ?? []) to.push(token)
+  })
+  // Alike but for their last byte, the last bytes of each length, and how many tokens they are.
+  for (let length = 2; length <= 70; length++) {
+    for (let count = 0; count < 5; count++) {
+      const word = ` ${'x'.repeat(length - 2)}${String.fromCharCode(97 + count)}`
+      spelled.set(
+        word,
+        Array.from({ length: count }, (_, i) => length * 4000 + count * 10 + i),
+      )
+    }
+  }
+  const text = [...spelled.keys()].join('')
+  const wanted = [...spelled.values()].flat()
+  // The first one begins without a space before it that would cut it off.
+  for (let i = 0; i < 3; i++) {
+    cache.encode(text, out)
+    assert.deepEqual([...out.take()], wanted)
   }
 })
 
-test('a stretch that is too long to be kept is wrong, or one as long as a text', () => {
+test('more stretches than are kept become wrong tokens', () => {
   const { encoded, tokens } = counted()
-  const long = `${'a'.repeat(100)} ${'b'.repeat(200_000)} c`
+  for (let i = 0; i < 100_000; i++) {
+    const text = `Usual x${i}y`
+    assert.deepEqual(tokens(text), unitsOf(text))
+  }
+  // It is forgotten with all others, now and then.
+  const usual = encoded.filter((stretch) => stretch === 'Usual').length
+  assert.ok(usual < 6, `encoded ${usual} times`)
+})
+
+test('a text of many blocks, or a stretch longer than one, is cut at the wrong place', () => {
+  const { encoded, tokens } = counted()
+  const long = `${'a'.repeat(100)} ${'b'.repeat(200_000)} c${' word'.repeat(20_000)} é${'中'.repeat(30_000)} d`
   for (let i = 0; i < 2; i++) assert.deepEqual(tokens(long), unitsOf(long))
-  assert.deepEqual(
-    encoded.map(({ length }) => length),
-    [100, 200_001, 2, 100, 200_001],
-  )
+  const lengths = encoded.map(({ length }) => length)
+  assert.deepEqual(lengths, [100, 200_001, 2, 5, 30_009, 100, 200_001, 30_009])
 })

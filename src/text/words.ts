@@ -16,6 +16,14 @@ export class TokenBuffer implements TokenSink {
     this.#tokens[this.count++] = token
   }
 
+  /** Words [from, to) of an array. */
+  append(words: Int32Array, from: number, to: number): void {
+    const count = to - from
+    if (this.count + count > this.#tokens.length) this.#reserve(2 * (this.count + count))
+    // A view for `set` costs more than the few tokens between two unknown words.
+    for (let i = from; i < to; i++) this.#tokens[this.count++] = words[i]!
+  }
+
   at(index: number): number | undefined {
     return index < this.count ? this.#tokens[index] : undefined
   }
