@@ -129,9 +129,11 @@ const CODES: Partial<Record<ErrorCode, MessageCode>> = {
   draining: 'no_replica',
 }
 
+const UTF8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
+
 function decode(prompt: Uint8Array): string {
   try {
-    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(prompt)
+    return UTF8.decode(prompt)
   } catch (cause) {
     throw new LatticeError('invalid_request', 'The prompt is no UTF-8.', { cause })
   }

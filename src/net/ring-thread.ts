@@ -10,7 +10,14 @@ import { PacketSocket } from '../ffi/packet-socket.ts'
 import { XdpSocket } from '../ffi/xdp-socket.ts'
 import type { WireAnswer } from './exchange.ts'
 import { Replica } from './replica.ts'
-import type { FromRing, RingLosses, RingThreadOptions, ToRing } from './ring-messages.ts'
+import {
+  ASLEEP,
+  type FromRing,
+  type RingLosses,
+  type RingThreadOptions,
+  SAID,
+  type ToRing,
+} from './ring-messages.ts'
 import { type SipKey, sipKey } from './siphash.ts'
 
 const port = present(parentPort, 'the parent thread')
@@ -19,6 +26,10 @@ const { mode, busyPollBudget } = options
 
 /** How long a sleep lasts at most, and how often lost frames are counted. */
 const SLEEP_MS = 1000
+/** Whoever is not claimed is given up after 10 s. */
+const CLAIM_MS = 1000
+/** A place is free again so much later at most. */
+const FINISH_MS = 2
 /** Frames of a queue before what they ask for is sent. */
 const BURST = 256
 
@@ -31,22 +42,32 @@ const losses: RingLosses = { received: 0, sent: 0 }
 let nowMs = performance.now()
 let nextId = 1
 let draining = false
+const signal = new Int32Array(options.signal)
+let heard = 0
 
 /** What is to be told at the end of this turn. */
 let news: FromRing[] = []
 let given: ArrayBuffer[] = []
 
-/** Told with everything else of this turn: a message wakes the main thread, whatever is in it. */
-function say(message: FromRing, transfer?: ArrayBuffer): void {
+let tellMs = Infinity
+
+/**
+ * Told with everything else of this turn, or with what comes later: a message wakes the main
+ * thread, whatever is in it.
+ * @param withinMs how long it may wait for others
+ */
+function say(message: FromRing, withinMs = 0, transfer?: ArrayBuffer): void {
   news.push(message)
   if (transfer) given.push(transfer)
+  tellMs = Math.min(tellMs, nowMs + withinMs)
 }
 
 function tell(): void {
-  if (news.length === 0) return
+  if (nowMs < tellMs) return
   port.postMessage(news, given)
   news = []
   given = []
+  tellMs = Infinity
 }
 
 function makeReplica(): Replica {
@@ -59,17 +80,17 @@ function makeReplica(): Replica {
   return new Replica(known, {
     now: () => nowMs,
     timeUs: () => BigInt(Date.now()) * 1000n,
-    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }),
+    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }, CLAIM_MS),
     start(wire, answer) {
       const id = nextId++
       answers.set(id, answer)
-      say({ kind: 'start', id, wire }, wire.prompt.buffer as ArrayBuffer)
+      say({ kind: 'start', id, wire }, 0, wire.prompt.buffer as ArrayBuffer)
       return () => {
         if (answers.delete(id)) say({ kind: 'abort', id })
       }
     },
     finished: (tenant, request, usedTokens) => {
-      say({ kind: 'finished', tenant, request, usedTokens })
+      say({ kind: 'finished', tenant, request, usedTokens }, FINISH_MS)
     },
     send: (write) => out?.send(write),
   })
@@ -77,6 +98,9 @@ function makeReplica(): Replica {
 
 /** Returns false when the thread is to end. */
 function hear(): boolean {
+  const said = Atomics.load(signal, SAID)
+  if (said === heard) return true
+  heard = said
   for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
     for (const message of item.message as ToRing[]) {
       if (message.kind === 'close') return false
@@ -111,9 +135,17 @@ function run(replica: Replica, bell: Bell): void {
     }
     tell()
     if (taken > 0 || busyPollBudget > 0) continue
-    const waitMs = next === undefined ? SLEEP_MS : Math.min(SLEEP_MS, next - performance.now())
-    if (waitMs > 0) bell.wait(Math.ceil(waitMs))
+    const until = Math.min(next ?? Infinity, tellMs, nowMs + SLEEP_MS)
+    const waitMs = Math.ceil(until - performance.now())
+    if (waitMs > 0) sleep(bell, waitMs)
   }
+}
+
+/** Who says something afterwards rings the bell; what was said before is seen here. */
+function sleep(bell: Bell, waitMs: number): void {
+  Atomics.store(signal, ASLEEP, 1)
+  if (Atomics.load(signal, SAID) === heard) bell.wait(waitMs)
+  Atomics.store(signal, ASLEEP, 0)
 }
 
 function tellLosses(): void {
