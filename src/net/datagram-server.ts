@@ -5,7 +5,7 @@ import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import { Egress, type TenantAccount } from './egress.ts'
-import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
+import { Ingress, INGRESS_DEFAULTS, type IngressCounters, type TenantUse } from './ingress.ts'
 import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
 import {
   addressesOf,
@@ -36,6 +36,8 @@ export interface DatagramOptions extends InterfaceChoice {
   tenants: readonly DatagramTenant[]
   /** Requests at once, of all tenants together. */
   maxRunning: number
+  /** That are remembered for 30 s, whether they run or not: 2,184 a second unless told. */
+  requests?: number
   port: number
   /** The ring thread is gone: every HELLO is refused from now on. */
   onFailure: (error: LatticeError) => void
@@ -60,6 +62,8 @@ export interface DatagramStatus {
 }
 
 const SYNC_MS = 5_000
+/** In so many steps all that is remembered is looked at every SYNC_MS. */
+const EXPIRE_MS = 250
 /** A client gets so long to take the rest of its answer. */
 const FLUSH_MS = 5_000
 
@@ -75,7 +79,8 @@ export class DatagramServer {
   private readonly link: CheckedInterface
   private ring!: Ring
   private detach: () => void = () => {}
-  private timer: NodeJS.Timeout | undefined
+  private timers: readonly NodeJS.Timeout[] = []
+  private readonly expireMost: number
   private failure: LatticeError | undefined
   private readonly names: ReadonlyMap<number, string>
   private readonly replicas: (DatagramReplica | undefined)[] = []
@@ -89,7 +94,9 @@ export class DatagramServer {
     this.options = options
     this.link = link
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
-    this.ingress = Ingress.load({ port: options.port })
+    const { requests = INGRESS_DEFAULTS.requests } = options
+    this.ingress = Ingress.load({ port: options.port, requests })
+    this.expireMost = Math.ceil((requests * EXPIRE_MS) / SYNC_MS)
     this.ingress.setMaxRunning(options.maxRunning)
     this.egress = Egress.load(options.port)
     for (const tenant of options.tenants) {
@@ -114,8 +121,11 @@ export class DatagramServer {
       server.egress.close()
       throw thrown
     }
-    server.timer = setInterval(() => server.sync(), SYNC_MS)
-    server.timer.unref()
+    server.timers = [
+      setInterval(() => server.sync(), SYNC_MS),
+      setInterval(() => server.expire(), EXPIRE_MS),
+    ]
+    for (const timer of server.timers) timer.unref()
     return server
   }
 
@@ -194,7 +204,7 @@ export class DatagramServer {
 
   /** Detaches the program; what runs is cut off. */
   async close(): Promise<void> {
-    clearInterval(this.timer)
+    for (const timer of this.timers) clearInterval(timer)
     this.detach()
     await this.ring.close()
     this.ingress.close()
@@ -296,7 +306,12 @@ export class DatagramServer {
   private sync(): void {
     this.ingress.syncClock()
     this.ingress.setAddresses(addressesOf(this.link.name))
-    this.ingress.expire((tenant, request) => this.claimed.has(`${tenant}:${request}`))
+  }
+
+  /** A part of what is remembered at a time: all of it could hold up the thread for long. */
+  private expire(): void {
+    const isClaimed = (tenant: number, request: bigint) => this.claimed.has(`${tenant}:${request}`)
+    this.ingress.expire(isClaimed, undefined, this.expireMost)
   }
 
   private fail(error: LatticeError): void {

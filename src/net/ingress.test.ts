@@ -11,7 +11,7 @@ import {
   udpChecksum,
   udpOffset,
 } from '../../test/support/packets.ts'
-import { Ingress } from './ingress.ts'
+import { Ingress, type IngressTunables } from './ingress.ts'
 import { CONTROL } from './ingress-maps.ts'
 import {
   cookieOf,
@@ -37,8 +37,8 @@ const TENANT = 3
 const opened: Ingress[] = []
 after(() => opened.forEach((ingress) => ingress.close()))
 
-function open(): Ingress {
-  const ingress = Ingress.load()
+function open(tunables: Partial<IngressTunables> = {}): Ingress {
+  const ingress = Ingress.load(tunables)
   opened.push(ingress)
   ingress.setMaxRunning(1000)
   ingress.setReplica(0, 'model')
@@ -300,6 +300,18 @@ test('a request that was granted and never came keeps its place', { skip }, asyn
     1,
   )
   assert.equal(code(ingress, { request }), MESSAGE_CODES.ok)
+})
+
+test('more or fewer requests are remembered than were asked for', { skip }, () => {
+  const ingress = open({ requests: 3 })
+  for (let i = 0; i < 3; i++) assert.equal(code(ingress, {}), MESSAGE_CODES.ok)
+  assert.equal(code(ingress, {}), MESSAGE_CODES.busy)
+  assert.throws(() => open({ requests: 0 }), { code: 'invalid_request' })
+  // Looked at two at a time, all are found: none is claimed.
+  const later = process.hrtime.bigint() + 61_000_000_000n
+  for (let i = 0; i < 6; i++) ingress.expire(() => false, later, 2)
+  assert.equal(ingress.running, 0)
+  assert.equal(code(ingress, {}), MESSAGE_CODES.ok)
 })
 
 test('datagrams on their way to another machine are taken', { skip }, () => {
