@@ -30,6 +30,8 @@ const SLEEP_MS = 1000
 const CLAIM_MS = 1000
 /** A place is free again so much later at most. */
 const FINISH_MS = 2
+/** With busy-polling: so long after the last frame the driver is asked again and again. */
+const BUSY_MS = 2
 /** Frames of a queue before what they ask for is sent. */
 const BURST = 256
 
@@ -119,6 +121,7 @@ function hear(): boolean {
 function run(replica: Replica, bell: Bell): void {
   const take = (view: DataView, at: number, bytes: number) => replica.take(view, at, bytes)
   let countedMs = nowMs
+  let busyUntilMs = nowMs
   while (hear()) {
     nowMs = performance.now()
     let taken = 0
@@ -134,7 +137,14 @@ function run(replica: Replica, bell: Bell): void {
       tellLosses()
     }
     tell()
-    if (taken > 0 || busyPollBudget > 0) continue
+    if (taken > 0) {
+      busyUntilMs = nowMs + BUSY_MS
+      continue
+    }
+    if (busyPollBudget > 0 && nowMs < busyUntilMs) {
+      for (const socket of sockets) socket.poll()
+      continue
+    }
     const until = Math.min(next ?? Infinity, tellMs, nowMs + SLEEP_MS)
     const waitMs = Math.ceil(until - performance.now())
     if (waitMs > 0) sleep(bell, waitMs)

@@ -7,6 +7,7 @@
 //                                      KIND: xdp-spin udp-spin udp-sleep
 //   flood xdp ADDRESS PORT MS 0 TENANT KEY PROMPT_BYTES CLIENT_MAC SERVER_MAC
 //   http KIND ADDRESS PORT COUNT RATE BYTES
+//   hog cpu - 0 MS 0                   keeps its core busy and sends nothing
 //
 // RATE is requests a second, 0 is one after the other. Prints one line of JSON.
 
@@ -307,6 +308,14 @@ static void flood(const char *address, int port, long ms, struct asker *hello, c
   report(now_ns(CLOCK_MONOTONIC) - start, cpu, sent, types);
 }
 
+/** What a flood's sender takes from its neighbours without sending anything. */
+static void hog(long ms) {
+  uint64_t start = now_ns(CLOCK_MONOTONIC), end = start + ms * 1000000ull;
+  long types[16] = {0};
+  while (now_ns(CLOCK_MONOTONIC) < end);
+  report(now_ns(CLOCK_MONOTONIC) - start, 0, 1, types);
+}
+
 static void http(const char *kind, const char *address, int port, long count, double rate,
                  long bytes) {
   int fd = connected(kind, address, port), spins = spins_of(kind);
@@ -396,6 +405,7 @@ int main(int count, char **arg) {
   double rate = atof(arg[6]);
   samples = malloc((requests + 1) * sizeof *samples);
   if (!strcmp(what, "ask")) ask(kind, address, port, requests, rate, 0);
+  else if (!strcmp(what, "hog")) hog(requests);
   else if (!strcmp(what, "http")) http(kind, address, port, requests, rate, atol(arg[7]));
   else {
     struct asker a = asker_of(arg + 7);

@@ -98,7 +98,7 @@ async function deliver(
 }
 
 /** The project's own prose and code, from as many places as there are prompts. */
-export function prompts(): Buffer {
+function prompts(): Buffer {
   const root = fileURLToPath(new URL('../../../', import.meta.url))
   const files = globSync(['README.md', 'ARCHITECTURE.md', 'docs/*.md', 'src/engine/*.ts'], {
     cwd: root,
@@ -116,7 +116,7 @@ export function prompts(): Buffer {
   return Buffer.from(all.join(''), 'latin1')
 }
 
-function median(values: readonly number[]): number {
+export function median(values: readonly number[]): number {
   const sorted = values.toSorted((a, b) => a - b)
   return sorted[sorted.length >> 1] ?? NaN
 }

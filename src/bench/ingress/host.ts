@@ -50,11 +50,20 @@ export const COMMANDS = {
     detach = undefined
   },
 
-  /** The program alone, with a replica that nobody is behind; what was granted is forgotten. */
-  decide(name: string): void {
+  /** A program that sends everything back and decides nothing. */
+  turn(name: string): void {
     detach?.()
     ingress?.close()
-    ingress = Ingress.load()
+    ingress = undefined
+    const testing = readFileSync(new URL('../../../bpf/testing.o', import.meta.url))
+    detach = new BpfObject(testing).program('turn').attachXdp(interfaceIndex(name), 'native')
+  },
+
+  /** The program alone, with a replica that nobody is behind; what was granted is forgotten. */
+  decide(name: string, requests?: number): void {
+    detach?.()
+    ingress?.close()
+    ingress = Ingress.load(requests === undefined ? {} : { requests })
     ingress.setMaxRunning(1 << 30)
     ingress.setReplica(0, 'bench')
     const maxRunning = 1 << 30
@@ -64,11 +73,12 @@ export const COMMANDS = {
     detach = ingress.program.attachXdp(interfaceIndex(name), 'native')
   },
 
-  async datagrams(name: string): Promise<void> {
+  async datagrams(name: string, busyPollBudget = 0): Promise<void> {
     detach?.()
     detach = undefined
+    await service?.close()
     service = serviceFor(engine, BYTES)
-    await attach(name)
+    await attach(name, busyPollBudget)
   },
 
   async http(): Promise<void> {
@@ -187,9 +197,9 @@ function serviceFor(answering: Engine, tokenizer: Tokenizer): NetService {
   })
 }
 
-async function attach(name: string): Promise<void> {
+async function attach(name: string, busyPollBudget = 0): Promise<void> {
   const how = { name, queue: undefined, force: false, mode: 'native', port: PROTOCOL_PORT } as const
-  await service?.attach({ ...how, allowGeneric: false, busyPollBudget: 0 })
+  await service?.attach({ ...how, allowGeneric: false, busyPollBudget })
 }
 
 async function overHttp(agent: Agent, host: string, prompt: string, from: number): Promise<number> {
