@@ -199,7 +199,7 @@ const LOOK = [
               ...w.putWord(w.get(OUT), w.shr32(w.get(SIZES), w.i32(14))),
               ...step(OUT, 4),
               ...w.set(FROM, at),
-              // Out of the whens, the block, the loop and its block and theirs, to the next stretch.
+              // Out of all that is around, to the next stretch.
               ...w.leave(6),
             ],
             w.set(FAR, farAt),

@@ -66,7 +66,7 @@ export class ChunkCache {
   #count = 0
   #arenaUsed = 0
 
-  /** @param encode what a stretch that is not known becomes; it must not depend on what is around */
+  /** @param encode makes tokens of a stretch that is not known, whatever is around it */
   constructor(encode: (stretch: string, out: TokenSink) => void) {
     this.#encode = encode
     // So that nobody can choose texts that meet in one slot.

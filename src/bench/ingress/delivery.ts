@@ -3,7 +3,6 @@
 
 import { globSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
 import { PROTOCOL_PORT } from '../../net/protocol.ts'
 import { KEY, QUEUE_PORT, TENANT } from './host.ts'
 import type { World } from './world.ts'
@@ -99,7 +98,7 @@ async function deliver(
 
 /** The project's own prose and code, from as many places as there are prompts. */
 function prompts(): Buffer {
-  const root = fileURLToPath(new URL('../../../', import.meta.url))
+  const root = join(import.meta.dirname, '..', '..', '..')
   const files = globSync(['README.md', 'ARCHITECTURE.md', 'docs/*.md', 'src/engine/*.ts'], {
     cwd: root,
   })

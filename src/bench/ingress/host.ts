@@ -5,6 +5,7 @@ import { execFileSync } from 'node:child_process'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { Agent, request as httpRequest } from 'node:http'
 import { text } from 'node:stream/consumers'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { BpfObject } from '../../ffi/libbpf.ts'
 import { interfaceIndex } from '../../ffi/xdp-socket.ts'
 import { LatticeClient } from '../../net/client.ts'
@@ -24,6 +25,8 @@ export const KEY = new Uint8Array(16).fill(3)
 export const HTTP_PORT = 9100
 export const QUEUE_PORT = 9101
 const keys = [KEY, KEY] as const
+const PASS_TRIES = 20
+const PASS_WAIT_MS = 50
 
 let ingress: Ingress | undefined
 let detach: (() => void) | undefined
@@ -38,10 +41,20 @@ export const COMMANDS = {
    * A veth takes what XDP sends only if it has a program of its own.
    * @param cpu takes frames from the driver in a kernel thread there, if given
    */
-  pass(name: string, cpu?: number): void {
+  async pass(name: string, cpu?: number): Promise<void> {
+    detach?.()
+    detach = undefined
     const testing = readFileSync(new URL('../../../bpf/testing.o', import.meta.url))
     const object = new BpfObject(testing)
-    detach = object.program('pass').attachXdp(interfaceIndex(name), 'native')
+    // A process that has just ended may keep its own program there for a moment.
+    for (let tries = 0; detach === undefined; tries++) {
+      try {
+        detach = object.program('pass').attachXdp(interfaceIndex(name), 'native')
+      } catch (thrown) {
+        if (tries === PASS_TRIES) throw thrown
+        await sleep(PASS_WAIT_MS)
+      }
+    }
     if (cpu !== undefined) inThreads(name, cpu)
   },
 
