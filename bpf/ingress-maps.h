@@ -58,6 +58,8 @@ struct control {
   /** As they lie in a packet; 0 is none. */
   __u32 address4[ADDRESSES];
   __u64 address6[ADDRESSES][2];
+  /** Receive queues that have rings, a bit each; 0 is any. What comes in on others is not ours. */
+  __u64 queues;
 };
 
 struct request_key {

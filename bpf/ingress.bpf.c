@@ -32,8 +32,6 @@ static __always_inline void count(enum counter which) {
   if (c) c->count[which]++;
 }
 
-#include "syn.h"
-
 // Functions that are not static are verified once, on their own, instead of along every path that
 // leads to a call: without that the program is too large for the verifier.
 
@@ -241,11 +239,19 @@ static __always_inline int is_for_us(const struct packet *p, const struct contro
   return hit >> 63 || !c->addresses;
 }
 
+// Connections are limited where they are for us, which is defined above.
+#include "syn.h"
+
+/** What is granted must come in where a ring is: a flow stays on its queue. */
+static __always_inline int has_ring(const struct xdp_md *ctx, const struct control *c) {
+  return !c->queues || c->queues >> (ctx->rx_queue_index & (QUEUES - 1)) & 1;
+}
+
 static __always_inline int well_formed(const struct lt_header *h) {
   __u32 bytes = bpf_ntohl(h->prompt_bytes), tokens = bpf_ntohl(h->max_tokens);
   if (bytes == 0 || bytes > LT_PROMPT_BYTES_MAX) return 0;
   if (tokens == 0 || tokens > LT_MAX_TOKENS_MAX) return 0;
-  if (h->route || h->fragment || h->payload_bytes || h->code) return 0;
+  if (h->route || h->fragment || h->code) return 0;
   if (bpf_ntohs(h->flags) & ~LT_FLAGS) return 0;
   return bpf_ntohs(h->fragments) == (bytes + LT_FRAGMENT_BYTES - 1) / LT_FRAGMENT_BYTES;
 }
@@ -388,8 +394,9 @@ int ingress(struct xdp_md *ctx) {
   void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
   __u32 zero = 0;
   struct control *c = bpf_map_lookup_elem(&controls, &zero);
-  if (!c || !packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port) || !is_for_us(&p, c)) {
-    if (syn_port && !syn_admit(data, end)) return XDP_DROP;
+  if (!c || !packet_parse(data, end, &p) || p.udp->dest != bpf_htons(port) ||
+      !is_for_us(&p, c) || !has_ring(ctx, c)) {
+    if (syn_port && c && !syn_admit(data, end, c)) return XDP_DROP;
     count(C_PASSED);
     return XDP_PASS;
   }
@@ -398,7 +405,8 @@ int ingress(struct xdp_md *ctx) {
   struct tenant *t = bpf_map_lookup_elem(&tenants, &index);
   __u32 bytes = bpf_ntohs(p.udp->len);
   if (h->magic != bpf_htons(LT_MAGIC) || !t || !t->ns_per_token_1024 || which > 1 ||
-      bytes != sizeof(struct udphdr) + sizeof *h + bpf_ntohs(h->payload_bytes)) {
+      bytes != sizeof(struct udphdr) + sizeof *h + bpf_ntohs(h->payload_bytes) ||
+      (h->type == LT_HELLO && h->payload_bytes)) {
     count(C_BAD_HEADER);
     return XDP_DROP;
   }

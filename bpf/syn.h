@@ -66,11 +66,12 @@ static __always_inline struct tcphdr *syn_tcp(void *data, void *end, struct pack
   return tcp;
 }
 
-/** @return 0 if a frame asks for a connection that is one too many */
-static __always_inline int syn_admit(void *data, void *end) {
+/** @return 0 if a frame asks for a connection to us that is one too many */
+static __always_inline int syn_admit(void *data, void *end, const struct control *c) {
   struct packet p;
   struct tcphdr *tcp = syn_tcp(data, end, &p);
   if (!tcp || tcp->dest != bpf_htons(syn_port) || !tcp->syn || tcp->ack) return 1;
+  if (!is_for_us(&p, c)) return 1;
   __u64 now = bpf_ktime_get_ns();
   count(C_SYN);
   if (syn_source_ns) {

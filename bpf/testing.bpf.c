@@ -1,10 +1,17 @@
 // Owns programs for tests and measurements: one for the other end of a veth pair, whose driver
-// sends an answer by XDP only to an interface that has a program too, and one that runs another on
-// the same packet again and again, which that program changes each time.
+// sends an answer by XDP only to an interface that has a program too, one that runs another on the
+// same packet again and again, which that program changes each time, and one that decides nothing.
 
 #include <linux/bpf.h>
-// The helpers need its types.
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/udp.h>
+// The helpers need their types.
+#include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+
+#include "protocol.h"
 
 #define PACKET_BYTES 138 /* of a HELLO in IPv4 */
 
@@ -35,6 +42,35 @@ int again(struct xdp_md *ctx) {
   bpf_xdp_store_bytes(ctx, 0, bytes, PACKET_BYTES);
   bpf_tail_call(ctx, &measured, 0);
   return XDP_PASS;
+}
+
+struct head {
+  struct ethhdr ethernet;
+  struct iphdr ip;
+  struct udphdr udp;
+} __attribute__((packed));
+
+/** Sends UDP to the protocol's port back as it came: what any answer from here takes at least. */
+SEC("xdp")
+int turn(struct xdp_md *ctx) {
+  struct head *h = (void *)(long)ctx->data;
+  if ((void *)(h + 1) > (void *)(long)ctx->data_end) return XDP_PASS;
+  if (h->ethernet.h_proto != bpf_htons(ETH_P_IP) || h->ip.protocol != IPPROTO_UDP) return XDP_PASS;
+  if (h->udp.dest != bpf_htons(LT_PORT)) return XDP_PASS;
+  for (int i = 0; i < ETH_ALEN; i++) {
+    __u8 byte = h->ethernet.h_source[i];
+    h->ethernet.h_source[i] = h->ethernet.h_dest[i];
+    h->ethernet.h_dest[i] = byte;
+  }
+  __be32 address = h->ip.saddr;
+  h->ip.saddr = h->ip.daddr;
+  h->ip.daddr = address;
+  __be16 port = h->udp.source;
+  h->udp.source = h->udp.dest;
+  h->udp.dest = port;
+  // A sender on the same machine leaves its sum to the driver.
+  h->udp.check = 0;
+  return XDP_TX;
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -1,11 +1,11 @@
-// Owns the system's packages that some tests need: the network's tools, libbpf, and the compiler
-// that built bpf/*.o. As root on Debian what is missing is installed; elsewhere those tests say
-// what they skip.
+// Owns the system's packages that some tests need: the network's tools, libbpf, the compiler that
+// built bpf/*.o, and what a client that is not ours is written in. As root on Debian what is
+// missing is installed; elsewhere those tests say what they skip.
 
 import { execFileSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
 
-/** Any file that only this package brings. */
+/** Any file that says that it is there. */
 const PACKAGES: readonly [name: string, ...files: string[]][] = [
   ['iproute2', '/sbin/ip', '/bin/ip', '/usr/sbin/ip', '/usr/bin/ip'],
   ['libbpf1', '/usr/lib/x86_64-linux-gnu/libbpf.so.1'],
@@ -13,6 +13,7 @@ const PACKAGES: readonly [name: string, ...files: string[]][] = [
   ['linux-libc-dev', '/usr/include/linux/bpf.h'],
   ['clang-19', '/usr/bin/clang-19'],
   ['llvm-19', '/usr/bin/llvm-strip-19'],
+  ['python3', '/usr/bin/python3', '/usr/local/bin/python3'],
 ]
 
 /** Installs what is missing, if this is Debian and we may. */

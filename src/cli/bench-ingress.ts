@@ -10,6 +10,7 @@ interface IngressFlags {
   requests: number
   rates: number[]
   seconds: number
+  model?: string
   json?: true
 }
 
@@ -28,6 +29,10 @@ export function benchIngressCommand(): Command {
         .default(RATES, RATES.join(',')),
     )
     .option('--seconds <S>', 'of each rate, of the flood and of the streams', parseCount(1, 60), 3)
+    .option(
+      '--model <FILE>',
+      "deliver prompts to this model's tokenizer; without it a byte is a token",
+    )
     .option('--json', 'print one JSON object; docs/bench.md lists its keys')
     .action(async ({ json, ...options }: IngressFlags) => {
       const report = await runIngressBench({ ...options, onProgress: info })
@@ -35,7 +40,8 @@ export function benchIngressCommand(): Command {
     })
 }
 
-function text({ round_trips: trips, flood, streams, first_token: first }: IngressBenchReport) {
+function text(report: IngressBenchReport): string {
+  const { round_trips: trips, flood, streams, first_token: first, delivery } = report
   const rows = trips.map((trip) => [
     trip.name,
     trip.prompt_bytes === 0 ? '–' : `${trip.prompt_bytes >> 10} KiB`,
@@ -45,20 +51,29 @@ function text({ round_trips: trips, flood, streams, first_token: first }: Ingres
   ])
   const numbers = ['PROMPT', 'RATE/S', 'P50 µS', 'P99', 'P99.9', 'CPU µS']
   const columns = [{ title: 'ROUND TRIP' }, ...numbers.map((title) => ({ title, right: true }))]
-  const { quiet, flooded, refused_hellos_per_s: hellos } = streams
+  const { quiet, hogged, flooded, ratio, refused_hellos_per_s: hellos } = streams
   return [
     formatTable(columns, rows),
     '',
     `refusals a second and core: ${flood.refusals_per_s_per_core.toFixed(0)}, HTTP ` +
       `${flood.http_refusals_per_s_per_core.toFixed(0)}: ${flood.ratio.toFixed(0)} times`,
     `p99 between tokens: ${quiet.p99_itl_ms.toFixed(2)} ms, ${flooded.p99_itl_ms.toFixed(2)} ms ` +
-      `under ${hellos.toFixed(0)} refused HELLOs a second`,
-    ...(['datagram', 'http'] as const).map(
+      `under ${hellos.toFixed(0)} refused HELLOs a second; beside a busy core ` +
+      `${hogged.p99_itl_ms.toFixed(2)} ms: ${ratio.toFixed(2)} times`,
+    ...(['datagram', 'datagram_busy_poll', 'http'] as const).map(
       (kind) =>
         `first token, 4 KiB prompt, ${kind}: p50 ${first[kind].p50_ttft_ms.toFixed(2)} ms, ` +
         `p99 ${first[kind].p99_ttft_ms.toFixed(2)} ms, ` +
         `${first[kind].server_cpu_us.toFixed(0)} µs of the server's CPU`,
     ),
+    ...delivery.map(({ kind, rate, cpu_us: cpu, cpu_us_min: least, threads_us: threads }) => {
+      const parts = Object.entries(threads).map(([name, us]) => `${name} ${us.toFixed(1)}`)
+      const load = rate === 0 ? 'as fast as it goes' : `${rate}/s`
+      return (
+        `4 KiB to the scheduler's queue by ${kind}, ${load}: ${cpu.toFixed(0)} µs of CPU, ` +
+        `at least ${least.toFixed(0)} (${parts.join(', ')})`
+      )
+    }),
     '',
   ].join('\n')
 }

@@ -4,10 +4,11 @@ import { type Command, InvalidArgumentError, Option } from 'commander'
 import { statSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
 import { NET_MODES, type NetMode } from '../net/interface.ts'
+import type { SynRate } from '../net/ingress.ts'
 import type { AttachOptions } from '../net/net-service.ts'
 import { PROTOCOL_PORT } from '../net/protocol.ts'
 import type { DatagramTenant } from '../net/tenants.ts'
-import { parseCount } from './parse.ts'
+import { parseCount, parseRate } from './parse.ts'
 
 export interface NetOptions {
   net?: string
@@ -21,6 +22,8 @@ export interface NetOptions {
   netSample?: number
   netForce?: boolean
   netAllowGeneric?: boolean
+  netSyn?: SynRate
+  netSynTotal?: SynRate
 }
 
 /** @param prefix of each option's name: 'net-' beside other options */
@@ -53,6 +56,12 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
       parsePowerOfTwo,
     )
     .option(`--${prefix}allow-generic`, 'take the next best mode if the driver cannot do this one')
+    .option(
+      `--${prefix}syn <RATE[:BURST]>`,
+      'drop new HTTP connections of a source beyond so many a second, in the driver',
+      parseRate,
+    )
+    .option(`--${prefix}syn-total <RATE[:BURST]>`, 'the same, of all sources together', parseRate)
     .option(`--${prefix}force`, 'also an interface that the default route leads through')
 }
 
@@ -89,8 +98,11 @@ export interface JoinChoice {
  * if they ask for nothing.
  * @throws LatticeError `usage`, `net_refused`
  */
-export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinChoice | undefined> {
+export async function chooseNet(
+  options: NetOptions & { host: string; port: number },
+): Promise<NetChoice | JoinChoice | undefined> {
   const { net, netTenants, netShare: share, netJoin: join } = options
+  const { netSyn: source, netSynTotal: total, host, port } = options
   const given = Object.keys(options).filter((name) => /^net([A-Z]|$)/.test(name))
   if (join !== undefined) {
     const other = given.find((name) => name !== 'netJoin')
@@ -133,9 +145,19 @@ export async function chooseNet(options: NetOptions): Promise<NetChoice | JoinCh
     sampleEvery: options.netSample ?? 0,
     force: options.netForce ?? false,
     allowGeneric: options.netAllowGeneric ?? false,
+    syn: source || total ? { port, source, total } : undefined,
   }
-  const { checkInterface } = await import('../net/interface.ts')
+  const [{ checkInterface }, { checkSyn }] = await Promise.all([
+    import('../net/interface.ts'),
+    import('../net/net-service.ts'),
+  ])
   checkInterface(attach)
+  if (attach.syn) checkSyn(host)
+  if (attach.syn && port === 0) {
+    throw new LatticeError('usage', '--net-syn needs to know the HTTP port before it is chosen.', {
+      todo: 'Choose it with --port.',
+    })
+  }
   return { tenants, attach, share }
 }
 

@@ -4,10 +4,11 @@ import { Command } from 'commander'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { LatticeError } from '../errors.ts'
 import type { DatagramStatus } from '../net/datagram-server.ts'
+import type { SynRate } from '../net/ingress.ts'
 import type { NetMode } from '../net/interface.ts'
 import { eventsCommand } from './net-events.ts'
 import { addAttachOptions } from './net-options.ts'
-import { netLine, netPage } from './net-page.ts'
+import { attachedLines, netPage } from './net-page.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
 import { addServerOptions, askServer, notLattice, type ServerAddress } from './server-client.ts'
 import { borrowTerminal, interruptible } from './terminal.ts'
@@ -20,6 +21,8 @@ interface AttachFlags extends ServerAddress {
   sample?: number
   force?: boolean
   allowGeneric?: boolean
+  syn?: SynRate
+  synTotal?: SynRate
 }
 
 const PATH = '/debug/net'
@@ -65,7 +68,7 @@ function attachCommand(): Command {
 }
 
 async function attach(name: string, flags: AttachFlags): Promise<void> {
-  const { queue, mode, port, busyPoll, sample, force, allowGeneric } = flags
+  const { queue, mode, port, busyPoll, sample, force, allowGeneric, syn, synTotal } = flags
   const body = {
     interface: name,
     queue,
@@ -75,8 +78,14 @@ async function attach(name: string, flags: AttachFlags): Promise<void> {
     sample_every: sample,
     force,
     allow_generic: allowGeneric,
+    syn: rateBody(syn),
+    syn_total: rateBody(synTotal),
   }
-  print(netLine(statusOf(await askServer(flags, PATH, { body }), flags)))
+  print(attachedLines(statusOf(await askServer(flags, PATH, { body }), flags)))
+}
+
+function rateBody(rate: SynRate | undefined): object | undefined {
+  return rate && { per_second: rate.perSecond, burst: rate.burst }
 }
 
 async function detach(address: ServerAddress): Promise<void> {
@@ -100,7 +109,8 @@ async function top(address: ServerAddress): Promise<void> {
         const now = await look(address)
         if (process.stdout.isTTY) process.stdout.write(HOME_AND_CLEAR)
         const seconds = (now.atMs - before.atMs) / 1000
-        print(netPage(now.status, { status: now.status, before: before.status, seconds }))
+        print(netPage(now.status, { before: before.status, seconds }))
+        if (!process.stdout.isTTY) print('')
         before = now
       }
     })

@@ -8,10 +8,31 @@ import {
   parseCount,
   parseNumber,
   parsePlace,
+  parseRate,
   parseSize,
   parseUrl,
   parseWatermarks,
 } from './parse.ts'
+
+test('a rate is read as another, or one without end is taken', () => {
+  assert.deepEqual(parseRate('20:100'), { perSecond: 20, burst: 100 })
+  assert.deepEqual(parseRate('0.5'), { perSecond: 0.5, burst: 1 })
+  assert.deepEqual(parseRate(' 2.5 '), { perSecond: 2.5, burst: 3 })
+  const wrong = [
+    '',
+    '0',
+    '0.001',
+    '1e3',
+    '20:',
+    ':5',
+    '20:0',
+    '20:1.5',
+    '-1',
+    '20000000',
+    '1:2000000',
+  ]
+  for (const text of wrong) assert.throws(() => parseRate(text), /Write a rate/, text)
+})
 
 test('sizes are powers of 1024, however they are spelt', () => {
   const sizes: [string, number][] = [

@@ -44,6 +44,24 @@ export function parseWatermarks(text: string): { high: number; low: number } {
   throw new InvalidArgumentError('Write two percentages, the upper one first, such as 90:80.')
 }
 
+/**
+ * A rate a second, and after a colon how many at once after a rest; a second's worth if not said.
+ *
+ * @example parseRate('20:100') // { perSecond: 20, burst: 100 }
+ */
+export function parseRate(text: string): { perSecond: number; burst: number } {
+  const [, rate, most] = /^(\d+(?:\.\d+)?)(?::(\d+))?$/.exec(text.trim()) ?? []
+  const perSecond = Number(rate)
+  const burst = Number(most ?? Math.ceil(perSecond))
+  if (perSecond >= 0.01 && perSecond <= 1e7 && burst >= 1 && burst <= 1e6) {
+    return { perSecond, burst }
+  }
+  throw new InvalidArgumentError(
+    'Write a rate a second from 0.01 to 10000000, and if you like how many at once, up to ' +
+      '1000000: 20:100.',
+  )
+}
+
 /** A reader of whole numbers from `min` to `max`, both included. */
 export function parseCount(min: number, max = Number.MAX_SAFE_INTEGER): (text: string) => number {
   return (text) => {

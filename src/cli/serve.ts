@@ -11,6 +11,7 @@ import {
 } from '../limits.ts'
 import { info, warn } from '../log.ts'
 import type { Disconnects } from '../net/disconnects.ts'
+import { isLoopback } from '../net/interface.ts'
 import type { NetService } from '../net/net-service.ts'
 import type { JoinedReplica } from '../net/joined-replica.ts'
 import {
@@ -20,7 +21,7 @@ import {
   type NetChoice,
   type NetOptions,
 } from './net-options.ts'
-import { netLine } from './net-page.ts'
+import { attachedLines } from './net-page.ts'
 import { addEngineOptions, type EngineOptions } from './options.ts'
 import { collect, parseCount } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
@@ -140,15 +141,15 @@ async function openDisconnects(): Promise<Disconnects> {
 async function openNet(
   { tenants, attach, share }: NetChoice,
   { engine, tokenizer, template }: Session,
-  { maxSequences, maxQueue, prefixCache }: ServeOptions,
+  { maxSequences, maxQueue, prefixCache, host }: ServeOptions,
 ): Promise<NetService> {
   const { NetService } = await import('../net/net-service.ts')
   const maxRunning = maxSequences + maxQueue
   const load = (): number => maxRunning - engine.queueRoom()
   const limits = { tenants, share, load, maxRunning, publishes: prefixCache !== undefined }
-  const net = new NetService({ engine, tokenizer, template, ...limits, warn, log: info })
+  const net = new NetService({ engine, tokenizer, template, ...limits, host, warn, log: info })
   try {
-    if (attach) print(netLine(await net.attach(attach)))
+    if (attach) print(attachedLines(await net.attach(attach)))
     return net
   } catch (thrown) {
     await engine.close()
@@ -210,10 +211,6 @@ function listenError(thrown: unknown, host: string, port: number): unknown {
   const found = code === undefined ? undefined : known[code]
   if (found === undefined) return thrown
   return new LatticeError('usage', found[0], { todo: found[1], cause: thrown })
-}
-
-function isLoopback(host: string): boolean {
-  return host === 'localhost' || host === '::1' || host.startsWith('127.')
 }
 
 /** Since `npm start` was typed, if that is what started us. */

@@ -93,7 +93,11 @@ export function generate(
       ...(request.beams ? { beams: request.beams } : {}),
       ...(request.connection ? { connection: request.connection } : {}),
     },
-    choices.map((sink, i) => ({ sink, sampling: { ...sampling, seed: sampling.seed + i } })),
+    // The first one's very own object: a message to the engine's thread then carries it once.
+    choices.map((sink, i) => ({
+      sink,
+      sampling: i === 0 ? sampling : { ...sampling, seed: sampling.seed + i },
+    })),
   )
   handles.forEach((handle, i) => choices[i]?.submitted(handle))
   return {

@@ -6,6 +6,8 @@ import { LatticeError } from '../errors.ts'
 const EFD_CLOEXEC = 0o2000000
 const EFD_NONBLOCK = 0o4000
 const POLLIN = 1
+/** Of the first struct pollfd. */
+const REVENTS = 6
 
 const libc = koffi.load('libc.so.6')
 const native = {
@@ -43,7 +45,7 @@ export function openBell(others: readonly number[]): Bell {
     fd,
     wait(timeoutMs) {
       native.poll(bytes, awaited.length, timeoutMs)
-      native.read(fd, count, 8)
+      if (pollfds.getInt16(REVENTS, true) !== 0) native.read(fd, count, 8)
     },
   }
 }

@@ -11,6 +11,7 @@ const BPF_XDP = 37
 const XDP_FLAGS_SKB_MODE = 2
 const XDP_FLAGS_DRV_MODE = 4
 const ENOENT = 2
+const ENODEV = 19
 /** Of a map, read at a time; no bucket of a hash map has more. */
 const BATCH = 4096
 
@@ -33,6 +34,7 @@ interface Natives {
   mapKeyBytes(map: number): number
   mapValueBytes(map: number): number
   mapEntries(map: number): number
+  setMapEntries(map: number, entries: number): number
   initialValue(map: number, bytes: Uint8Array): number
   programName(program: number): string
   programFd(program: number): number
@@ -85,6 +87,7 @@ function bpf(): Natives {
     mapKeyBytes: f('bpf_map__key_size', 'uint32_t', [pointer]),
     mapValueBytes: f('bpf_map__value_size', 'uint32_t', [pointer]),
     mapEntries: f('bpf_map__max_entries', 'uint32_t', [pointer]),
+    setMapEntries: f('bpf_map__set_max_entries', 'int', [pointer, 'uint32_t']),
     initialValue: f('bpf_map__initial_value', pointer, [pointer, 'void *']),
     programName: f('bpf_program__name', 'str', [pointer]),
     programFd: f('bpf_program__fd', 'int', [pointer]),
@@ -218,12 +221,13 @@ export interface AttachedXdp {
 
 const ATTACHED = [undefined, 'native', 'generic', 'offloaded', 'several'] as const
 
-/** @throws LatticeError `os_call_failed` if there is no such interface */
+/** Undefined also of an interface that has vanished. @throws LatticeError `os_call_failed` */
 export function attachedXdp(ifindex: number): AttachedXdp | undefined {
   // struct bpf_xdp_query_opts
   const answer = new DataView(new ArrayBuffer(32))
   answer.setBigUint64(0, 32n, true)
   const result = bpf().queryXdp(ifindex, 0, new Uint8Array(answer.buffer))
+  if (result === -ENODEV) return undefined
   if (result < 0) throw failed('bpf_xdp_query', -result, `interface ${ifindex}`)
   const mode = ATTACHED[answer.getUint8(24)]
   if (!mode) return undefined
@@ -341,10 +345,15 @@ export class BpfObject {
 
   /**
    * @param tune changes the bytes of `.rodata`, where `const volatile` tunables lie, before loading
+   * @param entries of maps, by name, that are to have another number of them
    * @throws LatticeError `backend_unavailable` without libbpf or the permission, `backend_failed`
    *   with the verifier's last lines
    */
-  constructor(elf: Uint8Array, tune: (rodata: Uint8Array) => void = () => {}) {
+  constructor(
+    elf: Uint8Array,
+    tune: (rodata: Uint8Array) => void = () => {},
+    entries: Readonly<Record<string, number>> = {},
+  ) {
     const native = bpf()
     const log = new Uint8Array(LOG_BYTES)
     const options = new DataView(new ArrayBuffer(OPEN_OPTS_BYTES))
@@ -353,7 +362,7 @@ export class BpfObject {
     options.setBigUint64(OPEN_OPTS_LOG + 8, BigInt(LOG_BYTES), true)
     this.object = native.open(elf, elf.length, new Uint8Array(options.buffer))
     if (this.object === 0) throw failed('bpf_object__open_mem', koffi.errno(), 'the object')
-    this.#tune(tune)
+    this.#tune(tune, entries)
     const result = native.load(this.object)
     if (result < 0) {
       native.close(this.object)
@@ -382,9 +391,11 @@ export class BpfObject {
     bpf().close(this.object)
   }
 
-  #tune(tune: (rodata: Uint8Array) => void): void {
+  #tune(tune: (rodata: Uint8Array) => void, entries: Readonly<Record<string, number>>): void {
     const native = bpf()
     for (let map = 0; (map = native.nextMap(this.object, map)) !== 0;) {
+      const count = entries[native.mapName(map)]
+      if (count !== undefined) native.setMapEntries(map, count)
       if (!native.mapName(map).endsWith('.rodata')) continue
       const address = native.initialValue(map, new Uint8Array(8))
       tune(new Uint8Array(viewMemory(address, native.mapValueBytes(map))))

@@ -165,6 +165,11 @@ export class XdpSocket {
     return count
   }
 
+  /** Takes packets from the driver on this core, if it was opened for busy-polling. */
+  poll(): void {
+    this.#wakeReceive()
+  }
+
   /**
    * Queues a frame; `flush` sends what is queued.
    * @returns false if all frames are on their way: flush and try again

@@ -165,8 +165,9 @@ export class ClientExchange {
   close(): void {
     clearTimeout(this.#timer)
     this.#request.signal?.removeEventListener('abort', this.#onAbort)
-    // Whoever stops listening early does not want the rest computed either.
-    if (this.#granted && !this.#end && !this.#failure) this.#sendCancel()
+    // Whoever stops listening early does not want the rest computed either; after a failure, which
+    // may be of one direction, the server may still hear it.
+    if (this.#granted && !this.#end) this.#sendCancel()
     // After what was sent has left.
     setImmediate(() => this.#socket.close())
   }
@@ -214,7 +215,7 @@ export class ClientExchange {
     const { retries = RETRIES } = this.#request
     if (passes && retry < retries && inTime) return waitMs
     throw new LatticeError('request_rejected', `The server refused the request: ${code}.`, {
-      todo: passes ? `Try again in ${waitMs} ms or later.` : REFUSALS,
+      todo: passes ? `Try again in ${waitMs} ms or later.` : todoOf(code),
       details: { code, retryAfterMs: answer.deadlineMs },
     })
   }
@@ -229,7 +230,9 @@ export class ClientExchange {
     const { ackMs } = this.#receiver
     if (ackMs !== undefined && ackMs <= now) this.#acknowledge()
     this.#probe(now)
-    if (this.#sender.failed || now - this.#heardMs > SILENCE_MS) this.#fail(silent())
+    if (this.#sender.failed || now - this.#heardMs > SILENCE_MS) {
+      this.#fail(this.#isUndelivered() ? undelivered() : silent())
+    }
     if (now > this.#dueMs + LATE_MS) this.#fail(tooLate())
     const times = [
       this.#cancelledMs === undefined ? this.#sender.nextMs() : this.#cancelSentMs + CANCEL_MS,
@@ -239,6 +242,12 @@ export class ClientExchange {
     ].filter((at) => at !== undefined)
     const waitMs = Math.min(...times) - performance.now()
     this.#timer = setTimeout(() => this.#tick(), Math.min(PROBE_MS, Math.max(1, waitMs)))
+  }
+
+  /** The server granted it, but the first of several fragments, a whole one, never came. */
+  #isUndelivered(): boolean {
+    const { total, firstMissing } = this.#sender
+    return this.#granted !== undefined && total > 1 && firstMissing === 0
   }
 
   #sendPrompt(now: number): void {
@@ -360,7 +369,23 @@ export class ClientExchange {
   }
 }
 
-const REFUSALS = 'The codes are in docs/protocol.md.'
+/** What to do about a refusal that does not pass by itself. */
+const TODOS: Partial<Record<MessageCode, string>> = {
+  timed_out: 'Give it more time, or ask for less.',
+  failed: 'The server’s log has the reason.',
+  replica_lost: 'Ask again: another engine answers.',
+  version: 'Client and server speak different versions: update the older one.',
+  clock: 'The clocks of client and server are over 30 s apart: set them.',
+  model: 'Ask for a model that the server has, or name none.',
+  request_reused: 'Ask again.',
+  context: 'Shorten the prompt, or ask for fewer tokens.',
+  prompt: 'Send UTF-8, or messages of a chat to a model that has a chat template.',
+  too_large: 'Shorten the prompt, or ask for fewer tokens: the tenant may never take so many.',
+}
+
+function todoOf(code: MessageCode | `code ${number}`): string {
+  return TODOS[code as MessageCode] ?? 'The codes are in docs/protocol.md.'
+}
 
 function codeName(code: number): MessageCode | `code ${number}` {
   const found = Object.entries(MESSAGE_CODES).find(([, value]) => value === code)
@@ -374,14 +399,23 @@ function resultOf(end: Header): GenerateResult {
     return { reason, ...readUsage(end.words) }
   }
   throw new LatticeError('request_rejected', `The server ended the request: ${name}.`, {
-    todo: name === 'replica_lost' ? 'Ask again: another engine answers.' : REFUSALS,
+    todo: todoOf(name),
     details: { code: name },
   })
 }
 
 function unanswered(): LatticeError {
   return new LatticeError('server_unreachable', 'The server does not answer.', {
-    todo: 'Check host, port, tenant and key: a HELLO with a wrong key gets no answer.',
+    todo:
+      'Check host, port, tenant and key: a wrong one gets no answer. Over a veth pair this end ' +
+      'needs an XDP program too (docs/net.md).',
+  })
+}
+
+function undelivered(): LatticeError {
+  const what = 'The server granted the request, but the prompt does not arrive.'
+  return new LatticeError('server_unreachable', what, {
+    todo: 'Try again; if small prompts do arrive, a link’s MTU is below 1324 bytes (IPv6: 1344).',
   })
 }
 

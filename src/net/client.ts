@@ -143,7 +143,9 @@ export class LatticeClient {
       socket = createSocket(family === 6 ? 'udp6' : 'udp4')
       const { promise, resolve, reject } = Promise.withResolvers<void>()
       socket.once('error', reject)
-      socket.connect(port, address, resolve)
+      // Node gives what went wrong to the callback, though its types do not say so.
+      const connected = (error?: Error): void => (error ? reject(error) : resolve())
+      socket.connect(port, address, connected)
       await promise
       socket.off('error', reject)
       return socket

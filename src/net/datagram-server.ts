@@ -7,14 +7,22 @@ import type { WireAnswer, WireRequest } from './exchange.ts'
 import type { NetEvent } from './decisions.ts'
 import { NetEvents } from './events.ts'
 import { Egress, type TenantAccount } from './egress.ts'
-import { Ingress, type IngressCounters, type TenantUse } from './ingress.ts'
+import {
+  Ingress,
+  INGRESS_DEFAULTS,
+  type IngressCounters,
+  type SynLimits,
+  type TenantUse,
+} from './ingress.ts'
 import { QUEUES_MAX, REPLICAS_MAX } from './ingress-maps.ts'
 import {
   addressesOf,
   type CheckedInterface,
   checkInterface,
   type InterfaceChoice,
+  lacking,
   type NetMode,
+  reason,
   refused,
   taken,
 } from './interface.ts'
@@ -40,7 +48,11 @@ export interface DatagramOptions extends InterfaceChoice {
   tenants: readonly DatagramTenant[]
   /** Requests at once, of all tenants together. */
   maxRunning: number
+  /** That are remembered for 30 s, whether they run or not: 2,184 a second unless told. */
+  requests?: number
   port: number
+  /** Limits the new connections of a plain TCP port of this machine as well. */
+  syn?: SynLimits | undefined
   /** One decision in so many is told of: a power of two; none unless given. */
   sampleEvery?: number
   /** A decision that is told of, with its tenant's name. */
@@ -57,6 +69,12 @@ export interface DatagramStatus {
   zeroCopy: boolean
   queues: readonly number[]
   port: number
+  /** It answers for so many; 0 is for any, since it has none or more than the program knows. */
+  addresses: number
+  /** One end of a veth pair. */
+  isPair: boolean
+  /** Limits of plain connections, if there are any. */
+  syn?: SynLimits | undefined
   /** Instructions that the verifier followed. */
   verified: number
   running: number
@@ -83,6 +101,8 @@ export interface ReplicaStatus {
 }
 
 const SYNC_MS = 5_000
+/** In so many steps all that is remembered is looked at every SYNC_MS. */
+const EXPIRE_MS = 250
 /** A client gets so long to take the rest of its answer. */
 const FLUSH_MS = 5_000
 
@@ -100,8 +120,10 @@ export class DatagramServer {
   private readonly link: CheckedInterface
   private ring!: Ring
   private detach: () => void = () => {}
-  private timer: NodeJS.Timeout | undefined
+  private timers: readonly NodeJS.Timeout[] = []
+  private readonly expireMost: number
   private failure: LatticeError | undefined
+  private addresses = 0
   private readonly names: ReadonlyMap<number, string>
   private readonly replicas: (DatagramReplica | undefined)[] = []
   /** By index, also of those that are gone. */
@@ -117,8 +139,9 @@ export class DatagramServer {
     this.options = options
     this.link = link
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
-    const { port, sampleEvery = 0, onEvent } = options
-    this.ingress = Ingress.load({ port, sampleEvery })
+    const { port, sampleEvery = 0, onEvent, requests = INGRESS_DEFAULTS.requests, syn } = options
+    this.ingress = Ingress.load({ port, sampleEvery, requests, syn })
+    this.expireMost = Math.ceil((requests * EXPIRE_MS) / SYNC_MS)
     if (sampleEvery > 0) {
       this.events = new NetEvents(this.ingress.object.map('events'), (event) => {
         onEvent?.(event, this.nameOf(event.tenant))
@@ -130,7 +153,8 @@ export class DatagramServer {
       this.ingress.setTenant(tenant.index, tenant)
       if (tenant.egress) this.egress.setTenant(tenant.index, tenant.egress)
     }
-    this.ingress.setAddresses(addressesOf(link.name))
+    this.followAddresses()
+    this.ingress.setQueues(link.queues)
   }
 
   /**
@@ -149,8 +173,11 @@ export class DatagramServer {
       server.egress.close()
       throw thrown
     }
-    server.timer = setInterval(() => server.sync(), SYNC_MS)
-    server.timer.unref()
+    server.timers = [
+      setInterval(() => server.sync(), SYNC_MS),
+      setInterval(() => server.expire(), EXPIRE_MS),
+    ]
+    for (const timer of server.timers) timer.unref()
     return server
   }
 
@@ -207,6 +234,9 @@ export class DatagramServer {
       zeroCopy: ring.zeroCopy,
       queues: link.queues,
       port: options.port,
+      addresses: this.addresses,
+      isPair: link.isPair,
+      syn: options.syn,
       verified: ingress.program.info().verified,
       running: ingress.running,
       counters,
@@ -250,7 +280,7 @@ export class DatagramServer {
 
   /** Detaches the program; what runs is cut off. */
   async close(): Promise<void> {
-    clearInterval(this.timer)
+    for (const timer of this.timers) clearInterval(timer)
     this.detach()
     await this.ring.close()
     this.events?.close()
@@ -271,13 +301,7 @@ export class DatagramServer {
         failure = thrown
       }
     }
-    throw refused(
-      `${this.link.name} cannot do ${mode}: ${String(failure)}`,
-      mode === 'generic'
-        ? 'Use another interface.'
-        : 'Use --mode generic, or --allow-generic for the best there is (for serve: --net-…).',
-      failure,
-    )
+    throw lacking(this.link, mode, failure)
   }
 
   private async attachAs(mode: NetMode): Promise<Attached> {
@@ -318,10 +342,12 @@ export class DatagramServer {
     const { name, index } = this.link
     const other = isBusy(thrown) ? attachedXdp(index) : undefined
     if (other && other.id !== this.ingress.program.info().id) return taken(name, other)
+    const call = String(thrown.details['call'])
+    const what = `The kernel refuses ${name} (${mode}, ${call}): ${reason(thrown)}.`
     const todo = isBusy(thrown)
       ? 'Another process has this queue: choose another with --queue, or end that process.'
-      : 'The kernel’s reason is in the number: `errno -l` lists them.'
-    return refused(`${name} cannot be used (${mode}): ${thrown.message}`, todo, thrown)
+      : '`dmesg` may say more.'
+    return refused(what, todo, thrown)
   }
 
   private run(wire: WireRequest, answer: WireAnswer): () => void {
@@ -367,8 +393,19 @@ export class DatagramServer {
 
   private sync(): void {
     this.ingress.syncClock()
-    this.ingress.setAddresses(addressesOf(this.link.name))
-    this.ingress.expire((tenant, request) => this.claimed.has(`${tenant}:${request}`))
+    this.followAddresses()
+  }
+
+  /** A part of what is remembered at a time: all of it could hold up the thread for long. */
+  private expire(): void {
+    const isClaimed = (tenant: number, request: bigint) => this.claimed.has(`${tenant}:${request}`)
+    this.ingress.expire(isClaimed, undefined, this.expireMost)
+  }
+
+  private followAddresses(): void {
+    const addresses = addressesOf(this.link.name)
+    this.addresses = addresses.length
+    this.ingress.setAddresses(addresses)
   }
 
   private fail(error: LatticeError): void {
@@ -385,11 +422,15 @@ const LADDER: readonly NetMode[] = ['zerocopy', 'native', 'generic']
 const NO_USAGE = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
 const EBUSY = 16
 const EEXIST = 17
+const EINVAL = 22
+const ERANGE = 34
 const EOPNOTSUPP = 95
 
+/** Of a mode; drivers have several words for frames that are too large for theirs. */
 function isUnsupported(thrown: unknown): boolean {
   const { call, errno } = thrown instanceof LatticeError ? thrown.details : {}
-  return (call === 'bind' || call === 'bpf_link_create') && errno === EOPNOTSUPP
+  if (call === 'bpf_link_create') return [EINVAL, ERANGE, EOPNOTSUPP].includes(Number(errno))
+  return call === 'bind' && errno === EOPNOTSUPP
 }
 
 function isBusy({ details }: LatticeError): boolean {

@@ -116,6 +116,13 @@ test('a class is not marked, or its marking breaks a frame', { skip }, () => {
   }
 })
 
+test('a tenant without a class is marked', { skip }, () => {
+  const egress = open()
+  egress.setTenant(TENANT, { priority: undefined, bytesPerSecond: 1e9 })
+  const packet = frame(tokens(0, 0, 2), OUT)
+  assert.deepEqual(egress.program.testRun(packet).packet, packet)
+})
+
 test('a paced tenant sends faster than its pace, or hurries others', { skip }, () => {
   const egress = open()
   egress.setTenant(TENANT, { priority: 0, bytesPerSecond: 10_000 })
@@ -175,7 +182,7 @@ test('what is not an answer is counted, or a short frame is read beyond its end'
 test('a tenant is paced where nothing would hold its frames back', { skip }, () => {
   const egress = open()
   egress.setTenant(TENANT, { priority: 0, bytesPerSecond: 1000 })
-  assert.throws(() => egress.attach('lo'), /holds frames back/)
+  assert.throws(() => egress.attach('lo'), { code: 'net_refused', message: /holds frames back/ })
   assert.throws(() => egress.setTenant(TENANT, { priority: 0, bytesPerSecond: 1 }), /a second/)
   assert.throws(() => egress.setTenant(1024, { priority: 0, bytesPerSecond: 0 }), /not one of/)
 })

@@ -8,6 +8,7 @@ import { LatticeError } from '../errors.ts'
 import { ATTACH, attachLink } from '../ffi/bpf-link.ts'
 import { BpfObject, type BpfProgram } from '../ffi/libbpf.ts'
 import { interfaceIndex } from '../ffi/xdp-socket.ts'
+import { refused } from './interface.ts'
 import { PROTOCOL_PORT, TENANTS_MAX } from './protocol.ts'
 
 /** struct tenant_out */
@@ -29,8 +30,8 @@ const ANSWER_KEY_BYTES = 16
 const ANSWER_BYTES = 48
 
 export interface EgressPolicy {
-  /** 0 is the highest. */
-  priority: 0 | 1 | 2 | 3
+  /** 0 is the highest; undefined leaves frames unmarked. */
+  priority: 0 | 1 | 2 | 3 | undefined
   /** Of frames; 0 is not paced. Needs the queue discipline `fq`, which holds frames back. */
   bytesPerSecond: number
 }
@@ -97,21 +98,24 @@ export class Egress {
     const at = index * TENANT_OUT.bytes
     const price = bytesPerSecond === 0 ? 0 : Math.max(1, Math.round((1e9 * 1024) / bytesPerSecond))
     this.paced ||= price > 0
-    this.tenants.setUint32(at + TENANT_OUT.dscp, DSCP_OF_PRIORITY[priority], true)
+    const dscp = priority === undefined ? 0 : DSCP_OF_PRIORITY[priority]
+    this.tenants.setUint32(at + TENANT_OUT.dscp, dscp, true)
     this.tenants.setBigUint64(at + TENANT_OUT.nsPerByte1024, BigInt(price), true)
   }
 
   /**
    * Attaches to what an interface sends, behind other programs that are there.
    * @returns a function that detaches; the kernel does if this process ends without it
-   * @throws LatticeError `invalid_request` if a tenant is paced and nothing there would hold frames
+   * @throws LatticeError `net_refused` if a tenant is paced and nothing there would hold frames
    *   back, `os_call_failed`
    */
   attach(interfaceName: string): () => void {
     if (this.paced && !heldByFq(interfaceName)) {
-      throw new LatticeError('invalid_request', `Nothing on ${interfaceName} holds frames back.`, {
-        todo: `tc qdisc replace dev ${interfaceName} root fq — or pace no tenant.`,
-      })
+      throw refused(
+        `A tenant is paced (bytes_per_second), but nothing on ${interfaceName} holds frames back.`,
+        `tc qdisc replace dev ${interfaceName} root fq — where the kernel has it (sch_fq); or ` +
+          'pace no tenant.',
+      )
     }
     return attachLink(this.program.fd, interfaceIndex(interfaceName), ATTACH.tcxEgress)
   }
@@ -153,9 +157,16 @@ export class Egress {
 
 /** fq, and nothing else in the kernel's tree, sends a frame at the time that is written on it. */
 function heldByFq(interfaceName: string): boolean {
-  const text = execFileSync('tc', ['-j', 'qdisc', 'show', 'dev', interfaceName], {
-    encoding: 'utf8',
-  })
+  let text: string
+  try {
+    text = execFileSync('tc', ['-j', 'qdisc', 'show', 'dev', interfaceName], { encoding: 'utf8' })
+  } catch (cause) {
+    throw refused(
+      'A tenant is paced (bytes_per_second), and `tc`, which says what holds frames back, fails.',
+      'Install it: apt install iproute2; or pace no tenant.',
+      cause,
+    )
+  }
   const qdiscs = JSON.parse(text) as { kind: string }[]
   return qdiscs.some(({ kind }) => kind === 'fq')
 }

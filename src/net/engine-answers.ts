@@ -48,6 +48,10 @@ export class EngineAnswers {
   start(wire: WireRequest, tenant: string, answer: WireAnswer): () => void {
     const { engine, tokenizer } = this.options
     const usage: WireUsage = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
+    if (!isWithinBounds(wire)) {
+      answer.end('malformed', usage)
+      return () => {}
+    }
     try {
       const prompt = this.encode(wire)
       usage.promptTokens = prompt.length
@@ -139,9 +143,16 @@ const CODES: Partial<Record<ErrorCode, MessageCode>> = {
   engine_stopped: 'no_replica',
 }
 
+/** What the ingress program does not look at; NaN is outside. */
+function isWithinBounds({ maxTokens, sampling: { temperature, topP } }: WireRequest): boolean {
+  return maxTokens >= 1 && temperature >= 0 && temperature < Infinity && topP > 0 && topP <= 1
+}
+
+const UTF8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
+
 function decode(prompt: Uint8Array): string {
   try {
-    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(prompt)
+    return UTF8.decode(prompt)
   } catch (cause) {
     throw new LatticeError('invalid_request', 'The prompt is no UTF-8.', { cause })
   }

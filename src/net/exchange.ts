@@ -2,13 +2,16 @@
 // clock of its own.
 
 import type { ReturnPath } from './frame.ts'
+import type { Turned } from './turns.ts'
 import { NumberedReceiver, NumberedSender } from './numbered.ts'
 import {
+  FIELDS,
   FRAGMENT_BYTES,
   fragmentsOf,
   type Header,
   HEADER_BYTES,
   hashOf,
+  isHash,
   MESSAGE_CODES,
   MESSAGE_FLAGS,
   MESSAGE_TYPES,
@@ -58,6 +61,8 @@ export interface ExchangeWorld {
   finished(tenant: number, request: bigint, usedTokens: number): void
   /** Sends a frame that `write` fills and measures. */
   send(write: (frame: Uint8Array) => number): void
+  /** Something is to be sent: it needs a turn. */
+  touch(exchange: Exchange): void
   /** Takes memory for a prompt (gives it back, if negative): the code that refuses it, or 'ok'. */
   reserve(tenant: number, bytes: number): MessageCode
 }
@@ -80,9 +85,18 @@ const FIRST_FRAGMENTS = 64
 const EMPTY = new Uint8Array()
 const NO_USAGE: WireUsage = { promptTokens: 0, cachedTokens: 0, outputTokens: 0 }
 
-export class Exchange implements WireAnswer {
+export class Exchange implements WireAnswer, Turned {
+  queuedMs = Infinity
+  isTouched = false
+  /** Another one that the replica finds at the same place. */
+  next: Exchange | undefined
+  /** What the replica has counted it as. */
+  wasSettled = false
+  /** Of its number, the upper and the lower half. */
+  readonly high: number
+  readonly low: number
   /** As its first DATA had them; the program compared them with what was charged. */
-  private readonly asked: Header
+  readonly asked: Header
   private readonly key: SipKey
   private readonly path: ReturnPath
   private readonly world: ExchangeWorld
@@ -108,6 +122,8 @@ export class Exchange implements WireAnswer {
 
   constructor(first: Header, key: SipKey, path: ReturnPath, world: ExchangeWorld) {
     this.asked = first
+    this.high = Number(first.request >> 32n)
+    this.low = Number(first.request & 0xffffffffn)
     this.key = key
     this.path = path
     this.world = world
@@ -121,18 +137,21 @@ export class Exchange implements WireAnswer {
     return this.endedMs < Infinity && (this.sender.done || this.sender.failed)
   }
 
-  take(header: Header, payload: Uint8Array): void {
+  /** @param at where the datagram begins, of so many bytes */
+  take(view: DataView, at: number, bytes: number): void {
     const now = this.world.now()
     this.heardMs = now
-    if (header.type === MESSAGE_TYPES.data) this.takeData(header, payload, now)
-    else if (header.type === MESSAGE_TYPES.cancel) this.cancel('cancelled')
-    else if (header.type === MESSAGE_TYPES.ack) {
-      const [, firstMissing, bitmap, window] = header.words
-      this.sender.acknowledge(Number(firstMissing), bitmap, Number(window), now)
+    this.world.touch(this)
+    const type = view.getUint8(at + FIELDS.type)
+    if (type === MESSAGE_TYPES.data) this.takeData(view, at, bytes, now)
+    else if (type === MESSAGE_TYPES.cancel) this.cancel('cancelled')
+    else if (type === MESSAGE_TYPES.ack) {
+      const word = (index: number) => view.getBigUint64(at + FIELDS.words + 8 * index)
+      this.sender.acknowledge(Number(word(1)), word(2), Number(word(3)), now)
       for (; this.released < this.sender.firstMissing; this.released++) {
         this.payloads[this.released] = EMPTY
       }
-      if (header.flags & MESSAGE_FLAGS.retry) this.receiver.asked(now)
+      if (view.getUint16(at + FIELDS.flags) & MESSAGE_FLAGS.retry) this.receiver.asked(now)
     }
   }
 
@@ -148,19 +167,20 @@ export class Exchange implements WireAnswer {
     const patienceMs = ended ? LINGER_MS : this.abort ? SILENCE_MS : ARRIVAL_MS
     const over = this.settled && now - this.heardMs > LINGER_MS
     if (over || now - this.endedMs > FORGET_MS) return undefined
-    const times = [
-      this.sender.nextMs(),
-      this.receiver.ackMs,
+    let next = Math.min(
+      this.sender.nextMs() ?? Infinity,
+      this.receiver.ackMs ?? Infinity,
       this.pendingMs + BATCH_MS,
-      ended ? undefined : this.dueMs,
-      ended && !this.settled ? undefined : this.heardMs + patienceMs + 1,
       this.endedMs + FORGET_MS + 1,
-    ].filter((at) => at !== undefined)
-    return Math.max(now, Math.min(...times))
+    )
+    if (!ended) next = Math.min(next, this.dueMs)
+    if (!ended || this.settled) next = Math.min(next, this.heardMs + patienceMs + 1)
+    return Math.max(now, next)
   }
 
   tokens(ids: readonly number[], text: string): void {
     if (this.endedMs < Infinity) return
+    this.world.touch(this)
     this.pendingIds.push(...ids)
     this.pendingText += text
     this.tokensTold += ids.length
@@ -171,6 +191,7 @@ export class Exchange implements WireAnswer {
 
   end(code: MessageCode, usage: WireUsage): void {
     if (this.endedMs < Infinity) return
+    this.world.touch(this)
     this.flush()
     this.endedMs = this.world.now()
     this.dropPrompt()
@@ -189,16 +210,18 @@ export class Exchange implements WireAnswer {
     else if (this.sender.failed || silentMs > SILENCE_MS) this.cancel('cancelled')
   }
 
-  private takeData(header: Header, payload: Uint8Array, now: number): void {
-    const { fragment } = header
+  private takeData(view: DataView, at: number, bytes: number, now: number): void {
+    const fragment = view.getUint16(at + FIELDS.fragment)
     if (fragment >= this.fragments) return
     const from = fragment * FRAGMENT_BYTES
-    const expected = Math.min(FRAGMENT_BYTES, this.asked.promptBytes - from)
-    if (payload.length !== expected || hashOf(this.key, payload) !== header.words[1]) return
+    const payloadAt = at + HEADER_BYTES
+    const payloadBytes = bytes - HEADER_BYTES
+    if (payloadBytes !== Math.min(FRAGMENT_BYTES, this.asked.promptBytes - from)) return
+    if (!isHash(this.key, view, payloadAt, at + bytes, at + FIELDS.words + 8)) return
     const isNew = this.receiver.take(fragment, now)
-    if (!this.prompt || !isNew || !this.makeRoom(from + payload.length)) return
-    this.prompt.set(payload, from)
-    this.arrivedBytes += payload.length
+    if (!this.prompt || !isNew || !this.makeRoom(from + payloadBytes)) return
+    this.prompt.set(new Uint8Array(view.buffer, view.byteOffset + payloadAt, payloadBytes), from)
+    this.arrivedBytes += payloadBytes
     if (this.receiver.firstMissing === this.fragments) this.start()
   }
 

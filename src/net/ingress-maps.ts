@@ -26,7 +26,8 @@ export const CONTROL = {
   addresses: 288,
   address4: 296,
   address6: 360,
-  bytes: 616,
+  queues: 616,
+  bytes: 624,
 } as const
 export const ADDRESSES_MAX = 16
 

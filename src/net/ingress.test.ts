@@ -11,7 +11,7 @@ import {
   udpChecksum,
   udpOffset,
 } from '../../test/support/packets.ts'
-import { Ingress } from './ingress.ts'
+import { Ingress, type IngressTunables } from './ingress.ts'
 import { CONTROL } from './ingress-maps.ts'
 import {
   cookieOf,
@@ -37,8 +37,8 @@ const TENANT = 3
 const opened: Ingress[] = []
 after(() => opened.forEach((ingress) => ingress.close()))
 
-function open(): Ingress {
-  const ingress = Ingress.load()
+function open(tunables: Partial<IngressTunables> = {}): Ingress {
+  const ingress = Ingress.load(tunables)
   opened.push(ingress)
   ingress.setMaxRunning(1000)
   ingress.setReplica(0, 'model')
@@ -216,9 +216,17 @@ test('what is not ours is touched, or what is forged is answered', { skip }, () 
     { ip: 6, protocol: 44 },
     { fragment: 0x2000 },
     { fragment: 185 },
+    { fragment: 0x1fff },
     { vlans: 3 },
+    // Hop by hop, routing, fragment, authentication, destination, several.
+    ...[[0], [43], [44], [51], [60], [0, 60], [0, 43, 44]].map((extensions) => {
+      return { ip: 6, extensions } as const
+    }),
+    { ip: 6, extensions: [60], vlans: 2 },
   ]
-  for (const shape of others) assert.equal(send(ingress, payload, shape).action, PASS)
+  for (const shape of others) {
+    assert.equal(send(ingress, payload, shape).action, PASS, JSON.stringify(shape))
+  }
   for (let bit = 0; bit < 8 * HEADER_BYTES; bit++) {
     const forged = payload.slice()
     forged[bit >> 3]! ^= 1 << (bit & 7)
@@ -226,6 +234,10 @@ test('what is not ours is touched, or what is forged is answered', { skip }, () 
   }
   assert.equal(send(ingress, payload, { udpBytes: 8 + HEADER_BYTES + 1 }).action, DROP)
   assert.equal(send(ingress, payload, { udpBytes: 8 + HEADER_BYTES - 1 }).action, DROP)
+  for (const payloadBytes of [1, 8, 1200]) {
+    const { action } = send(ingress, hello({ payloadBytes }))
+    assert.equal(action, DROP, 'a HELLO with a payload is answered')
+  }
   for (const type of [0, 2, 3, 6, 7, 9, 255]) {
     assert.equal(send(ingress, hello({ type })).action, DROP)
   }
@@ -233,9 +245,28 @@ test('what is not ours is touched, or what is forged is answered', { skip }, () 
   assert.deepEqual([passed, granted, rejected], [others.length, 0, 0])
 })
 
+test('a trailer of the link or "do not fragment" makes a request another', { skip }, () => {
+  const ingress = open()
+  assert.equal(send(ingress, hello(), { fragment: 0x4000 }).header!.code, MESSAGE_CODES.ok)
+  const packet = frame(hello())
+  const { action, packet: out } = ingress.program.testRun(Buffer.concat([packet, Buffer.alloc(9)]))
+  assert.equal(action, TX)
+  assert.equal(out.length, packet.length + 9)
+  assert.equal(udpChecksum(out.subarray(0, packet.length)), 0)
+})
+
 test('a truncated frame is answered', { skip }, () => {
   const ingress = open()
-  const shapes: FrameShape[] = [{}, { vlans: 2 }, { options: 40 }, { ip: 6 }]
+  const shapes: FrameShape[] = [
+    {},
+    { vlans: 1 },
+    { vlans: 2 },
+    { options: 4 },
+    { options: 40 },
+    { ip: 6 },
+    { ip: 6, vlans: 2 },
+    { ip: 6, extensions: [60] },
+  ]
   for (const shape of shapes) {
     const whole = frame(hello(), shape)
     // The kernel runs no packet without an Ethernet header.
@@ -300,6 +331,27 @@ test('a request that was granted and never came keeps its place', { skip }, asyn
     1,
   )
   assert.equal(code(ingress, { request }), MESSAGE_CODES.ok)
+})
+
+test('more or fewer requests are remembered than were asked for', { skip }, () => {
+  const ingress = open({ requests: 3 })
+  for (let i = 0; i < 3; i++) assert.equal(code(ingress, {}), MESSAGE_CODES.ok)
+  assert.equal(code(ingress, {}), MESSAGE_CODES.busy)
+  assert.throws(() => open({ requests: 0 }), { code: 'invalid_request' })
+  // Looked at two at a time, all are found: none is claimed.
+  const later = process.hrtime.bigint() + 61_000_000_000n
+  for (let i = 0; i < 6; i++) ingress.expire(() => false, later, 2)
+  assert.equal(ingress.running, 0)
+  assert.equal(code(ingress, {}), MESSAGE_CODES.ok)
+})
+
+test('a request is granted on a queue that nobody reads', { skip }, () => {
+  const ingress = open()
+  // Packets of a test come in on queue 0.
+  ingress.setQueues([1, 63])
+  assert.equal(send(ingress, hello()).action, PASS)
+  ingress.setQueues([0, 5])
+  assert.equal(send(ingress, hello()).action, TX)
 })
 
 test('datagrams on their way to another machine are taken', { skip }, () => {

@@ -4,7 +4,7 @@
 
 import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
-import { BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
+import { type BpfMap, BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
 import {
   ADDRESSES_MAX,
   CONTROL,
@@ -27,6 +27,8 @@ export interface IngressTunables {
   windowMs: number
   /** Fragments that a client may have in flight. */
   credit: number
+  /** Requests that are remembered: as many as are granted within a window, and those that run. */
+  requests: number
   /** One decision in so many becomes an event: a power of two, or 0 for none. */
   sampleEvery: number
   /** Limits the new connections of a plain TCP port as well; off unless given. */
@@ -52,6 +54,7 @@ export const INGRESS_DEFAULTS: IngressTunables = {
   port: PROTOCOL_PORT,
   windowMs: 30_000,
   credit: 64,
+  requests: 65_536,
   sampleEvery: 0,
   syn: undefined,
 }
@@ -65,6 +68,9 @@ export interface TenantLimits {
   burstTokens: number
   maxRunning: number
 }
+
+/** Of memory, half a gigabyte: 10^5 a second for 40 s. */
+const REQUESTS_MAX = 1 << 22
 
 /** A granted prompt of which nothing has come for so long is not coming. */
 const UNCLAIMED_NS = 10_000_000_000n
@@ -82,6 +88,8 @@ export interface TenantUse {
 export class Ingress {
   readonly program: BpfProgram
   readonly object: BpfObject
+  /** Where `expire` has come to. */
+  private sweep: ReturnType<BpfMap['items']> | undefined
   private readonly tenants: DataView
   private readonly control: DataView
   private readonly atomics: { tenants: BigInt64Array; running: Int32Array; control: Int32Array }
@@ -90,14 +98,20 @@ export class Ingress {
   constructor(elf: Uint8Array, tunables: Partial<IngressTunables> = {}) {
     const chosen = { ...INGRESS_DEFAULTS, ...tunables }
     assertPowerOfTwo(chosen.sampleEvery)
-    this.object = new BpfObject(elf, (rodata) => {
+    if (!(chosen.requests >= 1 && chosen.requests <= REQUESTS_MAX)) {
+      throw new LatticeError('invalid_request', `${chosen.requests} requests to remember.`, {
+        todo: `Use 1 to ${REQUESTS_MAX}: each takes some 130 bytes of the kernel's memory.`,
+      })
+    }
+    const tune = (rodata: Uint8Array): void => {
       const view = new DataView(rodata.buffer, rodata.byteOffset)
       view.setUint16(TUNABLES.port, chosen.port, true)
       view.setBigUint64(TUNABLES.windowUs, BigInt(chosen.windowMs) * 1000n, true)
       view.setBigUint64(TUNABLES.credit, BigInt(chosen.credit), true)
       view.setUint32(TUNABLES.sampleEvery, chosen.sampleEvery, true)
       if (chosen.syn) tuneSyn(view, chosen.syn)
-    })
+    }
+    this.object = new BpfObject(elf, tune, { requests: chosen.requests })
     this.program = this.object.program('ingress')
     const tenants = this.object.map('tenants').view()
     const control = this.object.map('controls').view()
@@ -174,6 +188,12 @@ export class Ingress {
     this.control.setUint32(CONTROL.addresses, addresses.length, true)
   }
 
+  /** The receive queues that are answered on; what comes in on others goes on. None is all. */
+  setQueues(queues: readonly number[]): void {
+    const bits = queues.reduce((all, queue) => all | (1n << BigInt(queue)), 0n)
+    this.control.setBigUint64(CONTROL.queues, bits, true)
+  }
+
   /** @param model its name; undefined takes the replica out of the choice */
   setReplica(index: number, model: string | undefined): void {
     if (!Number.isInteger(index) || index < 0 || index >= REPLICAS_MAX) {
@@ -240,15 +260,24 @@ export class Ingress {
    * number nobody can use any more.
    * @param isClaimed whether a replica will finish it
    * @param now ktime
+   * @param most how many are looked at; the next call goes on from there
    * @returns how many were forgotten
    */
   expire(
     isClaimed: (tenant: number, request: bigint) => boolean = () => false,
     now = process.hrtime.bigint(),
+    most = Infinity,
   ): number {
     const map = this.object.map('requests')
     let count = 0
-    for (const [key, value] of map.items()) {
+    this.sweep ??= map.items()
+    for (let looked = 0; looked < most; looked++) {
+      const item = this.sweep.next()
+      if (item.done) {
+        this.sweep = undefined
+        break
+      }
+      const [key, value] = item.value
       const granted = new DataView(value.buffer)
       if (granted.getUint32(REQUEST.ended, true) !== 0) {
         if (granted.getBigUint64(REQUEST.expiresNs, true) < now && map.delete(key)) count++

@@ -8,7 +8,7 @@ import type { Tokenizer } from '../text/tokenizer.ts'
 import { type DatagramOptions, DatagramServer, type DatagramStatus } from './datagram-server.ts'
 import { EngineAnswers } from './engine-answers.ts'
 import { describeEvent, type NetEvent } from './decisions.ts'
-import { refused } from './interface.ts'
+import { isLoopback, refused } from './interface.ts'
 import { JoinHub } from './join-hub.ts'
 import { PrefixNews } from './prefix-news.ts'
 import type { DatagramTenant } from './tenants.ts'
@@ -22,6 +22,8 @@ export interface NetServiceOptions {
   maxRunning: number
   /** The engine has a prefix cache: what is in it is published. */
   publishes: boolean
+  /** Where the HTTP server listens. */
+  host?: string
   /** Sequences that run or wait in the engine, whoever asked for them; only ours unless given. */
   load?: () => number
   /** Where other engines of this machine join, once it is attached; nowhere unless given. */
@@ -34,7 +36,15 @@ export interface NetServiceOptions {
 /** How to attach; what is left out is chosen by `DATAGRAM_DEFAULTS`. */
 export type AttachOptions = Pick<
   DatagramOptions,
-  'name' | 'queue' | 'force' | 'mode' | 'allowGeneric' | 'busyPollBudget' | 'port' | 'sampleEvery'
+  | 'name'
+  | 'queue'
+  | 'force'
+  | 'mode'
+  | 'allowGeneric'
+  | 'busyPollBudget'
+  | 'port'
+  | 'syn'
+  | 'sampleEvery'
 >
 
 /** As often as an engine that has joined says it. */
@@ -72,7 +82,7 @@ export class NetService {
 
   /** @throws LatticeError `net_refused`, and as `DatagramServer.start` does; nothing is attached */
   async attach(how: AttachOptions): Promise<DatagramStatus> {
-    const { engine, tenants, maxRunning, share, warn } = this.options
+    const { engine, tenants, maxRunning, host, share, warn } = this.options
     if (tenants.length === 0) {
       throw refused('This server knows no tenants.', 'Start it with --net-tenants FILE.')
     }
@@ -80,6 +90,7 @@ export class NetService {
       const { interface: name } = this.server.status()
       throw refused(`This server is attached to ${name} already.`, 'Detach it first.')
     }
+    if (how.syn && host !== undefined) checkSyn(host)
     return await this.alone(async () => {
       const server = await DatagramServer.start({
         ...how,
@@ -178,4 +189,17 @@ export class NetService {
       this.busy = false
     }
   }
+}
+
+/**
+ * New connections are limited where they come from elsewhere.
+ * @param host where the HTTP server listens
+ * @throws LatticeError `net_refused` if nobody else reaches it
+ */
+export function checkSyn(host: string): void {
+  if (!isLoopback(host)) return
+  throw refused(
+    `The HTTP server listens on ${host}, which no interface leads to: there is nothing to limit.`,
+    'Start it with --host 0.0.0.0 or the interface’s address, or leave --syn out.',
+  )
 }

@@ -107,7 +107,7 @@ export class NumberedSender {
       this.lost.delete(this.firstMissing)
     }
     let last = -1
-    for (let i = 0; i < 64; i++) {
+    for (let i = 0; bitmap !== 0n && i < 64; i++) {
       if (((bitmap >> BigInt(i)) & 1n) === 0n || firstMissing + 1 + i >= known) continue
       this.arrived[1 + i] = true
       this.lost.delete(firstMissing + 1 + i)

@@ -82,47 +82,27 @@ export interface Header {
   words: [bigint, bigint, bigint, bigint]
 }
 
-const ZERO: Header = {
-  version: PROTOCOL_VERSION,
-  type: 0,
-  payloadBytes: 0,
-  flags: 0,
-  tenant: 0,
-  key: 0,
-  code: 0,
-  request: 0n,
-  timeUs: 0n,
-  route: 0,
-  model: 0,
-  promptBytes: 0,
-  maxTokens: 0,
-  deadlineMs: 0,
-  fragment: 0,
-  fragments: 0,
-  words: [0n, 0n, 0n, 0n],
-}
-
-/** Writes a header with its MAC at the start of a datagram. */
+/** Writes a header with its MAC at the start of a datagram. Fields that are left out are 0. */
 export function writeHeader(to: DataView, header: Partial<Header>, key: SipKey): void {
-  const h = { ...ZERO, ...header }
+  const h = header
   to.setUint16(0, MAGIC)
-  to.setUint8(2, h.version)
-  to.setUint8(3, h.type)
-  to.setUint16(4, h.payloadBytes)
-  to.setUint16(6, h.flags)
-  to.setUint32(8, h.tenant)
-  to.setUint16(12, h.key)
-  to.setUint16(14, h.code)
-  to.setBigUint64(16, h.request)
-  to.setBigUint64(24, h.timeUs)
-  to.setUint32(32, h.route)
-  to.setUint32(36, h.model)
-  to.setUint32(40, h.promptBytes)
-  to.setUint32(44, h.maxTokens)
-  to.setUint32(48, h.deadlineMs)
-  to.setUint16(52, h.fragment)
-  to.setUint16(54, h.fragments)
-  h.words.forEach((word, i) => to.setBigUint64(56 + 8 * i, word))
+  to.setUint8(2, h.version ?? PROTOCOL_VERSION)
+  to.setUint8(3, h.type ?? 0)
+  to.setUint16(4, h.payloadBytes ?? 0)
+  to.setUint16(6, h.flags ?? 0)
+  to.setUint32(8, h.tenant ?? 0)
+  to.setUint16(12, h.key ?? 0)
+  to.setUint16(14, h.code ?? 0)
+  to.setBigUint64(16, h.request ?? 0n)
+  to.setBigUint64(24, h.timeUs ?? 0n)
+  to.setUint32(32, h.route ?? 0)
+  to.setUint32(36, h.model ?? 0)
+  to.setUint32(40, h.promptBytes ?? 0)
+  to.setUint32(44, h.maxTokens ?? 0)
+  to.setUint32(48, h.deadlineMs ?? 0)
+  to.setUint16(52, h.fragment ?? 0)
+  to.setUint16(54, h.fragments ?? 0)
+  for (let i = 0; i < 4; i++) to.setBigUint64(56 + 8 * i, h.words?.[i] ?? 0n)
   sipHash(key, to, 0, MAC_AT, to, MAC_AT)
 }
 
@@ -130,29 +110,60 @@ const mac = new DataView(new ArrayBuffer(8))
 
 /** Reads a datagram's header; undefined if it is not one, or its MAC is not by this key. */
 export function readHeader(from: DataView, key: SipKey): Header | undefined {
-  if (from.byteLength < HEADER_BYTES || from.getUint16(0) !== MAGIC) return undefined
-  sipHash(key, from, 0, MAC_AT, mac, 0)
-  if (mac.getBigUint64(0) !== from.getBigUint64(MAC_AT)) return undefined
-  const payloadBytes = from.getUint16(4)
-  if (from.byteLength !== HEADER_BYTES + payloadBytes) return undefined
+  if (!isDatagram(from, 0, from.byteLength) || !isHash(key, from, 0, MAC_AT, MAC_AT))
+    return undefined
+  return headerAt(from, 0)
+}
+
+/** Whether bytes begin as a datagram does, and are as many as it says. */
+export function isDatagram(view: DataView, at: number, bytes: number): boolean {
+  if (bytes < HEADER_BYTES || view.getUint16(at) !== MAGIC) return false
+  return bytes === HEADER_BYTES + view.getUint16(at + 4)
+}
+
+/** Whether the hash of bytes [from, to) is what lies at `at`. */
+export function isHash(key: SipKey, view: DataView, from: number, to: number, at: number): boolean {
+  sipHash(key, view, from, to, mac, 0)
+  return mac.getInt32(0) === view.getInt32(at) && mac.getInt32(4) === view.getInt32(at + 4)
+}
+
+/** Where a header's fields lie that are read without the others. */
+export const FIELDS = {
+  type: 3,
+  flags: 6,
+  tenant: 8,
+  key: 12,
+  request: 16,
+  promptBytes: 40,
+  fragment: 52,
+  words: 56,
+} as const
+
+/** A header's fields, unchecked. */
+export function headerAt(view: DataView, at: number): Header {
   return {
-    version: from.getUint8(2),
-    type: from.getUint8(3),
-    payloadBytes,
-    flags: from.getUint16(6),
-    tenant: from.getUint32(8),
-    key: from.getUint16(12),
-    code: from.getUint16(14),
-    request: from.getBigUint64(16),
-    timeUs: from.getBigUint64(24),
-    route: from.getUint32(32),
-    model: from.getUint32(36),
-    promptBytes: from.getUint32(40),
-    maxTokens: from.getUint32(44),
-    deadlineMs: from.getUint32(48),
-    fragment: from.getUint16(52),
-    fragments: from.getUint16(54),
-    words: [0, 1, 2, 3].map((i) => from.getBigUint64(56 + 8 * i)) as Header['words'],
+    version: view.getUint8(at + 2),
+    type: view.getUint8(at + 3),
+    payloadBytes: view.getUint16(at + 4),
+    flags: view.getUint16(at + 6),
+    tenant: view.getUint32(at + 8),
+    key: view.getUint16(at + 12),
+    code: view.getUint16(at + 14),
+    request: view.getBigUint64(at + 16),
+    timeUs: view.getBigUint64(at + 24),
+    route: view.getUint32(at + 32),
+    model: view.getUint32(at + 36),
+    promptBytes: view.getUint32(at + 40),
+    maxTokens: view.getUint32(at + 44),
+    deadlineMs: view.getUint32(at + 48),
+    fragment: view.getUint16(at + 52),
+    fragments: view.getUint16(at + 54),
+    words: [
+      view.getBigUint64(at + 56),
+      view.getBigUint64(at + 64),
+      view.getBigUint64(at + 72),
+      view.getBigUint64(at + 80),
+    ],
   }
 }
 

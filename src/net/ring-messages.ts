@@ -12,9 +12,16 @@ export interface RingThreadOptions {
   mode: 'copy' | 'zerocopy'
   /** Packets at a time that are taken from the driver by asking it again and again; 0 sleeps. */
   busyPollBudget: number
+  /** Two words that both threads see: SAID and ASLEEP. */
+  signal: SharedArrayBuffer
   /** By tenant: its two keys. */
   keys: ReadonlyMap<number, readonly [Uint8Array, Uint8Array]>
 }
+
+/** Grows with every message to the ring thread. */
+export const SAID = 0
+/** 1 while that thread sleeps, or is about to: then only its bell wakes it. */
+export const ASLEEP = 1
 
 /** What went missing between the driver and us; the protocol's repeats make up for it. */
 export interface RingLosses {

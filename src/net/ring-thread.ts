@@ -10,26 +10,66 @@ import { PacketSocket } from '../ffi/packet-socket.ts'
 import { XdpSocket } from '../ffi/xdp-socket.ts'
 import type { WireAnswer } from './exchange.ts'
 import { Replica } from './replica.ts'
-import type { FromRing, RingLosses, RingThreadOptions, ToRing } from './ring-messages.ts'
+import {
+  ASLEEP,
+  type FromRing,
+  type RingLosses,
+  type RingThreadOptions,
+  SAID,
+  type ToRing,
+} from './ring-messages.ts'
 import { type SipKey, sipKey } from './siphash.ts'
 
 const port = present(parentPort, 'the parent thread')
 const options = workerData as RingThreadOptions
 const { mode, busyPollBudget } = options
 
-/** How long a sleep lasts at most, so that lost frames are told. */
+/** How long a sleep lasts at most, and how often lost frames are counted. */
 const SLEEP_MS = 1000
+/** Whoever is not claimed is given up after 10 s. */
+const CLAIM_MS = 1000
+/** A place is free again so much later at most. */
+const FINISH_MS = 2
+/** With busy-polling: so long after the last frame the driver is asked again and again. */
+const BUSY_MS = 2
+/** Frames of a queue before what they ask for is sent. */
+const BURST = 256
 
 const sockets: XdpSocket[] = []
 /** Answers leave through the kernel's stack, where the egress program accounts for them. */
 let out: PacketSocket | undefined
 const answers = new Map<number, WireAnswer>()
 const losses: RingLosses = { received: 0, sent: 0 }
+/** The time of this turn: asking for it costs as much as a short hash. */
+let nowMs = performance.now()
 let nextId = 1
 let draining = false
+const signal = new Int32Array(options.signal)
+let heard = 0
 
-function say(message: FromRing, transfer: ArrayBuffer[] = []): void {
-  port.postMessage(message, transfer)
+/** What is to be told at the end of this turn. */
+let news: FromRing[] = []
+let given: ArrayBuffer[] = []
+
+let tellMs = Infinity
+
+/**
+ * Told with everything else of this turn, or with what comes later: a message wakes the main
+ * thread, whatever is in it.
+ * @param withinMs how long it may wait for others
+ */
+function say(message: FromRing, withinMs = 0, transfer?: ArrayBuffer): void {
+  news.push(message)
+  if (transfer) given.push(transfer)
+  tellMs = Math.min(tellMs, nowMs + withinMs)
+}
+
+function tell(): void {
+  if (nowMs < tellMs) return
+  port.postMessage(news, given)
+  news = []
+  given = []
+  tellMs = Infinity
 }
 
 function makeReplica(): Replica {
@@ -40,19 +80,19 @@ function makeReplica(): Replica {
   const known = (tenant: number, index: number) =>
     index < 2 ? keys.get(2 * tenant + index) : undefined
   return new Replica(known, {
-    now: () => performance.now(),
+    now: () => nowMs,
     timeUs: () => BigInt(Date.now()) * 1000n,
-    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }),
+    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }, CLAIM_MS),
     start(wire, answer) {
       const id = nextId++
       answers.set(id, answer)
-      say({ kind: 'start', id, wire }, [wire.prompt.buffer as ArrayBuffer])
+      say({ kind: 'start', id, wire }, 0, wire.prompt.buffer as ArrayBuffer)
       return () => {
         if (answers.delete(id)) say({ kind: 'abort', id })
       }
     },
     finished: (tenant, request, usedTokens) => {
-      say({ kind: 'finished', tenant, request, usedTokens })
+      say({ kind: 'finished', tenant, request, usedTokens }, FINISH_MS)
     },
     send: (write) => out?.send(write),
   })
@@ -60,43 +100,71 @@ function makeReplica(): Replica {
 
 /** Returns false when the thread is to end. */
 function hear(): boolean {
+  const said = Atomics.load(signal, SAID)
+  if (said === heard) return true
+  heard = said
   for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
-    const message = item.message as ToRing
-    if (message.kind === 'close') return false
-    if (message.kind === 'drain') draining = true
-    else if (message.kind === 'tokens') answers.get(message.id)?.tokens(message.ids, message.text)
-    else {
-      const answer = answers.get(message.id)
-      answers.delete(message.id)
-      answer?.end(message.code, message.usage)
+    for (const message of item.message as ToRing[]) {
+      if (message.kind === 'close') return false
+      if (message.kind === 'drain') draining = true
+      else if (message.kind === 'tokens') answers.get(message.id)?.tokens(message.ids, message.text)
+      else {
+        const answer = answers.get(message.id)
+        answers.delete(message.id)
+        answer?.end(message.code, message.usage)
+      }
     }
   }
   return true
 }
 
 function run(replica: Replica, bell: Bell): void {
-  let told = 0
+  const take = (view: DataView, at: number, bytes: number) => replica.take(view, at, bytes)
+  let countedMs = nowMs
+  let busyUntilMs = nowMs
   while (hear()) {
+    nowMs = performance.now()
     let taken = 0
-    for (const socket of sockets) {
-      taken += socket.receive((view, at, bytes) => replica.take(view, at, bytes))
-    }
+    for (const socket of sockets) taken += socket.receive(take, BURST)
     const next = replica.turn()
     out?.flush()
     if (draining && replica.settled) {
       draining = false
       say({ kind: 'drained' })
     }
-    if (taken > 0 || busyPollBudget > 0) continue
-    const waitMs = next === undefined ? SLEEP_MS : Math.min(SLEEP_MS, next - performance.now())
-    if (waitMs > 0) bell.wait(Math.ceil(waitMs))
-    losses.received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
-    losses.sent = out?.lost ?? 0
-    if (losses.received + losses.sent > told) {
-      told = losses.received + losses.sent
-      say({ kind: 'lost', losses })
+    if (nowMs - countedMs >= SLEEP_MS) {
+      countedMs = nowMs
+      tellLosses()
     }
+    tell()
+    if (taken > 0) {
+      busyUntilMs = nowMs + BUSY_MS
+      continue
+    }
+    if (busyPollBudget > 0 && nowMs < busyUntilMs) {
+      for (const socket of sockets) socket.poll()
+      continue
+    }
+    const until = Math.min(next ?? Infinity, tellMs, nowMs + SLEEP_MS)
+    const waitMs = Math.ceil(until - performance.now())
+    if (waitMs > 0) sleep(bell, waitMs)
   }
+}
+
+/** Who says something afterwards rings the bell; what was said before is seen here. */
+function sleep(bell: Bell, waitMs: number): void {
+  Atomics.store(signal, ASLEEP, 1)
+  if (Atomics.load(signal, SAID) === heard) bell.wait(waitMs)
+  Atomics.store(signal, ASLEEP, 0)
+}
+
+function tellLosses(): void {
+  const received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
+  const sent = out?.lost ?? 0
+  if (received === losses.received && sent === losses.sent) return
+  losses.received = received
+  losses.sent = sent
+  say({ kind: 'lost', losses })
 }
 
 function lostBy(socket: XdpSocket): number {
@@ -113,9 +181,11 @@ try {
   const bell = openBell(fds)
   const zeroCopy = sockets.every((socket) => socket.zeroCopy)
   say({ kind: 'ready', fds, bell: bell.fd, zeroCopy })
+  tell()
   run(makeReplica(), bell)
 } catch (thrown) {
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
+  tell()
 }
 for (const socket of sockets) socket.close()
 out?.close()

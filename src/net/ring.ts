@@ -5,7 +5,14 @@ import { LatticeError, toLatticeError } from '../errors.ts'
 import { ring } from '../ffi/bell.ts'
 import { closeFd } from '../ffi/libc.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
-import type { FromRing, RingLosses, RingThreadOptions, ToRing } from './ring-messages.ts'
+import {
+  ASLEEP,
+  type FromRing,
+  type RingLosses,
+  type RingThreadOptions,
+  SAID,
+  type ToRing,
+} from './ring-messages.ts'
 
 export interface RingEvents {
   /** Starts a request; returns what aborts it. Must not throw. */
@@ -25,34 +32,47 @@ export class Ring {
   losses: RingLosses = { received: 0, sent: 0 }
   private readonly worker: Worker
   private readonly bell: number
+  private readonly signal: Int32Array
   private readonly events: RingEvents
   private readonly aborts = new Map<number, () => void>()
   private readonly drained: (() => void)[] = []
+  private readonly outbox: ToRing[] = []
   private over = false
 
-  private constructor(worker: Worker, { fds, zeroCopy, bell }: Ready, events: RingEvents) {
+  private constructor(
+    worker: Worker,
+    { fds, zeroCopy, bell }: Ready,
+    signal: Int32Array,
+    events: RingEvents,
+  ) {
     this.worker = worker
+    this.signal = signal
     this.fds = fds
     this.zeroCopy = zeroCopy
     this.bell = bell
     this.events = events
-    worker.on('message', (message: FromRing) => this.receive(message))
+    worker.on('message', (messages: FromRing[]) => {
+      for (const message of messages) this.receive(message)
+    })
     worker.on('error', (thrown) => this.fail(toLatticeError(thrown)))
     worker.on('exit', () => {
       // Not before: its number could be another file's by the time it is rung.
+      this.outbox.length = 0
       closeFd(bell)
       this.fail(ended())
     })
   }
 
   /** @throws LatticeError what kept a socket from being opened; then none is open */
-  static async open(options: RingThreadOptions, events: RingEvents): Promise<Ring> {
+  static async open(options: Omit<RingThreadOptions, 'signal'>, events: RingEvents): Promise<Ring> {
+    const signal = new SharedArrayBuffer(8)
+    const workerData: RingThreadOptions = { ...options, signal }
     const url = new URL('./ring-thread.ts', import.meta.url)
-    const worker = new Worker(url, { workerData: options })
+    const worker = new Worker(url, { workerData, name: 'ring' })
     const ready = await new Promise<Ready>((resolve, reject) => {
-      worker.once('message', (message: FromRing) => {
-        if (message.kind === 'ready') resolve(message)
-        else if (message.kind === 'failed') {
+      worker.once('message', ([message]: FromRing[]) => {
+        if (message?.kind === 'ready') resolve(message)
+        else if (message?.kind === 'failed') {
           // Its sockets are closed when it has ended.
           worker.once('exit', () => reject(LatticeError.fromJSON(message.error)))
         }
@@ -60,7 +80,7 @@ export class Ring {
       worker.once('error', (thrown) => reject(toLatticeError(thrown)))
     })
     for (const event of ['message', 'error', 'exit']) worker.removeAllListeners(event)
-    return new Ring(worker, ready, events)
+    return new Ring(worker, ready, new Int32Array(signal), events)
   }
 
   /** Resolves when all that was said has arrived, or nobody listens any more. */
@@ -111,9 +131,16 @@ export class Ring {
     if (!this.over) this.post(message)
   }
 
+  /** With everything else that is said in this turn of the event loop. */
   private post(message: ToRing): void {
-    this.worker.postMessage(message)
-    ring(this.bell)
+    if (this.outbox.push(message) === 1) setImmediate(() => this.flush())
+  }
+
+  private flush(): void {
+    if (this.outbox.length === 0) return
+    this.worker.postMessage(this.outbox.splice(0))
+    Atomics.add(this.signal, SAID, 1)
+    if (Atomics.load(this.signal, ASLEEP) === 1) ring(this.bell)
   }
 
   private fail(error: LatticeError): void {

@@ -1,82 +1,30 @@
-// Owns SipHash-2-4 (Aumasson and Bernstein, 2012) on this side of the wire: 64-bit words as pairs
-// of 32-bit halves, because a BigInt costs ten times as much.
+// Owns SipHash-2-4 (Aumasson and Bernstein, 2012) on this side of the wire.
+
+import { DATA_AT, MEMORY_BYTES, sipMachine, STATE_AT } from './siphash-wasm.ts'
 
 export interface SipKey {
-  /** The key's 16 bytes as four little-endian words. */
-  readonly words: Int32Array
+  /** What hashing begins with: v0 … v3, each as its low and high half. */
+  readonly state: Int32Array
 }
+
+/** "somepseudorandomlygeneratedbytes", as the paper has it: v0 … v3, low and high halves. */
+const CONSTANTS = [
+  0x70736575, 0x736f6d65, 0x6e646f6d, 0x646f7261, 0x6e657261, 0x6c796765, 0x79746573, 0x74656462,
+]
 
 /** @param bytes 16 of them */
 export function sipKey(bytes: Uint8Array): SipKey {
   const view = new DataView(bytes.buffer, bytes.byteOffset, 16)
-  return { words: Int32Array.from([0, 4, 8, 12], (at) => view.getInt32(at, true)) }
+  const words = [0, 4, 8, 12].map((at) => view.getInt32(at, true))
+  return { state: Int32Array.from(CONSTANTS, (constant, i) => constant ^ words[i & 3]!) }
 }
 
-/** v0 … v3, each as its low and high half. */
-const v = new Int32Array(8)
-
-function add(a: number, b: number): void {
-  const low = (v[a]! >>> 0) + (v[b]! >>> 0)
-  v[a + 1] = v[a + 1]! + v[b + 1]! + (low > 0xffffffff ? 1 : 0)
-  v[a] = low
-}
-
-/** a = (a rotated left by `by` bits) ^ b, for by < 32 */
-function rotateXor(a: number, by: number, b: number): void {
-  const low = v[a]!
-  const high = v[a + 1]!
-  v[a] = ((low << by) | (high >>> (32 - by))) ^ v[b]!
-  v[a + 1] = ((high << by) | (low >>> (32 - by))) ^ v[b + 1]!
-}
-
-function swapHalves(a: number): void {
-  const low = v[a]!
-  v[a] = v[a + 1]!
-  v[a + 1] = low
-}
-
-function round(): void {
-  add(0, 2)
-  add(4, 6)
-  rotateXor(2, 13, 0)
-  rotateXor(6, 16, 4)
-  swapHalves(0)
-  add(4, 2)
-  add(0, 6)
-  rotateXor(2, 17, 4)
-  rotateXor(6, 21, 0)
-  swapHalves(4)
-}
-
-function take(low: number, high: number): void {
-  v[6] = v[6]! ^ low
-  v[7] = v[7]! ^ high
-  round()
-  round()
-  v[0] = v[0]! ^ low
-  v[1] = v[1]! ^ high
-}
-
-function begin(key: SipKey): void {
-  const [k0, k1, k2, k3] = key.words as unknown as [number, number, number, number]
-  v[0] = k0 ^ 0x70736575
-  v[1] = k1 ^ 0x736f6d65
-  v[2] = k2 ^ 0x6e646f6d
-  v[3] = k3 ^ 0x646f7261
-  v[4] = k0 ^ 0x6e657261
-  v[5] = k1 ^ 0x6c796765
-  v[6] = k2 ^ 0x79746573
-  v[7] = k3 ^ 0x74656462
-}
-
-/** Takes the last word in and writes the hash, big-endian. */
-function finish(low: number, high: number, out: DataView, at: number): void {
-  take(low, high)
-  v[4] = v[4]! ^ 0xff
-  for (let i = 0; i < 4; i++) round()
-  out.setInt32(at, v[1]! ^ v[3]! ^ v[5]! ^ v[7]!)
-  out.setInt32(at + 4, v[0]! ^ v[2]! ^ v[4]! ^ v[6]!)
-}
+const machine = sipMachine()
+const memory = new DataView(machine.memory.buffer)
+const state = new Int32Array(machine.memory.buffer, STATE_AT, 8)
+const words = new Int32Array(machine.memory.buffer, DATA_AT)
+/** Bytes that are taken in at a time; behind them there is room for the last word. */
+const BLOCK_BYTES = MEMORY_BYTES - DATA_AT - 8
 
 /**
  * Writes the hash of bytes [from, to) of `data` into `out` at `at`, big-endian, as the protocol
@@ -90,15 +38,14 @@ export function sipHash(
   out: DataView,
   at: number,
 ): void {
-  begin(key)
+  state.set(key.state)
   const whole = to - ((to - from) & 7)
-  for (let i = from; i < whole; i += 8) take(data.getInt32(i, true), data.getInt32(i + 4, true))
-  const last = [0, (to - from) << 24]
-  for (let i = whole; i < to; i++) {
-    const byte = i - whole
-    last[byte >> 2]! |= data.getUint8(i) << (8 * (byte & 3))
-  }
-  finish(last[0]!, last[1]!, out, at)
+  const behind = takeAllButLast(data, from, whole)
+  memory.setInt32(behind, 0)
+  memory.setInt32(behind + 4, (to - from) & 255)
+  for (let i = whole; i < to; i++) memory.setUint8(behind + i - whole, data.getUint8(i))
+  machine.compress(DATA_AT, behind + 8, true)
+  write(out, at)
 }
 
 const saved = new Int32Array(8)
@@ -109,13 +56,42 @@ const hash = new DataView(new ArrayBuffer(8))
  * @param lengths ascending, multiples of 8, no longer than the data
  */
 export function sipPrefixes(key: SipKey, data: DataView, lengths: readonly number[]): bigint[] {
-  begin(key)
-  let at = 0
+  state.set(key.state)
+  let from = 0
   return lengths.map((length) => {
-    for (; at < length; at += 8) take(data.getInt32(at, true), data.getInt32(at + 4, true))
-    saved.set(v)
-    finish(0, length << 24, hash, 0)
-    v.set(saved)
+    machine.compress(DATA_AT, takeAllButLast(data, from, length), false)
+    from = length
+    saved.set(state)
+    memory.setInt32(DATA_AT, 0)
+    memory.setInt32(DATA_AT + 4, length & 255)
+    machine.compress(DATA_AT, DATA_AT + 8, true)
+    write(hash, 0)
+    state.set(saved)
     return hash.getBigUint64(0)
   })
+}
+
+/**
+ * Takes in whole words of data; the last block only lies in the memory.
+ * @returns the address behind it
+ */
+function takeAllButLast(data: DataView, from: number, to: number): number {
+  let begin = from
+  for (; to - begin > BLOCK_BYTES; begin += BLOCK_BYTES) {
+    copy(data, begin, begin + BLOCK_BYTES)
+    machine.compress(DATA_AT, DATA_AT + BLOCK_BYTES, false)
+  }
+  copy(data, begin, to)
+  return DATA_AT + to - begin
+}
+
+/** By 32-bit words: a view for `set` would cost more than most datagrams do. */
+function copy(data: DataView, from: number, to: number): void {
+  for (let at = from, i = 0; at < to; at += 4, i++) words[i] = data.getInt32(at, true)
+}
+
+/** What `compress` left at the end, big-endian. */
+function write(out: DataView, at: number): void {
+  out.setInt32(at, state[1]!)
+  out.setInt32(at + 4, state[0]!)
 }

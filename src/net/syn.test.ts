@@ -106,6 +106,9 @@ test('what asks for no connection is limited, or anything while it is off', { sk
   }
   const whole = segment(SYN, from(1))
   for (let length = 14; length < 54; length++) assert.ok(send(limited, whole.slice(0, length)))
+  // On their way to another machine.
+  limited.setAddresses([Uint8Array.of(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 10, 9, 8, 6)])
+  for (let i = 0; i < 20; i++) assert.ok(send(limited, segment(SYN, from(1))))
   const off = open(undefined)
   for (let i = 0; i < 20; i++) assert.ok(send(off, segment(SYN, from(1))))
   assert.equal(limited.counters()['syn'], 0)

@@ -33,6 +33,21 @@ test('comments or commas break the file, or are taken out of strings', () => {
   assert.throws(() => parseTenants('[{"name": "//, ]"}]', 'f'), /"name" of/)
 })
 
+test('how answers are marked and paced is dropped, or made up', () => {
+  const egress = (change: object) =>
+    parseTenants(JSON.stringify([{ ...TENANT, ...change }]), 'f')[0]?.egress
+  assert.equal(egress({}), undefined)
+  assert.deepEqual(egress({ priority: 0 }), { priority: 0, bytesPerSecond: 0 })
+  assert.deepEqual(egress({ bytes_per_second: 1000 }), {
+    priority: undefined,
+    bytesPerSecond: 1000,
+  })
+  assert.deepEqual(egress({ priority: 3, bytes_per_second: 1e11 }), {
+    priority: 3,
+    bytesPerSecond: 1e11,
+  })
+})
+
 test('a key is read in one way and not in the other, or in a third', () => {
   const base64 = Buffer.from(BYTES).toString('base64')
   for (const text of [HEX, HEX.toUpperCase(), base64, base64.replace('==', '')]) {
@@ -57,6 +72,9 @@ test('what is wrong is taken, or said without where', () => {
     [[{ ...TENANT, tokens_per_second: 9 }], /"tokens_per_second" .* 10 to/],
     [[{ ...TENANT, burst_tokens: 0 }], /"burst_tokens"/],
     [[{ ...TENANT, max_running: 1.5 }], /"max_running"/],
+    [[{ ...TENANT, priority: 4 }], /"priority" .* 0 to 3/],
+    [[{ ...TENANT, priority: null }], /"priority"/],
+    [[{ ...TENANT, bytes_per_second: 999 }], /"bytes_per_second" .* 1000 to/],
     [[TENANT, { ...TENANT, name: 'other' }], /the index 1/],
     [[TENANT, { ...TENANT, tenant: 2 }], /the name search/],
   ]

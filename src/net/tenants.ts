@@ -16,7 +16,16 @@ export interface DatagramTenant extends TenantLimits {
   egress?: EgressPolicy
 }
 
-const FIELDS = ['tenant', 'name', 'keys', 'tokens_per_second', 'burst_tokens', 'max_running']
+const FIELDS = [
+  'tenant',
+  'name',
+  'keys',
+  'tokens_per_second',
+  'burst_tokens',
+  'max_running',
+  'priority',
+  'bytes_per_second',
+]
 
 /** @throws LatticeError `usage` that says what is wrong where */
 export function readTenants(path: string): DatagramTenant[] {
@@ -86,7 +95,7 @@ function parseTenant(item: unknown, path: string, where: string): DatagramTenant
     throw wrong(path, `key ${i} of ${where} is not 16 bytes in hex or base64`)
   })
   const [first, second = first] = read as [Uint8Array, Uint8Array?]
-  return {
+  const tenant: DatagramTenant = {
     index: count('tenant', 0, TENANTS_MAX - 1),
     name,
     keys: [first, second],
@@ -94,6 +103,12 @@ function parseTenant(item: unknown, path: string, where: string): DatagramTenant
     burstTokens: count('burst_tokens', 1, 1e9),
     maxRunning: count('max_running', 1, 2 ** 31),
   }
+  const isMarked = 'priority' in fields
+  const isPaced = 'bytes_per_second' in fields
+  if (!isMarked && !isPaced) return tenant
+  const priority = isMarked ? (count('priority', 0, 3) as 0 | 1 | 2 | 3) : undefined
+  const bytesPerSecond = isPaced ? count('bytes_per_second', 1000, 1e11) : 0
+  return { ...tenant, egress: { priority, bytesPerSecond } }
 }
 
 /** 16 bytes in hex or base64; undefined if it is neither. */

@@ -9,13 +9,22 @@ import type { RouteContext } from './context.ts'
  * @throws LatticeError `unsupported_media_type`, `body_too_large`, `invalid_request`
  */
 export async function readJson(c: RouteContext): Promise<Record<string, unknown>> {
-  checkMediaType(c)
+  checkHead(c)
   const value = parse(decode(await readBytes(c.req.raw)))
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new LatticeError('invalid_request', 'The body must be a JSON object.')
   }
   checkDepth(value, 1)
   return value as Record<string, unknown>
+}
+
+/**
+ * What can be said of a body before it is read.
+ * @throws LatticeError `unsupported_media_type`, `body_too_large`
+ */
+export function checkHead(c: RouteContext): void {
+  checkMediaType(c)
+  if (Number(c.req.header('content-length') ?? 0) > MAX_BODY_BYTES) throw tooLarge()
 }
 
 function checkMediaType(c: RouteContext): void {
@@ -35,13 +44,12 @@ function checkMediaType(c: RouteContext): void {
 }
 
 async function readBytes(request: Request): Promise<Uint8Array> {
-  const announced = Number(request.headers.get('content-length') ?? NaN)
-  if (announced > MAX_BODY_BYTES) throw tooLarge()
   try {
     // A body of announced length is read at once; a chunked one is counted as it comes.
-    const bytes = Number.isNaN(announced)
-      ? await readChunks(request)
-      : new Uint8Array(await request.arrayBuffer())
+    const bytes =
+      request.headers.get('content-length') === null
+        ? await readChunks(request)
+        : new Uint8Array(await request.arrayBuffer())
     if (bytes.length > MAX_BODY_BYTES) throw tooLarge()
     return bytes
   } catch (error) {

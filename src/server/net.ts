@@ -3,12 +3,18 @@
 
 import { z } from 'zod'
 import { LatticeError } from '../errors.ts'
+import type { SynRate } from '../net/ingress.ts'
 import { NET_MODES } from '../net/interface.ts'
 import type { NetService } from '../net/net-service.ts'
 import { PROTOCOL_PORT } from '../net/protocol.ts'
 import { readJson } from './body.ts'
 import type { RouteContext, ServerContext } from './context.ts'
-import { boolean, choice, integer, optional, parseParameters, string } from './validate.ts'
+import { boolean, choice, integer, number, optional, parseParameters, string } from './validate.ts'
+
+const rate = z.strictObject({
+  per_second: number(0.01, 1e7),
+  burst: integer(1, 1e6),
+})
 
 const attachment = z.strictObject({
   interface: string,
@@ -19,7 +25,13 @@ const attachment = z.strictObject({
   sample_every: optional(integer(0, 1 << 30)),
   force: optional(boolean),
   allow_generic: optional(boolean),
+  syn: optional(rate),
+  syn_total: optional(rate),
 })
+
+function limitOf(given: z.infer<typeof rate> | undefined): SynRate | undefined {
+  return given && { perSecond: given.per_second, burst: given.burst }
+}
 
 /** `net` is null while the server is attached to nothing. */
 export function netStatus({ net }: ServerContext) {
@@ -44,7 +56,11 @@ export function netAttach(context: ServerContext) {
   return async (c: RouteContext): Promise<Response> => {
     const net = administrated(context, c)
     const how = parseParameters(attachment, await readJson(c))
+    const [source, total] = [limitOf(how.syn), limitOf(how.syn_total)]
+    // Where this request came in is where the connections come in that are to be limited.
+    const port = c.env.incoming?.socket.localPort ?? 0
     const status = await net.attach({
+      syn: source || total ? { port, source, total } : undefined,
       name: how.interface,
       queue: how.queue,
       mode: how.mode ?? 'native',

@@ -29,14 +29,15 @@ interface Node {
 
 export class AddedTokenMatcher {
   readonly #root: Node = { children: new Map(), token: undefined }
-  /** Whether a token starts with this code unit: most characters are passed over here. */
-  readonly #starts = new Uint8Array(65536)
+  /** What tokens start with, a code unit each: nothing else is looked at. */
+  readonly #starts: readonly string[]
 
   constructor(tokens: Iterable<AddedToken>, spelling: (content: string) => string = (c) => c) {
+    const starts = new Set<string>()
     for (const token of tokens) {
       const content = spelling(token.content)
       if (content === '') continue
-      this.#starts[content.charCodeAt(0)] = 1
+      starts.add(content[0]!)
       let node = this.#root
       for (let i = 0; i < content.length; i++) {
         const unit = content.charCodeAt(i)
@@ -49,6 +50,7 @@ export class AddedTokenMatcher {
       }
       node.token = token
     }
+    this.#starts = [...starts]
   }
 
   /**
@@ -59,8 +61,12 @@ export class AddedTokenMatcher {
   split(text: string, parseSpecial: boolean): Segment[] {
     const segments: Segment[] = []
     let done = 0
-    for (let at = 0; at < text.length;) {
-      const match = this.#starts[text.charCodeAt(at)] === 1 ? this.#longest(text, at) : undefined
+    // Where each start comes next: most text has none of them, which is told faster than read.
+    const next = this.#starts.map((start) => ({ start, at: text.indexOf(start) }))
+    for (let at = 0; ;) {
+      at = soonest(text, next, at)
+      if (at < 0) break
+      const match = this.#longest(text, at)
       if (match === undefined) {
         at++
         continue
@@ -95,6 +101,16 @@ export class AddedTokenMatcher {
     }
     return found
   }
+}
+
+/** The first place from `from` on where a token may start; -1 if there is none. */
+function soonest(text: string, next: { start: string; at: number }[], from: number): number {
+  let first = -1
+  for (const one of next) {
+    if (one.at >= 0 && one.at < from) one.at = text.indexOf(one.start, from)
+    if (one.at >= 0 && (first < 0 || one.at < first)) first = one.at
+  }
+  return first
 }
 
 function standsAlone(text: string, from: number, to: number): boolean {

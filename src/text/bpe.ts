@@ -3,7 +3,7 @@
 
 import { BYTE_TO_CHAR, writeUtf8 } from './byte-alphabet.ts'
 import { Merger, type PairMerge, type PairSource, type PairTable, SCRATCH_KEPT } from './merger.ts'
-import { META_SPACE, type PieceModel, WordCache, WordCutter } from './words.ts'
+import { META_SPACE, type PieceModel, WordCache, WordCutter, type TokenSink } from './words.ts'
 
 export interface BpeOptions {
   /** Entries a piece may consist of: no special tokens, unless the model's own vocabulary does. */
@@ -40,7 +40,7 @@ export class Bpe implements PieceModel, PairSource {
     if (cuts) this.#cutter = new WordCutter(options.ids.keys())
   }
 
-  encode(piece: string, out: number[]): void {
+  encode(piece: string, out: TokenSink): void {
     if (this.#cutter === undefined) this.#cache.encode(piece, this.#encodeWord, out)
     else this.#cutter.cut(piece, (word) => this.#cache.encode(word, this.#encodeWord, out))
   }
@@ -54,7 +54,7 @@ export class Bpe implements PieceModel, PairSource {
     return true
   }
 
-  readonly #encodeWord = (word: string, out: number[]): void => {
+  readonly #encodeWord = (word: string, out: TokenSink): void => {
     const { alphabet, wholePieces } = this.#options
     if (this.#symbols.length < word.length * 3 + 1) this.#reserve(word.length * 3 + 1)
     if (wholePieces) {

@@ -3,9 +3,11 @@
 
 import { LatticeError } from '../errors.ts'
 import {
+  type AtWords,
+  atWords,
   byteSpelling,
   digits,
-  GPT2_PATTERN,
+  gpt2Words,
   inSequence,
   type PreTokenizer,
   punctuation,
@@ -25,7 +27,10 @@ export interface PreTokenizerFamily {
   addBos?: boolean
 }
 
-const pattern = (source: string): PreTokenizer => split(compilePattern(source))
+/** Cuts out what matches nowhere near the beginning of a word: numbers, punctuation, ideographs. */
+const pattern = (source: string): PreTokenizer => atWords('passes', split(compilePattern(source)))
+/** Cuts words. */
+const words = (source: string): PreTokenizer => atWords('cuts', split(compilePattern(source)))
 
 const CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 const SPACES = String.raw`\s*[\r\n]+|\s+(?!\S)|\s+`
@@ -83,6 +88,21 @@ const DEEPSEEK_V3_WORDS = [
   SPACES,
 ].join('|')
 
+/** What a tokenizer.json may say and this file knows too, by its pattern. */
+export const KNOWN_PATTERNS: ReadonlyMap<string, AtWords> = new Map([
+  [gpt4(String.raw`\p{N}{1,3}`), 'cuts'],
+  [gpt4(String.raw`\p{N}`), 'cuts'],
+  [gpt4(String.raw`\p{N}`, String.raw`\p{L}\p{M}`), 'cuts'],
+  [gpt4o(String.raw`\p{N}{1,3}`, `${CONTRACTIONS}?`), 'cuts'],
+  [gpt4o(String.raw`\p{N}`, ''), 'cuts'],
+  [DEEPSEEK_V3_WORDS.replace('\\x60', '`'), 'cuts'],
+  [String.raw`\p{N}{1,3}`, 'passes'],
+  [String.raw`\p{N}`, 'passes'],
+  [String.raw`[0-9][0-9][0-9]`, 'passes'],
+  ['[一-龥\\x{3040}-ゟ゠-ヿ]+', 'passes'],
+  ['[一-龥぀-ゟ゠-ヿ]+', 'passes'],
+])
+
 /** Families are built when asked for: compiling every pattern would cost each start. */
 const FAMILIES: readonly {
   names: readonly string[]
@@ -94,7 +114,7 @@ const FAMILIES: readonly {
     make: () => ({
       preTokenize: inSequence([
         pattern(String.raw`[\p{P}\$\+<=>\^~\|]+`),
-        split(GPT2_PATTERN),
+        gpt2Words,
         digits(false),
         pattern('[0-9][0-9][0-9]'),
       ]),
@@ -112,20 +132,20 @@ const FAMILIES: readonly {
       'a.x-4.0',
       'mellum',
     ],
-    make: () => ({ preTokenize: split(GPT2_PATTERN) }),
+    make: () => ({ preTokenize: gpt2Words }),
   },
   {
     names: ['mpt', 'olmo'],
-    make: () => ({ preTokenize: split(GPT2_PATTERN), normalization: 'NFC' }),
+    make: () => ({ preTokenize: gpt2Words, normalization: 'NFC' }),
   },
   {
     names: ['smollm', 'starcoder', 'refact', 'codeshell', 'exaone', 'minerva-7b', 'mellum2'],
-    make: () => ({ preTokenize: inSequence([digits(true), split(GPT2_PATTERN)]) }),
+    make: () => ({ preTokenize: inSequence([digits(true), gpt2Words]) }),
   },
   {
     names: ['command-r'],
     make: () => ({
-      preTokenize: inSequence([digits(true), split(GPT2_PATTERN)]),
+      preTokenize: inSequence([digits(true), gpt2Words]),
       normalization: 'NFC',
     }),
   },
@@ -141,36 +161,36 @@ const FAMILIES: readonly {
       'lfm2',
     ],
     make: () => ({
-      preTokenize: pattern(gpt4(String.raw`\p{N}{1,3}`)),
+      preTokenize: words(gpt4(String.raw`\p{N}{1,3}`)),
       wholePieces: true,
       addBos: true,
     }),
   },
   {
     names: ['dbrx', 'smaug-bpe', 'glm4', 'chatglm-bpe'],
-    make: () => ({ preTokenize: pattern(gpt4(String.raw`\p{N}{1,3}`)) }),
+    make: () => ({ preTokenize: words(gpt4(String.raw`\p{N}{1,3}`)) }),
   },
   {
     names: ['qwen2'],
-    make: () => ({ preTokenize: pattern(gpt4(String.raw`\p{N}`)), normalization: 'NFC' }),
+    make: () => ({ preTokenize: words(gpt4(String.raw`\p{N}`)), normalization: 'NFC' }),
   },
   {
     names: ['qwen35'],
     make: () => ({
-      preTokenize: pattern(gpt4(String.raw`\p{N}`, String.raw`\p{L}\p{M}`)),
+      preTokenize: words(gpt4(String.raw`\p{N}`, String.raw`\p{L}\p{M}`)),
       normalization: 'NFC',
     }),
   },
   {
     names: ['deepseek-r1-qwen', 'stablelm2', 'hunyuan', 'megrez', 'grok-2', 'kormo', 'solar-open'],
-    make: () => ({ preTokenize: pattern(gpt4(String.raw`\p{N}`)) }),
+    make: () => ({ preTokenize: words(gpt4(String.raw`\p{N}`)) }),
   },
   {
     names: ['deepseek-llm'],
     make: () => ({
       preTokenize: inSequence([
         pattern(String.raw`[\r\n]`),
-        pattern(String.raw`\s?${DEEPSEEK_LETTERS}+`),
+        split(compilePattern(String.raw`\s?${DEEPSEEK_LETTERS}+`)),
         pattern(String.raw`\s?${DEEPSEEK_PUNCTUATION}+`),
         // Theirs is \s+$, quadratic in a run of spaces; pieces hold no line ends, so this is it.
         pattern(String.raw`(?<!\s)\s+\z`),
@@ -184,7 +204,7 @@ const FAMILIES: readonly {
     make: () => ({
       preTokenize: inSequence([
         pattern(String.raw`[\r\n]`),
-        pattern(String.raw`\s?\p{L}+`),
+        split(compilePattern(String.raw`\s?\p{L}+`)),
         pattern(String.raw`\s?\p{P}+`),
         pattern(`${DEEPSEEK_CJK}+`),
         digits(true),
@@ -197,7 +217,7 @@ const FAMILIES: readonly {
       preTokenize: inSequence([
         pattern(String.raw`\p{N}{1,3}`),
         pattern(String.raw`[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+`),
-        pattern(DEEPSEEK_V3_WORDS),
+        words(DEEPSEEK_V3_WORDS),
       ]),
     }),
   },
@@ -206,7 +226,7 @@ const FAMILIES: readonly {
     make: () => ({
       preTokenize: inSequence([
         punctuation('Contiguous'),
-        split(GPT2_PATTERN),
+        gpt2Words,
         byteSpelling,
         digits(false),
         pattern('[0-9][0-9][0-9]'),
@@ -217,7 +237,7 @@ const FAMILIES: readonly {
   {
     names: ['tekken'],
     make: () => ({
-      preTokenize: pattern(gpt4o(String.raw`\p{N}`, '')),
+      preTokenize: words(gpt4o(String.raw`\p{N}`, '')),
       wholePieces: true,
       addBos: true,
     }),
@@ -225,14 +245,14 @@ const FAMILIES: readonly {
   {
     names: ['gpt-4o', 'llama4', 'kanana2', 'minimax-m2'],
     make: () => ({
-      preTokenize: pattern(gpt4o(String.raw`\p{N}{1,3}`, `${CONTRACTIONS}?`)),
+      preTokenize: words(gpt4o(String.raw`\p{N}{1,3}`, `${CONTRACTIONS}?`)),
       wholePieces: true,
     }),
   },
   {
     names: ['seed-coder'],
     make: () => ({
-      preTokenize: pattern(
+      preTokenize: words(
         [
           CONTRACTIONS,
           String.raw`[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+`,
@@ -242,6 +262,8 @@ const FAMILIES: readonly {
     }),
   },
 ]
+
+export const FAMILY_NAMES: readonly string[] = FAMILIES.flatMap(({ names }) => names)
 
 /**
  * @param name the value of `tokenizer.ggml.pre`; files from before that key have none
@@ -253,6 +275,6 @@ export function preTokenizerFamily(name: string | undefined): PreTokenizerFamily
   throw new LatticeError(
     'model_unsupported',
     `The GGUF file's pre-tokenizer "${name}" (tokenizer.ggml.pre) is not known.`,
-    { todo: `Known are ${FAMILIES.flatMap(({ names }) => names).join(', ')}.` },
+    { todo: `Known are ${FAMILY_NAMES.join(', ')}.` },
   )
 }

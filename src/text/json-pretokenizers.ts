@@ -2,11 +2,13 @@
 
 import { LatticeError } from '../errors.ts'
 import { type Json, kindOf, list, object, oneOf, optionalBoolean, optionalText } from './json.ts'
+import { KNOWN_PATTERNS } from './gguf-pretokenizers.ts'
 import { readPattern } from './normalize.ts'
 import {
+  atWords,
   byteSpelling,
   digits,
-  GPT2_PATTERN,
+  gpt2Words,
   inSequence,
   metaspace,
   type PreTokenizer,
@@ -70,16 +72,10 @@ function readStep(node: Readonly<Record<string, Json>>): PreTokenizer[] {
     case 'ByteLevel': {
       const prefix = optionalBoolean(node['add_prefix_space'], true, `${at}.add_prefix_space`)
       const words = optionalBoolean(node['use_regex'], true, `${at}.use_regex`)
-      return [...(prefix ? [prefixSpace] : []), ...(words ? [split(GPT2_PATTERN)] : [])]
+      return [...(prefix ? [prefixSpace] : []), ...(words ? [gpt2Words] : [])]
     }
     case 'Split':
-      return [
-        split(
-          readPattern(node['pattern'], `${at}.pattern`),
-          oneOf(node['behavior'], BEHAVIORS, `${at}.behavior`),
-          optionalBoolean(node['invert'], false, `${at}.invert`),
-        ),
-      ]
+      return [readSplit(node, at)]
     case 'Digits':
       return [digits(optionalBoolean(node['individual_digits'], false, `${at}.individual_digits`))]
     case 'Punctuation':
@@ -93,6 +89,16 @@ function readStep(node: Readonly<Record<string, Json>>): PreTokenizer[] {
     default:
       throw unsupported(`"${kind}"`)
   }
+}
+
+function readSplit(node: Readonly<Record<string, Json>>, at: string): PreTokenizer {
+  const pattern = readPattern(node['pattern'], `${at}.pattern`)
+  const behavior = oneOf(node['behavior'], BEHAVIORS, `${at}.behavior`)
+  const invert = optionalBoolean(node['invert'], false, `${at}.invert`)
+  const step = split(pattern, behavior, invert)
+  const source = optionalText(object(node['pattern'], at)['Regex'], at) ?? ''
+  const known = behavior === 'Isolated' ? KNOWN_PATTERNS.get(source) : undefined
+  return known ? atWords(known, step) : step
 }
 
 function readMetaspace(node: Readonly<Record<string, Json>>, at: string): PreTokenizer {

@@ -12,7 +12,21 @@ export interface Pieces {
   atStart: boolean
 }
 
-export type PreTokenizer = (pieces: Pieces) => Pieces
+export interface PreTokenizer {
+  (pieces: Pieces): Pieces
+  /**
+   * What it does where `isWordCut` says that a word begins: cuts, or lets the piece pass but for
+   * cuts elsewhere that would be the same if it were cut there. Undefined if nobody has shown it.
+   */
+  readonly atWords?: AtWords
+}
+
+export type AtWords = 'cuts' | 'passes'
+
+/** Says what a step does where words begin. */
+export function atWords(does: AtWords, step: PreTokenizer): PreTokenizer {
+  return Object.assign((pieces: Pieces) => step(pieces), { atWords: does })
+}
 
 /** What becomes of a match: hugging-face's SplitDelimiterBehavior. */
 export type SplitBehavior =
@@ -29,7 +43,9 @@ export const GPT2_PATTERN = compilePattern(
 
 /** One step after the other. */
 export function inSequence(steps: readonly PreTokenizer[]): PreTokenizer {
-  return (pieces) => steps.reduce((before, step) => step(before), pieces)
+  const all: PreTokenizer = (pieces) => steps.reduce((before, step) => step(before), pieces)
+  if (!steps.every((step) => step.atWords)) return all
+  return atWords(steps.some((step) => step.atWords === 'cuts') ? 'cuts' : 'passes', all)
 }
 
 /** Cuts at matches of `pattern` (flag g); what lies between matches are pieces of their own. */
@@ -143,8 +159,14 @@ const WORD = String.raw`\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}`
 const WORDS = new RegExp(String.raw`[${WORD}]+|[^${WORD}\p{White_Space}]+`, 'gv')
 const PUNCTUATION = /[\p{P}!-\/:-@\[-`\{-~]/gv
 
-export const digits = (individual: boolean): PreTokenizer => split(individual ? NUMBER : NUMBERS)
-export const punctuation = (behavior: SplitBehavior): PreTokenizer => split(PUNCTUATION, behavior)
+export const gpt2Words: PreTokenizer = atWords('cuts', split(GPT2_PATTERN))
+export const digits = (individual: boolean): PreTokenizer =>
+  atWords('passes', split(individual ? NUMBER : NUMBERS))
+export const punctuation = (behavior: SplitBehavior): PreTokenizer =>
+  // Merged with what is next to it, a match would reach across.
+  behavior === 'Isolated' || behavior === 'Contiguous'
+    ? atWords('passes', split(PUNCTUATION, behavior))
+    : split(PUNCTUATION, behavior)
 export const whitespace: PreTokenizer = split(WORDS, 'Removed', true)
 export const whitespaceSplit: PreTokenizer = split(SPACES, 'Removed')
 
@@ -155,10 +177,10 @@ export const prefixSpace: PreTokenizer = ({ texts, atStart }) => ({
 })
 
 /** Spells pieces in the byte alphabet, for steps that follow and see the spelling. */
-export const byteSpelling: PreTokenizer = ({ texts, atStart }) => ({
+export const byteSpelling = atWords('passes', ({ texts, atStart }) => ({
   texts: texts.map(spellBytes),
   atStart,
-})
+}))
 
 /** Spaces become `replacement`, one is put in front (`prepend`), words are cut before each. */
 export function metaspace(

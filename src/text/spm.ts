@@ -3,7 +3,7 @@
 
 import { byteEntry } from './bpe.ts'
 import { Merger, type PairMerge, type PairSource, PairTable, SCRATCH_KEPT } from './merger.ts'
-import { type PieceModel, WordCache, WordCutter } from './words.ts'
+import { type PieceModel, WordCache, WordCutter, type TokenSink } from './words.ts'
 
 export interface SpmOptions {
   /** Pieces that merging may reach: normal and unused ones. */
@@ -48,7 +48,7 @@ export class Spm implements PieceModel, PairSource {
     this.#scores = distinctAscending(scores)
   }
 
-  encode(piece: string, out: number[]): void {
+  encode(piece: string, out: TokenSink): void {
     this.#cutter.cut(piece, (word) => this.#cache.encode(word, this.#encodeWord, out))
   }
 
@@ -70,7 +70,7 @@ export class Spm implements PieceModel, PairSource {
     return true
   }
 
-  readonly #encodeWord = (word: string, out: number[]): void => {
+  readonly #encodeWord = (word: string, out: TokenSink): void => {
     const { pieces, vocabSize } = this.#options
     if (this.#symbols.length < word.length) this.#symbols = new Int32Array(word.length)
     let count = 0
@@ -93,7 +93,7 @@ export class Spm implements PieceModel, PairSource {
     if (this.#symbols.length > SCRATCH_KEPT) this.#symbols = new Int32Array(SCRATCH_KEPT)
   }
 
-  #resegment(symbol: number, out: number[]): void {
+  #resegment(symbol: number, out: TokenSink): void {
     const halves = this.#options.unused.has(symbol) ? this.#halves.get(symbol) : undefined
     if (halves === undefined) {
       if (symbol < this.#options.vocabSize) out.push(symbol)
@@ -105,7 +105,7 @@ export class Spm implements PieceModel, PairSource {
   }
 
   /** Writes a character's bytes, or the unknown token once a run. Says whether it was unknown. */
-  #fallback(symbol: number, unknownBefore: boolean, out: number[]): boolean {
+  #fallback(symbol: number, unknownBefore: boolean, out: TokenSink): boolean {
     const { byteTokens, unknown } = this.#options
     const bytes = Buffer.from(this.#text(symbol), 'utf8')
     if (bytes.every((byte) => byteTokens[byte] !== undefined)) {

@@ -2,11 +2,12 @@
 // pieces, and let the model encode each. What differs between models are the parts.
 
 import type { AddedTokenMatcher } from './added-tokens.ts'
+import { ChunkCache } from './chunks.ts'
 import { decodeUtf8, StreamingDetokenizer } from './detokenizer.ts'
 import type { Normalizer } from './normalize.ts'
 import type { PreTokenizer } from './pretokenize.ts'
 import type { Detokenizer, Tokenizer } from './tokenizer.ts'
-import type { PieceModel } from './words.ts'
+import { type PieceModel, TokenBuffer, type TokenSink } from './words.ts'
 
 export interface TokenizerParts {
   /** Spelling by id; ids may have holes. */
@@ -38,21 +39,29 @@ export class TextTokenizer implements Tokenizer {
   readonly eosTokens: readonly number[]
   readonly #parts: TokenizerParts
   readonly #bytes: (Uint8Array | undefined)[] = []
+  readonly #out = new TokenBuffer()
+  /** Only if text may be cut where words begin. */
+  readonly #chunks: ChunkCache | undefined
 
   constructor(parts: TokenizerParts) {
     this.#parts = parts
     this.vocabSize = parts.tokens.length
     this.bosToken = parts.bosToken
     this.eosTokens = parts.eosTokens
+    if (parts.preTokenize.atWords !== 'cuts') return
+    this.#chunks = new ChunkCache((stretch, out) => this.#encodePieces(stretch, false, out))
   }
 
   encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array {
-    const { added, addedNormalized, normalize, preTokenize, model, prefix, suffix } = this.#parts
+    const { added, addedNormalized, normalize, prefix, suffix } = this.#parts
     const { addSpecial, parseSpecial } = options
-    const out: number[] = addSpecial ? [...prefix] : []
+    const out = this.#out
+    out.count = 0
+    if (addSpecial) for (const token of prefix) out.push(token)
     let atStart = true
     const encodeText = (segment: string): void => {
-      for (const piece of preTokenize({ texts: [segment], atStart }).texts) model.encode(piece, out)
+      if (this.#chunks) this.#chunks.encode(segment, out)
+      else this.#encodePieces(segment, atStart, out)
     }
     for (const segment of added.split(text.toWellFormed(), parseSpecial)) {
       if (typeof segment === 'number') {
@@ -69,16 +78,21 @@ export class TextTokenizer implements Tokenizer {
     }
     if (addSpecial) {
       this.#dropSecondBos(out)
-      out.push(...suffix)
+      for (const token of suffix) out.push(token)
     }
-    return Int32Array.from(out)
+    return out.take()
+  }
+
+  #encodePieces(text: string, atStart: boolean, out: TokenSink): void {
+    const { preTokenize, model } = this.#parts
+    for (const piece of preTokenize({ texts: [text], atStart }).texts) model.encode(piece, out)
   }
 
   /** A rendered template often begins with the token that addSpecial adds. */
-  #dropSecondBos(out: number[]): void {
+  #dropSecondBos(out: TokenBuffer): void {
     const { prefix, bosToken } = this.#parts
     const at = prefix.length
-    if (at > 0 && prefix[at - 1] === bosToken && out[at] === bosToken) out.splice(at, 1)
+    if (at > 0 && prefix[at - 1] === bosToken && out.at(at) === bosToken) out.remove(at)
   }
 
   tokenBytes(token: number, skipSpecial: boolean): Uint8Array {

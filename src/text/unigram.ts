@@ -4,7 +4,7 @@
 import { byteEntry } from './bpe.ts'
 import { LatticeError } from '../errors.ts'
 import { PairTable } from './merger.ts'
-import { type PieceModel, WordCache } from './words.ts'
+import { type PieceModel, WordCache, type TokenSink } from './words.ts'
 
 export interface UnigramOptions {
   /** Text and log probability of each piece, by id. */
@@ -38,7 +38,7 @@ export class Unigram implements PieceModel {
     this.#unknownScore = lowest - UNKNOWN_PENALTY
   }
 
-  encode(piece: string, out: number[]): void {
+  encode(piece: string, out: TokenSink): void {
     this.#cache.encode(piece, this.#encodePiece, out)
   }
 
@@ -57,7 +57,7 @@ export class Unigram implements PieceModel {
     if (node !== 0) this.#ends[node] = id
   }
 
-  readonly #encodePiece = (text: string, out: number[]): void => {
+  readonly #encodePiece = (text: string, out: TokenSink): void => {
     const { pieces, unknown } = this.#options
     const size = text.length
     // Best path to each position: its score, where its last piece starts, and which piece it is.
@@ -92,7 +92,7 @@ export class Unigram implements PieceModel {
   }
 
   /** Walks the best path back; neighbouring unknown pieces become one. */
-  #collect(text: string, start: Int32Array, id: Int32Array, out: number[]): void {
+  #collect(text: string, start: Int32Array, id: Int32Array, out: TokenSink): void {
     const { unknown } = this.#options
     const cuts: [from: number, to: number][] = []
     let previousUnknown = false
@@ -106,7 +106,7 @@ export class Unigram implements PieceModel {
     for (const [from, to] of cuts.reverse()) this.#emit(text.slice(from, to), out)
   }
 
-  #emit(piece: string, out: number[]): void {
+  #emit(piece: string, out: TokenSink): void {
     const { byteFallback, unknown } = this.#options
     const id = this.#ids.get(piece)
     if (id !== undefined) {

@@ -1,9 +1,58 @@
 // Owns what makes repeated words cheap: where a piece may be cut without changing its tokens, and
 // a bounded memory of words already encoded.
 
+/** Where tokens go: an array, or what grows without copying boxed numbers. */
+export interface TokenSink {
+  push(token: number): unknown
+}
+
+/** Tokens of a text, in memory that the next text uses again. */
+export class TokenBuffer implements TokenSink {
+  #tokens = new Int32Array(1024)
+  count = 0
+
+  push(token: number): void {
+    if (this.count === this.#tokens.length) this.#reserve(2 * this.count)
+    this.#tokens[this.count++] = token
+  }
+
+  /** Words [from, to) of an array. */
+  append(words: Int32Array, from: number, to: number): void {
+    const count = to - from
+    if (this.count + count > this.#tokens.length) this.#reserve(2 * (this.count + count))
+    // A view for `set` costs more than the few tokens between two unknown words.
+    for (let i = from; i < to; i++) this.#tokens[this.count++] = words[i]!
+  }
+
+  at(index: number): number | undefined {
+    return index < this.count ? this.#tokens[index] : undefined
+  }
+
+  remove(index: number): void {
+    this.#tokens.copyWithin(index, index + 1, this.count--)
+  }
+
+  /** All of them, as an array of their own; empty afterwards. */
+  take(): Int32Array {
+    const all = this.#tokens.slice(0, this.count)
+    this.count = 0
+    if (this.#tokens.length > TOKENS_KEPT) this.#tokens = new Int32Array(1024)
+    return all
+  }
+
+  #reserve(count: number): void {
+    const before = this.#tokens
+    this.#tokens = new Int32Array(count)
+    this.#tokens.set(before)
+  }
+}
+
+/** One huge text must not hold memory for good. */
+const TOKENS_KEPT = 1 << 16
+
 /** Turns one piece of text to tokens; pieces never merge with each other. */
 export interface PieceModel {
-  encode(piece: string, out: number[]): void
+  encode(piece: string, out: TokenSink): void
 }
 
 /** Words longer than this are rarely seen twice. */
@@ -35,7 +84,7 @@ export class WordCache {
   }
 
   /** Appends a word's tokens, from memory or by `encode`. */
-  encode(word: string, encode: (word: string, out: number[]) => void, out: number[]): void {
+  encode(word: string, encode: (word: string, out: TokenSink) => void, out: TokenSink): void {
     if (word.length > WORD_UNITS_MAX) return encode(word, out)
     let tokens = this.get(word)
     if (tokens === undefined) {

@@ -6,7 +6,7 @@ import { createHash } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { test, type TestContext } from 'node:test'
 import type { ServeOptions } from './host.ts'
-import { type TwoHosts, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+import { Host, ip, type TwoHosts, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
 
 const skip = WITHOUT_ROOT
 const KEY = new Uint8Array(16).fill(3)
@@ -86,6 +86,26 @@ test('loss, repeats and disorder reach the text', { skip }, async (t) => {
   assert.equal(status?.tenants[0]?.granted, 9, 'a repeat is another request')
 })
 
+test('a network that is bad in one way and one direction reaches the text', { skip }, async (t) => {
+  const { client, server } = await hosts(t)
+  const good = { loss: 0, repeats: 0, late: 0, lateMs: 15 }
+  const fates = [{ loss: 0.3 }, { repeats: 0.6 }, { late: 0.5 }]
+  const worlds = (['there', 'back'] as const).flatMap((only) =>
+    fates.map((fate, i) => ({ ...good, ...fate, only, seed: 10 + i })),
+  )
+  await Promise.all(
+    worlds.map(async (world) => {
+      const port = await client.call('relay', world, server.address6, 7411)
+      const through = { ...CLIENT, host: '127.0.0.1', port }
+      const request = { prompt: 'a'.repeat(40_000), maxTokens: 5000 }
+      const asked = await client.call('ask', through, request)
+      assert.equal(asked.text, answerTo(40_000), JSON.stringify({ world, ...asked, text: '' }))
+    }),
+  )
+  const status = await server.call('status')
+  assert.deepEqual([status?.running, status?.tenants[0]?.granted], [0, worlds.length])
+})
+
 test('a cancelled request goes on, or keeps its place', { skip }, async (t) => {
   const { client, server } = await hosts(t, { stepMs: 5 })
   const asked = await client.call('ask', CLIENT, { prompt: 'hi', maxTokens: 5000 }, 20)
@@ -105,11 +125,18 @@ test('a deadline passes unnoticed', { skip }, async (t) => {
 })
 
 test('a client that has gone keeps a place for ever', { skip }, async (t) => {
-  const two = await hosts(t, { stepMs: 20 })
-  const { client, server } = two
+  const { client, server } = await hosts(t, { stepMs: 20 })
   void client.call('ask', CLIENT, { prompt: 'hi', maxTokens: 5000 }).catch(() => {})
   await until(async () => (await server.call('engine')).running === 1)
   await client.end()
+  // Meanwhile another, behind a link that is too narrow, waits as long to be told so.
+  const narrow = new Host(client.namespace, client.link, client.address)
+  t.after(() => narrow.end())
+  await narrow.call('pass', client.link)
+  ip('-n', client.namespace, 'link', 'set', client.link, 'mtu', '1323')
+  const asked = await narrow.call('ask', CLIENT, { prompt: 'x'.repeat(5000), maxTokens: 5 })
+  assert.equal(asked.error, 'server_unreachable')
+  assert.match(asked.message ?? '', /the prompt does not arrive/)
   await until(async () => (await server.call('status'))?.running === 0, 30_000)
   await until(async () => (await server.call('engine')).running === 0)
 })
@@ -127,6 +154,9 @@ test('what is wrong is refused without its reason', { skip }, async (t) => {
     silent.map(({ error }) => error),
     Array(2).fill('server_unreachable'),
   )
+  const nowhere = await ask({ host: '10.250.0.1' })
+  assert.equal(nowhere.error, 'server_unreachable', JSON.stringify(nowhere))
+  assert.match(nowhere.message ?? '', /No way to 10.250.0.1:7411/)
   assert.equal((await ask({}, { model: 'another' })).code, 'model')
   assert.equal((await ask({ tenant: 2 }, { maxTokens: 100 })).code, 'too_large')
   assert.equal((await ask({}, { maxTokens: 1 << 20, prompt: 'x'.repeat(1 << 20) })).code, 'context')
@@ -177,6 +207,43 @@ test('a prefix in memory is not published, or one that has gone stays', { skip }
     most = Math.max(most, held)
     return most > 35 && held >= 10 && held <= 35
   })
+})
+
+test('a request that comes in on another queue is lost', { skip }, async (t) => {
+  const two = await twoHosts(4)
+  t.after(() => two.remove())
+  const { client, server } = two
+  const options = { interface: server.link, tenants: [TENANT], reply: REPLY }
+  assert.deepEqual((await server.call('serve', options)).queues, [0, 1, 2, 3])
+  const answers = await Promise.all(
+    Array.from({ length: 24 }, () => {
+      return client.call('ask', CLIENT, { prompt: 'x'.repeat(3000), maxTokens: 5000 })
+    }),
+  )
+  for (const { text } of answers) assert.equal(text, answerTo(3000))
+})
+
+test('an address of a bridge over the interface is not answered for', { skip }, async (t) => {
+  const two = await twoHosts()
+  t.after(() => two.remove())
+  const { client, server } = two
+  const link = (...args: string[]) => ip('-n', server.namespace, 'link', ...args)
+  try {
+    link('add', 'br0', 'type', 'bridge')
+  } catch {
+    return t.skip('SKIPPED: this kernel has no bridges')
+  }
+  link('set', server.link, 'master', 'br0')
+  link('set', 'br0', 'up')
+  ip('-n', server.namespace, 'addr', 'add', '10.99.1.2/24', 'dev', 'br0')
+  ip('-n', client.namespace, 'addr', 'add', '10.99.1.1/24', 'dev', client.link)
+  const options = { interface: server.link, tenants: [TENANT], reply: REPLY }
+  server.route('default', 'via', '10.99.1.1')
+  await assert.rejects(server.call('serve', options), /through br0, which is on veth-s/)
+  await server.call('serve', { ...options, force: true })
+  const to = { ...CLIENT, host: '10.99.1.2' }
+  const asked = await client.call('ask', to, { prompt: 'x'.repeat(5000), maxTokens: 5000 })
+  assert.equal(asked.text, answerTo(5000), JSON.stringify(asked))
 })
 
 test('generic mode serves nothing', { skip }, async (t) => {

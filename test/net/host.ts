@@ -3,12 +3,14 @@
 
 import { createHash } from 'node:crypto'
 import { readdirSync, readFileSync } from 'node:fs'
+import { once } from 'node:events'
 import { connect, createServer } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { Engine, SequenceRequest } from '../../src/engine/api.ts'
 import { EngineClient } from '../../src/engine/client.ts'
 import { ATTACH, attachedPrograms } from '../../src/ffi/bpf-link.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
-import { interfaceIndex } from '../../src/ffi/xdp-socket.ts'
+import { interfaceIndex, XdpSocket } from '../../src/ffi/xdp-socket.ts'
 import {
   type ClientOptions,
   type GenerateOptions,
@@ -23,6 +25,8 @@ import { NetService } from '../../src/net/net-service.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
 import { fakeTokenizer } from '../support/fake-tokenizer.ts'
+import { http } from './http.ts'
+import { runMutations } from './mutations.ts'
 import { relay, type World } from './relay.ts'
 
 /** What an answer came to, or how it failed. */
@@ -31,8 +35,9 @@ export interface Asked {
   tokens: number
   reason?: string
   usage?: { promptTokens: number; cachedTokens: number; outputTokens: number }
-  /** Code of the error, and the server's code in it. */
+  /** Code of the error, its text, and the server's code in it. */
   error?: string
+  message?: string
   code?: unknown
 }
 
@@ -172,6 +177,18 @@ export const COMMANDS = {
     return { before, after: held() }
   },
 
+  /** Mutated packets for the ingress program, by BPF_PROG_TEST_RUN: none is sent. */
+  mutate(name: string, options: { seed: number; packets: number }) {
+    const ingress = Ingress.load()
+    const ring = new XdpSocket(interfaceIndex(name), 0)
+    const report = runMutations(ingress, ring.fd, options)
+    const counters = ingress.counters()
+    const use = ingress.use(0)
+    ring.close()
+    ingress.close()
+    return { ...report, counters, use }
+  },
+
   /** The whole path: program, rings, thread. */
   async cycleServing(tenants: DatagramTenant[], name: string, times: number) {
     const serving = new FakeEngine()
@@ -190,7 +207,15 @@ export const COMMANDS = {
     return { before, after: held() }
   },
 
+  /** If it is attached. */
+  detach: () => (service?.status() ? service.detach() : undefined),
+
   status: () => service?.status(),
+
+  /** What it does every few seconds. */
+  sync(): void {
+    ;(service as unknown as { server?: { sync(): void } }).server?.sync()
+  },
 
   /** How many programs see what an interface sends. */
   accountants: (name: string) => attachedPrograms(interfaceIndex(name), ATTACH.tcxEgress),
@@ -295,8 +320,8 @@ export const COMMANDS = {
         if (asked.text.length >= cancelAfter) abort.abort()
       }
     } catch (thrown) {
-      const { code, details } = thrown as LatticeError
-      return { ...asked, error: code ?? String(thrown), code: details?.['code'] }
+      const { code, details, message } = thrown as LatticeError
+      return { ...asked, error: code ?? String(thrown), message, code: details?.['code'] }
     }
   },
 
@@ -312,6 +337,24 @@ export const COMMANDS = {
     })
     return new Promise((resolve) => server.listen(port, resolve))
   },
+
+  /** How many of so many connections to a TCP port are made within two tries of each. */
+  async connects(address: string, port: number, times: number): Promise<number> {
+    const made = await Promise.all(
+      Array.from({ length: times }, async () => {
+        const socket = connect(port, address)
+        // A SYN that is dropped comes again after a second.
+        const late = sleep(1500, 0)
+        const count = await Promise.race([once(socket, 'connect').then(() => 1), late])
+        socket.destroy()
+        return count
+      }),
+    )
+    return made.reduce<number>((sum, count) => sum + count, 0)
+  },
+
+  /** One HTTP request, as a client that may wait to be told to go on, or may leave. */
+  http,
 
   /** Sends bytes over TCP; returns the hash that came back. */
   async transfer(address: string, port: number, bytes: Uint8Array): Promise<string> {

@@ -22,6 +22,7 @@ export class Host {
   readonly namespace: string
   readonly link: string
   readonly address: string
+  readonly address6: string
   readonly child: ChildProcess
   private readonly calls = new Map<number, PromiseWithResolvers<unknown>>()
   private nextId = 1
@@ -30,6 +31,7 @@ export class Host {
     this.namespace = namespace
     this.link = link
     this.address = address
+    this.address6 = sixOf(address)
     const [command, args] = inNamespace(namespace, HOST)
     this.child = spawn(command, args, {
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
@@ -101,6 +103,8 @@ export async function twoHosts(queues = 1): Promise<TwoHosts> {
     [server, 'veth-s', '10.99.0.2/24'],
   ] as const) {
     ip('-n', namespace, 'addr', 'add', address, 'dev', link)
+    const [four = ''] = address.split('/')
+    ip('-n', namespace, 'addr', 'add', `${sixOf(four)}/64`, 'dev', link, 'nodad')
     ip('-n', namespace, 'link', 'set', link, 'up')
     ip('-n', namespace, 'link', 'set', 'lo', 'up')
   }
@@ -112,6 +116,11 @@ export async function twoHosts(queues = 1): Promise<TwoHosts> {
   }
   await clientHost.call('pass', 'veth-c')
   return { client: clientHost, server: serverHost, remove }
+}
+
+/** 10.99.0.1 is fd99::1 as well. */
+function sixOf(address: string): string {
+  return `fd99::${address.split('.').at(-1)}`
 }
 
 /** The command line that runs this Node in a namespace. */

@@ -6,7 +6,9 @@ import { Random } from '../support/random.ts'
 
 export interface World {
   seed: number
-  /** Shares of datagrams, in both directions. */
+  /** Where what befalls: towards the server, from it, or both. */
+  only?: 'there' | 'back'
+  /** Shares of datagrams. */
   loss: number
   repeats: number
   late: number
@@ -18,7 +20,8 @@ export async function relay(world: World, address: string, port: number): Promis
   const random = new Random(world.seed)
   const towards = new Map<number, Socket>()
   const near = createSocket('udp4')
-  const pass = (send: () => void): void => {
+  const pass = (way: 'there' | 'back', send: () => void): void => {
+    if (world.only !== undefined && world.only !== way) return send()
     if (random.next() < world.loss) return
     const copies = random.next() < world.repeats ? 2 : 1
     for (let i = 0; i < copies; i++) {
@@ -29,12 +32,14 @@ export async function relay(world: World, address: string, port: number): Promis
   near.on('message', (message, from) => {
     let far = towards.get(from.port)
     if (!far) {
-      far = createSocket('udp4')
-      far.on('message', (answer) => pass(() => near.send(answer, from.port, from.address)))
+      far = createSocket(address.includes(':') ? 'udp6' : 'udp4')
+      far.on('message', (answer) => {
+        pass('back', () => near.send(answer, from.port, from.address))
+      })
       towards.set(from.port, far)
     }
     const to = far
-    pass(() => to.send(message, port, address))
+    pass('there', () => to.send(message, port, address))
   })
   await new Promise<void>((resolve) => near.bind(0, '127.0.0.1', resolve))
   return near.address().port

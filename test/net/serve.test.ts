@@ -2,79 +2,23 @@
 // a `lattice net` that shows or changes something else; a `lattice run --server` with no answer.
 
 import assert from 'node:assert/strict'
-import { type ChildProcess, execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { writeFileSync } from 'node:fs'
+import { spawn } from 'node:child_process'
 import { join } from 'node:path'
-import { fileURLToPath } from 'node:url'
-import { test, type TestContext } from 'node:test'
 import { temporaryDirectory } from '../support/temporary.ts'
+import { inNamespace } from './namespaces.ts'
+import { test } from 'node:test'
+import { WITHOUT_ROOT } from './namespaces.ts'
 import { tinyLlama, writeTinyGguf } from '../support/tiny-gguf.ts'
-import { inNamespace, type TwoHosts, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
+import { AS_TENANT, KEY, lattice, MAIN, SEVEN, serving, URL_OF_SERVER } from './serving.ts'
 
 const skip = WITHOUT_ROOT
-const MAIN = fileURLToPath(new URL('../../src/main.ts', import.meta.url))
-const KEY = '000102030405060708090a0b0c0d0e0f'
-const URL_OF_SERVER = 'http://127.0.0.1:8099'
-const SERVE = ['serve', '--model', writeTinyGguf(tinyLlama()), '--threads', '1', '--port', '8099']
-
-interface Ended {
-  code: number | null
-  stdout: string
-  stderr: string
-}
-
-/** Runs `lattice` in a namespace, to its end. */
-function lattice(namespace: string, args: string[], env: object = {}): Promise<Ended> {
-  const [command, argv] = inNamespace(namespace, MAIN, ...args)
-  return new Promise((resolve) => {
-    const options = { env: { ...process.env, ...env } }
-    const child = execFile(command, argv, options, (_error, stdout, stderr) => {
-      resolve({ code: child.exitCode, stdout, stderr })
-    })
-    child.stdin?.end()
-  })
-}
-
-interface Serving {
-  two: TwoHosts
-  child: ChildProcess
-  said: () => string
-  ended: Promise<number | null>
-}
-
-async function serving(t: TestContext, ...flags: string[]): Promise<Serving> {
-  const tenants = join(temporaryDirectory('net'), 'tenants.jsonc')
-  const limits = { tokens_per_second: 1e6, burst_tokens: 1e6, max_running: 4 }
-  writeFileSync(tenants, JSON.stringify([{ tenant: 7, name: 'seven', keys: [KEY], ...limits }]))
-  const two = await twoHosts()
-  const argv = [MAIN, ...SERVE, '--net-tenants', tenants, ...flags]
-  const [command, args] = inNamespace(two.server.namespace, ...argv)
-  const env = { ...process.env, LATTICE_LOG: undefined }
-  const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'], env })
-  t.after(async () => {
-    child.kill('SIGKILL')
-    await two.remove()
-  })
-  let text = ''
-  const ended = new Promise<number | null>((resolve) => child.on('exit', resolve))
-  await new Promise<void>((resolve, reject) => {
-    const hear = (chunk: Buffer): void => {
-      text += String(chunk)
-      if (text.includes('ready in')) resolve()
-    }
-    child.stdout.on('data', hear)
-    child.stderr.on('data', hear)
-    void ended.then(() => reject(new Error(`it ended: ${text}`)))
-  })
-  return { two, child, said: () => text, ended }
-}
-
 const ASK = ['run', '--server', 'lattice://10.99.0.2', '--raw', '--max-tokens', '5', 'hello']
-const AS_TENANT = { LATTICE_TENANT: '7', LATTICE_TENANT_KEY: KEY }
 
 test('serve --net does not answer, or stays attached', { skip }, async (t) => {
-  const { two, child, said, ended } = await serving(t, '--net', 'veth-s', '--net-sample', '1')
+  const { two, child, said, ended } = await serving(t, {
+    flags: ['--net', 'veth-s', '--net-sample', '1'],
+  })
   const { server, client } = two
   assert.match(said(), /Datagrams on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, queue 0/)
   assert.ok(!said().includes(KEY))
@@ -137,10 +81,49 @@ test('lattice net does not attach, detach or say why not', { skip }, async (t) =
   assert.ok(!two.server.details().includes('xdp'))
 })
 
+test('more connections are let in than flags say', { skip }, async (t) => {
+  const flags = ['--host', '0.0.0.0', '--net', 'veth-s', '--net-syn', '0.01:3']
+  const { two, said } = await serving(t, { flags })
+  assert.match(said(), /TCP port 8099: 0.01 a second of one source, 3 at once/)
+  const net = (...args: string[]) => {
+    return lattice(two.server.namespace, ['net', ...args, '--url', URL_OF_SERVER])
+  }
+  const connects = (times: number) => {
+    return two.client.call('connects', two.server.address, 8099, times)
+  }
+  assert.equal(await connects(5), 3)
+  const page = (await net('status')).stdout
+  assert.match(page, /^syn +\d+\n {2}syn_source +\d+\n/m)
+  assert.equal((await net('detach')).code, 0)
+  assert.equal(await connects(5), 5)
+  const total = await net('attach', 'veth-s', '--syn-total', '0.01:2', '--mode', 'generic')
+  assert.match(total.stdout, /TCP port 8099: 0.01 a second of all, 2 at once/)
+  assert.equal(await connects(4), 2)
+  assert.match((await net('attach', 'veth-s', '--syn', '0:1')).stderr, /Write a rate/)
+})
+
+test('limits that nothing would keep are taken in silence', { skip }, async (t) => {
+  const paced = { ...SEVEN, priority: 1, bytes_per_second: 100_000 }
+  const { two } = await serving(t, { tenants: [paced] })
+  const attach = (...args: string[]) => {
+    const words = ['net', 'attach', 'veth-s', '--url', URL_OF_SERVER, ...args]
+    return lattice(two.server.namespace, words)
+  }
+  const noFq = await attach()
+  assert.equal(noFq.code, 1)
+  assert.match(noFq.stderr, /nothing on veth-s holds frames back/)
+  assert.match(noFq.stderr, /tc qdisc replace dev veth-s root fq/)
+  const loopback = await attach('--syn', '20')
+  assert.match(loopback.stderr, /listens on 127.0.0.1, which no interface leads to/)
+  assert.ok(!two.server.details().includes('xdp'))
+})
+
 test('a server that joins another’s interface is not shown, or not gone', { skip }, async (t) => {
   const path = join(temporaryDirectory('share'), 'socket')
-  const { two, said } = await serving(t, '--net', 'veth-s', '--net-share', path)
-  const argv = [MAIN, ...SERVE, '--port', '8098', '--net-join', path]
+  const { two, said } = await serving(t, { flags: ['--net', 'veth-s', '--net-share', path] })
+  const model = writeTinyGguf(tinyLlama())
+  const serve = ['serve', '--model', model, '--threads', '1']
+  const argv = [MAIN, ...serve, '--port', '8098', '--net-join', path]
   const [command, args] = inNamespace(two.server.namespace, ...argv)
   const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'] })
   t.after(() => void child.kill('SIGKILL'))

@@ -6,6 +6,8 @@ export interface FrameShape {
   ip?: 4 | 6
   /** Bytes of IPv4 options, a multiple of 4. */
   options?: number
+  /** IPv6 extension headers of 8 bytes, by their numbers. */
+  extensions?: readonly number[]
   /** The 16 bits of flags and fragment offset. */
   fragment?: number
   protocol?: number
@@ -23,12 +25,12 @@ export const SERVER_6 = Uint8Array.from({ length: 16 }, (_, i) => 0xe0 - i)
 export const CLIENT_PORT = 40_000
 
 /** Where the UDP header begins. */
-export function udpOffset({ vlans = 0, ip = 4, options = 0 }: FrameShape): number {
-  return 14 + 4 * vlans + (ip === 4 ? 20 + options : 40)
+export function udpOffset({ vlans = 0, ip = 4, options = 0, extensions = [] }: FrameShape): number {
+  return 14 + 4 * vlans + (ip === 4 ? 20 + options : 40 + 8 * extensions.length)
 }
 
 export function frame(payload: Uint8Array, shape: FrameShape = {}): Uint8Array {
-  const { vlans = 0, ip = 4, options = 0, fragment = 0, protocol = 17 } = shape
+  const { vlans = 0, ip = 4, options = 0, extensions = [], fragment = 0, protocol = 17 } = shape
   const udpAt = udpOffset(shape)
   const bytes = new Uint8Array(udpAt + 8 + payload.length)
   const view = new DataView(bytes.buffer)
@@ -52,8 +54,9 @@ export function frame(payload: Uint8Array, shape: FrameShape = {}): Uint8Array {
     view.setUint16(at + 10, onesComplement(bytes.subarray(at, at + 20 + options)))
   } else {
     bytes[at] = 0x60
-    view.setUint16(at + 4, bytes.length - udpAt)
-    bytes[at + 6] = protocol
+    view.setUint16(at + 4, bytes.length - at - 40)
+    // Each says what follows it.
+    ;[...extensions, protocol].forEach((next, i) => (bytes[at + (i === 0 ? 6 : 32 + 8 * i)] = next))
     bytes[at + 7] = 64
     bytes.set(from, at + 8)
     bytes.set(SERVER_6, at + 24)

@@ -1,6 +1,5 @@
 // Owns the clients and peers of `lattice bench ingress`: one process measures round trips of one
-// kind, spinning or sleeping, or answers them. In C, so that what is measured is the kernel's path
-// and not a runtime's. world.ts compiles it and pins each process to a core.
+// kind, spinning or sleeping, or answers them. world.ts compiles it and pins each process to a core.
 //
 //   serve KIND PORT                    KIND: udp-spin udp-sleep tcp-spin tcp-sleep
 //   ask KIND ADDRESS PORT COUNT RATE   the same, against a peer that echoes 96 bytes
@@ -8,12 +7,12 @@
 //                                      KIND: xdp-spin udp-spin udp-sleep
 //   flood xdp ADDRESS PORT MS 0 TENANT KEY PROMPT_BYTES CLIENT_MAC SERVER_MAC
 //   http KIND ADDRESS PORT COUNT RATE BYTES
+//   hog cpu - 0 MS 0                   keeps its core busy and sends nothing
 //
 // RATE is requests a second, 0 is one after the other. Prints one line of JSON.
 
-#define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
+#include "wire.h"
+
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/if_link.h>
@@ -24,88 +23,14 @@
 #include <netinet/udp.h>
 #include <signal.h>
 #include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-#define HELLO_BYTES 96
 #define FRAME_BYTES 2048
 #define FRAMES 1024
 #define BURST 64
 #define OUR_PORT 40000
 #define OFFSET (ETH_HLEN + 20 + 8)
-
-static void die(const char *what) {
-  fprintf(stderr, "%s: %s\n", what, strerror(errno));
-  exit(1);
-}
-
-static uint64_t now_ns(clockid_t clock) {
-  struct timespec t;
-  clock_gettime(clock, &t);
-  return t.tv_sec * 1000000000ull + t.tv_nsec;
-}
-
-// --- What was measured -------------------------------------------------------------------------
-
-static uint64_t *samples;
-static long taken;
-
-static int ascending(const void *a, const void *b) {
-  uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-  return x < y ? -1 : x > y;
-}
-
-static void report(uint64_t wall, uint64_t cpu, long answers, const long *types) {
-  qsort(samples, taken, sizeof *samples, ascending);
-#define AT(q) (taken ? samples[(long)((taken - 1) * (q))] / 1e3 : 0)
-  printf("{\"count\":%ld,\"p50_us\":%.2f,\"p90_us\":%.2f,\"p99_us\":%.2f,\"p999_us\":%.2f,"
-         "\"max_us\":%.2f,\"wall_ns\":%.0f,\"cpu_ns\":%.0f,\"grants\":%ld,\"rejects\":%ld}\n",
-         answers, AT(.5), AT(.9), AT(.99), AT(.999), AT(1), (double)wall / answers,
-         (double)cpu / answers, types[2], types[3]);
-}
-
-/** Waits for a request's turn: spinning to the end, or asleep. */
-static void wait_turn(uint64_t start, long i, double rate, int spins) {
-  if (rate <= 0) return;
-  uint64_t at = start + (uint64_t)(i * 1e9 / rate);
-  if (!spins) {
-    struct timespec t = {at / 1000000000, at % 1000000000};
-    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, 0);
-    return;
-  }
-  while (now_ns(CLOCK_MONOTONIC) < at);
-}
-
-// --- The protocol: docs/protocol.md -------------------------------------------------------------
-
-#define ROTATE(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
-
-static uint64_t sip(const uint8_t *key, const uint8_t *in, size_t bytes) {
-  uint64_t k[2], v0, v1, v2, v3, word;
-  memcpy(k, key, 16);
-  v0 = k[0] ^ 0x736f6d6570736575ull;
-  v1 = k[1] ^ 0x646f72616e646f6dull;
-  v2 = k[0] ^ 0x6c7967656e657261ull;
-  v3 = k[1] ^ 0x7465646279746573ull;
-#define ROUND                                                                                     \
-  v0 += v1, v2 += v3, v1 = ROTATE(v1, 13) ^ v0, v3 = ROTATE(v3, 16) ^ v2, v0 = ROTATE(v0, 32),    \
-      v2 += v1, v0 += v3, v1 = ROTATE(v1, 17) ^ v2, v3 = ROTATE(v3, 21) ^ v0, v2 = ROTATE(v2, 32)
-  for (size_t at = 0; at + 8 <= bytes; at += 8) {
-    memcpy(&word, in + at, 8);
-    v3 ^= word, ROUND, ROUND, v0 ^= word;
-  }
-  word = (uint64_t)bytes << 56;
-  v3 ^= word, ROUND, ROUND, v0 ^= word;
-  v2 ^= 0xff, ROUND, ROUND, ROUND, ROUND;
-  return v0 ^ v1 ^ v2 ^ v3;
-}
 
 struct asker {
   uint32_t tenant;
@@ -113,10 +38,6 @@ struct asker {
   uint32_t prompt_bytes;
   uint64_t next;
 };
-
-static void put(uint8_t *at, uint64_t value, int bytes) {
-  for (int i = 0; i < bytes; i++) at[i] = value >> 8 * (bytes - 1 - i);
-}
 
 static void write_hello(uint8_t *h, struct asker *a) {
   memset(h, 0, HELLO_BYTES);
@@ -387,6 +308,14 @@ static void flood(const char *address, int port, long ms, struct asker *hello, c
   report(now_ns(CLOCK_MONOTONIC) - start, cpu, sent, types);
 }
 
+/** What a flood's sender takes from its neighbours without sending anything. */
+static void hog(long ms) {
+  uint64_t start = now_ns(CLOCK_MONOTONIC), end = start + ms * 1000000ull;
+  long types[16] = {0};
+  while (now_ns(CLOCK_MONOTONIC) < end);
+  report(now_ns(CLOCK_MONOTONIC) - start, 0, 1, types);
+}
+
 static void http(const char *kind, const char *address, int port, long count, double rate,
                  long bytes) {
   int fd = connected(kind, address, port), spins = spins_of(kind);
@@ -476,6 +405,7 @@ int main(int count, char **arg) {
   double rate = atof(arg[6]);
   samples = malloc((requests + 1) * sizeof *samples);
   if (!strcmp(what, "ask")) ask(kind, address, port, requests, rate, 0);
+  else if (!strcmp(what, "hog")) hog(requests);
   else if (!strcmp(what, "http")) http(kind, address, port, requests, rate, atol(arg[7]));
   else {
     struct asker a = asker_of(arg + 7);

@@ -94,7 +94,7 @@ export const BYTES: Tokenizer = {
   vocabSize: 256,
   bosToken: undefined,
   eosTokens: [],
-  encode: (text) => Int32Array.from(Buffer.from(text)),
+  encode: (text) => new Int32Array(Buffer.from(text)),
   tokenBytes: (token) => Uint8Array.of(token),
   decode: (tokens) => Buffer.from(Array.from(tokens)).toString(),
   detokenizer: () => ({ push: (token) => String.fromCharCode(token), end: () => '' }),

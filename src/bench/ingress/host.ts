@@ -1,33 +1,61 @@
 // Owns one end of the bench in its namespace: the server that decides, serves datagrams or refuses
 // over HTTP, or a client that reads streams. It does what the bench tells it by messages.
 
-import { readFileSync } from 'node:fs'
+import { execFileSync } from 'node:child_process'
+import { readFileSync, writeFileSync } from 'node:fs'
 import { Agent, request as httpRequest } from 'node:http'
 import { text } from 'node:stream/consumers'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { BpfObject } from '../../ffi/libbpf.ts'
 import { interfaceIndex } from '../../ffi/xdp-socket.ts'
 import { LatticeClient } from '../../net/client.ts'
 import { Ingress } from '../../net/ingress.ts'
 import { NetService } from '../../net/net-service.ts'
+import { PROTOCOL_PORT } from '../../net/protocol.ts'
+import type { Engine } from '../../engine/api.ts'
+import { openModel } from '../../model/load.ts'
 import { startServer } from '../../server/server.ts'
+import { loadTokenizer } from '../../text/load.ts'
+import type { Tokenizer } from '../../text/tokenizer.ts'
 import { BenchEngine, BYTES } from './engine.ts'
+import { cpuTimes, napiThreads, QueueEngine } from './queue.ts'
 
 export const TENANT = { granted: 1, refused: 2 } as const
 export const KEY = new Uint8Array(16).fill(3)
 export const HTTP_PORT = 9100
+export const QUEUE_PORT = 9101
 const keys = [KEY, KEY] as const
+const PASS_TRIES = 20
+const PASS_WAIT_MS = 50
 
 let ingress: Ingress | undefined
 let detach: (() => void) | undefined
 let service: NetService | undefined
 const engine = new BenchEngine()
 
+let queue: QueueEngine | undefined
+let kernelThreads: number[] = []
+
 export const COMMANDS = {
-  /** A veth takes what XDP sends only if it has a program of its own. */
-  pass(name: string): void {
+  /**
+   * A veth takes what XDP sends only if it has a program of its own.
+   * @param cpu takes frames from the driver in a kernel thread there, if given
+   */
+  async pass(name: string, cpu?: number): Promise<void> {
+    detach?.()
+    detach = undefined
     const testing = readFileSync(new URL('../../../bpf/testing.o', import.meta.url))
     const object = new BpfObject(testing)
-    detach = object.program('pass').attachXdp(interfaceIndex(name), 'native')
+    // A process that has just ended may keep its own program there for a moment.
+    for (let tries = 0; detach === undefined; tries++) {
+      try {
+        detach = object.program('pass').attachXdp(interfaceIndex(name), 'native')
+      } catch (thrown) {
+        if (tries === PASS_TRIES) throw thrown
+        await sleep(PASS_WAIT_MS)
+      }
+    }
+    if (cpu !== undefined) inThreads(name, cpu)
   },
 
   detach(): void {
@@ -35,11 +63,20 @@ export const COMMANDS = {
     detach = undefined
   },
 
-  /** The program alone, with a replica that nobody is behind; what was granted is forgotten. */
-  decide(name: string): void {
+  /** A program that sends everything back and decides nothing. */
+  turn(name: string): void {
     detach?.()
     ingress?.close()
-    ingress = Ingress.load()
+    ingress = undefined
+    const testing = readFileSync(new URL('../../../bpf/testing.o', import.meta.url))
+    detach = new BpfObject(testing).program('turn').attachXdp(interfaceIndex(name), 'native')
+  },
+
+  /** The program alone, with a replica that nobody is behind; what was granted is forgotten. */
+  decide(name: string, requests?: number): void {
+    detach?.()
+    ingress?.close()
+    ingress = Ingress.load(requests === undefined ? {} : { requests })
     ingress.setMaxRunning(1 << 30)
     ingress.setReplica(0, 'bench')
     const maxRunning = 1 << 30
@@ -49,31 +86,52 @@ export const COMMANDS = {
     detach = ingress.program.attachXdp(interfaceIndex(name), 'native')
   },
 
-  async datagrams(name: string): Promise<void> {
+  async datagrams(name: string, busyPollBudget = 0): Promise<void> {
     detach?.()
     detach = undefined
-    const limits = { keys, tokensPerSecond: 1e9, burstTokens: 1e9, maxRunning: 1 << 20 }
-    const poor = { ...limits, tokensPerSecond: 10, burstTokens: 1000 }
-    service = new NetService({
-      engine,
-      tokenizer: BYTES,
-      template: undefined,
-      publishes: false,
-      maxRunning: 1 << 20,
-      warn: (line) => process.stderr.write(`${line}\n`),
-      tenants: [
-        { index: TENANT.granted, name: 'granted', ...limits },
-        { index: TENANT.refused, name: 'refused', ...poor },
-      ],
-    })
-    const how = { name, queue: undefined, force: false, mode: 'native', port: 7411 } as const
-    await service.attach({ ...how, allowGeneric: false, busyPollBudget: 0 })
+    await service?.close()
+    service = serviceFor(engine, BYTES)
+    await attach(name, busyPollBudget)
   },
 
   async http(): Promise<void> {
     const at = { host: '0.0.0.0', port: HTTP_PORT }
     await startServer({ engine, tokenizer: BYTES, template: undefined, ...at })
   },
+
+  /**
+   * A real engine's queue at the end of both ways.
+   * @param cpu where the interface's kernel threads run
+   * @param model a file whose tokenizer it is; '' is none
+   */
+  async queue(name: string, cpu: number, model: string): Promise<void> {
+    detach?.()
+    detach = undefined
+    await service?.close()
+    const tokenizer = model === '' ? BYTES : loadTokenizer(openModel(model))
+    queue = await QueueEngine.start(tokenizer.vocabSize)
+    await startServer({
+      engine: queue,
+      tokenizer,
+      template: undefined,
+      host: '0.0.0.0',
+      port: QUEUE_PORT,
+    })
+    service = serviceFor(queue, tokenizer)
+    await attach(name)
+    kernelThreads = inThreads(name, cpu)
+  },
+
+  /** CPU time of each thread so far, in ns, those of the interface included. */
+  times: () => cpuTimes(kernelThreads),
+
+  /** The same, when so many prompts lie in the scheduler's queue. */
+  async queued(count: number): Promise<Record<string, number>> {
+    await queue?.queued(count)
+    return cpuTimes(kernelThreads)
+  },
+
+  release: () => queue?.release(),
 
   set(options: { full?: boolean; stepMs?: number }): void {
     Object.assign(engine, options)
@@ -121,6 +179,40 @@ export const COMMANDS = {
     agent.destroy()
     return times
   },
+}
+
+/**
+ * From now on kernel threads take an interface's frames from its driver; else whoever sends does.
+ * Only while a program is attached.
+ */
+function inThreads(name: string, cpu: number): number[] {
+  const before = napiThreads(name)
+  writeFileSync(`/sys/class/net/${name}/threaded`, '1')
+  const threads = napiThreads(name).filter((id) => !before.includes(id))
+  for (const id of threads) execFileSync('taskset', ['-pc', `${cpu}`, `${id}`])
+  return threads
+}
+
+function serviceFor(answering: Engine, tokenizer: Tokenizer): NetService {
+  const limits = { keys, tokensPerSecond: 1e9, burstTokens: 1e9, maxRunning: 1 << 20 }
+  const poor = { ...limits, tokensPerSecond: 10, burstTokens: 1000 }
+  return new NetService({
+    engine: answering,
+    tokenizer,
+    template: undefined,
+    publishes: false,
+    maxRunning: 1 << 20,
+    warn: (line) => process.stderr.write(`${line}\n`),
+    tenants: [
+      { index: TENANT.granted, name: 'granted', ...limits },
+      { index: TENANT.refused, name: 'refused', ...poor },
+    ],
+  })
+}
+
+async function attach(name: string, busyPollBudget = 0): Promise<void> {
+  const how = { name, queue: undefined, force: false, mode: 'native', port: PROTOCOL_PORT } as const
+  await service?.attach({ ...how, allowGeneric: false, busyPollBudget })
 }
 
 async function overHttp(agent: Agent, host: string, prompt: string, from: number): Promise<number> {

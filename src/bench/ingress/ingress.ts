@@ -4,6 +4,7 @@
 
 import { setTimeout as sleep } from 'node:timers/promises'
 import { PROTOCOL_PORT } from '../../net/protocol.ts'
+import { type Delivery, median, runDelivery } from './delivery.ts'
 import { HTTP_PORT, KEY, TENANT } from './host.ts'
 import { type Measured, World } from './world.ts'
 
@@ -13,6 +14,8 @@ export interface IngressBenchOptions {
   rates: readonly number[]
   /** Of each rate, and of the flood. */
   seconds: number
+  /** A model's file, for its tokenizer; without one a byte is a token. */
+  model?: string | undefined
   onProgress: (line: string) => void
 }
 
@@ -31,11 +34,23 @@ export interface Stalls {
 export interface IngressBenchReport {
   round_trips: RoundTrips[]
   flood: { refusals_per_s_per_core: number; http_refusals_per_s_per_core: number; ratio: number }
-  streams: { quiet: Stalls; flooded: Stalls; refused_hellos_per_s: number }
+  streams: FloodedStreams
   first_token: Record<
-    'datagram' | 'http',
+    'datagram' | 'datagram_busy_poll' | 'http',
     { p50_ttft_ms: number; p99_ttft_ms: number; server_cpu_us: number }
   >
+  delivery: Delivery[]
+}
+
+/** Medians over rounds that take turns. */
+export interface FloodedStreams {
+  quiet: Stalls
+  /** The flood's core is as busy, but nothing is sent. */
+  hogged: Stalls
+  flooded: Stalls
+  /** Of p99 under the flood to p99 beside the hog: the median of the rounds' own. */
+  ratio: number
+  refused_hellos_per_s: number
 }
 
 const PEER_PORT = 9000
@@ -43,6 +58,8 @@ const KINDS = ['udp-spin', 'tcp-spin', 'udp-sleep', 'tcp-sleep'] as const
 const [KIB, MIB] = [1 << 10, 1 << 20]
 const STREAMS = 8
 const STEP_MS = 10
+const STREAM_ROUNDS = 3
+const BUSY_POLL_BUDGET = 64
 
 /** @throws LatticeError `backend_unavailable` without root or gcc */
 export async function runIngressBench(options: IngressBenchOptions): Promise<IngressBenchReport> {
@@ -58,7 +75,11 @@ export async function runIngressBench(options: IngressBenchOptions): Promise<Ing
   ]
   const flood = await bench.refusals()
   const streams = await bench.streams()
-  return { round_trips: trips, flood, streams, first_token: await bench.firstTokens() }
+  const first = await bench.firstTokens()
+  const { model, onProgress } = options
+  const how = { model, onProgress, prompts: 200, rounds: 8, rate: 500 }
+  const delivery = await runDelivery(world, how)
+  return { round_trips: trips, flood, streams, first_token: first, delivery }
 }
 
 class Bench {
@@ -79,8 +100,19 @@ class Bench {
         for (const bytes of [KIB, MIB]) trips.push(await this.hello(kind, tenant, bytes, 0))
       }
     }
+    for (const kind of ['xdp-spin', 'udp-spin', 'udp-sleep']) trips.push(await this.turned(kind))
     for (const bytes of [KIB, MIB]) trips.push(await this.http(bytes, 0))
     return trips
+  }
+
+  /** HELLOs that come back as they are: what any answer from the driver takes at least. */
+  private async turned(kind: string): Promise<RoundTrips> {
+    const { client, server } = this.world
+    await server.call('turn', server.link)
+    await client.call('detach')
+    if (kind !== 'xdp-spin') await client.call('pass', client.link)
+    const asked = await this.ask(kind, 'granted', KIB, this.count(0), 0)
+    return this.told({ ...asked, name: `turned ${kind}`, prompt_bytes: KIB, rate: 0 })
   }
 
   /** Echoes of 96 bytes: no decision at all, so what a server in user space takes at least. */
@@ -107,6 +139,7 @@ class Bench {
     const trips: RoundTrips[] = []
     for (const rate of this.options.rates) {
       trips.push(await this.hello('xdp-spin', 'refused', KIB, rate))
+      trips.push(await this.hello('xdp-spin', 'granted', KIB, rate))
       trips.push(await this.hello('udp-sleep', 'refused', KIB, rate))
       trips.push(...(await this.peers(rate)))
       trips.push(await this.http(KIB, rate))
@@ -138,24 +171,45 @@ class Bench {
   }
 
   /** The streams' client shares the server's core, so that the flood has one to itself. */
-  async streams(): Promise<IngressBenchReport['streams']> {
+  async streams(): Promise<FloodedStreams> {
     const { server, client } = this.world
     await server.call('set', { full: false, stepMs: STEP_MS })
     await server.call('datagrams', server.link)
-    const tokens = Math.ceil((this.options.seconds * 1000) / STEP_MS)
+    const ms = this.options.seconds * 1000
+    const tokens = Math.ceil(ms / STEP_MS)
     const reader = this.world.reader()
+    const read = async () => stallsOf(await reader.call('streams', server.address, STREAMS, tokens))
+    const quiet: Stalls[] = []
+    const hogged: Stalls[] = []
+    const flooded: Stalls[] = []
+    const ns: number[] = []
     try {
-      await client.call('pass', client.link)
-      const quiet = stallsOf(await reader.call('streams', server.address, STREAMS, tokens))
-      await client.call('detach')
-      const flooding = this.flood(this.options.seconds * 1000 + 500)
-      await sleep(200)
-      const gaps = await reader.call('streams', server.address, STREAMS, tokens)
-      const { wall_ns: ns } = await flooding
-      return { quiet, flooded: stallsOf(gaps), refused_hellos_per_s: 1e9 / ns }
+      for (let round = 0; round < STREAM_ROUNDS; round++) {
+        await client.call('detach')
+        await client.call('pass', client.link)
+        quiet.push(await read())
+        const hogging = this.world.measure('hog', 'cpu', '-', 0, ms + 500, 0)
+        await sleep(200)
+        hogged.push(await read())
+        await hogging
+        await client.call('detach')
+        const flooding = this.flood(ms + 500)
+        await sleep(200)
+        flooded.push(await read())
+        ns.push((await flooding).wall_ns)
+      }
     } finally {
       reader.end()
+      await client.call('detach')
       await client.call('pass', client.link)
+    }
+    const ratios = flooded.map(({ p99_itl_ms: p99 }, i) => p99 / (hogged[i]?.p99_itl_ms ?? NaN))
+    return {
+      quiet: middle(quiet),
+      hogged: middle(hogged),
+      flooded: middle(flooded),
+      ratio: median(ratios),
+      refused_hellos_per_s: 1e9 / median(ns),
     }
   }
 
@@ -174,7 +228,11 @@ class Bench {
         server_cpu_us: cpu / 500 / 1000,
       }
     }
-    return { datagram: await measure('datagram'), http: await measure('http') }
+    const datagram = await measure('datagram')
+    const http = await measure('http')
+    await server.call('datagrams', server.link, BUSY_POLL_BUDGET)
+    const busy = await measure('datagram')
+    return { datagram, datagram_busy_poll: busy, http }
   }
 
   private async hello(
@@ -210,7 +268,7 @@ class Bench {
   /** A fresh program; the tenant to be refused has spent what it had. */
   private async decide(tenant: keyof typeof TENANT, bytes: number, isXdp: boolean): Promise<void> {
     const { client, server } = this.world
-    await server.call('decide', server.link)
+    await server.call('decide', server.link, this.options.requests * 2)
     await client.call('detach')
     await client.call('pass', client.link)
     if (tenant === 'refused') {
@@ -255,6 +313,13 @@ class Bench {
 function stallsOf(gaps: readonly number[]): Stalls {
   const sorted = gaps.toSorted((a, b) => a - b)
   return { p50_itl_ms: at(sorted, 0.5), p99_itl_ms: at(sorted, 0.99) }
+}
+
+function middle(all: readonly Stalls[]): Stalls {
+  return {
+    p50_itl_ms: median(all.map(({ p50_itl_ms: p50 }) => p50)),
+    p99_itl_ms: median(all.map(({ p99_itl_ms: p99 }) => p99)),
+  }
 }
 
 function at(sorted: readonly number[], quantile: number): number {

@@ -11,7 +11,7 @@ import { LatticeError } from '../../errors.ts'
 import type { COMMANDS } from './host.ts'
 
 const HOST = fileURLToPath(new URL('host.ts', import.meta.url))
-const SOURCE = fileURLToPath(new URL('./clients.c', import.meta.url))
+const SOURCES = ['clients', 'deliver'] as const
 
 type Commands = typeof COMMANDS
 
@@ -77,7 +77,11 @@ export class End {
   }
 
   private start(): ChildProcess {
-    const [command, args] = this.inside(process.execPath, HOST)
+    const [command, args] = this.inside(
+      process.execPath,
+      ...(process.env['NS_FLAGS']?.split(' ') ?? []),
+      HOST,
+    )
     const host = spawn(command, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] })
     host.on('message', ({ id, value, error }: { id: number; value: unknown; error?: string }) => {
       if (error === undefined) this.calls.get(id)?.resolve(value)
@@ -90,19 +94,26 @@ export class End {
   }
 }
 
+export interface Delivering {
+  begin(): void
+  /** When all have been answered. */
+  done: Promise<Measured>
+}
+
 export class World implements Disposable {
   readonly client: End
   readonly server: End
-  private readonly folder: string
-  private readonly program: string
+  readonly folder: string
 
   /** @throws LatticeError `backend_unavailable` without root, gcc or two cores */
   constructor() {
     if (process.getuid?.() !== 0) throw missing('root', 'Run it as root.')
     this.folder = mkdtempSync(join(tmpdir(), 'lattice-ingress-'))
-    this.program = join(this.folder, 'ingress')
     try {
-      execFileSync('gcc', ['-O2', '-o', this.program, SOURCE], { stdio: 'pipe' })
+      for (const name of SOURCES) {
+        const source = fileURLToPath(new URL(`./${name}.c`, import.meta.url))
+        execFileSync('gcc', ['-O2', '-o', this.program(name), source], { stdio: 'pipe' })
+      }
     } catch (cause) {
       throw missing('gcc', 'Install gcc: the clients are in C, to measure the kernel alone.', cause)
     }
@@ -129,7 +140,7 @@ export class World implements Disposable {
 
   /** Runs a C client to its end. */
   async measure(...args: (string | number)[]): Promise<Measured> {
-    const [command, rest] = this.client.inside(this.program, ...args.map(String))
+    const [command, rest] = this.client.inside(this.program('clients'), ...args.map(String))
     const child = spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] })
     let output = ''
     child.stdout.on('data', (chunk) => (output += String(chunk)))
@@ -138,9 +149,32 @@ export class World implements Disposable {
     return JSON.parse(output) as Measured
   }
 
+  /** Starts the client that brings prompts; it begins when it is told to. */
+  async deliver(...args: (string | number)[]): Promise<Delivering> {
+    const [command, rest] = this.client.inside(this.program('deliver'), ...args.map(String))
+    const child = spawn(command, rest, { stdio: ['pipe', 'pipe', 'inherit'] })
+    let output = ''
+    const ready = new Promise<void>((resolve) => {
+      child.stdout.on('data', (chunk) => {
+        output += String(chunk)
+        resolve()
+      })
+    })
+    const done = once(child, 'close').then(([code]) => {
+      if (code !== 0) throw new LatticeError('backend_failed', `A client failed: ${args.join(' ')}`)
+      return JSON.parse(output.slice(output.indexOf('\n'))) as Measured
+    })
+    await Promise.race([ready, done])
+    return { begin: () => child.stdin.end('\n'), done }
+  }
+
+  private program(name: (typeof SOURCES)[number]): string {
+    return join(this.folder, name)
+  }
+
   /** Starts a C peer on the server's core; the function ends it. */
   async peer(kind: string, port: number): Promise<() => Promise<void>> {
-    const [command, rest] = this.server.inside(this.program, 'serve', kind, String(port))
+    const [command, rest] = this.server.inside(this.program('clients'), 'serve', kind, String(port))
     const child = spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] })
     await once(child.stdout, 'data')
     return async () => {

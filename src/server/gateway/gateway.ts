@@ -15,7 +15,7 @@ import type { LatticeClient } from '../../net/client.ts'
 import type { ClientExchange } from '../../net/client-exchange.ts'
 import type { Tokenizer } from '../../text/tokenizer.ts'
 import { authenticator } from '../auth.ts'
-import { readJson } from '../body.ts'
+import { checkHead, readJson } from '../body.ts'
 import type { RouteContext, RouteEnv } from '../context.ts'
 import { errorResponse } from '../errors.ts'
 import { livez } from '../health.ts'
@@ -106,6 +106,7 @@ async function forward(
     if (differs) exchange?.close()
     if (differs || !exchange) exchange = await reserve(options, asked, gone.signal)
     const run = new GatewayRun(c.get('requestId'), exchange, asked.prompt, gone)
+    if (asked.stream) await run.begin()
     return kind === 'chat' ? answerChat(c, run, asked) : answerCompletion(c, run, asked)
   } catch (thrown) {
     exchange?.close()
@@ -141,8 +142,9 @@ async function askEarly(
   signal: AbortSignal,
 ): Promise<ClientExchange | undefined> {
   const promptBytes = Number(c.req.header('content-length') ?? NaN)
-  if (!(promptBytes > 0) || (promptBytes <= readFirstBytes && !expectsContinue(c))) return undefined
   try {
+    checkHead(c)
+    if (!(promptBytes > readFirstBytes || (promptBytes > 0 && expectsContinue(c)))) return undefined
     return await client.reserve({ promptBytes, maxTokens, signal })
   } catch (thrown) {
     // The body is on its way and nobody will read it.

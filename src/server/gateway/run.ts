@@ -3,7 +3,7 @@
 import type { GenerationEvent } from '../../engine/generation.ts'
 import { LatticeError } from '../../errors.ts'
 import type { AbortCause } from '../../observe/server-metrics.ts'
-import type { GenerateResult } from '../../net/client.ts'
+import type { GenerateResult, TextDelta } from '../../net/client.ts'
 import type { ClientExchange, ClientPrompt } from '../../net/client-exchange.ts'
 import type { Answering } from '../openai/answer.ts'
 import type { Usage } from '../openai/run.ts'
@@ -14,8 +14,10 @@ export class GatewayRun implements Answering {
   private readonly exchange: ClientExchange
   private readonly prompt: ClientPrompt
   private result: GenerateResult | undefined
-
   private readonly gone: AbortController
+  private answer: AsyncGenerator<TextDelta, GenerateResult> | undefined
+  /** What has come before anybody looked. */
+  private first: IteratorResult<TextDelta, GenerateResult> | undefined
 
   /** @param gone what the exchange listens to: aborted when nobody wants the answer any more */
   constructor(
@@ -50,12 +52,26 @@ export class GatewayRun implements Answering {
     return true
   }
 
+  /**
+   * Sends the prompt; resolves when an answer has begun, so that what is refused until then has a
+   * status of its own and is no event of a stream.
+   * @throws LatticeError why the server ended it; see `asHttp`
+   */
+  async begin(): Promise<void> {
+    this.answer = this.exchange.run(this.prompt)
+    try {
+      this.first = await this.answer.next()
+    } catch (thrown) {
+      if (!this.aborted) throw asHttp(thrown)
+    }
+  }
+
   /** @throws LatticeError why the server ended it; see `asHttp` */
   async each(take: (event: GenerationEvent) => void): Promise<void> {
-    const answer = this.exchange.run(this.prompt)
+    const answer = this.answer ?? this.exchange.run(this.prompt)
     try {
-      for (;;) {
-        const { done, value } = await answer.next()
+      for (let step = this.first; ; step = undefined) {
+        const { done, value } = step ?? (await answer.next())
         if (this.aborted) return
         if (done) return this.finish(value, take)
         // Without log-probabilities nobody asks which tokens they were.
