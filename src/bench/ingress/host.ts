@@ -122,6 +122,15 @@ export const COMMANDS = {
     kernelThreads = inThreads(name, cpu)
   },
 
+  /**
+   * Kernel threads take an interface's frames from its driver, before all else on their core: as
+   * a card's interrupts would. Only while a program is attached.
+   */
+  interrupts(name: string, cpu: number): void {
+    inThreads(name, cpu)
+    for (const id of napiThreads(name)) execFileSync('chrt', ['-f', '-p', '50', `${id}`])
+  },
+
   /** CPU time of each thread so far, in ns, those of the interface included. */
   times: () => cpuTimes(kernelThreads),
 
