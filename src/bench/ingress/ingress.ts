@@ -58,7 +58,7 @@ const KINDS = ['udp-spin', 'tcp-spin', 'udp-sleep', 'tcp-sleep'] as const
 const [KIB, MIB] = [1 << 10, 1 << 20]
 const STREAMS = 8
 const STEP_MS = 10
-const STREAM_ROUNDS = 3
+const STREAM_ROUNDS = 5
 const BUSY_POLL_BUDGET = 64
 
 /** @throws LatticeError `backend_unavailable` without root or gcc */
