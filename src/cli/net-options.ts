@@ -47,7 +47,7 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
     )
     .option(
       `--${prefix}busy-poll <N>`,
-      'never sleep: take up to N packets at a time from the driver (default: sleep)',
+      'ask the driver for up to N packets until 2 ms after the last (default: sleep)',
       parseCount(1, 65535),
     )
     .option(

@@ -8,7 +8,7 @@
 import * as w from '../wasm.ts'
 
 /** Longer stretches are rarely seen twice; in bytes of UTF-8. */
-export const STRETCH_MAX = 64
+export const STRETCH_MAX = 127
 /** Slots are looked at no further than this, so that chosen text cannot make a search long. */
 const PROBES = 16
 
@@ -18,7 +18,7 @@ const PROBES = 16
  * bytes and then the tokens lie, in words.
  */
 export const SLOT_BYTES = 16
-export const SLOTS = 1 << 16
+export const SLOTS = 1 << 17
 export const TABLE_AT = 64
 export const ARENA_AT = TABLE_AT + SLOTS * SLOT_BYTES
 export const ARENA_WORDS = 1 << 18

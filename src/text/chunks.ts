@@ -57,7 +57,7 @@ function isLetter(byte: number): boolean {
   return lower > 96 && lower < 123
 }
 
-/** Remembers up to 32,768 stretches; when there is no more room it begins anew. 2.3 MB. */
+/** Remembers up to 65,536 stretches; when there is no more room it begins anew. 3.3 MB. */
 export class ChunkCache {
   readonly #encode: (stretch: string, out: TokenSink) => void
   readonly #scanner = makeScanner()

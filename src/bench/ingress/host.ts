@@ -44,6 +44,7 @@ export const COMMANDS = {
   async pass(name: string, cpu?: number): Promise<void> {
     detach?.()
     detach = undefined
+    const before = napiThreads(name)
     const testing = readFileSync(new URL('../../../bpf/testing.o', import.meta.url))
     const object = new BpfObject(testing)
     // A process that has just ended may keep its own program there for a moment.
@@ -55,7 +56,7 @@ export const COMMANDS = {
         await sleep(PASS_WAIT_MS)
       }
     }
-    if (cpu !== undefined) inThreads(name, cpu)
+    if (cpu !== undefined) inThreads(name, cpu, before)
   },
 
   detach(): void {
@@ -118,8 +119,17 @@ export const COMMANDS = {
       port: QUEUE_PORT,
     })
     service = serviceFor(queue, tokenizer)
+    const before = napiThreads(name)
     await attach(name)
-    kernelThreads = inThreads(name, cpu)
+    kernelThreads = inThreads(name, cpu, before)
+  },
+
+  /**
+   * Kernel threads take an interface's frames from its driver, before all else on their core: as
+   * a card's interrupts would. Only while a program is attached.
+   */
+  interrupts(name: string, cpu: number): void {
+    for (const id of inThreads(name, cpu, [])) execFileSync('chrt', ['-f', '-p', '50', `${id}`])
   },
 
   /** CPU time of each thread so far, in ns, those of the interface included. */
@@ -184,9 +194,9 @@ export const COMMANDS = {
 /**
  * From now on kernel threads take an interface's frames from its driver; else whoever sends does.
  * Only while a program is attached.
+ * @param before threads of that name which are others'
  */
-function inThreads(name: string, cpu: number): number[] {
-  const before = napiThreads(name)
+function inThreads(name: string, cpu: number, before: readonly number[]): number[] {
   writeFileSync(`/sys/class/net/${name}/threaded`, '1')
   const threads = napiThreads(name).filter((id) => !before.includes(id))
   for (const id of threads) execFileSync('taskset', ['-pc', `${cpu}`, `${id}`])

@@ -58,7 +58,7 @@ const KINDS = ['udp-spin', 'tcp-spin', 'udp-sleep', 'tcp-sleep'] as const
 const [KIB, MIB] = [1 << 10, 1 << 20]
 const STREAMS = 8
 const STEP_MS = 10
-const STREAM_ROUNDS = 3
+const STREAM_ROUNDS = 5
 const BUSY_POLL_BUDGET = 64
 
 /** @throws LatticeError `backend_unavailable` without root or gcc */
@@ -170,7 +170,11 @@ class Bench {
     }
   }
 
-  /** The streams' client shares the server's core, so that the flood has one to itself. */
+  /**
+   * The streams' client shares the server's core, so that the flood has one to itself, and on it
+   * the interfaces' kernel threads go first: else the flood's sender would be in the way of what
+   * is a card's own work, for as long as the scheduler lets it.
+   */
   async streams(): Promise<FloodedStreams> {
     const { server, client } = this.world
     await server.call('set', { full: false, stepMs: STEP_MS })
@@ -187,6 +191,8 @@ class Bench {
       for (let round = 0; round < STREAM_ROUNDS; round++) {
         await client.call('detach')
         await client.call('pass', client.link)
+        await server.call('interrupts', server.link, client.cpu)
+        await client.call('interrupts', client.link, client.cpu)
         quiet.push(await read())
         const hogging = this.world.measure('hog', 'cpu', '-', 0, ms + 500, 0)
         await sleep(200)
@@ -194,7 +200,9 @@ class Bench {
         await hogging
         await client.call('detach')
         const flooding = this.flood(ms + 500)
-        await sleep(200)
+        await sleep(100)
+        await client.call('interrupts', client.link, client.cpu)
+        await sleep(100)
         flooded.push(await read())
         ns.push((await flooding).wall_ns)
       }

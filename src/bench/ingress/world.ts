@@ -77,11 +77,7 @@ export class End {
   }
 
   private start(): ChildProcess {
-    const [command, args] = this.inside(
-      process.execPath,
-      ...(process.env['NS_FLAGS']?.split(' ') ?? []),
-      HOST,
-    )
+    const [command, args] = this.inside(process.execPath, HOST)
     const host = spawn(command, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] })
     host.on('message', ({ id, value, error }: { id: number; value: unknown; error?: string }) => {
       if (error === undefined) this.calls.get(id)?.resolve(value)
