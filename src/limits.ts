@@ -74,3 +74,10 @@ export const DOWNLOAD_MIN_SEGMENT_BYTES = 4 << 20
 export const DOWNLOAD_ATTEMPTS = 5
 /** A connection without a byte for this long counts as dropped. */
 export const DOWNLOAD_STALL_MS = 30_000
+
+/**
+ * Requests that the datagram path remembers at once, each for 30 s. The most take half a gigabyte
+ * of the kernel's memory: 10^5 a second for 40 s.
+ */
+export const NET_REQUESTS_DEFAULT = 65_536
+export const NET_REQUESTS_MAX = 1 << 22

@@ -1,8 +1,6 @@
 // Owns the measurement of attention on a GPU: decode against the bandwidth of memory, prefill in
 // operations a second, both against PyTorch's SDPA where Python has torch.
 
-import { spawnSync } from 'node:child_process'
-import { join } from 'node:path'
 import { present } from '../assert.ts'
 import { type AttentionShape, CudaAttention } from '../backends/cuda/attention.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
@@ -11,6 +9,7 @@ import { KernelLaunch } from '../ffi/kernel-launch.ts'
 import { info } from '../log.ts'
 import { readBandwidth } from './gpu-decode.ts'
 import { type GpuBench, gpuMs } from './gpu-measure.ts'
+import { askPython } from './python-peer.ts'
 
 /** Llama 3.1 8B's: 4 KiB a token and layer, 128 KiB from a token to the next. */
 const SHAPE: AttentionShape = { heads: 32, kvHeads: 8, headDim: 128, scale: 128 ** -0.5 }
@@ -19,7 +18,6 @@ const TOKEN_BYTES = 2 * SHAPE.kvHeads * SHAPE.headDim * 2
 const TOKEN_STRIDE = LAYERS * TOKEN_BYTES
 const RUNS = 21
 const WARM = 3
-const PEER = join(import.meta.dirname, '..', '..', 'bench', 'attention-sdpa.py')
 
 interface DecodeCase {
   batch: number
@@ -211,13 +209,6 @@ function medianUs(bench: GpuBench, layers: number, queue: (layer: number) => voi
 function askPeer(): Peer | undefined {
   const { heads, kvHeads, headDim } = SHAPE
   const prefill = PREFILL.filter(({ history }) => history === 0)
-  const { stdout, stderr, error, status } = spawnSync('python3', [PEER], {
-    input: JSON.stringify({ heads, kvHeads, headDim, runs: RUNS, decode: DECODE, prefill }),
-    encoding: 'utf8',
-    timeout: 180_000,
-  })
-  if (!error && status === 0) return JSON.parse(stdout) as Peer
-  const why = error?.message ?? stderr.trim().split('\n').at(-1) ?? `exit code ${status}`
-  info(`no comparison with PyTorch: ${why}`)
-  return undefined
+  const cases = { heads, kvHeads, headDim, runs: RUNS, decode: DECODE, prefill }
+  return askPython('attention-sdpa.py', 'PyTorch', cases)
 }

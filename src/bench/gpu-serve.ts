@@ -1,6 +1,7 @@
 // Owns the measurement of the whole engine on a GPU: batches of requests from prompt to last token,
 // one long prompt, and what growing memory costs a step.
 
+import { present } from '../assert.ts'
 import type { SequenceRequest } from '../engine/api.ts'
 import { GREEDY } from '../engine/api.ts'
 import { EngineCore } from '../engine/core.ts'
@@ -9,6 +10,7 @@ import { Matmuls } from '../backends/cuda/matmul.ts'
 import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
+import { askPython } from './python-peer.ts'
 
 const MODEL = 'dummy:llama-3.1-8b'
 const CONTEXT = 8448
@@ -21,6 +23,7 @@ const LOADS = [
   [128, 512],
   [256, 64],
 ] as const
+const OUTPUT_TOKENS = 128
 
 interface Load {
   sequences: number
@@ -45,6 +48,7 @@ export function benchServe(bench: GpuBench): void {
   const { row } = bench
   const teraflops = matrixCeiling(bench)
   row('a matrix product, 8,192 cubed', teraflops, 'TFLOP/s')
+  let rates: number[] = []
   const gpu = openCuda(dummyModel(MODEL), {
     device: bench.device.info.index,
     contextLength: CONTEXT,
@@ -61,24 +65,57 @@ export function benchServe(bench: GpuBench): void {
     const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
     row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
     row(`${MODEL}: the same, of the product's rate`, share, '%')
-    for (const [sequences, prompt] of LOADS) growth(gpu, sequences, prompt, row)
+    rates = LOADS.map(([sequences, prompt]) => growth(gpu, sequences, prompt, row))
     const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
     const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
     row(`${MODEL}: 128 of mixed lengths, KV memory unused`, 100 * waste, '%')
   } finally {
     gpu.close()
   }
+  // It needs the memory that was given back.
+  compare(present(LOADS[0], 'a load'), present(rates[0], 'a rate'), row)
 }
 
-/** The same load twice: pages are mapped as it grows, then they are all there. */
-function growth(gpu: OpenedCuda, sequences: number, prompt: number, row: GpuBench['row']): void {
-  const load = { sequences, promptTokens: () => prompt, outputTokens: 128 }
-  const name = `${MODEL}, ${sequences} × (${prompt} + 128)`
+/** Whole requests against Hugging Face transformers', right after ours. */
+function compare(
+  [sequences, promptTokens]: (typeof LOADS)[number],
+  rate: number,
+  row: GpuBench['row'],
+): void {
+  const { config } = dummyModel(MODEL)
+  const peer = askPython<{ tokensPerSecond: number[] }>('generate-batch.py', 'transformers', {
+    ...{ sequences, promptTokens, outputTokens: OUTPUT_TOKENS, runs: 2 },
+    config: {
+      ...{ hidden_size: config.hidden, intermediate_size: config.feedForward },
+      ...{ num_hidden_layers: config.layers, num_attention_heads: config.heads },
+      ...{ num_key_value_heads: config.kvHeads, vocab_size: config.vocab },
+      ...{ max_position_embeddings: 16_384, rope_theta: 500_000 },
+    },
+  })
+  if (!peer) return
+  const name = `${MODEL}, ${sequences} × (${promptTokens} + ${OUTPUT_TOKENS})`
+  row(
+    `${name}: output`,
+    rate,
+    'tok/s',
+    median(peer.tokensPerSecond),
+    "transformers' generate_batch",
+  )
+}
+
+/**
+ * The same load twice: pages are mapped as it grows, then they are all there.
+ * @returns output tokens a second of the second
+ */
+function growth(gpu: OpenedCuda, sequences: number, prompt: number, row: GpuBench['row']): number {
+  const load = { sequences, promptTokens: () => prompt, outputTokens: OUTPUT_TOKENS }
+  const name = `${MODEL}, ${sequences} × (${prompt} + ${OUTPUT_TOKENS})`
   serve(gpu, { ...load, outputTokens: 4 })
   const late = gpu.backend.kv
   const grown = serve(gpu, load)
   const there = serve(gpu, load)
-  row(`${name}: output`, (there.outputTokens / there.ms) * 1e3, 'tok/s')
+  const rate = (there.outputTokens / there.ms) * 1e3
+  row(`${name}: output`, rate, 'tok/s')
   row(`${name}: output, memory growing`, (grown.outputTokens / grown.ms) * 1e3, 'tok/s')
   row(`${name}: a decode step`, median(there.decodeMs) * 1e3, 'µs')
   const p99 = (served: Served) => quantile(served.decodeMs, 0.99) * 1e3
@@ -89,6 +126,7 @@ function growth(gpu: OpenedCuda, sequences: number, prompt: number, row: GpuBenc
     const { lateSteps, lateMs } = late.counters as { lateSteps: number; lateMs: number }
     row(`${name}: steps that waited for pages`, lateSteps, `of all, ${lateMs.toFixed(1)} ms`)
   }
+  return rate
 }
 
 /** Runs a load to its end. */

@@ -3,6 +3,7 @@
 import { type Command, InvalidArgumentError, Option } from 'commander'
 import { statSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
+import { NET_REQUESTS_DEFAULT, NET_REQUESTS_MAX } from '../limits.ts'
 import { NET_MODES, type NetMode } from '../net/interface.ts'
 import type { SynRate } from '../net/ingress.ts'
 import type { AttachOptions } from '../net/net-service.ts'
@@ -20,6 +21,7 @@ export interface NetOptions {
   netPort?: number
   netBusyPoll?: number
   netSample?: number
+  netRequests?: number
   netForce?: boolean
   netAllowGeneric?: boolean
   netSyn?: SynRate
@@ -49,6 +51,11 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
       `--${prefix}busy-poll <N>`,
       'ask the driver for up to N packets until 2 ms after the last (default: sleep)',
       parseCount(1, 65535),
+    )
+    .option(
+      `--${prefix}requests <N>`,
+      `remember so many, each for 30 s; the rest is busy (default: ${NET_REQUESTS_DEFAULT})`,
+      parseCount(1, NET_REQUESTS_MAX),
     )
     .option(
       `--${prefix}sample <N>`,
@@ -143,6 +150,7 @@ export async function chooseNet(
     port: options.netPort ?? PROTOCOL_PORT,
     busyPollBudget: options.netBusyPoll ?? 0,
     sampleEvery: options.netSample ?? 0,
+    requests: options.netRequests ?? NET_REQUESTS_DEFAULT,
     force: options.netForce ?? false,
     allowGeneric: options.netAllowGeneric ?? false,
     syn: source || total ? { port, source, total } : undefined,

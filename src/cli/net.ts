@@ -18,6 +18,7 @@ interface AttachFlags extends ServerAddress {
   mode?: NetMode
   port?: number
   busyPoll?: number
+  requests?: number
   sample?: number
   force?: boolean
   allowGeneric?: boolean
@@ -68,13 +69,15 @@ function attachCommand(): Command {
 }
 
 async function attach(name: string, flags: AttachFlags): Promise<void> {
-  const { queue, mode, port, busyPoll, sample, force, allowGeneric, syn, synTotal } = flags
+  const { queue, mode, port, busyPoll, requests, sample, force, allowGeneric, syn, synTotal } =
+    flags
   const body = {
     interface: name,
     queue,
     mode,
     port,
     busy_poll: busyPoll,
+    requests,
     sample_every: sample,
     force,
     allow_generic: allowGeneric,

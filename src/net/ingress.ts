@@ -4,6 +4,7 @@
 
 import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
+import { NET_REQUESTS_DEFAULT, NET_REQUESTS_MAX } from '../limits.ts'
 import { type BpfMap, BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
 import {
   ADDRESSES_MAX,
@@ -54,7 +55,7 @@ export const INGRESS_DEFAULTS: IngressTunables = {
   port: PROTOCOL_PORT,
   windowMs: 30_000,
   credit: 64,
-  requests: 65_536,
+  requests: NET_REQUESTS_DEFAULT,
   sampleEvery: 0,
   syn: undefined,
 }
@@ -68,9 +69,6 @@ export interface TenantLimits {
   burstTokens: number
   maxRunning: number
 }
-
-/** Of memory, half a gigabyte: 10^5 a second for 40 s. */
-const REQUESTS_MAX = 1 << 22
 
 /** A granted prompt of which nothing has come for so long is not coming. */
 const UNCLAIMED_NS = 10_000_000_000n
@@ -98,9 +96,9 @@ export class Ingress {
   constructor(elf: Uint8Array, tunables: Partial<IngressTunables> = {}) {
     const chosen = { ...INGRESS_DEFAULTS, ...tunables }
     assertPowerOfTwo(chosen.sampleEvery)
-    if (!(chosen.requests >= 1 && chosen.requests <= REQUESTS_MAX)) {
+    if (!(chosen.requests >= 1 && chosen.requests <= NET_REQUESTS_MAX)) {
       throw new LatticeError('invalid_request', `${chosen.requests} requests to remember.`, {
-        todo: `Use 1 to ${REQUESTS_MAX}: each takes some 130 bytes of the kernel's memory.`,
+        todo: `Use 1 to ${NET_REQUESTS_MAX}: each takes some 130 bytes of the kernel's memory.`,
       })
     }
     const tune = (rodata: Uint8Array): void => {

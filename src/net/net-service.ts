@@ -45,6 +45,7 @@ export type AttachOptions = Pick<
   | 'port'
   | 'syn'
   | 'sampleEvery'
+  | 'requests'
 >
 
 /** As often as an engine that has joined says it. */

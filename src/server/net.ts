@@ -3,6 +3,7 @@
 
 import { z } from 'zod'
 import { LatticeError } from '../errors.ts'
+import { NET_REQUESTS_DEFAULT, NET_REQUESTS_MAX } from '../limits.ts'
 import type { SynRate } from '../net/ingress.ts'
 import { NET_MODES } from '../net/interface.ts'
 import type { NetService } from '../net/net-service.ts'
@@ -22,6 +23,7 @@ const attachment = z.strictObject({
   mode: optional(choice(...NET_MODES)),
   port: optional(integer(1, 65535)),
   busy_poll: optional(integer(0, 65535)),
+  requests: optional(integer(1, NET_REQUESTS_MAX)),
   sample_every: optional(integer(0, 1 << 30)),
   force: optional(boolean),
   allow_generic: optional(boolean),
@@ -67,6 +69,7 @@ export function netAttach(context: ServerContext) {
       port: how.port ?? PROTOCOL_PORT,
       busyPollBudget: how.busy_poll ?? 0,
       sampleEvery: how.sample_every ?? 0,
+      requests: how.requests ?? NET_REQUESTS_DEFAULT,
       force: how.force ?? false,
       allowGeneric: how.allow_generic ?? false,
     })
