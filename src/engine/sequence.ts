@@ -10,6 +10,8 @@ import { SamplerState } from './sampler.ts'
 export class Sequence {
   readonly id: number
   readonly request: SequenceRequest
+  /** Looked at often, by everybody, in every step. */
+  readonly promptLength: number
   readonly sampler: SamplerState
   readonly arrivedMs: number
   /** Prompt, then output. */
@@ -45,15 +47,12 @@ export class Sequence {
     this.group = group
     this.unit = unit
     this.request = request
+    this.promptLength = request.prompt.length
     this.arrivedMs = nowMs
     this.sampler = new SamplerState(request.sampling, request.prompt)
     this.tokens = new Int32Array(request.prompt.length + request.maxTokens)
     this.tokens.set(request.prompt)
     this.length = request.prompt.length
-  }
-
-  get promptLength(): number {
-    return this.request.prompt.length
   }
 
   get lengthMax(): number {
