@@ -1,7 +1,7 @@
 // Owns attention by attention-reference.cu: slow and simple, for any shape of heads. Logits of
 // models whose heads the fast kernels do not take are compared on it, and those kernels with it.
 
-import type { Attention } from '../../src/backends/cuda/lower.ts'
+import type { Attention } from '../../src/backends/cuda/lower-context.ts'
 import type { DecodeRows, PrefillSegments } from '../../src/backends/cuda/attention.ts'
 import type { KernelFinder } from '../../src/backends/cuda/kernels.ts'
 import type { StepState } from '../../src/backends/cuda/state.ts'

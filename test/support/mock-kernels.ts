@@ -3,7 +3,7 @@
 
 import type { DecodeRows, PrefillSegments } from '../../src/backends/cuda/attention.ts'
 import { GEMV_EPILOGUE } from '../../src/backends/cuda/gemv.ts'
-import type { Attention } from '../../src/backends/cuda/lower.ts'
+import type { Attention } from '../../src/backends/cuda/lower-context.ts'
 import type { KvLayout } from '../../src/kv/layout.ts'
 import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
 import type { CublasLt, MatrixLayout } from '../../src/ffi/cublaslt.ts'

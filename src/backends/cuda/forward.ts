@@ -17,13 +17,8 @@ import { fuse } from './fuse.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import { type KernelFinder, Kernels } from './kernels.ts'
-import {
-  type Attention,
-  type HopperUse,
-  type LowerContext,
-  Lowering,
-  type StepShape,
-} from './lower.ts'
+import { Lowering } from './lower.ts'
+import type { Attention, HopperUse, LowerContext, StepShape } from './lower-context.ts'
 import { LogprobRing } from './logprobs.ts'
 import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'

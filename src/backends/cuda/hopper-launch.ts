@@ -10,7 +10,7 @@ import type { SkinnyNode } from './fuse.ts'
 import { GEMV_EPILOGUE, type GemvEpilogue } from './gemv.ts'
 import { hopperColumns, type HopperVariant, hopperVariants } from './hopper-products.ts'
 import type { KernelFinder } from './kernels.ts'
-import type { LowerContext } from './lower.ts'
+import type { LowerContext } from './lower-context.ts'
 import type { Matrix } from './weights.ts'
 
 /** Products that take along what surrounds them. */

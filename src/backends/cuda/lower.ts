@@ -3,12 +3,8 @@
 
 import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
-import type { CudaDriver } from '../../ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
-import type { KvLayout } from '../../kv/layout.ts'
-import type { RopeConfig } from '../../model/model.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
-import type { DecodeRows, PrefillSegments } from './attention.ts'
 import { Buffers } from './buffers.ts'
 import {
   type GluNode,
@@ -20,76 +16,20 @@ import {
   type SkinnyNode,
   fuseSkinny,
 } from './fuse.ts'
-import type { Choices } from './choices.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
 import { type FusedProducts, HopperProducts, rowsOf } from './hopper-launch.ts'
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
-import type { KernelFinder } from './kernels.ts'
-import { type Matmuls, type Product, paddedRows } from './matmul.ts'
+import type { LowerContext, StepShape } from './lower-context.ts'
+import { type Product, paddedRows } from './matmul.ts'
 import { SkinnyProducts } from './skinny.ts'
-import type { StepState } from './state.ts'
-import type { DeviceWeights } from './weights.ts'
 import { WholeSteps } from './whole-steps.ts'
 
-/** How many rows of each kind a step has. */
-export interface StepShape {
-  stream: number
-  tokens: number
-  outputs: number
-  /** Of the tokens, those in front that are the only ones of their sequence. */
-  singles: number
-  /** Stretches of the other tokens. */
-  segments: number
-}
-
 export type Command = (step: StepShape) => void
-
-export type HopperUse = 'never' | 'measured' | 'always'
 
 /** What a command does: its node's kind, and its matrix without the block's number. */
 export interface NamedCommand {
   name: string
   run: Command
-}
-
-/** Attention over KV memory, as CudaAttention does it; tests have another. */
-export interface Attention {
-  decode(stream: number, rows: DecodeRows, layer: number, window?: number): void
-  prefill(stream: number, segments: PrefillSegments, layer: number, window?: number): void
-  close(): void
-}
-
-/** What launches refer to. */
-export interface LowerContext {
-  driver: CudaDriver
-  find: KernelFinder
-  matmuls: Matmuls
-  weights: DeviceWeights
-  attention: Attention
-  state: StepState
-  layout: KvLayout
-  multiprocessors: number
-  /** Shared memory that a block may have. */
-  sharedBytes: number
-  /** Whether a step of few tokens is one kernel where it can be. */
-  wholeSteps: boolean
-  /** [outputs, vocab] float32 */
-  logits: number
-  /** Device address of a rotation's frequencies. */
-  ropeTable: (rope: RopeConfig) => { address: number; magnitude: number }
-  /** Bytes that gemv.cu may bring into L2 ahead of its turn. */
-  prefetchBytes: number
-  releaseRounds: number
-  /** Whether kernels may start while the one before them ends. */
-  overlap: boolean
-  /** Whether products of few tokens have kernels of their own. */
-  skinny: boolean
-  /** Dynamic shared memory of a block of skinny-hopper.cu; 0 where that does not run. */
-  hopperRoom: number
-  /** Where that is used: where it was measured to be faster, or wherever it fits. */
-  hopper: HopperUse
-  /** What was measured to be fastest for which product. */
-  choices: Choices
 }
 
 export class Lowering {

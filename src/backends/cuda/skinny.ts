@@ -15,7 +15,7 @@ import {
   type GemvVariant,
   gemvVariant,
 } from './gemv.ts'
-import type { LowerContext } from './lower.ts'
+import type { LowerContext } from './lower-context.ts'
 
 const KINDS: readonly ArgumentKind[] = [
   ...(['u64', 'i32', 'u64', 'u64', 'f32', 'i32', 'u64', 'i32', 'u64', 'i32'] as const),

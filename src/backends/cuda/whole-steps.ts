@@ -16,7 +16,7 @@ import {
   type Unplanned,
 } from './decode-step.ts'
 import { fuseSkinny, type Node } from './fuse.ts'
-import type { LowerContext } from './lower.ts'
+import type { LowerContext } from './lower-context.ts'
 
 const KINDS: readonly ArgumentKind[] = [
   ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32', 'u64', 'u64'] as const),
