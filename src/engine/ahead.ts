@@ -89,9 +89,11 @@ export class StepsAhead {
    */
   wait(flight: Flight): readonly Float32Array[] {
     const tokens = this.chooser.tokensOf(flight.number)
-    flight.awaited.forEach(({ sequence, position }, output) => {
-      if (position >= 0) sequence.tokens[position] = present(tokens[output], 'a token')
-    })
+    let output = 0
+    for (const { sequence, position } of flight.awaited) {
+      const token = tokens[output++]
+      if (position >= 0) sequence.tokens[position] = present(token, 'a token')
+    }
     return flight.hosted ? this.backend.collect() : []
   }
 
@@ -103,8 +105,10 @@ export class StepsAhead {
   }
 
   /** Its tokens are chosen here: those of beams, or what is too much for the backend. */
-  isHosted({ unit, request }: Sequence): boolean {
-    return unit !== undefined || !this.chooser.takes(request.sampling, request.topLogprobs)
+  isHosted(sequence: Sequence): boolean {
+    const { unit, request } = sequence
+    return (sequence.hosted ??=
+      unit !== undefined || !this.chooser.takes(request.sampling, request.topLogprobs))
   }
 
   private begin(sequence: Sequence): void {

@@ -268,15 +268,16 @@ export class EngineCore {
     this.landedMs = now
     this.costs.stepped(flight.work, ms)
     outcomes.counts.stepped(ms)
-    flight.awaited.forEach(({ sequence, position }, output) => {
-      const hasEnded = !sequence.unit && outcomes.sequences.get(sequence.id) !== sequence
-      if (hasEnded) return
+    let output = -1
+    for (const { sequence, position } of flight.awaited) {
+      output++
+      if (sequence.ended) continue
       if (position < 0) outcomes.advance(sequence, present(rows[output], 'a row of logits'))
       else {
         const token = present(sequence.tokens[position], 'a token')
         outcomes.takeIn(sequence, token, ahead.logprobsOf(flight, output, sequence))
       }
-    })
+    }
   }
 
   /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */

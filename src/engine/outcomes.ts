@@ -133,6 +133,7 @@ export class Outcomes {
 
   finish(sequence: Sequence, reason: FinishReason, error?: LatticeError): void {
     sequence.dropUnknown()
+    sequence.ended = true
     if (sequence.slot >= 0 && reason !== 'error') this.sharing.ended(sequence)
     // After an abort nobody is likely to follow in its place: the pages go back within a step.
     this.scheduler.remove(sequence, reason === 'abort' ? -Infinity : this.now())

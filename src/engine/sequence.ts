@@ -35,6 +35,10 @@ export class Sequence {
   logprobs = 0
   /** It has left the queue once; it may wait again if it is preempted. */
   started = false
+  /** Nobody waits for it any more; a step that is under way may still bring it a token. */
+  ended = false
+  /** Whether its tokens are chosen here; undefined until somebody asked the backend. */
+  hosted: boolean | undefined
 
   constructor(
     id: number,
