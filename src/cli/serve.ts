@@ -140,14 +140,15 @@ async function openDisconnects(): Promise<Disconnects> {
 /** @throws LatticeError what keeps the interface from being attached; then the engine is closed */
 async function openNet(
   { tenants, attach, share }: NetChoice,
-  { engine, tokenizer, template }: Session,
+  { engine, tokenizer, template, path: modelPath }: Session,
   { maxSequences, maxQueue, prefixCache, host }: ServeOptions,
 ): Promise<NetService> {
   const { NetService } = await import('../net/net-service.ts')
   const maxRunning = maxSequences + maxQueue
   const load = (): number => maxRunning - engine.queueRoom()
   const limits = { tenants, share, load, maxRunning, publishes: prefixCache !== undefined }
-  const net = new NetService({ engine, tokenizer, template, ...limits, host, warn, log: info })
+  const model = { engine, tokenizer, template, modelPath }
+  const net = new NetService({ ...model, ...limits, host, warn, log: info })
   try {
     if (attach) print(attachedLines(await net.attach(attach)))
     return net

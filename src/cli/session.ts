@@ -22,6 +22,8 @@ export interface Session {
   modelId: string
   engine: Engine
   tokenizer: Tokenizer
+  /** Of the model's file or folder. */
+  path: string
   template: ChatTemplate | undefined
   /** What the engine chose: CPU variant, threads, limits; a line each. */
   report: string[]
@@ -109,7 +111,7 @@ export async function openSession(
     const template = loadChatTemplate(model, tokenizer)
     const { engine, report } = await starting
     const loadMs = performance.now() - started
-    return { modelId: id, engine, tokenizer, template, report, loadMs }
+    return { modelId: id, path, engine, tokenizer, template, report, loadMs }
   } catch (thrown) {
     // Its thread would keep the process alive.
     await starting.then(({ engine }) => engine.close()).catch(() => {})

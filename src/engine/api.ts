@@ -118,6 +118,42 @@ export interface SequenceSink {
   ): void
 }
 
+/** Where tokens of sequences go that another thread queued. Called on the client's thread. */
+export interface DirectSink {
+  onStart(id: number, cachedTokens: number): void
+  onToken(id: number, token: number): void
+  onFinish(
+    id: number,
+    reason: FinishReason,
+    outputTokens: number,
+    error: LatticeError | undefined,
+  ): void
+  /** The engine has stopped: nothing more comes of any of them. */
+  onStopped(error: LatticeError): void
+}
+
+/** What the other thread is given: `DirectQueue` of src/engine/handover.ts makes use of it. */
+export interface DirectPlace {
+  memory: SharedArrayBuffer
+  counts: SharedArrayBuffer
+  signal: SharedArrayBuffer
+  /** That run and wait together, at most. */
+  sequences: number
+  /** Of a prompt and its answer. */
+  tokensMax: number
+  stopTokens: readonly number[]
+}
+
+/** A way past the thread that started the engine. */
+export interface DirectWay {
+  readonly place: DirectPlace
+  /** Sequences of it that run or wait. */
+  running(): number
+  abort(id: number): void
+  /** Nothing comes this way any more; what runs is aborted. Idempotent. */
+  close(): void
+}
+
 /** One of several answers to the same prompt. */
 export interface SequenceChoice {
   /** Instead of the request's own. */
@@ -323,6 +359,11 @@ export interface Engine {
    * @throws LatticeError as `submit` does
    */
   submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[]
+  /**
+   * Lets another thread queue prompts by itself; absent if none can. One at a time may.
+   * @param stopTokens that end each of their answers
+   */
+  direct?(sink: DirectSink, stopTokens: readonly number[]): DirectWay
   /** Free places in the queue now: how many submits would not throw `queue_full`. */
   queueRoom(): number
   /** What is now or, while a long step is computed, what was shortly before that step began. */

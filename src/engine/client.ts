@@ -4,9 +4,11 @@
 import { Worker } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
-import { pagesFor } from '../kv/layout.ts'
+import { pagesFor, tokensIn } from '../kv/layout.ts'
 import { PagerHost } from '../tier/pager-host.ts'
 import type {
+  DirectSink,
+  DirectWay,
   Engine,
   EngineAnswers,
   EngineModel,
@@ -17,6 +19,7 @@ import type {
   SequenceRequest,
   SequenceSink,
 } from './api.ts'
+import { COUNTS, handoverMemory } from './handover.ts'
 import {
   type EngineFacts,
   type EngineThreadOptions,
@@ -55,7 +58,10 @@ export class EngineClient implements Engine {
   private readonly questions = new Map<number, PromiseWithResolvers<never>>()
   private latest: { snapshot: EngineSnapshot; atMs: number } | undefined
   private readonly drained: (() => void)[] = []
-  private nextId = 1
+  /** Shared with whoever queues prompts past this thread. */
+  private readonly counts = new Int32Array(new SharedArrayBuffer(4 * COUNTS.words))
+  private directSink: DirectSink | undefined
+  private nextTicket = 1
   private draining = false
   private stopped: LatticeError | undefined
 
@@ -73,6 +79,7 @@ export class EngineClient implements Engine {
     this.model = model
     this.facts = facts
     this.limits = limits
+    this.counts[COUNTS.nextId] = 1
     worker.on('message', (message: FromEngine) => this.receive(message))
     worker.on('error', (thrown) => this.stop(toLatticeError(thrown)))
     worker.on('exit', () => {
@@ -124,12 +131,10 @@ export class EngineClient implements Engine {
   submitChoices(request: SequenceRequest, choices: readonly SequenceChoice[]): SequenceHandle[] {
     this.check(request)
     this.checkRoom(choices.length)
-    const ids = choices.map(() => this.nextId++)
+    const ids = choices.map(() => this.newId())
     const samplings = choices.map(({ sampling }) => sampling)
     this.send({ kind: 'submit', ids, request, samplings })
-    choices.forEach(({ sink }, i) => {
-      this.live.set(present(ids[i], 'an id'), { sink, outputTokens: 0 })
-    })
+    choices.forEach(({ sink }, i) => this.begin(present(ids[i], 'an id'), sink))
     return ids.map((id) => this.handle(id))
   }
 
@@ -145,19 +150,58 @@ export class EngineClient implements Engine {
   private fork(parent: number, { sampling, sink }: SequenceChoice): SequenceHandle {
     this.checkRoom(1)
     if (!this.live.has(parent)) throw sequenceEnded()
-    const id = this.nextId++
+    const id = this.newId()
     this.send({ kind: 'fork', parent, id, sampling })
-    this.live.set(id, { sink, outputTokens: 0 })
+    this.begin(id, sink)
     return this.handle(id)
   }
 
+  private newId(): number {
+    return Atomics.add(this.counts, COUNTS.nextId, 1)
+  }
+
+  private begin(id: number, sink: SequenceSink): void {
+    this.live.set(id, { sink, outputTokens: 0 })
+    Atomics.add(this.counts, COUNTS.live, 1)
+  }
+
+  direct(sink: DirectSink, stopTokens: readonly number[]): DirectWay {
+    const { kvPages, layout } = this.facts
+    const { sequences, contextLength } = this.limits
+    const place = {
+      memory: handoverMemory(),
+      counts: this.counts.buffer as SharedArrayBuffer,
+      signal: this.signal.buffer as SharedArrayBuffer,
+      sequences,
+      tokensMax: Math.min(contextLength, tokensIn(layout, kvPages)),
+      stopTokens,
+    }
+    this.directSink = sink
+    this.send({ kind: 'direct', place })
+    return {
+      place,
+      running: () => this.running - this.live.size,
+      abort: (id) => this.send({ kind: 'abort', id }),
+      close: () => {
+        if (this.directSink !== sink) return
+        this.directSink = undefined
+        this.send({ kind: 'direct', place: undefined })
+      },
+    }
+  }
+
+  /** Sequences that run or wait, whoever queued them. */
+  private get running(): number {
+    return Atomics.load(this.counts, COUNTS.live)
+  }
+
   queueRoom(): number {
-    return Math.max(0, this.limits.sequences - this.live.size)
+    return Math.max(0, this.limits.sequences - this.running)
   }
 
   snapshot(): Promise<EngineSnapshot> {
     if (this.stopped) return Promise.reject(stopped(this.stopped))
-    const ticket = this.nextId++
+    const ticket = this.nextTicket++
     const answer = Promise.withResolvers<EngineSnapshot>()
     this.snapshots.set(ticket, answer)
     this.send({ kind: 'snapshot', ticket })
@@ -170,7 +214,7 @@ export class EngineClient implements Engine {
 
   ask<Q extends EngineQuestion>(question: Q): Promise<EngineAnswers[Q['kind']]> {
     if (this.stopped) return Promise.reject(stopped(this.stopped))
-    const ticket = this.nextId++
+    const ticket = this.nextTicket++
     const answer = Promise.withResolvers<never>()
     this.questions.set(ticket, answer)
     this.send({ kind: 'ask', ticket, question })
@@ -178,27 +222,34 @@ export class EngineClient implements Engine {
   }
 
   async drain(): Promise<void> {
-    this.draining = true
-    if (this.live.size === 0) return
+    this.refuse()
+    if (this.running === 0) return
     await new Promise<void>((resolve) => this.drained.push(resolve))
   }
 
   async close(): Promise<void> {
     if (this.stopped) return
-    this.draining = true
+    this.refuse()
     const exited = new Promise<void>((resolve) => this.worker.once('exit', () => resolve()))
     this.send({ kind: 'close' })
     await exited
+  }
+
+  private refuse(): void {
+    this.draining = true
+    Atomics.store(this.counts, COUNTS.closed, 1)
   }
 
   /** Whether so many more sequences may be queued now. */
   private checkRoom(sequences: number): void {
     if (this.stopped) throw stopped(this.stopped)
     if (this.draining) {
+      // What was counted on the other thread for a moment, and is refused here now.
+      this.tellDrained()
       throw new LatticeError('draining', 'The server is shutting down.', { todo: 'Retry later.' })
     }
     if (this.queueRoom() >= sequences) return
-    throw new LatticeError('queue_full', `${this.live.size} sequences run or wait already.`, {
+    throw new LatticeError('queue_full', `${this.running} sequences run or wait already.`, {
       todo: 'Retry later, or start with a larger --max-queue.',
     })
   }
@@ -259,7 +310,10 @@ export class EngineClient implements Engine {
   private receive(message: FromEngine): void {
     if (message.kind === 'tokens') this.deliver(message)
     else if (message.kind === 'started') {
-      this.live.get(message.id)?.sink.onStart?.(message.cachedTokens)
+      const { id, cachedTokens } = message
+      const sequence = this.live.get(id)
+      if (sequence) sequence.sink.onStart?.(cachedTokens)
+      else this.directSink?.onStart(id, cachedTokens)
     } else if (message.kind === 'snapshot') {
       this.latest = { snapshot: message.snapshot, atMs: performance.now() }
       this.snapshots.get(message.ticket)?.resolve(message.snapshot)
@@ -272,23 +326,35 @@ export class EngineClient implements Engine {
 
   private deliver({ tokens, logprobs, finished }: Extract<FromEngine, { kind: 'tokens' }>): void {
     for (let i = 0; i < tokens.length; i += 2) {
-      const sequence = this.live.get(tokens[i] ?? 0)
-      if (!sequence) continue
+      const id = tokens[i] ?? 0
+      const sequence = this.live.get(id)
+      if (!sequence) {
+        this.directSink?.onToken(id, tokens[i + 1] ?? 0)
+        continue
+      }
       sequence.outputTokens++
       sequence.sink.onToken(tokens[i + 1] ?? 0, logprobs?.get(i / 2))
     }
     for (const { id, reason, outputTokens, error, score } of finished) {
       const sequence = this.live.get(id)
       this.live.delete(id)
-      sequence?.sink.onFinish(reason, outputTokens, error && LatticeError.fromJSON(error), score)
+      Atomics.sub(this.counts, COUNTS.live, 1)
+      const why = error && LatticeError.fromJSON(error)
+      if (sequence) sequence.sink.onFinish(reason, outputTokens, why, score)
+      else this.directSink?.onFinish(id, reason, outputTokens, why)
     }
-    if (this.live.size === 0) for (const resolve of this.drained.splice(0)) resolve()
+    this.tellDrained()
+  }
+
+  private tellDrained(): void {
+    if (this.running === 0) for (const resolve of this.drained.splice(0)) resolve()
   }
 
   /** Nothing more comes from the thread: everyone who waits for it is told why. */
   private stop(why: LatticeError): void {
     if (this.stopped) return
     this.stopped = why
+    Atomics.store(this.counts, COUNTS.closed, 1)
     for (const asked of [this.snapshots, this.questions]) {
       for (const answer of asked.values()) answer.reject(stopped(why))
       asked.clear()
@@ -297,6 +363,8 @@ export class EngineClient implements Engine {
       sink.onFinish('error', outputTokens, why)
     }
     this.live.clear()
+    Atomics.store(this.counts, COUNTS.live, 0)
+    this.directSink?.onStopped(stopped(why))
     for (const resolve of this.drained.splice(0)) resolve()
   }
 }

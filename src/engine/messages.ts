@@ -6,6 +6,7 @@ import { LatticeError, type LatticeErrorJson } from '../errors.ts'
 import type { EvictionName } from '../kv/eviction.ts'
 import type { KvLayout } from '../kv/layout.ts'
 import type {
+  DirectPlace,
   EngineAnswers,
   EngineQuestion,
   EngineSnapshot,
@@ -83,6 +84,8 @@ export type ToEngine =
   | { kind: 'submit'; ids: number[]; request: SequenceRequest; samplings: SamplingParams[] }
   | { kind: 'fork'; parent: number; id: number; sampling: SamplingParams }
   | { kind: 'abort'; id: number }
+  /** From now on prompts come from there as well; undefined ends what came from there. */
+  | { kind: 'direct'; place: DirectPlace | undefined }
   | { kind: 'snapshot'; ticket: number }
   | { kind: 'ask'; ticket: number; question: EngineQuestion }
   | { kind: 'close' }

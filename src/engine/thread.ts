@@ -12,6 +12,7 @@ import type { TierFacts } from '../tier/tier.ts'
 import { memoryPressure } from '../os/pressure.ts'
 import { EngineCore } from './core.ts'
 import type { GoneClients } from './gone.ts'
+import { DirectPrompts } from './handover.ts'
 import type {
   EngineThreadOptions,
   FinishMessage,
@@ -28,6 +29,8 @@ const signal = new Int32Array(options.signal)
 let tokens: number[] = []
 let logprobs: Map<number, TokenLogprobs> | undefined
 let finished: FinishMessage[] = []
+/** Prompts that come past the main thread. */
+let direct: DirectPrompts | undefined
 
 function say(message: FromEngine): void {
   port.postMessage(message)
@@ -129,6 +132,7 @@ function makeCore(backend: Backend, kvPages: number, gone: GoneClients | undefin
       },
       onFinish(id, reason, outputTokens, error, score) {
         gone?.finished(id)
+        direct?.finished(id)
         finished.push({ id, reason, outputTokens, error: error?.toJSON(), score })
       },
     },
@@ -160,6 +164,10 @@ function flushStore(core: EngineCore): void {
   }
 }
 
+function takeDirect(core: EngineCore): void {
+  direct?.take((id, request) => core.submit(id, request))
+}
+
 /** Returns when the engine is closed. */
 function run(core: EngineCore, gone: GoneClients | undefined): void {
   let publishedMs = -Infinity
@@ -167,6 +175,8 @@ function run(core: EngineCore, gone: GoneClients | undefined): void {
   for (;;) {
     const seen = Atomics.load(signal, 0)
     for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
+      // What was written before this was said comes before it.
+      takeDirect(core)
       const message = item.message as ToEngine
       if (message.kind === 'submit') {
         gone?.submitted(message.ids, message.request.connection)
@@ -175,12 +185,16 @@ function run(core: EngineCore, gone: GoneClients | undefined): void {
         gone?.forked(message.parent, message.id)
         core.fork(message.parent, message.id, message.sampling)
       } else if (message.kind === 'abort') core.abort(message.id)
-      else if (message.kind === 'close') return flushStore(core)
+      else if (message.kind === 'direct') {
+        for (const id of [...(direct?.live ?? [])]) core.abort(id)
+        direct = message.place && new DirectPrompts(message.place)
+      } else if (message.kind === 'close') return flushStore(core)
       else if (message.kind === 'ask') {
         const answer = core.answer(message.question)
         say({ kind: 'answer', ticket: message.ticket, answer })
       } else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
     }
+    takeDirect(core)
     if (!core.idle && performance.now() - publishedMs > SNAPSHOT_AGE_MS) {
       say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
       publishedMs = performance.now()

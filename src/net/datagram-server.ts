@@ -3,6 +3,7 @@
 
 import { LatticeError } from '../errors.ts'
 import { type AttachedXdp, attachedXdp } from '../ffi/libbpf.ts'
+import type { DirectNews, DirectOptions, DirectReport } from './direct-answers.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import type { NetEvent } from './decisions.ts'
 import { NetEvents } from './events.ts'
@@ -57,6 +58,9 @@ export interface DatagramOptions extends InterfaceChoice {
   sampleEvery?: number
   /** A decision that is told of, with its tenant's name. */
   onEvent?: (event: NetEvent, tenant: string) => void
+  /** What the first replica's prompts need to go past this thread. */
+  direct?: Omit<DirectOptions, 'names' | 'route'> | undefined
+  onDirect?: (report: DirectReport, tenant: (index: number) => string) => void
   /** The ring thread is gone: every HELLO is refused from now on. */
   onFailure: (error: LatticeError) => void
 }
@@ -257,6 +261,11 @@ export class DatagramServer {
     }
   }
 
+  /** Passes on what the engine says of a prompt that went past this thread. */
+  tell(news: DirectNews): void {
+    this.ring.tell(news)
+  }
+
   /** Decisions after a number, with their tenants' names, of the latest thousand. */
   eventsAfter(number: number): (NetEvent & { name: string })[] {
     const events = this.events?.after(number) ?? []
@@ -317,9 +326,10 @@ export class DatagramServer {
       }
       const { index: ifindex, queues } = link
       const copy = mode === 'zerocopy' ? mode : 'copy'
-      const { busyPollBudget } = options
+      const { busyPollBudget, onDirect } = options
+      const direct = options.direct && { ...options.direct, route: 1, names: this.names }
       const ring = await Ring.open(
-        { ifindex, queues, mode: copy, busyPollBudget, keys },
+        { ifindex, queues, mode: copy, busyPollBudget, keys, direct },
         {
           start: (wire, answer) => this.run(wire, answer),
           claimed: (tenant, request) => void this.claimed.add(`${tenant}:${request}`),
@@ -327,6 +337,7 @@ export class DatagramServer {
             this.claimed.delete(`${tenant}:${request}`)
             ingress.finish(tenant, request, used)
           },
+          direct: (report) => onDirect?.(report, (tenant) => this.nameOf(tenant)),
           failed: (error) => this.fail(error),
         },
       )

@@ -4,12 +4,13 @@
 import type { Engine } from '../engine/api.ts'
 import { GREEDY } from '../engine/api.ts'
 import { generate, type GenerationEvent } from '../engine/generation.ts'
-import { type ErrorCode, LatticeError, toLatticeError } from '../errors.ts'
+import { LatticeError, toLatticeError } from '../errors.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
 import { requestName } from './decisions.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import type { MessageCode, WireUsage } from './protocol.ts'
+import { decode, endCode, errorCode, isWithinBounds, seedOf } from './wire-prompt.ts'
 
 export interface AnswersOptions {
   engine: Engine
@@ -61,8 +62,7 @@ export class EngineAnswers {
         tenant,
         prompt,
         choices: 1,
-        // As many bits as a number holds exactly, whatever the choice adds to it.
-        sampling: { ...GREEDY, temperature, topP, seed: Number(BigInt.asUintN(52, seed)) },
+        sampling: { ...GREEDY, temperature, topP, seed: seedOf(seed) },
         maxTokens: wire.maxTokens,
         stop: [],
         ignoreEos: false,
@@ -98,7 +98,7 @@ export class EngineAnswers {
       }
       const { reason, outputTokens, error } = event
       this.running--
-      const code = error ? this.codeOf(error, wire) : ENDS[reason]
+      const code = error ? this.codeOf(error, wire) : endCode(reason, undefined)
       answer.end(code, { ...usage, outputTokens })
     }
   }
@@ -109,6 +109,9 @@ export class EngineAnswers {
     const { contextLength } = engine.model
     if (prompt.length > this.promptBytesMax) throw tooLong(prompt.length, contextLength)
     const text = decode(prompt)
+    if (text === undefined) {
+      throw new LatticeError('invalid_request', 'The prompt is no UTF-8.')
+    }
     let tokens: Int32Array
     if (chat) {
       if (!template) throw new LatticeError('template_invalid', 'The model has no chat template.')
@@ -120,42 +123,16 @@ export class EngineAnswers {
   }
 
   private codeOf(error: LatticeError, { tenant, request }: WireRequest): MessageCode {
-    const code = CODES[error.code] ?? 'failed'
+    const code = errorCode(error)
     if (error.code === 'engine_stopped') this.options.onStopped?.()
-    if (code === 'failed') {
-      const which = `${requestName(request)} of tenant ${tenant}`
-      this.options.warn(`the datagram request ${which} failed: ${error.message}`)
-    }
+    if (code === 'failed') this.options.warn(failureLine(tenant, request, error.message))
     return code
   }
 }
 
-const ENDS = { stop: 'ok', length: 'length', abort: 'cancelled', error: 'failed' } as const
-
-/** What a client can do something about; the rest is `failed`, and in the server's log. */
-const CODES: Partial<Record<ErrorCode, MessageCode>> = {
-  context_length_exceeded: 'context',
-  kv_memory_exhausted: 'context',
-  invalid_request: 'prompt',
-  template_invalid: 'prompt',
-  queue_full: 'busy',
-  draining: 'no_replica',
-  engine_stopped: 'no_replica',
-}
-
-/** What the ingress program does not look at; NaN is outside. */
-function isWithinBounds({ maxTokens, sampling: { temperature, topP } }: WireRequest): boolean {
-  return maxTokens >= 1 && temperature >= 0 && temperature < Infinity && topP > 0 && topP <= 1
-}
-
-const UTF8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
-
-function decode(prompt: Uint8Array): string {
-  try {
-    return UTF8.decode(prompt)
-  } catch (cause) {
-    throw new LatticeError('invalid_request', 'The prompt is no UTF-8.', { cause })
-  }
+/** What the server's log has about a request that failed. */
+export function failureLine(tenant: number, request: bigint, why: string): string {
+  return `the datagram request ${requestName(request)} of tenant ${tenant} failed: ${why}`
 }
 
 function messagesOf(text: string): { role: string; content: string }[] {

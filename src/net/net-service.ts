@@ -1,22 +1,26 @@
 // Owns a server's datagram path over the server's life: attached to one interface or to none, at
 // the start or later.
 
-import type { Engine } from '../engine/api.ts'
+import type { DirectSink, DirectWay, Engine } from '../engine/api.ts'
 import type { LatticeError } from '../errors.ts'
 import type { ChatTemplate } from '../text/chat-template.ts'
 import type { Tokenizer } from '../text/tokenizer.ts'
 import { type DatagramOptions, DatagramServer, type DatagramStatus } from './datagram-server.ts'
-import { EngineAnswers } from './engine-answers.ts'
+import type { DirectNews, DirectReport } from './direct-answers.ts'
+import { EngineAnswers, failureLine } from './engine-answers.ts'
 import { describeEvent, type NetEvent } from './decisions.ts'
 import { isLoopback, refused } from './interface.ts'
 import { JoinHub } from './join-hub.ts'
 import { PrefixNews } from './prefix-news.ts'
 import type { DatagramTenant } from './tenants.ts'
+import { endCode, errorCode } from './wire-prompt.ts'
 
 export interface NetServiceOptions {
   engine: Engine
   tokenizer: Tokenizer
   template: ChatTemplate | undefined
+  /** Where the tokenizer is from: plain prompts then go to the engine by the short way. */
+  modelPath?: string | undefined
   /** Without any, nothing can be attached. */
   tenants: readonly DatagramTenant[]
   maxRunning: number
@@ -59,6 +63,8 @@ export class NetService {
   private readonly news: PrefixNews | undefined
   private server: DatagramServer | undefined
   private hub: JoinHub | undefined
+  /** Of the ring thread into the engine's queue. */
+  private way: DirectWay | undefined
   private timer: NodeJS.Timeout | undefined
   /** Said in this second of decisions' time. */
   private lines = { second: 0, count: 0 }
@@ -76,8 +82,7 @@ export class NetService {
         })
       : undefined
     const onComputed = this.news?.computed
-    // With no load at all it would be given everything.
-    const onStopped = (): void => this.server?.setReady(this.index, false)
+    const onStopped = (): void => this.setStopped()
     this.answers = new EngineAnswers({ ...options, onStopped, ...(onComputed && { onComputed }) })
   }
 
@@ -93,13 +98,23 @@ export class NetService {
     }
     if (how.syn && host !== undefined) checkSyn(host)
     return await this.alone(async () => {
+      const direct = this.openWay()
       const server = await DatagramServer.start({
         ...how,
         tenants,
         maxRunning,
+        direct,
+        onDirect: (report, nameOf) => this.hearDirect(report, nameOf),
         onEvent: (event: NetEvent, tenant: string) => this.logged(event, tenant),
-        onFailure: (error: LatticeError) => warn(`datagrams are refused: ${error.message}`),
+        onFailure: (error: LatticeError) => {
+          this.closeWay()
+          warn(`datagrams are refused: ${error.message}`)
+        },
+      }).catch((thrown: unknown) => {
+        this.closeWay()
+        throw thrown
       })
+      this.server = server
       this.index = server.addReplica({
         model: engine.model.id,
         start: (wire, tenant, answer) => this.answers.start(wire, tenant, answer),
@@ -107,12 +122,13 @@ export class NetService {
       if (share !== undefined) {
         this.hub = await JoinHub.listen(server, { path: share, tenants, warn }).catch(
           async (thrown: unknown) => {
+            this.server = undefined
             await server.close()
+            this.closeWay()
             throw thrown
           },
         )
       }
-      this.server = server
       this.timer = setInterval(() => this.sayLoad(), LOAD_MS)
       this.timer.unref()
       this.news?.begin()
@@ -160,6 +176,49 @@ export class NetService {
     this.hub = undefined
     this.server = undefined
     await server?.close()
+    this.closeWay()
+  }
+
+  /** Undefined if the ring thread cannot have a tokenizer, or the engine takes prompts of one. */
+  private openWay():
+    | { place: DirectWay['place']; modelPath: string; publishes: boolean }
+    | undefined {
+    const { engine, tokenizer, modelPath, publishes } = this.options
+    if (modelPath === undefined || tokenizer.vocabSize > engine.model.vocabSize) return undefined
+    const say = (news: DirectNews): void => this.server?.tell(news)
+    const sink: DirectSink = {
+      onStart: (id, cachedTokens) => say({ kind: 'direct-start', id, cachedTokens }),
+      onToken: (id, token) => say({ kind: 'direct-token', id, token }),
+      onFinish: (id, reason, outputTokens, error) => {
+        const code = endCode(reason, error)
+        if (error?.code === 'engine_stopped') this.setStopped()
+        const why = code === 'failed' ? error?.message : undefined
+        say({ kind: 'direct-end', id, code, outputTokens, ...(why !== undefined && { why }) })
+      },
+      onStopped: (error) => {
+        this.setStopped()
+        say({ kind: 'direct-stop', code: errorCode(error) })
+      },
+    }
+    this.way = engine.direct?.(sink, tokenizer.eosTokens)
+    return this.way && { place: this.way.place, modelPath, publishes }
+  }
+
+  private closeWay(): void {
+    this.way?.close()
+    this.way = undefined
+  }
+
+  private hearDirect(report: DirectReport, nameOf: (tenant: number) => string): void {
+    if (report.kind === 'direct-abort') this.way?.abort(report.id)
+    else if (report.kind === 'direct-computed') {
+      this.news?.computed(report.wire, report.tokens, nameOf(report.wire.tenant))
+    } else this.options.warn(failureLine(report.tenant, report.request, report.why))
+  }
+
+  /** With no load at all it would be given everything. */
+  private setStopped(): void {
+    this.server?.setReady(this.index, false)
   }
 
   /** A flood of decisions must not become a flood of lines. */
@@ -177,7 +236,7 @@ export class NetService {
   /** What came another way than over datagrams counts too when the program chooses. */
   private sayLoad(): void {
     const { load = () => 0 } = this.options
-    const others = Math.max(0, load() - this.answers.running)
+    const others = Math.max(0, load() - this.answers.running - (this.way?.running() ?? 0))
     this.server?.setOtherLoad(this.index, others)
   }
 

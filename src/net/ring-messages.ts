@@ -2,6 +2,7 @@
 // they are complete; answers go back as tokens and text.
 
 import type { LatticeErrorJson } from '../errors.ts'
+import type { DirectNews, DirectOptions, DirectReport } from './direct-answers.ts'
 import type { WireRequest } from './exchange.ts'
 import type { MessageCode, WireUsage } from './protocol.ts'
 
@@ -16,6 +17,8 @@ export interface RingThreadOptions {
   signal: SharedArrayBuffer
   /** By tenant: its two keys. */
   keys: ReadonlyMap<number, readonly [Uint8Array, Uint8Array]>
+  /** An engine whose plain prompts the thread queues itself. */
+  direct?: DirectOptions | undefined
 }
 
 /** Grows with every message to the ring thread. */
@@ -34,6 +37,7 @@ export interface RingLosses {
 export type ToRing =
   | { kind: 'tokens'; id: number; ids: readonly number[]; text: string }
   | { kind: 'end'; id: number; code: MessageCode; usage: WireUsage }
+  | DirectNews
   /** Asks for `drained` once there is nothing left to say. */
   | { kind: 'drain' }
   | { kind: 'close' }
@@ -46,5 +50,6 @@ export type FromRing =
   | { kind: 'start'; id: number; wire: WireRequest }
   | { kind: 'abort'; id: number }
   | { kind: 'finished'; tenant: number; request: bigint; usedTokens: number }
+  | DirectReport
   | { kind: 'lost'; losses: RingLosses }
   | { kind: 'drained' }

@@ -8,6 +8,9 @@ import { toLatticeError } from '../errors.ts'
 import { type Bell, openBell } from '../ffi/bell.ts'
 import { PacketSocket } from '../ffi/packet-socket.ts'
 import { XdpSocket } from '../ffi/xdp-socket.ts'
+import { openModel } from '../model/load.ts'
+import { loadTokenizer } from '../text/load.ts'
+import { DirectAnswers } from './direct-answers.ts'
 import type { WireAnswer } from './exchange.ts'
 import { Replica } from './replica.ts'
 import {
@@ -38,6 +41,8 @@ const BURST = 256
 const sockets: XdpSocket[] = []
 /** Answers leave through the kernel's stack, where the egress program accounts for them. */
 let out: PacketSocket | undefined
+/** Undefined if every prompt goes to the main thread. */
+let direct: DirectAnswers | undefined
 const answers = new Map<number, WireAnswer>()
 const losses: RingLosses = { received: 0, sent: 0 }
 /** The time of this turn: asking for it costs as much as a short hash. */
@@ -84,6 +89,8 @@ function makeReplica(): Replica {
     timeUs: () => BigInt(Date.now()) * 1000n,
     claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }, CLAIM_MS),
     start(wire, answer) {
+      const abort = direct?.start(wire, answer)
+      if (abort) return abort
       const id = nextId++
       answers.set(id, answer)
       say({ kind: 'start', id, wire }, 0, wire.prompt.buffer as ArrayBuffer)
@@ -108,6 +115,7 @@ function hear(): boolean {
       if (message.kind === 'close') return false
       if (message.kind === 'drain') draining = true
       else if (message.kind === 'tokens') answers.get(message.id)?.tokens(message.ids, message.text)
+      else if (message.kind !== 'end') direct?.hear(message)
       else {
         const answer = answers.get(message.id)
         answers.delete(message.id)
@@ -126,6 +134,7 @@ function run(replica: Replica, bell: Bell): void {
     nowMs = performance.now()
     let taken = 0
     for (const socket of sockets) taken += socket.receive(take, BURST)
+    direct?.tell()
     const next = replica.turn()
     out?.flush()
     if (draining && replica.settled) {
@@ -177,6 +186,10 @@ try {
     sockets.push(new XdpSocket(options.ifindex, queue, { mode, busyPollBudget }))
   }
   out = new PacketSocket(options.ifindex)
+  if (options.direct) {
+    const tokenizer = loadTokenizer(openModel(options.direct.modelPath))
+    direct = new DirectAnswers(options.direct, tokenizer, (report) => say(report))
+  }
   const fds = sockets.map(({ fd }) => fd)
   const bell = openBell(fds)
   const zeroCopy = sockets.every((socket) => socket.zeroCopy)

@@ -4,6 +4,7 @@ import { Worker } from 'node:worker_threads'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { ring } from '../ffi/bell.ts'
 import { closeFd } from '../ffi/libc.ts'
+import type { DirectNews, DirectReport } from './direct-answers.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import {
   ASLEEP,
@@ -19,6 +20,8 @@ export interface RingEvents {
   start(wire: WireRequest, answer: WireAnswer): () => void
   claimed(tenant: number, request: bigint): void
   finished(tenant: number, request: bigint, usedTokens: number): void
+  /** Of prompts that the thread has queued itself. */
+  direct?(report: DirectReport): void
   /** The thread is gone; nothing more comes. */
   failed(error: LatticeError): void
 }
@@ -91,6 +94,11 @@ export class Ring {
     await drained
   }
 
+  /** What the engine says of prompts that the thread has queued itself. */
+  tell(news: DirectNews): void {
+    this.say(news)
+  }
+
   async close(): Promise<void> {
     if (this.over) return
     this.over = true
@@ -112,6 +120,7 @@ export class Ring {
     } else if (message.kind === 'lost') this.losses = message.losses
     else if (message.kind === 'drained') for (const resolve of this.drained.splice(0)) resolve()
     else if (message.kind === 'failed') this.fail(LatticeError.fromJSON(message.error))
+    else if (message.kind !== 'ready') this.events.direct?.(message)
   }
 
   private start(id: number, wire: WireRequest): void {

@@ -118,7 +118,7 @@ export const COMMANDS = {
       host: '0.0.0.0',
       port: QUEUE_PORT,
     })
-    service = serviceFor(queue, tokenizer)
+    service = serviceFor(queue, tokenizer, model === '' ? undefined : model)
     const before = napiThreads(name)
     await attach(name)
     kernelThreads = inThreads(name, cpu, before)
@@ -203,12 +203,13 @@ function inThreads(name: string, cpu: number, before: readonly number[]): number
   return threads
 }
 
-function serviceFor(answering: Engine, tokenizer: Tokenizer): NetService {
+function serviceFor(answering: Engine, tokenizer: Tokenizer, modelPath?: string): NetService {
   const limits = { keys, tokensPerSecond: 1e9, burstTokens: 1e9, maxRunning: 1 << 20 }
   const poor = { ...limits, tokensPerSecond: 10, burstTokens: 1000 }
   return new NetService({
     engine: answering,
     tokenizer,
+    modelPath,
     template: undefined,
     publishes: false,
     maxRunning: 1 << 20,

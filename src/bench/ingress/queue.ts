@@ -3,7 +3,10 @@
 // and the CPU time that was spent until then, thread by thread.
 
 import { readdirSync, readFileSync } from 'node:fs'
+import { setTimeout as sleep } from 'node:timers/promises'
 import {
+  type DirectSink,
+  type DirectWay,
   type Engine,
   type EngineAnswers,
   type EngineQuestion,
@@ -18,6 +21,8 @@ import { EngineClient } from '../../engine/client.ts'
 
 /** A step of the sequence that has the place: long, so that it costs next to nothing. */
 const STEP_MS = 100
+/** How often it is looked whether all prompts are there: seldom, for it costs time as well. */
+const LOOK_MS = 20
 const CONTEXT = 1 << 14
 const MOST = 1 << 20
 const SILENT: SequenceSink = { onToken: () => {}, onFinish: () => {} }
@@ -26,7 +31,7 @@ export class QueueEngine implements Engine {
   private readonly engine: EngineClient
   private readonly waiting: { handle: SequenceHandle; sink: SequenceSink }[] = []
   private taken: SequenceHandle | undefined
-  private awaited: { count: number; resolve: () => void } | undefined
+  private way: DirectWay | undefined
 
   private constructor(engine: EngineClient) {
     this.engine = engine
@@ -63,27 +68,35 @@ export class QueueEngine implements Engine {
     const silent = choices.map(({ sampling }) => ({ sampling, sink: SILENT }))
     const handles = this.engine.submitChoices(request, silent)
     handles.forEach((handle, i) => this.waiting.push({ handle, sink: choices[i]!.sink }))
-    if (this.awaited && this.waiting.length >= this.awaited.count) this.awaited.resolve()
     return handles
   }
 
   /** Resolves when so many prompts lie in the scheduler's queue. */
   async queued(count: number): Promise<void> {
-    await new Promise<void>((resolve) => {
-      this.awaited = { count, resolve }
-      if (this.waiting.length >= count) resolve()
-    })
-    this.awaited = undefined
-    // An older snapshot comes if the engine is within a step.
-    while ((await this.engine.snapshot()).waiting < count);
+    // Prompts that come past this thread tell it nothing.
+    while (MOST - this.queueRoom() <= count) await sleep(LOOK_MS)
+    // Whatever it is asked, it takes in first what it was sent before.
+    await this.engine.ask({ kind: 'unpin', tenant: 'bench', id: '' })
   }
 
   /** Ends them all, as the shortest answers that there are. */
-  release(): void {
+  async release(): Promise<void> {
+    // Of those that came past this thread only the engine knows; its first word may be an old one.
+    while (this.way && this.way.running() > 0) {
+      const { sequences } = await this.snapshot()
+      for (const { id, state } of sequences) if (state === 'waiting') this.way.abort(id)
+      await sleep(LOOK_MS)
+    }
     for (const { handle, sink } of this.waiting.splice(0)) {
       handle.abort()
       sink.onFinish('length', 0, undefined)
     }
+    // What still waits would count among the next round's.
+    while (MOST - this.queueRoom() > 1) await sleep(LOOK_MS)
+  }
+
+  direct(sink: DirectSink, stopTokens: readonly number[]): DirectWay {
+    return (this.way = this.engine.direct(sink, stopTokens))
   }
 
   queueRoom(): number {
