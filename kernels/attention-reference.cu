@@ -1,7 +1,7 @@
 // Owns attention by its definition, for tests: softmax(scale·q·K)·V of one row of queries over
 // its slot, float32, one block a head and row, scores in shared memory in pieces (online softmax,
 // Milakov & Gimelshein 2018). It is slow and simple: the oracle of the fast kernels on the device,
-// itself compared with float64 in test/cuda/attention-reference.test.ts.
+// itself compared with transformers in test/cuda/families.gpu.ts.
 #include "common.cuh"
 
 #define PIECE 256

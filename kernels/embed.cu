@@ -1,6 +1,6 @@
 // Owns the lookup of embedding rows: out[t] = scale · table[token[t]], bf16. Reads and writes
 // 2·width bytes a token (8 KiB for 4,096: launch-bound, 2 µs). Exact for scale 1; otherwise one
-// rounding (relative 2^-9). Oracle: test/cuda/elementwise.test.ts.
+// rounding (relative 2^-9). Oracle: test/cuda/elementwise.gpu.ts.
 #include "common.cuh"
 
 extern "C" __global__ void embed(const bf16* table, const int* tokens, bf16* out, int width,

@@ -12,7 +12,7 @@
 //   K; TOKENS 1|2|4; KWARPS warps along K; CHUNKS of 256 elements a warp; GROUPS of rows side by
 //   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1; the next kernel may start
 //   RELEASE_ROUNDS of loads before the last one.
-// Error: float32 sums in a fixed order, one rounding. Oracle: test/cuda/gemv.test.ts.
+// Error: float32 sums in a fixed order, one rounding. Oracle: test/cuda/gemv.gpu.ts.
 #include "rope.cuh"
 
 #define STORE 0   // out[t][row] = y, bf16

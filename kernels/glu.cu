@@ -1,6 +1,6 @@
 // Owns gated activations: out = act(gate)·up for rows [gate | up] of 2·width bf16 (Shazeer 2020,
 // arXiv:2002.05202). Moves 6·width bytes a token: 64 × 14,336 is 5.5 MB, 1.8 µs at 3 TB/s. One
-// rounding. Oracle: test/cuda/elementwise.test.ts.
+// rounding. Oracle: test/cuda/elementwise.gpu.ts.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)

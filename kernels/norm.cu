@@ -1,7 +1,7 @@
 // Owns RMS norms and the sums around them, one block a row: bf16 in and out, float32 inside.
 // Zhang & Sennrich 2019, arXiv:1910.07467. Moves 2–5 rows of 2·width bytes: launch-bound for a
 // decode batch (2–3 µs), bandwidth-bound for a prefill. Relative error 2^-8. Oracle:
-// test/cuda/elementwise.test.ts.
+// test/cuda/elementwise.gpu.ts.
 #include "common.cuh"
 
 #define PER_THREAD 4  // uint4s of a row that a thread keeps: width ≤ 1024 · 8 · 4

@@ -2,7 +2,7 @@
 // (if its family does that) and rotated, q goes to rows of its own, k and v to the token's place
 // in its slot. One warp a head of a token. Reads 2·(heads + 2·kvHeads)·headDim bytes a
 // token and writes as many: 24 KiB for an 8B model, 64 tokens 1.6 MB, launch-bound (2–3 µs). One
-// rounding (two with a head norm). Oracle: test/cuda/rope.test.ts.
+// rounding (two with a head norm). Oracle: test/cuda/rope.gpu.ts.
 #include "rope.cuh"
 
 #define PAIRS 4  // of a lane: headDim ≤ 256

@@ -1,6 +1,6 @@
 // Owns what moves whole rows about: selection of the rows whose next token is wanted, plain sums.
 // bf16; 4 or 6 bytes an element, launch-bound for a decode batch. Oracle:
-// test/cuda/elementwise.test.ts.
+// test/cuda/elementwise.gpu.ts.
 #include "common.cuh"
 
 /** out[i] = in[index[i]], rows of `width` elements, a multiple of 8. */

@@ -29,6 +29,20 @@ test(`no line is longer than ${COLUMNS_MAX} columns`, () => {
   )
 })
 
+test('a kernel’s oracle is not there', () => {
+  const all = new Set(sources.map(({ path }) => path))
+  complain(
+    sources
+      .filter(({ path }) => path.startsWith('kernels/'))
+      .flatMap(({ path, text }) =>
+        [...text.matchAll(/test\/[\w/.-]+\.ts/g)].map(([oracle]) => ({ path, oracle })),
+      )
+      .filter(({ oracle }) => !all.has(oracle))
+      .map(({ path, oracle }) => `${path} names ${oracle}`),
+    'Name the test that compares it with something else.',
+  )
+})
+
 test('every file says what it owns', () => {
   complain(
     sources
