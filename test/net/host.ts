@@ -19,6 +19,7 @@ import {
 } from '../../src/net/client.ts'
 import type { ClientExchange, ClientPrompt } from '../../src/net/client-exchange.ts'
 import type { LatticeError } from '../../src/errors.ts'
+import { answerCalls } from '../../src/bench/remote-calls.ts'
 import { Ingress } from '../../src/net/ingress.ts'
 import { JoinedReplica } from '../../src/net/joined-replica.ts'
 import { NetService } from '../../src/net/net-service.ts'
@@ -366,27 +367,4 @@ export const COMMANDS = {
   },
 }
 
-export interface Call {
-  id: number
-  command: keyof typeof COMMANDS
-  args: unknown[]
-}
-
-export interface Reply {
-  id: number
-  value?: unknown
-  error?: string
-}
-
-if (import.meta.main) {
-  process.on('message', async ({ id, command, args }: Call) => {
-    try {
-      const value = await (COMMANDS[command] as (...all: unknown[]) => unknown)(...args)
-      process.send?.({ id, value })
-    } catch (thrown) {
-      process.send?.({ id, error: thrown instanceof Error ? thrown.stack : String(thrown) })
-    }
-  })
-  // Its test is gone.
-  process.on('disconnect', () => process.exit())
-}
+if (import.meta.main) answerCalls(COMMANDS)

@@ -3,7 +3,8 @@
 
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
-import type { Call, COMMANDS, Reply } from './host.ts'
+import { RemoteCalls } from '../../src/bench/remote-calls.ts'
+import type { COMMANDS } from './host.ts'
 
 const HOST = fileURLToPath(new URL('host.ts', import.meta.url))
 
@@ -24,8 +25,7 @@ export class Host {
   readonly address: string
   readonly address6: string
   readonly child: ChildProcess
-  private readonly calls = new Map<number, PromiseWithResolvers<unknown>>()
-  private nextId = 1
+  private readonly calls: RemoteCalls<Commands>
 
   constructor(namespace: string, link: string, address: string) {
     this.namespace = namespace
@@ -37,15 +37,7 @@ export class Host {
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
       serialization: 'advanced',
     })
-    this.child.on('message', ({ id, value, error }: Reply) => {
-      const call = this.calls.get(id)
-      this.calls.delete(id)
-      if (error === undefined) call?.resolve(value)
-      else call?.reject(new Error(error))
-    })
-    this.child.on('exit', () => {
-      for (const call of this.calls.values()) call.reject(new Error(`${namespace} has ended`))
-    })
+    this.calls = new RemoteCalls(this.child, namespace)
   }
 
   /** Has the process do something; what it throws is thrown here. */
@@ -53,11 +45,7 @@ export class Host {
     command: N,
     ...args: Parameters<Commands[N]>
   ): Promise<Awaited<ReturnType<Commands[N]>>> {
-    const id = this.nextId++
-    const call = Promise.withResolvers<unknown>()
-    this.calls.set(id, call)
-    this.child.send({ id, command, args } satisfies Call)
-    return call.promise as Promise<Awaited<ReturnType<Commands[N]>>>
+    return this.calls.call(command, ...args)
   }
 
   /** What the kernel says of its interface. */

@@ -19,6 +19,7 @@ import { loadTokenizer } from '../../text/load.ts'
 import type { Tokenizer } from '../../text/tokenizer.ts'
 import { BenchEngine, BYTES } from './engine.ts'
 import { cpuTimes, napiThreads, QueueEngine } from './queue.ts'
+import { answerCalls } from '../remote-calls.ts'
 
 export const TENANT = { granted: 1, refused: 2 } as const
 export const KEY = new Uint8Array(16).fill(3)
@@ -246,20 +247,4 @@ async function overHttp(agent: Agent, host: string, prompt: string, from: number
   return promise
 }
 
-export interface Call {
-  id: number
-  command: keyof typeof COMMANDS
-  args: unknown[]
-}
-
-if (import.meta.main) {
-  process.on('message', async ({ id, command, args }: Call) => {
-    try {
-      const value = await (COMMANDS[command] as (...all: unknown[]) => unknown)(...args)
-      process.send?.({ id, value })
-    } catch (thrown) {
-      process.send?.({ id, error: thrown instanceof Error ? thrown.stack : String(thrown) })
-    }
-  })
-  process.on('disconnect', () => process.exit())
-}
+if (import.meta.main) answerCalls(COMMANDS)

@@ -8,6 +8,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { LatticeError } from '../../errors.ts'
+import { RemoteCalls } from '../remote-calls.ts'
 import type { COMMANDS } from './host.ts'
 
 const HOST = fileURLToPath(new URL('host.ts', import.meta.url))
@@ -40,8 +41,7 @@ export class End {
   readonly address: string
   readonly cpu: number
   private host: ChildProcess | undefined
-  private readonly calls = new Map<number, PromiseWithResolvers<unknown>>()
-  private nextId = 1
+  private calls: RemoteCalls<Commands> | undefined
 
   constructor(namespace: string, link: string, address: string, cpu: number) {
     this.namespace = namespace
@@ -64,29 +64,18 @@ export class End {
     command: N,
     ...args: Parameters<Commands[N]>
   ): Promise<Awaited<ReturnType<Commands[N]>>> {
-    this.host ??= this.start()
-    const id = this.nextId++
-    const call = Promise.withResolvers<unknown>()
-    this.calls.set(id, call)
-    this.host.send({ id, command, args })
-    return call.promise as Promise<Awaited<ReturnType<Commands[N]>>>
+    this.calls ??= this.start()
+    return this.calls.call(command, ...args)
   }
 
   end(): void {
     this.host?.kill('SIGKILL')
   }
 
-  private start(): ChildProcess {
+  private start(): RemoteCalls<Commands> {
     const [command, args] = this.inside(process.execPath, HOST)
-    const host = spawn(command, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] })
-    host.on('message', ({ id, value, error }: { id: number; value: unknown; error?: string }) => {
-      if (error === undefined) this.calls.get(id)?.resolve(value)
-      else this.calls.get(id)?.reject(new Error(error))
-    })
-    host.on('exit', () => {
-      for (const call of this.calls.values()) call.reject(new Error(`${this.link} has ended`))
-    })
-    return host
+    this.host = spawn(command, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] })
+    return new RemoteCalls(this.host, this.link)
   }
 }
 
