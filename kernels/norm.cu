@@ -1,8 +1,9 @@
-// Owns RMS norms and the sums around them, one block a row: bf16 in and out, float32 inside.
+// Owns RMS norms and the sums around them, one block a row: bf16 in and out, float32 inside; or
+// e4m3 out, rounded once.
 // Zhang & Sennrich 2019, arXiv:1910.07467. Moves 2–5 rows of 2·width bytes: launch-bound for a
 // decode batch (2–3 µs), bandwidth-bound for a prefill. Relative error 2^-8. Oracle:
 // test/cuda/elementwise.gpu.ts.
-#include "common.cuh"
+#include "fp8.cuh"
 
 #define PER_THREAD 4  // uint4s of a row that a thread keeps: width ≤ 1024 · 8 · 4
 
@@ -11,9 +12,10 @@
  *   postWeight null: x' = x + added     else x' = x + norm(added)·postWeight
  *   added null: x' = x;   out null: only the sum is wanted;   x is written if there was a sum.
  */
-extern "C" __global__ void __launch_bounds__(1024)
-    normRow(bf16* x, const bf16* added, const float* postWeight, const float* weight, bf16* out,
-            int width, float eps) {
+template <bool NARROW>
+__device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* postWeight,
+                                     const float* weight, void* out, int width, float eps,
+                                     bf16* outScales, Scales scales) {
   __shared__ float scratch[33];
   // At once: a product that follows asks for its first weights while this waits for its row.
   releaseDependents();
@@ -21,11 +23,13 @@ extern "C" __global__ void __launch_bounds__(1024)
   u64 at = (u64)blockIdx.x * width;
   int count = width >> 3;
   float v[PER_THREAD][8];
+  float token = NARROW && scales.rows ? widen(scales.tokens[blockIdx.x]) : 1.f;
   float post = 0.f;
   if (added && postWeight) {
     for (int c = 0, i = threadIdx.x; c < PER_THREAD && i < count; c++, i += blockDim.x) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
+      if (NARROW && scales.rows) scale8(a, scales.rows, i, token);
       for (int j = 0; j < 8; j++) post += a[j] * a[j];
     }
     post = rsqrtf(blockSum(post, scratch) / width + eps);
@@ -39,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     if (added) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
+      if (NARROW && scales.rows) scale8(a, scales.rows, i, token);
       for (int j = 0; j < 8; j++) {
         float term = postWeight ? rounded(a[j] * post * postWeight[i * 8 + j]) : a[j];
         v[c][j] = rounded(v[c][j] + term);
@@ -54,6 +59,25 @@ extern "C" __global__ void __launch_bounds__(1024)
     int i = threadIdx.x + c * blockDim.x;
     if (i >= count) break;
     for (int j = 0; j < 8; j++) v[c][j] *= scale * weight[i * 8 + j];
-    ((uint4*)(out + at))[i] = pack8(v[c]);
+    if (!NARROW || !outScales) ((uint4*)((bf16*)out + at))[i] = pack8(v[c]);
   }
+  if (!NARROW || !outScales) return;
+  storeE4m3<PER_THREAD>(v, count, (e4m3*)out + at, outScales + blockIdx.x, scratch);
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    normRow(bf16* x, const bf16* added, const float* postWeight, const float* weight, bf16* out,
+            int width, float eps) {
+  norm<false>(x, added, postWeight, weight, out, width, eps, nullptr, {});
+}
+
+/**
+ * The same between products of e4m3. outScales: null for an out of bf16, else out is e4m3 and each
+ * row has a scale; rowScales: null for an `added` of numbers, else of the matrix that made it.
+ */
+extern "C" __global__ void __launch_bounds__(1024)
+    normRowE4m3(bf16* x, const bf16* added, const float* postWeight, const float* weight,
+                void* out, int width, float eps, bf16* outScales, const bf16* rowScales,
+                const bf16* tokenScales) {
+  norm<true>(x, added, postWeight, weight, out, width, eps, outScales, {rowScales, tokenScales});
 }

@@ -3,6 +3,7 @@
 // in its slot. One warp a head of a token. Reads 2·(heads + 2·kvHeads)·headDim bytes a
 // token and writes as many: 24 KiB for an 8B model, 64 tokens 1.6 MB, launch-bound (2–3 µs). One
 // rounding (two with a head norm). Oracle: test/cuda/rope.gpu.ts.
+#include "fp8.cuh"
 #include "rope.cuh"
 
 #define PAIRS 4  // of a lane: headDim ≤ 256
@@ -27,13 +28,13 @@ __device__ __forceinline__ void normHead(float (*v)[2], const float* weight, con
  * qNorm, kNorm: null for none. layerOffset: bytes from a token's start to the layer's keys, behind
  * which its values lie.
  */
-extern "C" __global__ void ropeAppend(const bf16* q, const bf16* k, const bf16* v, int qStride,
-                                      int kvStride, bf16* qOut, const int* positions,
-                                      const u64* slots, const float* frequencies, int dimensions,
-                                      int interleaved, float magnitude, const float* qNorm,
-                                      const float* kNorm, float eps, int heads, int kvHeads,
-                                      int headDim, u64 tokenStride, u64 layerOffset) {
-  Rope rope = {frequencies, dimensions, interleaved, magnitude};
+template <bool SCALED>
+__device__ __forceinline__ void append(const bf16* q, const bf16* k, const bf16* v, int qStride,
+                                       int kvStride, bf16* qOut, const int* positions,
+                                       const u64* slots, const Rope& rope, const float* qNorm,
+                                       const float* kNorm, float eps, int heads, int kvHeads,
+                                       int headDim, u64 tokenStride, u64 layerOffset,
+                                       Scales scales) {
   awaitInputs();
   releaseDependents();
   int row = blockIdx.x, lane = threadIdx.x & 31;
@@ -41,6 +42,7 @@ extern "C" __global__ void ropeAppend(const bf16* q, const bf16* k, const bf16* 
   u64 slot = slots[row];
   // A row that pads the batch has no sequence: it writes nowhere.
   if (slot == 0) return;
+  float token = SCALED ? widen(scales.tokens[row]) : 1.f;
   bf16* place = (bf16*)(slot + position * tokenStride + layerOffset);
   int queries = q ? heads : 0, all = queries + (k ? 2 * kvHeads : 0);
   int warps = blockDim.x >> 5;
@@ -63,6 +65,10 @@ extern "C" __global__ void ropeAppend(const bf16* q, const bf16* k, const bf16* 
       int2 at = pairOf(rope, p);
       x[c][0] = widen(from[at.x]);
       x[c][1] = widen(from[at.y]);
+      if (SCALED) {
+        x[c][0] *= widen(scales.rows[h * headDim + at.x]) * token;
+        x[c][1] *= widen(scales.rows[h * headDim + at.y]) * token;
+      }
     }
     const float* weight = kind == 0 ? qNorm : kind == 1 ? kNorm : nullptr;
     if (weight) normHead(x, weight, rope, headDim, eps, lane);
@@ -75,4 +81,27 @@ extern "C" __global__ void ropeAppend(const bf16* q, const bf16* k, const bf16* 
       to[at.y] = narrow(x[c][1]);
     }
   }
+}
+
+extern "C" __global__ void ropeAppend(const bf16* q, const bf16* k, const bf16* v, int qStride,
+                                      int kvStride, bf16* qOut, const int* positions,
+                                      const u64* slots, const float* frequencies, int dimensions,
+                                      int interleaved, float magnitude, const float* qNorm,
+                                      const float* kNorm, float eps, int heads, int kvHeads,
+                                      int headDim, u64 tokenStride, u64 layerOffset) {
+  append<false>(q, k, v, qStride, kvStride, qOut, positions, slots,
+                {frequencies, dimensions, interleaved, magnitude}, qNorm, kNorm, eps, heads,
+                kvHeads, headDim, tokenStride, layerOffset, {});
+}
+
+/** The same of a product of e4m3 that made all of q, k and v, side by side. */
+extern "C" __global__ void ropeAppendScaled(
+    const bf16* q, const bf16* k, const bf16* v, int qStride, int kvStride, bf16* qOut,
+    const int* positions, const u64* slots, const float* frequencies, int dimensions,
+    int interleaved, float magnitude, const float* qNorm, const float* kNorm, float eps, int heads,
+    int kvHeads, int headDim, u64 tokenStride, u64 layerOffset, const bf16* rowScales,
+    const bf16* tokenScales) {
+  append<true>(q, k, v, qStride, kvStride, qOut, positions, slots,
+               {frequencies, dimensions, interleaved, magnitude}, qNorm, kNorm, eps, heads, kvHeads,
+               headDim, tokenStride, layerOffset, {rowScales, tokenScales});
 }

@@ -1,6 +1,7 @@
 // Owns `lattice inspect gpu`: what was found for computing on a GPU, or what is missing.
 
 import type { GpuReport, PartReport } from '../backends/cuda/describe.ts'
+import { whyNotFp8 } from '../backends/cuda/quantization.ts'
 import { formatBytes, formatTable } from './table.ts'
 
 export async function inspectGpu({ json }: { json?: boolean }): Promise<void> {
@@ -28,6 +29,8 @@ export function gpuText({ usable, parts, devices, includeFolders, kernels }: Gpu
       `  pages of the host can be mapped: ${device.hostPages ? 'yes' : 'no'}` +
         (device.hostNumaNode >= 0 ? `; nearest NUMA node ${device.hostNumaNode}` : ''),
     )
+    const noFp8 = whyNotFp8(device)
+    lines.push(`  fp8 (--quantization fp8): ${noFp8 === undefined ? 'yes' : `no, ${noFp8}`}`)
     if (device.problem !== undefined) lines.push(`  cannot be used: ${device.problem}`)
   }
   for (const part of parts) if (!part.found) lines.push('', ...missing(part))

@@ -2,6 +2,7 @@
 
 import { type Command, Option } from 'commander'
 import { randomInt } from 'node:crypto'
+import { QUANTIZATIONS, type Quantization } from '../backends/cuda/quantization.ts'
 import type { SamplingParams } from '../engine/api.ts'
 import type { DeviceOption } from '../engine/device.ts'
 import { EVICTION_DEFAULT, EVICTION_NAMES, type EvictionName } from '../kv/eviction.ts'
@@ -17,6 +18,7 @@ import {
 export interface EngineOptions {
   model?: string
   device: DeviceOption
+  quantization?: Quantization
   threads?: number
   context?: number
   kvMemory?: number
@@ -56,6 +58,13 @@ export function addEngineOptions(command: Command): Command {
       new Option('--device <DEVICE>', 'what computes; auto takes a GPU if there is one')
         .choices(['auto', 'cpu', 'cuda'])
         .default('auto'),
+    )
+    .addOption(
+      new Option(
+        '--quantization <TYPE>',
+        'what the weights become when a GPU loads them: fp8 is e4m3 with a scale a row, and is' +
+          ' multiplied so, too (default: bfloat16)',
+      ).choices(QUANTIZATIONS),
     )
     .option('--threads <N>', 'threads that compute (default: one a core)', parseCount(1, 1024))
     .option(

@@ -88,6 +88,7 @@ export async function openSession(
     onStarting: (what) => void process.stderr.write(`${what} …\n`),
     ...defined({
       threads: options.threads,
+      quantization: options.quantization,
       contextLength: options.context,
       kvMemoryBytes: options.kvMemory,
       prefixCacheBytes: options.prefixCache,

@@ -1,6 +1,7 @@
 // Owns what the main thread and the engine thread say to each other. One message a step carries
 // all of its tokens; a shared counter wakes the engine when it sleeps.
 
+import type { Quantization } from '../backends/cuda/quantization.ts'
 import type { NullBackendOptions } from '../backends/null/backend.ts'
 import { LatticeError, type LatticeErrorJson } from '../errors.ts'
 import type { EvictionName } from '../kv/eviction.ts'
@@ -65,7 +66,8 @@ export type BackendChoice =
   | { kind: 'cpu'; modelPath: string; cpus: readonly number[] }
   /**
    * `device`: which GPU. `kvIdleReleaseMs`: when idle KV memory goes back to its driver.
-   * `kvHostBytes`: memory of the host for KV that it has no room for.
+   * `kvHostBytes`: memory of the host for KV that it has no room for. `quantization`: what its
+   * matrices become; bfloat16 unless given.
    */
   | {
       kind: 'cuda'
@@ -73,6 +75,7 @@ export type BackendChoice =
       device: number
       kvIdleReleaseMs?: number
       kvHostBytes?: number
+      quantization?: Quantization
     }
   | ({ kind: 'null' } & Pick<
       NullBackendOptions,

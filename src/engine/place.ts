@@ -49,6 +49,11 @@ export async function choosePlace(
 }
 
 function onCpu(path: string, model: Model, options: EngineOptions, reason: string): Place {
+  if (options.quantization !== undefined) {
+    throw new LatticeError('usage', '--quantization is for a GPU; the CPU computes here.', {
+      todo: 'Leave it out, and take a model whose file is quantized: the CPU multiplies it as it is.',
+    })
+  }
   if (options.kvIdleReleaseMs !== undefined) {
     throw new LatticeError('usage', '--kv-idle-release is for a GPU; the CPU computes here.', {
       todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
@@ -113,7 +118,10 @@ async function onGpu(
   }
   const { gpuKvLayout } = await import('../backends/cuda/kv-layout.ts')
   const { config } = model
-  const weights = weightBytes(model)
+  const { quantization } = options
+  const { e4m3Weights } = await import('../backends/cuda/e4m3.ts')
+  const narrow = quantization ? e4m3Weights(model, gpu) : new Set<string>()
+  const weights = weightBytes(model, narrow)
   const free = Math.max(0, gpu.freeBytes - weights - workBytes(model, options))
   const idle = options.kvIdleReleaseMs
   return {
@@ -123,6 +131,7 @@ async function onGpu(
       device: gpu.index,
       ...(idle !== undefined && { kvIdleReleaseMs: idle }),
       ...(kvHostBytes !== undefined && { kvHostBytes }),
+      ...(quantization && { quantization }),
     },
     layout: (tokens) => gpuKvLayout(config, tokens),
     kvBytes: options.kvMemoryBytes ?? Math.floor(free * GPU_KV_SHARE),
@@ -130,16 +139,30 @@ async function onGpu(
     chunkTokensMin: 1,
     stepTokens: STEP_TOKENS_GPU,
     describe: () =>
-      `${reason}: ${gpu.name} (${gpu.architecture}), ${mib(weights)} of weights as bfloat16` +
-      converted(model),
+      `${reason}: ${gpu.name} (${gpu.architecture}), ${mib(weights)} of weights` +
+      (quantization ? narrowed(model, narrow) : ` as bfloat16${converted(model)}`),
   }
 }
 
-/** All matrices are bfloat16 on a GPU. */
-function weightBytes({ tensors }: Model): number {
-  let elements = 0
-  for (const { shape } of tensors.values()) elements += shape.reduce((a, b) => a * b, 1)
-  return 2 * elements
+/** @param narrow matrices of one byte an element, and a scale a row; all else is bfloat16 */
+function weightBytes({ tensors }: Model, narrow: ReadonlySet<string>): number {
+  let bytes = 0
+  for (const { name, shape } of tensors.values()) {
+    const elements = shape.reduce((a, b) => a * b, 1)
+    bytes += narrow.has(name) ? elements + 2 * (shape[1] ?? 1) : 2 * elements
+  }
+  return bytes
+}
+
+/** What is fp8, and what is not although it is multiplied in blocks. */
+function narrowed({ tensors }: Model, narrow: ReadonlySet<string>): string {
+  const matrices = [...tensors.values()].filter(
+    ({ name, shape }) => shape.length > 1 && name.startsWith('blk.'),
+  )
+  const wide = matrices.filter(({ name }) => !narrow.has(name)).length
+  const but =
+    wide === 0 ? '' : `, ${wide} of ${matrices.length} matrices of blocks not (their sizes)`
+  return `: fp8 (e4m3, a scale a row) in blocks${but}; embedding and output as bfloat16`
 }
 
 /** What becomes bfloat16, if anything does. */

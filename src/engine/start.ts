@@ -6,6 +6,7 @@ import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { type KvLayout, liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT } from '../limits.ts'
 import { stepTokensNeeded } from '../scheduler/scheduler.ts'
+import type { Quantization } from '../backends/cuda/quantization.ts'
 import { openModel } from '../model/load.ts'
 import type { ModelConfig } from '../model/model.ts'
 import type { Engine } from './api.ts'
@@ -20,6 +21,8 @@ export interface EngineOptions {
   /** How the API names the model. */
   modelId: string
   device: DeviceOption
+  /** What matrices become on a GPU, where their shapes allow it; bfloat16 unless given. */
+  quantization?: Quantization
   /** Compute threads, each on a core of its own. */
   threads?: number
   /** Longest sequence; the model's own by default. */

@@ -38,6 +38,8 @@ export interface MatmulOptions {
   epilogue?: number
   /** Device address of the bias vector, for EPILOGUE.bias. */
   biasAddress?: number
+  /** Whether sums of 8-bit products may stay in the tensor cores, with fewer bits. */
+  fastSums?: boolean
 }
 
 /** One product's description; its parts are cuBLASLt's handles. */
@@ -117,7 +119,7 @@ const CALLS = {
 type Calls = Readonly<Record<keyof typeof CALLS, (...args: readonly number[]) => number>>
 
 /** cublasLtMatmulDescAttributes_t, …LayoutAttribute_t and …PreferenceAttributes_t. */
-const DESCRIPTOR = { transposeA: 3, transposeB: 4, epilogue: 7, biasAddress: 8 }
+const DESCRIPTOR = { transposeA: 3, transposeB: 4, epilogue: 7, biasAddress: 8, fastSums: 25 }
 const LAYOUT = { batch: 5, batchStride: 6 }
 const PREFERENCE = { workspaceBytes: 1 }
 const TRANSPOSE = 1
@@ -165,7 +167,7 @@ export function loadCublasLt(): CublasLt {
     object: number,
     attribute: number,
     value: number,
-    bytes: 4 | 8,
+    bytes: 1 | 4 | 8,
   ): void => {
     out.setNumber(0, value)
     check(calls[call](object, attribute, out.address, bytes), call)
@@ -194,6 +196,7 @@ export function loadCublasLt(): CublasLt {
     if (options.transposeB) set(call, made, DESCRIPTOR.transposeB, TRANSPOSE, 4)
     if (options.epilogue !== undefined) set(call, made, DESCRIPTOR.epilogue, options.epilogue, 4)
     if (options.biasAddress) set(call, made, DESCRIPTOR.biasAddress, options.biasAddress, 8)
+    if (options.fastSums) set(call, made, DESCRIPTOR.fastSums, 1, 1)
     return made
   }
 

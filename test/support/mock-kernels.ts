@@ -6,7 +6,7 @@ import { GEMV_EPILOGUE } from '../../src/backends/cuda/gemv.ts'
 import type { Attention } from '../../src/backends/cuda/lower-context.ts'
 import type { KvLayout } from '../../src/kv/layout.ts'
 import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
-import type { CublasLt, MatrixLayout } from '../../src/ffi/cublaslt.ts'
+import { type CublasLt, MATRIX, type MatrixLayout } from '../../src/ffi/cublaslt.ts'
 import { viewMemory } from '../../src/ffi/libc.ts'
 import type { MockCuda } from './mock-cuda.ts'
 
@@ -42,8 +42,12 @@ export class MockKernels {
       sample: (a, [outputs]) => this.sample(a, outputs!),
       skinny: (a) => this.skinny(a),
     }
+    this.register(kernels)
+  }
+
+  protected register(kernels: Readonly<Record<string, Run>>): void {
     for (const [name, run] of Object.entries(kernels)) {
-      cuda.behaviours.set(name, (launch: KernelLaunch) => {
+      this.cuda.behaviours.set(name, (launch: KernelLaunch) => {
         const args = launch.kinds.flatMap((kind, i) =>
           kind === 'bytes128'
             ? [...new Float64Array(viewMemory(launch.addressOfArgument(i), 16))]
@@ -55,19 +59,24 @@ export class MockKernels {
     }
   }
 
-  private bytes(address: number, count: number): ArrayBuffer {
+  protected bytes(address: number, count: number): ArrayBuffer {
     return Uint8Array.from(this.cuda.read(address, count)).buffer
   }
 
-  private bf16(address: number, count: number): Float32Array {
+  protected bf16(address: number, count: number): Float32Array {
     const bits = new Uint16Array(this.bytes(address, count * 2))
     return new Float32Array(Uint32Array.from(bits, (b) => b << 16).buffer)
   }
 
-  private putBf16(address: number, values: ArrayLike<number>): void {
+  protected putBf16(address: number, values: ArrayLike<number>): void {
     const bits = new Uint32Array(Float32Array.from(values).buffer)
     const halves = Uint16Array.from(bits, (b) => (b + 0x7fff + ((b >>> 16) & 1)) >>> 16)
     this.cuda.write(address, new Uint8Array(halves.buffer))
+  }
+
+  /** Of a product's operand, by cudaDataType. */
+  protected row(_type: number, address: number, count: number): Float32Array {
+    return this.bf16(address, count)
   }
 
   private f32(address: number, count: number): Float32Array {
@@ -163,7 +172,7 @@ export class MockKernels {
     }
   }
 
-  private normRow(args: readonly number[], rows: number): void {
+  protected normRow(args: readonly number[], rows: number): void {
     const [x, added, post, weight, out, width, eps] = args as [
       number,
       number,
@@ -189,7 +198,7 @@ export class MockKernels {
     }
   }
 
-  private glu([input, out, width, gelu]: readonly number[], rows: number): void {
+  protected glu([input, out, width, gelu]: readonly number[], rows: number): void {
     for (let r = 0; r < rows; r++) {
       const row = this.bf16(input! + r * 2 * width! * 2, 2 * width!)
       const made = row.subarray(0, width).map((g, i) => {
@@ -219,7 +228,7 @@ export class MockKernels {
     }
   }
 
-  private ropeAppend(a: readonly number[], rows: number): void {
+  protected ropeAppend(a: readonly number[], rows: number): void {
     const [q, k, v, qStride, kvStride, qOut, positions, bases, frequencies, dims] = a as number[]
     const [interleaved, magnitude, qNorm, kNorm, eps, heads, kvHeads, headDim] = a.slice(
       10,
@@ -358,12 +367,13 @@ export class MockKernels {
         const { a, b, d } = plans.get(plan.descriptor)!
         const run = () => {
           for (let n = 0; n < b.columns; n++) {
-            const row = this.bf16(x + n * b.leading * 2, a.rows)
+            const size = b.type === MATRIX.e4m3 ? 1 : 2
+            const row = this.row(b.type, x + n * b.leading * size, a.rows)
             const wide = d.type === 0
             const at = out + n * d.leading * (wide ? 4 : 2)
             const before = accumulate ? this.bf16(at, d.rows) : new Float32Array(d.rows)
             const made = before.map((sum, m) => {
-              const weight = this.bf16(w + m * a.leading * 2, a.rows)
+              const weight = this.row(a.type, w + m * a.leading * size, a.rows)
               return sum + weight.reduce((total, y, i) => total + y * row[i]!, 0)
             })
             if (wide) this.cuda.write(at, new Uint8Array(made.buffer))

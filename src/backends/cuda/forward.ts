@@ -13,6 +13,8 @@ import type { Program } from '../../model/program.ts'
 import { CudaAttention } from './attention.ts'
 import { Choices, choicesPath } from './choices.ts'
 import type { CudaDevice } from './device.ts'
+import { e4m3Weights } from './e4m3.ts'
+import { E4m3 } from './e4m3-products.ts'
 import { fuse } from './fuse.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
@@ -22,6 +24,7 @@ import type { Attention, HopperUse, LowerContext, StepShape } from './lower-cont
 import { LogprobRing } from './logprobs.ts'
 import { Matmuls, paddedRows, type Product } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
+import type { Quantization } from './quantization.ts'
 import { ropeTable } from './rope-table.ts'
 import { SamplingTable } from './sampling.ts'
 import type { StartTimes } from './start-times.ts'
@@ -35,6 +38,8 @@ export interface ForwardOptions {
   kv: { address: number; layout: KvLayout; regions: number }
   maxSequences: number
   stepTokens: number
+  /** What matrices within blocks become where their shapes allow it; bf16 unless given. */
+  quantization?: Quantization | undefined
   /** Whether matrix products are measured before they are used. */
   tune?: boolean
   prefetchBytes?: number
@@ -102,6 +107,7 @@ export class CudaForward {
   private readonly kernels: Kernels
   private readonly attention: Attention
   private readonly choices: Choices
+  private readonly e4m3: E4m3 | undefined
   private readonly arena: number
   private readonly adjusted: number
   private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
@@ -128,7 +134,8 @@ export class CudaForward {
     const nodes = { decoding: fuse(program, true), mixed: fuse(program, false) }
     const fill = (address: number, elements: number, seed: number, scale: number) =>
       this.fillRandom(address, elements, seed, scale)
-    this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream)
+    this.e4m3 = options.quantization && this.makeE4m3(model)
+    this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream, this.e4m3)
     options.times?.done('weights')
     this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
     this.choices = new Choices(choicesPath(modules.folder, 'skinny', info, driver.version))
@@ -149,6 +156,7 @@ export class CudaForward {
       find: this.kernels.find,
       matmuls: this.matmuls,
       weights: this.weights,
+      e4m3: this.e4m3,
       attention: this.attention,
       state: this.state,
       layout: kv.layout,
@@ -231,6 +239,7 @@ export class CudaForward {
     this.logprobs.close()
     this.matmuls.close()
     this.weights.close()
+    this.e4m3?.close()
     this.state.close()
     this.kernels.close()
     driver.destroyStream(this.stream)
@@ -241,6 +250,7 @@ export class CudaForward {
   }
 
   private get hopper(): HopperUse {
+    if (this.e4m3) return 'never'
     if (this.options.hopperAlways) return 'always'
     return (this.options.skinny ?? true) ? 'measured' : 'never'
   }
@@ -270,6 +280,13 @@ export class CudaForward {
     lowering.queue(shape)
     if (sample && outputs > 0) driver.launch(this.sampleLaunch.grid(outputs), stream)
     driver.launch(this.publishLaunch.set(1, outputs), stream)
+  }
+
+  private makeE4m3(model: Model): E4m3 {
+    const { device, maxSequences, stepTokens } = this.options
+    const rows = paddedRows(Math.max(maxSequences, stepTokens))
+    const { find } = this.kernels
+    return new E4m3(device.driver, find, model, e4m3Weights(model, device.info), rows, this.stream)
   }
 
   private makeAttention(program: Program): CudaAttention {
@@ -441,10 +458,13 @@ export class CudaForward {
     const bytes = Math.max(...shapes.map(({ product: { k, m } }) => rowsMax * (k * 2 + m * 4)))
     const scratch = driver.allocate(bytes)
     this.fillRandom(scratch, bytes / 2, 1, 1)
+    const wide = Math.max(0, ...shapes.map(({ product: { e4m3, k } }) => (e4m3 ? k : 0)))
+    if (wide > 0) this.e4m3?.rows(scratch, this.e4m3.x, this.e4m3.scales, rowsMax, wide)
     driver.synchronize()
     for (const { product, weights } of shapes) {
       const out = scratch + rowsMax * product.k * 2
-      for (const count of rows) this.matmuls.tune(product, count, weights, scratch, out)
+      const x = (product.e4m3 && this.e4m3?.x) || scratch
+      for (const count of rows) this.matmuls.tune(product, count, weights, x, out)
     }
     driver.free(scratch)
   }

@@ -337,7 +337,7 @@ export function fuseSkinny(nodes: readonly Node[], norms = true): (Node | Skinny
 }
 
 /** Whether only one node reads a value. */
-function single(nodes: readonly Node[], value: Value): boolean {
+export function single(nodes: readonly Node[], value: Value): boolean {
   return nodes.filter((node) => readsOf(node).includes(value)).length === 1
 }
 

@@ -7,6 +7,7 @@ import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import { attentionVariants } from './attention-variants.ts'
 import { planStep, stepShape, stepVariant } from './decode-step.ts'
+import type { Quantization } from './quantization.ts'
 import { BUCKETS, HOPPER } from './forward.ts'
 import { fuse, fuseSkinny, type Node, type SkinnyNode } from './fuse.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
@@ -35,6 +36,7 @@ export function kernelsOf(
   info: GpuDevice,
   releaseRounds: number,
   maxSequences: number,
+  quantization?: Quantization,
 ): KernelSource[] {
   const program = programFor(model)
   const { heads, kvHeads, headDim, attentionScale: scale } = program.config
@@ -43,6 +45,7 @@ export function kernelsOf(
   const { decode, prefill } = attentionVariants(shape, capability, sharedBytesPerBlock)
   const nodes = [fuse(program, true), fuse(program, false)]
   const files = new Set(ALWAYS)
+  if (quantization) files.add('quantise.cu')
   for (const node of nodes.flat()) {
     const file = FILES[node.kind]
     if (file !== undefined) files.add(file)
@@ -50,13 +53,14 @@ export function kernelsOf(
       files.add('rows.cu')
     }
   }
-  const products = nodes
+  const own = quantization ? [] : nodes
+  const products = own
     .flatMap((of) => fuseSkinny(of))
     .filter((node) => node.kind === 'skinny')
     .flatMap((node) => variantsOf(node, model, releaseRounds))
-  const [decoding = []] = nodes
+  const [decoding = []] = own
   const steps = wholeSteps(decoding, model, info, maxSequences)
-  const tiles = hopperTiles(nodes, model, info, maxSequences)
+  const tiles = hopperTiles(own, model, info, maxSequences)
   // The longest to compile come first: nobody waits for one that began last.
   const list = [
     ...steps,

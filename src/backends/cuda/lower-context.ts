@@ -6,6 +6,7 @@ import type { KvLayout } from '../../kv/layout.ts'
 import type { RopeConfig } from '../../model/model.ts'
 import type { DecodeRows, PrefillSegments } from './attention.ts'
 import type { Choices } from './choices.ts'
+import type { E4m3 } from './e4m3-products.ts'
 import type { KernelFinder } from './kernels.ts'
 import type { Matmuls } from './matmul.ts'
 import type { StepState } from './state.ts'
@@ -37,6 +38,8 @@ export interface LowerContext {
   find: KernelFinder
   matmuls: Matmuls
   weights: DeviceWeights
+  /** What products of e4m3 need, if there are any. */
+  e4m3?: E4m3 | undefined
   attention: Attention
   state: StepState
   layout: KvLayout

@@ -6,6 +6,7 @@ import { LatticeError } from '../../errors.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
 import { Buffers } from './buffers.ts'
+import { E4m3Products, rowThreads, type Surroundings } from './e4m3-products.ts'
 import {
   type GluNode,
   type LinearNode,
@@ -32,6 +33,13 @@ export interface NamedCommand {
   run: Command
 }
 
+interface Operands {
+  product: Product
+  weight: number
+  x: number
+  out: number
+}
+
 export class Lowering {
   /** Rows that buffers have. */
   private readonly room: Readonly<Record<Rows, number>>
@@ -48,6 +56,7 @@ export class Lowering {
   private readonly products: SkinnyProducts
   private hopper: readonly NamedCommand[] = []
   private readonly hopperProducts: HopperProducts
+  private readonly e4m3: E4m3Products | undefined
 
   constructor(
     program: Program,
@@ -63,6 +72,7 @@ export class Lowering {
     const place = (value: Value) => this.place(value)
     this.products = new SkinnyProducts(context, program.config, place)
     this.hopperProducts = new HopperProducts(context, program.config, place, this.room)
+    this.e4m3 = context.e4m3 && new E4m3Products(context, context.e4m3, nodes, place)
   }
 
   /** Lowers everything to an arena of `buffers.bytes` at this address. */
@@ -82,6 +92,7 @@ export class Lowering {
 
   /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
   whyNotWhole(tokens: number): string | undefined {
+    if (this.e4m3) return 'its weights are fp8'
     return this.wholeSteps?.reasons[tokens]
   }
 
@@ -91,7 +102,7 @@ export class Lowering {
 
   /** Loads what launches would load when they are first needed. */
   prepare(): void {
-    if (!this.context.skinny) return
+    if (!this.context.skinny || this.e4m3) return
     for (const node of this.skinnyNodes) {
       if (node.kind === 'skinny') this.products.prepare(node)
     }
@@ -100,6 +111,7 @@ export class Lowering {
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
     const { skinny, hopper } = this.context
+    if (this.e4m3) return this.commands
     const whole = this.whole[tokens]
     if (whole) return whole
     if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
@@ -115,7 +127,7 @@ export class Lowering {
   private lowerWhole(): (NamedCommand[] | undefined)[] {
     const { driver, skinny } = this.context
     const [first] = this.nodes
-    if (!skinny || first?.kind !== 'embed') return []
+    if (!skinny || this.e4m3 || first?.kind !== 'embed') return []
     const embed = { name: nameOf(first), run: this.lower(first) }
     const steps = new WholeSteps(this.context, this.program.config, this.nodes, (value) =>
       this.place(value),
@@ -209,27 +221,37 @@ export class Lowering {
     return this.perRow(launch, 'tokens')
   }
 
-  private norm({ x, added, post, norm, out, rows }: NormNode): Command {
+  private norm(node: NormNode): Command {
+    const { x, added, post, norm, out, rows } = node
     const { weights } = this.context
     const { width, address } = this.place(x)
     checkWidth(width)
     const kinds: ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
-    const launch = this.kernel('norm.cu', 'normRow', kinds)
-    const addresses = [address, this.addressOf(added), weights.vector(post?.weight)]
+    const around = this.e4m3?.around(node)
+    const launch = around
+      ? this.kernel('norm.cu', 'normRowE4m3', [...kinds, ...SCALES])
+      : this.kernel('norm.cu', 'normRow', kinds)
+    const adds = around?.added || this.addressOf(added)
+    const addresses = [address, adds, weights.vector(post?.weight), weights.vector(norm?.weight)]
     const eps = present(norm ?? post, 'a norm').eps
-    launch.setAll(...addresses, weights.vector(norm?.weight), this.addressOf(out), width, eps)
+    const to = around?.out || this.addressOf(out)
+    launch.setAll(...addresses, to, width, eps, ...scalesOf(around))
     launch.threads(Math.min(1024, warps(width / 8)))
     return this.perRow(launch, rows)
   }
 
-  private rope({ q, qOut, k, v, rope, layer, rows }: RopeNode): Command {
+  private rope(node: RopeNode): Command {
+    const { q, qOut, k, v, rope, layer, rows } = node
     const { weights, state, layout } = this.context
     const { heads, kvHeads, headDim, normEps } = this.program.config
     const kinds: ArgumentKind[] = [
       ...(['u64', 'u64', 'u64', 'i32', 'i32', 'u64', 'u64', 'u64', 'u64', 'i32'] as const),
       ...(['i32', 'f32', 'u64', 'u64', 'f32', 'i32', 'i32', 'i32', 'u64', 'u64'] as const),
     ]
-    const launch = this.kernel('rope-append.cu', 'ropeAppend', kinds)
+    const around = this.e4m3?.around(node)
+    const launch = around
+      ? this.kernel('rope-append.cu', 'ropeAppendScaled', [...kinds, 'u64', 'u64'])
+      : this.kernel('rope-append.cu', 'ropeAppend', kinds)
     const { address, magnitude } = this.context.ropeTable(rope)
     const { positions, bases } = state.rows[rows]
     launch.setAll(
@@ -240,6 +262,7 @@ export class Lowering {
       ...[weights.vector(q?.norm?.weight), weights.vector(k?.norm?.weight)],
       ...[q?.norm?.eps ?? normEps, heads, kvHeads, headDim],
       ...[layout.tokenStride, layer * layout.layerStride],
+      ...(around ? [around.rowScales, around.tokenScales] : []),
     )
     const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
     launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
@@ -275,11 +298,21 @@ export class Lowering {
     }
   }
 
-  private glu({ gate, out, activation, rows }: GluNode): Command {
+  private glu(node: GluNode): Command {
+    const { gate, out, activation, rows } = node
     const width = this.place(gate).width
     checkWidth(width)
+    const gelu = activation === 'gelu' ? 1 : 0
+    const around = this.e4m3?.around(node)
+    if (around) {
+      const kinds = ['u64', 'u64', 'i32', 'i32', ...SCALES] as const
+      const launch = this.kernel('glu.cu', 'gluE4m3', kinds).threads(rowThreads(width))
+      const to = around.out || this.addressOf(out)
+      launch.setAll(this.addressOf(gate), to, width, gelu, ...scalesOf(around))
+      return this.perRow(launch, rows)
+    }
     const launch = this.kernel('glu.cu', 'glu', ['u64', 'u64', 'i32', 'i32'])
-    launch.setAll(this.addressOf(gate), this.addressOf(out), width, activation === 'gelu' ? 1 : 0)
+    launch.setAll(this.addressOf(gate), this.addressOf(out), width, gelu)
     launch.threads(256)
     const blocks = Math.ceil(width / 8 / 256)
     return (step) => {
@@ -311,29 +344,39 @@ export class Lowering {
 
   private matmul(node: LinearNode | LogitsNode): Command {
     const { matmuls } = this.context
-    const { product, weight, out } = this.productOf(node)
-    const x = this.place(node.in)
+    const { product, weight, x, out } = this.productOf(node)
     const rows = node.kind === 'logits' ? 'outputs' : node.rows
-    const biases = node.kind === 'linear' ? this.biases(node) : []
+    const linear = node.kind === 'linear' ? node : undefined
+    const narrow = linear && this.e4m3?.has(linear) ? linear : undefined
+    const before = (narrow && this.e4m3?.before(narrow)) ?? []
+    const scaling = (narrow && this.e4m3?.after(narrow)) ?? []
+    const after = [...scaling, ...(linear ? this.biases(linear) : [])]
     return (step) => {
       if (step[rows] === 0) return
-      matmuls.run(product, step[rows], this.room[rows], weight, x.address, out, step.stream)
-      for (const bias of biases) bias(step)
+      for (const command of before) command(step)
+      matmuls.run(product, step[rows], this.room[rows], weight, x, out, step.stream)
+      for (const command of after) command(step)
     }
   }
 
-  private productOf(node: LinearNode | LogitsNode) {
+  private productOf(node: LinearNode | LogitsNode): Operands {
     const { weights, logits } = this.context
+    const x = this.place(node.in).address
     if (node.kind === 'logits') {
       const { address, rows: m, k } = weights.joined([node.weight])
       const product = { m, k, stride: m, float32: true, accumulate: false }
-      return { product, weight: address, out: logits }
+      return { product, weight: address, x, out: logits }
     }
-    const { address, rows: m, k } = weights.joined(node.weights)
+    const { address: weight, rows: m, k } = weights.joined(node.weights)
+    if (this.e4m3?.has(node)) {
+      const { stride, ...operands } = this.e4m3.operands(node)
+      const product = { m, k, stride, float32: false, accumulate: false, e4m3: true }
+      return { product, weight, ...operands }
+    }
     const to = this.place(present(node.outs[0], 'a product'))
     const { accumulate } = node
     const product = { m, k, stride: to.stride, float32: false, accumulate }
-    return { product, weight: address, out: to.address }
+    return { product, weight, x, out: to.address }
   }
 
   private biases({ outs, biases, rows }: LinearNode): Command[] {
@@ -377,6 +420,13 @@ type AttentionNode = Extract<Node, { kind: 'attention' }>
 function nameOf(node: Node): string {
   const weight = node.kind === 'linear' ? node.weights[0] : 'weight' in node ? node.weight : ''
   return `${node.kind} ${weight?.replace(/^blk\.\d+\./, '').replace(/\.weight$/, '')}`.trim()
+}
+
+/** Arguments of kernels around products of e4m3. */
+const SCALES = ['u64', 'u64', 'u64'] as const
+
+function scalesOf(around: Surroundings | undefined): number[] {
+  return around ? [around.outScales, around.rowScales, around.tokenScales] : []
 }
 
 /** Threads for `count` elements, a whole number of warps. */

@@ -16,13 +16,18 @@ const TIMED_RUNS = 8
 /** What a tuned number of rows may be above those needed: an untuned product loses as much. */
 const SLACK = 1.25
 
-/** out = x · Wᵀ (+ out): W [m, k] bf16 by rows, x [n, k] bf16, out [n, m] with `stride`. */
+/**
+ * out = x · Wᵀ (+ out): W [m, k] bf16 by rows, x [n, k] bf16, out [n, m] with `stride`. With `e4m3`
+ * both are of that type, and nothing is scaled: sums stay in the tensor cores, whose few bits cost
+ * 1e-3 of a result where the operands' own rounding costs 4e-2.
+ */
 export interface Product {
   m: number
   k: number
   stride: number
   float32: boolean
   accumulate: boolean
+  e4m3?: boolean
 }
 
 interface Prepared {
@@ -185,19 +190,20 @@ export class Matmuls {
     return prepared
   }
 
-  private planOf({ m, k, stride, float32 }: Product, n: number): MatmulPlan {
+  private planOf({ m, k, stride, float32, e4m3 = false }: Product, n: number): MatmulPlan {
+    const type = e4m3 ? MATRIX.e4m3 : MATRIX.bf16
     // Arrays by rows are matrices by columns: Wᵀ is [k, m] and comes transposed back.
     return this.lt.plan(
-      { type: MATRIX.bf16, rows: k, columns: m, leading: k },
-      { type: MATRIX.bf16, rows: k, columns: n, leading: k },
+      { type, rows: k, columns: m, leading: k },
+      { type, rows: k, columns: n, leading: k },
       { type: float32 ? MATRIX.f32 : MATRIX.bf16, rows: m, columns: n, leading: stride },
-      { transposeA: true },
+      { transposeA: true, fastSums: e4m3 },
     )
   }
 }
 
-function keyOf({ m, k, stride, float32 }: Product, n: number): string {
-  return `${m} ${k} ${n} ${stride} ${float32 ? 'f32' : 'bf16'}`
+function keyOf({ m, k, stride, float32, e4m3 }: Product, n: number): string {
+  return `${m} ${k} ${n} ${stride} ${float32 ? 'f32' : 'bf16'}${e4m3 ? ' e4m3' : ''}`
 }
 
 function noAlgorithm({ m, k }: Product, n: number): LatticeError {

@@ -11,6 +11,7 @@ import { DiskTier, type OffloadOptions, type TierFacts } from '../../tier/tier.t
 import { CudaBackend } from './backend.ts'
 import { compileAhead } from './compile-ahead.ts'
 import { CudaDevice } from './device.ts'
+import type { Quantization } from './quantization.ts'
 import { RELEASE_ROUNDS } from './forward.ts'
 import { kernelsOf } from './kernel-list.ts'
 import { gpuKvLayout } from './kv-layout.ts'
@@ -29,6 +30,8 @@ export interface CudaStart {
   maxSequences: number
   stepTokens: number
   kvBytes: number
+  /** What matrices become, where their shapes allow it; bfloat16 unless given. */
+  quantization?: Quantization
   /** When idle KV memory goes back to the driver; half a second unless given. */
   kvIdleReleaseMs?: number
   /** Pinned memory of the host for KV; none unless given, or what leads to a disk. */
@@ -71,7 +74,7 @@ export function openCuda(
   const device = CudaDevice.open(start.device)
   times.done('driver')
   const modules = new ModuleCache()
-  compileFor(model, maxSequences, device, modules, times, say)
+  compileFor(model, start, device, modules, times, say)
   const layout = gpuKvLayout(model.config, start.contextLength)
   const kv = new CudaKvMemory(device, layout, new ThreadPager(device), {
     slots: maxSequences,
@@ -81,7 +84,7 @@ export function openCuda(
   })
   const facts = openTier(device, kv, start)
   if (facts.hostTier) times.done('pinned memory')
-  const sizes = { maxSequences, stepTokens }
+  const sizes = { maxSequences, stepTokens, quantization: start.quantization }
   const backend = new CudaBackend(model, { device, modules, kv, ...sizes, times, say })
   warmUp(backend)
   times.done('first steps')
@@ -129,13 +132,13 @@ export function diskBelow(pages: HostPages, layout: KvLayout, offload: DiskOptio
 
 function compileFor(
   model: Model,
-  maxSequences: number,
+  { maxSequences, quantization }: CudaStart,
   device: CudaDevice,
   modules: ModuleCache,
   times: StartTimes,
   say: (what: string) => void,
 ): void {
-  const kernels = kernelsOf(model, device.info, RELEASE_ROUNDS, maxSequences)
+  const kernels = kernelsOf(model, device.info, RELEASE_ROUNDS, maxSequences, quantization)
   const { architecture } = device
   const compiled = compileAhead(modules, kernels, architecture, (count, threads) => {
     const who = threads > 1 ? `${threads} threads` : 'a thread'

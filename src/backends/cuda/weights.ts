@@ -1,5 +1,6 @@
-// Owns the model's weights on the GPU: matrices as bf16, those that are multiplied with the same
-// input behind each other as one; vectors (norms, biases) as float32. Loaded once, never changed.
+// Owns the model's weights on the GPU: matrices as bf16, or e4m3 with a scale a row, those that are
+// multiplied with the same input behind each other as one; vectors (norms, biases) as float32.
+// Loaded once, never changed.
 
 import { closeSync, openSync, readSync } from 'node:fs'
 import { assert, present } from '../../assert.ts'
@@ -17,12 +18,23 @@ export interface Matrix {
   rows: number
   /** Elements of a row. */
   k: number
+  /** Of e4m3: the address of a bf16 for each row; 0 of a matrix of bf16. */
+  scales: number
+}
+
+/** Which matrices are e4m3, and how rows of bf16 become that. */
+export interface Quantiser {
+  names: ReadonlySet<string>
+  /** Queues the conversion of rows of `width` elements; addresses are the device's. */
+  rows(from: number, to: number, scales: number, rows: number, width: number): void
 }
 
 /** Fills device memory with small random weights; see fillRandom in step.cu. */
 export type RandomFill = (address: number, elements: number, seed: number, scale: number) => void
 
 const BF16 = 2
+/** Of a row of e4m3. */
+const SCALE = 2
 const ALIGNMENT = 256
 const STAGING_BYTES = 32 << 20
 
@@ -41,43 +53,70 @@ export class DeviceWeights {
     nodes: readonly Node[],
     random: RandomFill,
     stream: number,
+    quantiser?: Quantiser,
   ) {
     this.driver = driver
     this.model = model
     const groups = matrixGroups(nodes)
     const vectors = vectorNames(nodes)
+    const narrow = (name: string) => quantiser?.names.has(name) ?? false
     const places = new Map<string, number>()
+    const scales = new Map<string, number>()
     let bytes = 0
-    for (const name of [...groups.flat(), ...vectors.keys()]) {
-      // Only a group's first matrix may have a gap before it.
-      if (!groups.some((group) => group.indexOf(name) > 0)) {
-        bytes = Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
+    // Without gaps between them.
+    const lay = (
+      names: readonly string[],
+      into: Map<string, number>,
+      of: (n: string) => number,
+    ) => {
+      bytes = Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
+      for (const name of names) {
+        into.set(name, bytes)
+        bytes += of(name)
       }
-      places.set(name, bytes)
-      bytes += elementsOf(this.reference(name)) * (vectors.has(name) ? 4 : BF16)
     }
+    for (const group of groups) {
+      lay(group, places, (n) => elementsOf(this.reference(n)) * (narrow(n) ? 1 : BF16))
+      lay(group.filter(narrow), scales, (n) => rowsOf(this.reference(n)) * SCALE)
+    }
+    for (const name of vectors.keys()) lay([name], places, (n) => elementsOf(this.reference(n)) * 4)
     this.bytes = bytes
+    const wide = groups
+      .flat()
+      .filter(narrow)
+      .map((name) => elementsOf(this.reference(name)) * BF16)
+    const staged = isDummy(model) ? Math.max(0, ...wide) : wide.length > 0 ? STAGING_BYTES : 0
     const { freeBytes } = driver.memoryInfo()
-    if (bytes > freeBytes) {
+    if (bytes + staged > freeBytes) {
       throw new LatticeError(
         'backend_failed',
-        `The weights need ${bytes} bytes of GPU memory; ${freeBytes} are free.`,
+        `The weights need ${bytes + staged} bytes of GPU memory; ${freeBytes} are free.`,
         { todo: 'Choose a smaller model, or free memory of the GPU (see `nvidia-smi`).' },
       )
     }
     this.address = driver.allocate(bytes)
+    const at = (place: number | undefined) => (place === undefined ? 0 : this.address + place)
     for (const name of groups.flat()) {
       const { shape } = this.reference(name)
-      const address = this.address + present(places.get(name), name)
-      this.matrices.set(name, { address, rows: shape[1] ?? 1, k: shape[0] ?? 1 })
+      const address = at(present(places.get(name), name))
+      const k = shape[0] ?? 1
+      const scalesOf = at(scales.get(name))
+      this.matrices.set(name, { address, rows: shape[1] ?? 1, k, scales: scalesOf })
     }
     for (const name of vectors.keys()) {
-      this.vectors.set(name, this.address + present(places.get(name), name))
+      this.vectors.set(name, at(present(places.get(name), name)))
     }
+    const staging = staged > 0 ? driver.allocate(staged) : 0
     const upload = new Upload(driver, model, stream)
-    for (const [name, matrix] of this.matrices) {
-      if (isDummy(model)) random(matrix.address, matrix.rows * matrix.k, seedOf(name), 0.02)
-      else upload.matrix(this.reference(name), matrix.address)
+    for (const [name, { address, rows, k, scales: to }] of this.matrices) {
+      // Only what is being converted is there as bf16, too.
+      const from = to === 0 ? address : staging
+      const convert = (done: number, count: number) =>
+        quantiser?.rows(staging, address + done * k, to + done * SCALE, count, k)
+      if (isDummy(model)) random(from, rows * k, seedOf(name), 0.02)
+      else if (to === 0) upload.matrix(this.reference(name), address)
+      else upload.rows(this.reference(name), staging, convert)
+      if (isDummy(model) && to !== 0) convert(0, rows)
     }
     for (const [name, address] of this.vectors) {
       const offset = vectors.get(name) === 'norm' ? model.normWeightOffset : 0
@@ -86,21 +125,22 @@ export class DeviceWeights {
     }
     driver.synchronizeStream(stream)
     upload.close()
+    if (staging !== 0) driver.free(staging)
   }
 
   /** Several matrices as one, rows in the given order: they lie so. */
   joined(names: readonly string[]): Matrix {
     const parts = names.map((name) => present(this.matrices.get(name), name))
     const first = present(parts[0], 'a matrix')
+    const { address, k, scales } = first
+    const bytes = scales === 0 ? BF16 : 1
     let rows = 0
     for (const part of parts) {
-      assert(
-        part.address === first.address + rows * part.k * BF16,
-        'joined matrices are neighbours',
-      )
+      assert(part.address === address + rows * k * bytes, 'joined matrices are neighbours')
+      assert(part.scales === (scales === 0 ? 0 : scales + rows * SCALE), 'and so are their scales')
       rows += part.rows
     }
-    return { address: first.address, rows, k: first.k }
+    return { address, rows, k, scales }
   }
 
   /** The address of a float32 vector; 0 for none. */
@@ -139,17 +179,29 @@ class Upload {
   }
 
   matrix(reference: TensorRef, address: number): void {
-    const { type } = reference
-    this.pieces(reference, BF16, (elements, done) => {
-      const bytes = elements * BF16
-      const from = type === 'BF16' ? this.raw.address : this.converted
-      if (type !== 'BF16') this.convert().convert(type, this.raw.address, this.converted, elements)
-      this.driver.copyToDevice(address + done * BF16, from, bytes, this.stream)
+    this.pieces(reference, BF16, 1, (elements, done) => {
+      this.widened(reference, elements, address + done * BF16)
     })
   }
 
+  /** Some rows at a time to the same memory; `take` queues what is to become of them. */
+  rows(reference: TensorRef, address: number, take: (done: number, count: number) => void): void {
+    const k = present(reference.shape[0], 'a row')
+    this.pieces(reference, BF16, k, (elements, done) => {
+      this.widened(reference, elements, address)
+      take(done / k, elements / k)
+    })
+  }
+
+  /** Copies what was read to the device, as bf16. */
+  private widened({ type }: TensorRef, elements: number, address: number): void {
+    const from = type === 'BF16' ? this.raw.address : this.converted
+    if (type !== 'BF16') this.convert().convert(type, this.raw.address, this.converted, elements)
+    this.driver.copyToDevice(address, from, elements * BF16, this.stream)
+  }
+
   vector(reference: TensorRef, address: number, offset: number): void {
-    this.pieces(reference, 4, (elements, done) => {
+    this.pieces(reference, 4, 1, (elements, done) => {
       this.convert().widen(reference.type, this.raw.address, this.converted, elements)
       const values = new Float32Array(viewMemory(this.converted, elements * 4))
       for (let i = 0; offset !== 0 && i < elements; i++) values[i]! += offset
@@ -163,15 +215,20 @@ class Upload {
     for (const file of this.files) closeSync(file)
   }
 
-  /** Reads a tensor in pieces that fit both buffers; what each was queued to do is waited for. */
+  /**
+   * Reads a tensor in pieces that fit both buffers; what each was queued to do is waited for.
+   * @param unit elements that a piece has a multiple of
+   */
   private pieces(
     { file, offset, type, shape }: TensorRef,
     elementBytes: number,
+    unit: number,
     take: (elements: number, done: number) => void,
   ): void {
     const { blockSize, blockBytes } = GGML_TYPES[type]
     const blocks = shape.reduce((product, n) => product * n, 1) / blockSize
-    const most = Math.floor(STAGING_BYTES / Math.max(blockBytes, blockSize * elementBytes))
+    const fitting = Math.floor(STAGING_BYTES / Math.max(blockBytes, blockSize * elementBytes))
+    const most = fitting - (fitting % Math.max(1, unit / blockSize))
     for (let done = 0; done < blocks; done += most) {
       const count = Math.min(most, blocks - done)
       const descriptor = present(this.files[file], 'an open file')
@@ -235,6 +292,10 @@ function vectorNames(nodes: readonly Node[]): Map<string, 'norm' | 'bias'> {
     }
   }
   return names
+}
+
+function rowsOf({ shape }: TensorRef): number {
+  return shape[1] ?? 1
 }
 
 function elementsOf({ shape }: TensorRef): number {

@@ -1,0 +1,174 @@
+// Owns the launches around products of e4m3: memory for a product's input and scales, and what the
+// kernels before and after it are given so that they quantise and scale on their way.
+
+import { present } from '../../assert.ts'
+import type { CudaDriver } from '../../ffi/cuda.ts'
+import { KernelLaunch } from '../../ffi/kernel-launch.ts'
+import type { Model } from '../../model/model.ts'
+import type { Rows, Value } from '../../model/program.ts'
+import { type E4m3Plan, planE4m3 } from './e4m3.ts'
+import type { LinearNode, Node } from './fuse.ts'
+import type { KernelFinder } from './kernels.ts'
+import type { LowerContext, StepShape } from './lower-context.ts'
+import type { Quantiser } from './weights.ts'
+
+type Place = { address: number; stride: number; width: number }
+
+const BF16 = 2
+
+/** Quantises rows, and has room for one product's input: a step's products follow each other. */
+export class E4m3 implements Quantiser {
+  readonly names: ReadonlySet<string>
+  /** [rows, k] e4m3, and a bf16 for each row. */
+  readonly x: number
+  readonly scales: number
+  /** [rows, hidden] bf16: a product that is added to the residual stream when it is scaled. */
+  readonly raw: number
+  private readonly driver: CudaDriver
+  private readonly launch: KernelLaunch
+  private readonly stream: number
+
+  /** @param rowsMax of a step's products, with what they are padded to */
+  constructor(
+    driver: CudaDriver,
+    find: KernelFinder,
+    model: Model,
+    names: ReadonlySet<string>,
+    rowsMax: number,
+    stream: number,
+  ) {
+    this.driver = driver
+    this.names = names
+    this.stream = stream
+    this.launch = quantiseLaunch(find)
+    const kMax = Math.max(0, ...[...names].map((name) => model.tensors.get(name)?.shape[0] ?? 0))
+    const bytes = rowsMax * (kMax + model.config.hidden * BF16 + BF16)
+    this.raw = driver.allocate(Math.max(1, bytes))
+    this.x = this.raw + rowsMax * model.config.hidden * BF16
+    this.scales = this.x + rowsMax * kMax
+  }
+
+  rows(from: number, to: number, scales: number, rows: number, width: number): void {
+    this.launch.setAll(from, to, scales, width).grid(rows).threads(rowThreads(width))
+    this.driver.launch(this.launch, this.stream)
+  }
+
+  close(): void {
+    this.driver.free(this.raw)
+  }
+}
+
+function quantiseLaunch(find: KernelFinder): KernelLaunch {
+  return new KernelLaunch(find('quantise.cu', 'quantiseRows'), ['u64', 'u64', 'u64', 'i32'])
+}
+
+/** Threads that hold a row, up to four groups of 8 elements each. */
+export function rowThreads(width: number): number {
+  const groups = width / 8
+  return Math.ceil(Math.max(Math.min(groups, 256), groups / 4) / 32) * 32
+}
+
+type Command = (step: StepShape) => void
+
+/** What a node of e4m3's surroundings is told. Addresses are 0 where there is nothing. */
+export interface Surroundings {
+  /** Where it writes e4m3, and the scales of these rows. */
+  out: number
+  outScales: number
+  /** Of what it reads: by rows of the matrix, and by tokens. */
+  rowScales: number
+  tokenScales: number
+  /** A product that a norm is to add to the residual stream, too. */
+  added: number
+}
+
+/** Products of one program. */
+export class E4m3Products {
+  private readonly context: LowerContext
+  private readonly e4m3: E4m3
+  private readonly plan: E4m3Plan
+  private readonly place: (value: Value) => Place
+  /** By the nodes before and after products. */
+  private readonly makes = new Map<Node, LinearNode>()
+  private readonly reads = new Map<Node, LinearNode>()
+
+  constructor(
+    context: LowerContext,
+    e4m3: E4m3,
+    nodes: readonly Node[],
+    place: (value: Value) => Place,
+  ) {
+    this.context = context
+    this.e4m3 = e4m3
+    this.plan = planE4m3(nodes, e4m3.names)
+    this.place = place
+    for (const [product, node] of this.plan.narrowing) this.makes.set(node, product)
+    for (const [product, node] of this.plan.scaling) this.reads.set(node, product)
+  }
+
+  has(node: LinearNode): boolean {
+    return this.plan.products.has(node)
+  }
+
+  /** Where a product's input lies, and where its sums go, which are to be scaled yet. */
+  operands(node: LinearNode): { x: number; out: number; stride: number } {
+    const { address, stride } = this.place(present(node.outs[0], 'a product'))
+    return { x: this.e4m3.x, out: node.accumulate ? this.e4m3.raw : address, stride }
+  }
+
+  /** Undefined for a node without e4m3 on either side. */
+  around(node: Node): Surroundings | undefined {
+    const product = this.reads.get(node)
+    const makes = this.makes.has(node)
+    if (!product && !makes) return undefined
+    const { x, scales, raw } = this.e4m3
+    return {
+      out: makes ? x : 0,
+      outScales: makes ? scales : 0,
+      rowScales: product ? this.context.weights.joined(product.weights).scales : 0,
+      tokenScales: product ? scales : 0,
+      added: product?.accumulate ? raw : 0,
+    }
+  }
+
+  /** What is queued before a product, if nothing made its input as e4m3. */
+  before(node: LinearNode): Command[] {
+    if (this.plan.narrowing.has(node)) return []
+    const { address, width } = this.place(node.in)
+    const { x, scales } = this.e4m3
+    const launch = quantiseLaunch(this.context.find).setAll(address, x, scales, width)
+    launch.threads(rowThreads(width))
+    return [this.command(launch, (count) => launch.grid(count), node.rows)]
+  }
+
+  /** What scales a product, unless the node after it does. */
+  after(node: LinearNode): Command[] {
+    if (this.plan.scaling.has(node)) return []
+    const matrix = this.context.weights.joined(node.weights)
+    const { out, stride } = this.operands(node)
+    const { address } = this.place(present(node.outs[0], 'a product'))
+    const kernel = this.context.find('quantise.cu', 'scaleProduct')
+    const launch = new KernelLaunch(kernel, SCALE_KINDS).threads(SCALE_THREADS)
+    launch.setAll(
+      ...[out, matrix.scales, this.e4m3.scales, address, matrix.rows, stride, stride],
+      node.accumulate ? 1 : 0,
+    )
+    const blocks = Math.ceil(matrix.rows / 8 / SCALE_THREADS)
+    return [this.command(launch, (count) => launch.grid(blocks, count), node.rows)]
+  }
+
+  private command(
+    launch: KernelLaunch,
+    sized: (rows: number) => KernelLaunch,
+    rows: Rows,
+  ): Command {
+    if (this.context.overlap) launch.programmatic()
+    const { driver } = this.context
+    return (step) => {
+      if (step[rows] > 0) driver.launch(sized(step[rows]), step.stream)
+    }
+  }
+}
+
+const SCALE_KINDS = ['u64', 'u64', 'u64', 'u64', 'i32', 'i32', 'i32', 'i32'] as const
+const SCALE_THREADS = 256
