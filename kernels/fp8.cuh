@@ -15,10 +15,10 @@ struct Scales {
   const bf16* tokens;
 };
 
-/** Scales 8 elements of a product from row 8·i of the matrix on. */
-__device__ __forceinline__ void scale8(float* v, const bf16* rows, int i, float token) {
+/** Scales 8 elements of a token's product by those of as many rows of the matrix. */
+__device__ __forceinline__ void scale8(float* v, uint4 rows, float token) {
   float by[8];
-  unpack8(((const uint4*)rows)[i], by);
+  unpack8(rows, by);
   for (int j = 0; j < 8; j++) v[j] *= by[j] * token;
 }
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void storeE4m3(const float (*v)[8], int count, e4m3* 
   float most = 0.f;
 #pragma unroll
   for (int c = 0; c < GROUPS; c++) {
-    if (threadIdx.x + c * blockDim.x >= count) break;
+    if (threadIdx.x + c * blockDim.x >= count) continue;
     for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(v[c][j]));
   }
   most = blockMax(most, scratch);
@@ -69,7 +69,7 @@ __device__ __forceinline__ void storeE4m3(const float (*v)[8], int count, e4m3* 
 #pragma unroll
   for (int c = 0; c < GROUPS; c++) {
     int i = threadIdx.x + c * blockDim.x;
-    if (i >= count) break;
+    if (i >= count) continue;
     float x[8];
     for (int j = 0; j < 8; j++) x[j] = v[c][j] * inverse;
     ((uint2*)out)[i] =

@@ -23,18 +23,20 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
   u64 at = (u64)blockIdx.x * width;
   int count = width >> 3;
   float v[PER_THREAD][8];
-  float token = NARROW && scales.rows ? widen(scales.tokens[blockIdx.x]) : 1.f;
+  const uint4* by = NARROW ? (const uint4*)scales.rows : nullptr;
+  float token = by ? widen(scales.tokens[blockIdx.x]) : 1.f;
   float post = 0.f;
   if (added && postWeight) {
     for (int c = 0, i = threadIdx.x; c < PER_THREAD && i < count; c++, i += blockDim.x) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
-      if (NARROW && scales.rows) scale8(a, scales.rows, i, token);
+      if (by) scale8(a, by[i], token);
       for (int j = 0; j < 8; j++) post += a[j] * a[j];
     }
     post = rsqrtf(blockSum(post, scratch) / width + eps);
   }
   float sum = 0.f;
+  float4 w[NARROW ? PER_THREAD : 1][2];
 #pragma unroll
   for (int c = 0; c < PER_THREAD; c++) {
     int i = threadIdx.x + c * blockDim.x;
@@ -43,7 +45,7 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
     if (added) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
-      if (NARROW && scales.rows) scale8(a, scales.rows, i, token);
+      if (by) scale8(a, by[i], token);
       for (int j = 0; j < 8; j++) {
         float term = postWeight ? rounded(a[j] * post * postWeight[i * 8 + j]) : a[j];
         v[c][j] = rounded(v[c][j] + term);
@@ -51,6 +53,11 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
       ((uint4*)(x + at))[i] = pack8(v[c]);
     }
     for (int j = 0; j < 8; j++) sum += v[c][j] * v[c][j];
+    // Asked for before the sum is there: with few rows, waiting is all that takes time.
+    if (NARROW && out) {
+      w[c][0] = ((const float4*)weight)[2 * i];
+      w[c][1] = ((const float4*)weight)[2 * i + 1];
+    }
   }
   if (!out) return;
   float scale = rsqrtf(blockSum(sum, scratch) / width + eps);
@@ -58,7 +65,8 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
   for (int c = 0; c < PER_THREAD; c++) {
     int i = threadIdx.x + c * blockDim.x;
     if (i >= count) break;
-    for (int j = 0; j < 8; j++) v[c][j] *= scale * weight[i * 8 + j];
+    const float* by = NARROW ? (const float*)w[NARROW ? c : 0] : weight + i * 8;
+    for (int j = 0; j < 8; j++) v[c][j] *= scale * by[j];
     if (!NARROW || !outScales) ((uint4*)((bf16*)out + at))[i] = pack8(v[c]);
   }
   if (!NARROW || !outScales) return;
@@ -72,10 +80,10 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 /**
- * The same between products of e4m3. outScales: null for an out of bf16, else out is e4m3 and each
+ * The same between products of e4m3, width ≤ 512 · 8 · 4. outScales: null for an out of bf16, else out is e4m3 and each
  * row has a scale; rowScales: null for an `added` of numbers, else of the matrix that made it.
  */
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512)
     normRowE4m3(bf16* x, const bf16* added, const float* postWeight, const float* weight,
                 void* out, int width, float eps, bf16* outScales, const bf16* rowScales,
                 const bf16* tokenScales) {

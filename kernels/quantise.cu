@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll
   for (int c = 0; c < PER_THREAD; c++) {
     int i = threadIdx.x + c * blockDim.x;
-    if (i >= count) break;
+    if (i >= count) continue;
     unpack8(((const uint4*)(in + at))[i], v[c]);
   }
   storeE4m3<PER_THREAD>(v, count, out + at, scales + blockIdx.x, scratch);
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(256)
   uint4* to = (uint4*)(out + (u64)blockIdx.y * stride) + i;
   float v[8];
   unpack8(((const uint4*)(raw + (u64)blockIdx.y * rawStride))[i], v);
-  scale8(v, rowScales, i, widen(tokenScales[blockIdx.y]));
+  scale8(v, ((const uint4*)rowScales)[i], widen(tokenScales[blockIdx.y]));
   if (accumulate) {
     float old[8];
     unpack8(*to, old);

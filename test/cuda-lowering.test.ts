@@ -20,8 +20,12 @@ const PAGE_BYTES = 1 << 16
 const NAN_BF16 = 0x7fc0
 /** bf16 is rounded as on the GPU. */
 const TOLERANCE = 3e-2
-/** Operands of products have four bits; a scale that is missing costs 1 and more. */
-const FP8_TOLERANCE = 0.35
+/**
+ * At most, and in the mean: operands of products have four bits. transformers in float32 whose
+ * linear layers round theirs so are off by up to 0.24, and 0.1 in the mean (Gemma 3; others 0.15
+ * and 0.07). A scale that is missing costs 1 and more.
+ */
+const FP8_TOLERANCE = [0.35, 0.14] as const
 
 /** Nothing is compiled: kernels are known by their names. */
 const modules = {
@@ -36,7 +40,7 @@ for (const [family, how] of FAMILIES.flatMap((family) => [
 ])) {
   test(`${family}: logits are wrong on the mocked GPU${how}`, () => {
     const quantization = how === ', weights as fp8' ? ('fp8' as const) : undefined
-    const tolerance = quantization ? FP8_TOLERANCE : TOLERANCE
+    const [tolerance, meanTolerance] = quantization ? FP8_TOLERANCE : [TOLERANCE, TOLERANCE]
     const golden = new Golden(family)
     const cuda = new MockCuda({ pageBytes: PAGE_BYTES, totalBytes: 1 << 30 })
     const device = CudaDevice.open(0, cuda)
@@ -64,6 +68,7 @@ for (const [family, how] of FAMILIES.flatMap((family) => [
     const batch = new StepBatch(48, SLOTS)
     const { tokens } = golden.sequence(1)
     const lengths = new Map<number, number>()
+    const errors: number[] = []
     const step = (...parts: [slot: number, count: number, wants?: boolean][]) => {
       batch.clear()
       const wanted: number[] = []
@@ -77,7 +82,7 @@ for (const [family, how] of FAMILIES.flatMap((family) => [
       const rows = backend.collect()
       wanted.forEach((position, i) => {
         const error = golden.error(1, position, rows[i]!)
-        if (process.env.SAY) console.log(family, how, error)
+        errors.push(error)
         assert.ok(error <= tolerance, `position ${position}: relative error ${error}`)
       })
     }
@@ -87,6 +92,8 @@ for (const [family, how] of FAMILIES.flatMap((family) => [
     step([2, 1])
     step([3, 20, false])
     step([3, 2], [0, 1, false], [2, 5])
+    const mean = errors.reduce((sum, error) => sum + error, 0) / errors.length
+    assert.ok(mean <= meanTolerance, `mean relative error ${mean}`)
     chooseAhead(backend, cuda, tokens)
     backend.close()
   })

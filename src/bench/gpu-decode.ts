@@ -5,27 +5,30 @@
 import { present } from '../assert.ts'
 import { gpuKvLayout } from '../backends/cuda/kv-layout.ts'
 import type { CudaDevice } from '../backends/cuda/device.ts'
+import { e4m3Weights } from '../backends/cuda/e4m3.ts'
 import { CudaForward } from '../backends/cuda/forward.ts'
 import { GEMV_TOKENS_MAX } from '../backends/cuda/gemv.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
+import type { Quantization } from '../backends/cuda/quantization.ts'
 import { PLACES } from '../backends/cuda/state.ts'
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
 import { dummyModel } from '../model/dummy.ts'
 import type { Model } from '../model/model.ts'
 import { type GpuBench, median } from './gpu-measure.ts'
 
-interface DecodeCase {
+export interface DecodeCase {
   batch: number
   /** Tokens of each sequence before the first measured step. */
   context: number
   steps: number
 }
 
-interface DecodeOptions {
+export interface DecodeOptions {
   prefetchBytes?: number
   overlap?: boolean
   wholeSteps?: boolean
+  quantization?: Quantization
   /** Also times each kind of kernel by itself. */
   profile?: boolean
 }
@@ -79,11 +82,11 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
 }
 
 /** Bytes that a decode step reads of the weights: all but the embedding's other rows. */
-function weightBytes({ tensors }: Model): number {
+function weightBytes({ tensors }: Model, narrow: ReadonlySet<string>): number {
   const tied = !tensors.has('output.weight')
   return [...tensors.values()]
     .filter(({ name }) => tied || name !== 'token_embd.weight')
-    .reduce((sum, { byteLength }) => sum + byteLength, 0)
+    .reduce((sum, { name, byteLength }) => sum + byteLength / (narrow.has(name) ? 2 : 1), 0)
 }
 
 /** Gigabytes a second that a plain kernel reads, the best of a few grids. */
@@ -115,7 +118,7 @@ export function readBandwidth(device: CudaDevice, modules: ModuleCache): number 
 }
 
 /** Measures a case on weights and KV of its own, which are random. */
-function benchDecode(
+export function benchDecode(
   device: CudaDevice,
   modules: ModuleCache,
   model: Model,
@@ -140,7 +143,8 @@ function benchDecode(
   driver.synchronize()
   const result = decode(device, forward, of)
   const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
-  const rooflineUs = (weightBytes(model) + kvBytes) / readGBs / 1e3
+  const narrow = options.quantization ? e4m3Weights(model, device.info) : new Set<string>()
+  const rooflineUs = (weightBytes(model, narrow) + kvBytes) / readGBs / 1e3
   const profile = options.profile ? profiled(device, forward, of) : []
   const whyNotWhole = forward.decoding.whyNotWhole(of.batch)
   forward.close()

@@ -7,12 +7,13 @@ import { GREEDY } from '../engine/api.ts'
 import { EngineCore } from '../engine/core.ts'
 import { openCuda, type OpenedCuda } from '../backends/cuda/open.ts'
 import { Matmuls } from '../backends/cuda/matmul.ts'
+import type { Quantization } from '../backends/cuda/quantization.ts'
 import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
 import { askPython } from './python-peer.ts'
 
-const MODEL = 'dummy:llama-3.1-8b'
+export const MODEL = 'dummy:llama-3.1-8b'
 const CONTEXT = 8448
 const STEP_TOKENS = 2048
 const SEQUENCES = 256
@@ -49,15 +50,7 @@ export function benchServe(bench: GpuBench): void {
   const teraflops = matrixCeiling(bench)
   row('a matrix product, 8,192 cubed', teraflops, 'TFLOP/s')
   let rates: number[] = []
-  const gpu = openCuda(dummyModel(MODEL), {
-    device: bench.device.info.index,
-    contextLength: CONTEXT,
-    maxSequences: SEQUENCES,
-    stepTokens: STEP_TOKENS,
-    kvBytes: KV_BYTES,
-    // What has been mapped stays where it is: the second run of a load finds it there.
-    kvIdleReleaseMs: Infinity,
-  })
+  const gpu = openModel(bench)
   try {
     const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
     serve(gpu, prompt)
@@ -74,6 +67,20 @@ export function benchServe(bench: GpuBench): void {
   }
   // It needs the memory that was given back.
   compare(present(LOADS[0], 'a load'), present(rates[0], 'a rate'), row)
+}
+
+/** The model, ready for all loads. */
+export function openModel(bench: GpuBench, quantization?: Quantization): OpenedCuda {
+  return openCuda(dummyModel(MODEL), {
+    device: bench.device.info.index,
+    contextLength: CONTEXT,
+    maxSequences: SEQUENCES,
+    stepTokens: STEP_TOKENS,
+    kvBytes: KV_BYTES,
+    // What has been mapped stays where it is: the second run of a load finds it there.
+    kvIdleReleaseMs: Infinity,
+    ...(quantization && { quantization }),
+  })
 }
 
 /** Whole requests against Hugging Face transformers', right after ours. */
@@ -107,7 +114,12 @@ function compare(
  * The same load twice: pages are mapped as it grows, then they are all there.
  * @returns output tokens a second of the second
  */
-function growth(gpu: OpenedCuda, sequences: number, prompt: number, row: GpuBench['row']): number {
+export function growth(
+  gpu: OpenedCuda,
+  sequences: number,
+  prompt: number,
+  row: GpuBench['row'],
+): number {
   const load = { sequences, promptTokens: () => prompt, outputTokens: OUTPUT_TOKENS }
   const name = `${MODEL}, ${sequences} × (${prompt} + ${OUTPUT_TOKENS})`
   serve(gpu, { ...load, outputTokens: 4 })
@@ -130,7 +142,7 @@ function growth(gpu: OpenedCuda, sequences: number, prompt: number, row: GpuBenc
 }
 
 /** Runs a load to its end. */
-function serve({ backend }: OpenedCuda, load: Load): Served {
+export function serve({ backend }: OpenedCuda, load: Load): Served {
   const { pageBytes } = backend.kv.layout.shape
   let tokens = 0
   const sink = { onStart() {}, onToken: () => tokens++, onFinish() {} }
@@ -207,7 +219,7 @@ function requestOf(prompt: Int32Array, { outputTokens }: Load): SequenceRequest 
 }
 
 /** Of matrices and attention, without the output matrix: it sees one token only. */
-function prefillFlops(tokens: number): number {
+export function prefillFlops(tokens: number): number {
   const { layers, hidden, heads, kvHeads, headDim, feedForward } = dummyModel(MODEL).config
   const weights = hidden * headDim * (2 * heads + 2 * kvHeads) + 3 * hidden * feedForward
   const attention = (4 * heads * headDim * tokens * tokens) / 2

@@ -5,6 +5,7 @@ import { ModuleCache } from '../backends/cuda/module-cache.ts'
 import { ThreadPager } from '../backends/cuda/pager.ts'
 import { benchAttention } from './gpu-attention.ts'
 import { benchDecodeSteps } from './gpu-decode.ts'
+import { benchFp8 } from './gpu-fp8.ts'
 import type { GpuBench, GpuRow } from './gpu-measure.ts'
 import { benchMemory } from './gpu-memory.ts'
 import { benchServe } from './gpu-serve.ts'
@@ -20,6 +21,7 @@ export interface GpuBenchReport {
 export const GPU_PARTS: Readonly<Record<string, (bench: GpuBench) => void | Promise<void>>> = {
   attention: benchAttention,
   decode: benchDecodeSteps,
+  fp8: benchFp8,
   memory: benchMemory,
   serve: benchServe,
   tiers: benchTiers,

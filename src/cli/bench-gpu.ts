@@ -13,7 +13,7 @@ export function benchGpuCommand(): Command {
     .description('Measures the GPU backend, part by part, each value beside what bounds it.')
     .addOption(
       new Option('--part <PART>', 'what is measured')
-        .choices(['all', 'attention', 'decode', 'memory', 'serve', 'tiers'])
+        .choices(['all', 'attention', 'decode', 'fp8', 'memory', 'serve', 'tiers'])
         .default('all'),
     )
     .option('--json', 'print one JSON object')

@@ -40,7 +40,7 @@ export class E4m3 implements Quantiser {
     this.driver = driver
     this.names = names
     this.stream = stream
-    this.launch = quantiseLaunch(find)
+    this.launch = quantiseLaunch(find, 8)
     const kMax = Math.max(0, ...[...names].map((name) => model.tensors.get(name)?.shape[0] ?? 0))
     const bytes = rowsMax * (kMax + model.config.hidden * BF16 + BF16)
     this.raw = driver.allocate(Math.max(1, bytes))
@@ -58,8 +58,10 @@ export class E4m3 implements Quantiser {
   }
 }
 
-function quantiseLaunch(find: KernelFinder): KernelLaunch {
-  return new KernelLaunch(find('quantise.cu', 'quantiseRows'), ['u64', 'u64', 'u64', 'i32'])
+/** Of rows of `width` bf16, whose address, e4m3, scales and width are its arguments. */
+export function quantiseLaunch(find: KernelFinder, width: number): KernelLaunch {
+  const kernel = find('quantise.cu', 'quantiseRows')
+  return new KernelLaunch(kernel, ['u64', 'u64', 'u64', 'i32']).threads(rowThreads(width))
 }
 
 /** Threads that hold a row, up to four groups of 8 elements each. */
@@ -136,8 +138,7 @@ export class E4m3Products {
     if (this.plan.narrowing.has(node)) return []
     const { address, width } = this.place(node.in)
     const { x, scales } = this.e4m3
-    const launch = quantiseLaunch(this.context.find).setAll(address, x, scales, width)
-    launch.threads(rowThreads(width))
+    const launch = quantiseLaunch(this.context.find, width).setAll(address, x, scales, width)
     return [this.command(launch, (count) => launch.grid(count), node.rows)]
   }
 

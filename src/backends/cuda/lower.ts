@@ -236,7 +236,7 @@ export class Lowering {
     const eps = present(norm ?? post, 'a norm').eps
     const to = around?.out || this.addressOf(out)
     launch.setAll(...addresses, to, width, eps, ...scalesOf(around))
-    launch.threads(Math.min(1024, warps(width / 8)))
+    launch.threads(Math.min(around ? 512 : 1024, warps(width / 8)))
     return this.perRow(launch, rows)
   }
 
@@ -304,12 +304,17 @@ export class Lowering {
     checkWidth(width)
     const gelu = activation === 'gelu' ? 1 : 0
     const around = this.e4m3?.around(node)
+    const { multiprocessors } = this.context
     if (around) {
       const kinds = ['u64', 'u64', 'i32', 'i32', ...SCALES] as const
-      const launch = this.kernel('glu.cu', 'gluE4m3', kinds).threads(rowThreads(width))
       const to = around.out || this.addressOf(out)
-      launch.setAll(this.addressOf(gate), to, width, gelu, ...scalesOf(around))
-      return this.perRow(launch, rows)
+      const [few, many] = ['gluE4m3', 'gluE4m3Many'].map((name) => {
+        const launch = this.kernel('glu.cu', name, kinds).threads(rowThreads(width))
+        launch.setAll(this.addressOf(gate), to, width, gelu, ...scalesOf(around))
+        return this.perRow(launch, rows)
+      }) as [Command, Command]
+      const most = width <= WIDTH_OF_FEW ? 2 * multiprocessors : 0
+      return (step) => (step[rows] <= most ? few(step) : many(step))
     }
     const launch = this.kernel('glu.cu', 'glu', ['u64', 'u64', 'i32', 'i32'])
     launch.setAll(this.addressOf(gate), this.addressOf(out), width, gelu)
@@ -424,6 +429,9 @@ function nameOf(node: Node): string {
 
 /** Arguments of kernels around products of e4m3. */
 const SCALES = ['u64', 'u64', 'u64'] as const
+
+/** What `gluE4m3` holds of a row. */
+const WIDTH_OF_FEW = 16_384
 
 function scalesOf(around: Surroundings | undefined): number[] {
   return around ? [around.outScales, around.rowScales, around.tokenScales] : []

@@ -1,0 +1,85 @@
+// Owns the measurement of `--quantization fp8` on a GPU: decode steps against reading weights of 8
+// bits, whole requests, and a long prompt against what the tensor cores multiply of them.
+
+import { quantiseLaunch } from '../backends/cuda/e4m3-products.ts'
+import { Kernels } from '../backends/cuda/kernels.ts'
+import { Matmuls } from '../backends/cuda/matmul.ts'
+import { whyNotFp8 } from '../backends/cuda/quantization.ts'
+import { loadCublasLt } from '../ffi/cublaslt.ts'
+import { dummyModel } from '../model/dummy.ts'
+import { benchDecode, readBandwidth } from './gpu-decode.ts'
+import { type GpuBench, gpuMs, randomBf16 } from './gpu-measure.ts'
+import { growth, MODEL, openModel, prefillFlops, serve } from './gpu-serve.ts'
+
+const DECODES = [
+  { batch: 1, context: 1024, steps: 40 },
+  { batch: 4, context: 1024, steps: 40 },
+  { batch: 64, context: 576, steps: 40 },
+  { batch: 256, context: 1600, steps: 24 },
+] as const
+
+/** The part `fp8` of `lattice bench gpu`. */
+export function benchFp8(bench: GpuBench): void {
+  const { device, modules, row } = bench
+  const problem = whyNotFp8(device.info)
+  if (problem !== undefined) throw new Error(`there is no fp8 here: ${problem}`)
+  const readGBs = readBandwidth(device, modules)
+  const model = dummyModel(MODEL)
+  for (const of of DECODES) {
+    const options = { quantization: 'fp8', profile: true } as const
+    const one = benchDecode(device, modules, model, of, readGBs, options)
+    const name = `${MODEL}, fp8, ${of.batch} × ${of.context}`
+    row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
+    row(`${name}: CPU a step`, one.cpuUs, 'µs')
+    for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+  }
+  const teraflops = matrixCeiling(bench)
+  row('a matrix product of e4m3, 8,192 cubed', teraflops, 'TFLOP/s')
+  const gpu = openModel(bench, 'fp8')
+  try {
+    const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
+    serve(gpu, prompt)
+    const { ms } = serve(gpu, prompt)
+    row(`${MODEL}, fp8: a prompt of 8,192`, ms, 'ms')
+    const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
+    row(`${MODEL}, fp8: the same, of the product's rate`, share, '%')
+    for (const [sequences, tokens] of LOADS) {
+      growth(gpu, sequences, tokens, (name, ...rest) =>
+        row(name.replace(MODEL, `${MODEL}, fp8`), ...rest),
+      )
+    }
+  } finally {
+    gpu.close()
+  }
+}
+
+/** TFLOP/s of the matrix library's best algorithm for a large product of random e4m3. */
+function matrixCeiling(bench: GpuBench): number {
+  const { device, modules, stream } = bench
+  const { driver, info } = device
+  const kernels = new Kernels(device, modules)
+  const size = 8192
+  const bytes = 2 * size * size
+  const memory = driver.allocate(2 * bytes + 2 * size)
+  // The product goes where its operands were as bf16.
+  const [out, weight, x] = [memory, memory + bytes, memory + bytes + size * size]
+  randomBf16(bench, out, size * size)
+  for (const to of [weight, x]) {
+    const launch = quantiseLaunch(kernels.find, size).setAll(out, to, memory + 2 * bytes, size)
+    driver.launch(launch.grid(size), stream)
+  }
+  driver.synchronizeStream(stream)
+  const matmuls = new Matmuls(driver, loadCublasLt(), info, modules.folder)
+  const product = { m: size, k: size, stride: size, float32: false, accumulate: false, e4m3: true }
+  matmuls.tune(product, size, [weight], x, out)
+  const ms = gpuMs(bench, 20, () => matmuls.run(product, size, size, weight, x, out, stream))
+  matmuls.close()
+  kernels.close()
+  driver.free(memory)
+  return (2 * size ** 3) / ms / 1e9
+}
+
+const LOADS = [
+  [64, 512],
+  [256, 64],
+] as const
