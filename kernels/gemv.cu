@@ -12,6 +12,7 @@
 //   K; TOKENS 1|2|4; KWARPS warps along K; CHUNKS of 256 elements a warp; GROUPS of rows side by
 //   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1; the next kernel may start
 //   RELEASE_ROUNDS of loads before the last one.
+// With E4M3 weights are of 8 bits and scaled by row (kernels/fp8.cuh), half the bytes; x stays bf16.
 // Error: float32 sums in a fixed order, one rounding. Oracle: test/cuda/gemv.gpu.ts.
 #include "rope.cuh"
 
@@ -34,13 +35,19 @@
 #ifndef RELEASE_ROUNDS
 #define RELEASE_ROUNDS 0
 #endif
+#ifndef E4M3
+#define E4M3 0
+#endif
+#define PARTS (E4M3 ? 2 : 1)  // 16-byte loads of x beside one of a weight's row
 #define WARPS (KWARPS * GROUPS)
 #define VALUES (ROWS * TOKENS)
-#define WHOLE (K == 256 * KWARPS * CHUNKS)  // no lane is ever beyond a row's end
+#define WHOLE (K == 256 * PARTS * KWARPS * CHUNKS)  // no lane is ever beyond a row's end
 // Half an SM's registers: the next kernel's blocks fit beside, and fetch weights early.
-#define BLOCKS_PER_SM (TOKENS == 1 ? 2 : 1)
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM (TOKENS == 1 && !E4M3 ? 2 : 1)
+#endif
 // A long x would take the registers that loads in flight need.
-#define INPUT_SHARED (TOKENS * CHUNKS > 4 || CHUNKS > 2)
+#define INPUT_SHARED (TOKENS * CHUNKS * PARTS > 4 || CHUNKS * PARTS > 2)
 
 struct Epilogue {
   void* out;
@@ -54,6 +61,8 @@ struct Epilogue {
   Rope rope;
   int heads, kvHeads, headDim;
   u64 tokenStride, layerOffset;
+  /** With E4M3: by row of W. */
+  const bf16* scales;
 };
 
 /** The two rows of W that pair `p` is made of: what an epilogue needs together. */
@@ -71,6 +80,10 @@ __device__ __forceinline__ int2 rowsOf(const Epilogue& e, int p, int rows) {
 
 __device__ __forceinline__ void finish(const Epilogue& e, int p, int t, int2 row, float a,
                                        float b, int rows) {
+  if (E4M3) {
+    a *= widen(e.scales[row.x]);
+    b *= widen(e.scales[row.y]);
+  }
   if (e.bias) {
     a += e.bias[row.x];
     b += e.bias[row.y];
@@ -110,6 +123,25 @@ __device__ __forceinline__ float dot8(uint4 w, uint4 x, float sum) {
   return fmaf(high(w.w), high(x.w), fmaf(low(w.w), low(x.w), sum));
 }
 
+#if E4M3
+/** Adds the product of two weights of e4m3 in 16 bits with a pair of bf16. */
+__device__ __forceinline__ float dot2(unsigned short w, u32 x, float sum) {
+#if __CUDA_ARCH__ >= 890
+  float a, b;
+  asm volatile("{ .reg .b32 pair; .reg .b16 first, second; cvt.rn.f16x2.e4m3x2 pair, %2;"
+      " mov.b32 {first, second}, pair; cvt.f32.f16 %0, first; cvt.f32.f16 %1, second; }"
+      : "=f"(a), "=f"(b) : "h"(w));
+  return fmaf(b, high(x), fmaf(a, low(x), sum));
+#else
+  __trap();
+  return sum;
+#endif
+}
+__device__ __forceinline__ float dot4(u32 w, u32 x, u32 y, float sum) {
+  return dot2(w >> 16, y, dot2(w & 0xffff, x, sum));
+}
+#endif
+
 /** Where it stands: hoisted loads would take the registers of those from global memory. */
 __device__ __forceinline__ uint4 loadShared(const uint4* p) {
   uint4 v;
@@ -141,22 +173,29 @@ __device__ __forceinline__ float reduceAll(float* v, int lane) {
 /**
  * x: TOKENS rows of K; normWeight: with INPUT_NORM, K floats. prefetchRows: rows of the block to
  * bring into L2 ahead of time. Dynamic shared memory: 4·TOKENS·KWARPS bytes a row of the block and,
- * with INPUT_SHARED, 512·TOKENS·CHUNKS·KWARPS bytes of x before that.
+ * with INPUT_SHARED, 512·TOKENS·CHUNKS·PARTS·KWARPS bytes of x before that.
  */
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     gemv(const bf16* weight, int rows, const bf16* x, const float* normWeight, float eps,
          int prefetchRows, void* out, int outStride, const float* bias, int gelu,
          const int* positions, const u64* slots, const float* frequencies, int dimensions,
          int interleaved, float magnitude, int heads, int kvHeads, int headDim, u64 tokenStride,
-         u64 layerOffset) {
+         u64 layerOffset
+#if E4M3
+         , const bf16* scales
+#endif
+         ) {
+#if !E4M3
+  const bf16* scales = nullptr;
+#endif
   extern __shared__ uint4 shared[];
-  float* partial = (float*)(shared + (INPUT_SHARED ? TOKENS * CHUNKS * KWARPS * 32 : 0));
+  float* partial = (float*)(shared + (INPUT_SHARED ? TOKENS * CHUNKS * PARTS * KWARPS * 32 : 0));
   __shared__ float scratch[TOKENS][33];
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   int kwarp = warp % KWARPS, group = warp / KWARPS;
   const Epilogue epilogue = {out, outStride, bias, gelu, positions, slots,
                              {frequencies, dimensions, interleaved, magnitude},
-                             heads, kvHeads, headDim, tokenStride, layerOffset};
+                             heads, kvHeads, headDim, tokenStride, layerOffset, scales};
   int pairs = (rows + 1) >> 1;
   int first = (int)((long long)pairs * blockIdx.x / gridDim.x);
   int count = 2 * ((int)((long long)pairs * (blockIdx.x + 1) / gridDim.x) - first);
@@ -164,8 +203,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #if __CUDA_ARCH__ >= 900
   for (int j = threadIdx.x; j < min(prefetchRows, count); j += 32 * WARPS) {
     int2 both = rowsOf(epilogue, first + (j >> 1), rows);
-    const bf16* row = weight + (u64)(j & 1 ? both.y : both.x) * K;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(K * 2) : "memory");
+    const bf16* row = weight + (u64)(j & 1 ? both.y : both.x) * (K / PARTS);
+    u32 bytes = K * 2 / PARTS;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes) : "memory");
   }
 #endif
 
@@ -173,11 +213,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   auto load = [&](int j, int r) {
     if (j >= count) return;
     int2 both = rowsOf(epilogue, first + (j >> 1), rows);
-    const uint4* row = (const uint4*)(weight + (u64)(j & 1 ? both.y : both.x) * K);
+    const uint4* row = (const uint4*)(weight + (u64)(j & 1 ? both.y : both.x) * (K / PARTS));
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       int i = (c * KWARPS + kwarp) * 32 + lane;
-      w[r][c] = WHOLE || i < K / 8 ? loadStream(row + i) : make_uint4(0, 0, 0, 0);
+      w[r][c] = WHOLE || i < K / 8 / PARTS ? loadStream(row + i) : make_uint4(0, 0, 0, 0);
     }
   };
 #pragma unroll
@@ -187,12 +227,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   }
 
   awaitInputs();
-  uint4 in[TOKENS][CHUNKS];
+  // Of the row's 16-byte loads, those beside a lane's weights.
+  auto inputAt = [&](int part) {
+    return (((part / PARTS) * KWARPS + kwarp) * 32 + lane) * PARTS + part % PARTS;
+  };
+  uint4 in[TOKENS][CHUNKS * PARTS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      int i = (c * KWARPS + kwarp) * 32 + lane;
+    for (int c = 0; c < CHUNKS * PARTS; c++) {
+      int i = inputAt(c);
       const uint4* from = (const uint4*)(x + (u64)t * K) + i;
       in[t][c] = WHOLE || i < K / 8 ? __ldcg(from) : make_uint4(0, 0, 0, 0);
     }
@@ -202,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     for (int t = 0; t < TOKENS; t++) {
       float sum = 0.f;
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) sum = dot8(in[t][c], in[t][c], sum);
+      for (int c = 0; c < CHUNKS * PARTS; c++) sum = dot8(in[t][c], in[t][c], sum);
       sum = warpSum(sum);
       if (lane == 0 && group == 0) scratch[t][kwarp] = sum;
     }
@@ -213,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       for (int i = 0; i < KWARPS; i++) sum += scratch[t][i];
       float scale = rsqrtf(sum / K + eps);
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) {
-        int i = (c * KWARPS + kwarp) * 32 + lane;
+      for (int c = 0; c < CHUNKS * PARTS; c++) {
+        int i = inputAt(c);
         if (!WHOLE && i >= K / 8) continue;
         float v[8];
         unpack8(in[t][c], v);
@@ -224,13 +268,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     }
   }
   // A lane reads what it wrote itself (or what its twins in other groups wrote, the same).
-  auto place = [&](int t, int c) { return ((t * CHUNKS + c) * KWARPS + kwarp) * 32 + lane; };
+  auto place = [&](int t, int c) {
+    return ((t * CHUNKS * PARTS + c) * KWARPS + kwarp) * 32 + lane;
+  };
   if (INPUT_SHARED) {
     for (int t = 0; t < TOKENS; t++) {
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) shared[place(t, c)] = in[t][c];
+      for (int c = 0; c < CHUNKS * PARTS; c++) shared[place(t, c)] = in[t][c];
     }
   }
+  auto dot = [&](const uint4& row, int t, int c, float sum) {
+    auto part = [&](int i) { return INPUT_SHARED ? loadShared(shared + place(t, i)) : in[t][i]; };
+#if E4M3
+    uint4 a = part(2 * c), b = part(2 * c + 1);
+    sum = dot4(row.y, a.z, a.w, dot4(row.x, a.x, a.y, sum));
+    return dot4(row.w, b.z, b.w, dot4(row.z, b.x, b.y, sum));
+#else
+    return dot8(row, part(c), sum);
+#endif
+  };
 
   for (int base = group * ROWS; base < count; base += GROUPS * ROWS) {
     // Released at once, the next kernel would take bandwidth long before its turn.
@@ -244,8 +300,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-          uint4 part = INPUT_SHARED ? loadShared(shared + place(t, c)) : in[t][c];
-          v[r * TOKENS + t] = dot8(w[r][c], part, v[r * TOKENS + t]);
+          v[r * TOKENS + t] = dot(w[r][c], t, c, v[r * TOKENS + t]);
         }
       }
       load(base + GROUPS * ROWS + r, r);

@@ -7,7 +7,7 @@ import { KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { Model } from '../../model/model.ts'
 import type { Rows, Value } from '../../model/program.ts'
 import { type E4m3Plan, planE4m3 } from './e4m3.ts'
-import type { LinearNode, Node } from './fuse.ts'
+import type { GluNode, LinearNode, Node, NormNode } from './fuse.ts'
 import type { KernelFinder } from './kernels.ts'
 import type { LowerContext, StepShape } from './lower-context.ts'
 import type { Quantiser } from './weights.ts'
@@ -133,6 +133,47 @@ export class E4m3Products {
     }
   }
 
+  /** A norm beside products of e4m3; undefined for any other. */
+  norm(node: NormNode): Command | undefined {
+    const around = this.around(node)
+    if (!around) return undefined
+    const { x, added, post, norm, out, rows } = node
+    const { weights } = this.context
+    const { width, address } = this.place(x)
+    const kernel = this.context.find('norm.cu', 'normRowE4m3')
+    const launch = new KernelLaunch(kernel, [...NORM_KINDS, ...SCALES_KINDS])
+    const vectors = [weights.vector(post?.weight), weights.vector(norm?.weight)]
+    const from = [address, around.added || this.addressOf(added), ...vectors]
+    const { eps } = present(norm ?? post, 'a norm')
+    launch.setAll(...from, around.out || this.addressOf(out), width, eps, ...scalesOf(around))
+    launch.threads(Math.min(NORM_THREADS, Math.ceil(width / 8 / 32) * 32))
+    return this.command(launch, (count) => launch.grid(count), rows)
+  }
+
+  /** A gated activation beside products of e4m3; undefined for any other. */
+  glu(node: GluNode): Command | undefined {
+    const around = this.around(node)
+    if (!around) return undefined
+    const { gate, out, activation, rows } = node
+    const { width, address } = this.place(gate)
+    const [few, many] = (['gluE4m3', 'gluE4m3Many'] as const).map((name) => {
+      const launch = new KernelLaunch(this.context.find('glu.cu', name), [
+        ...(['u64', 'u64', 'i32', 'i32'] as const),
+        ...SCALES_KINDS,
+      ])
+      const to = around.out || this.addressOf(out)
+      launch.setAll(address, to, width, activation === 'gelu' ? 1 : 0, ...scalesOf(around))
+      launch.threads(rowThreads(width))
+      return this.command(launch, (count) => launch.grid(count), rows)
+    }) as [Command, Command]
+    const most = width <= FEW_WIDTH_MAX ? 2 * this.context.multiprocessors : 0
+    return (step) => (step[rows] <= most ? few(step) : many(step))
+  }
+
+  private addressOf(value: Value | undefined): number {
+    return value === undefined ? 0 : this.place(value).address
+  }
+
   /** What is queued before a product, if nothing made its input as e4m3. */
   before(node: LinearNode): Command[] {
     if (this.plan.narrowing.has(node)) return []
@@ -169,6 +210,17 @@ export class E4m3Products {
       if (step[rows] > 0) driver.launch(sized(step[rows]), step.stream)
     }
   }
+}
+
+const NORM_KINDS = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32'] as const
+const NORM_THREADS = 512
+/** What `gluE4m3` holds of a row. */
+const FEW_WIDTH_MAX = 16_384
+
+const SCALES_KINDS = ['u64', 'u64', 'u64'] as const
+
+function scalesOf({ outScales, rowScales, tokenScales }: Surroundings): number[] {
+  return [outScales, rowScales, tokenScales]
 }
 
 const SCALE_KINDS = ['u64', 'u64', 'u64', 'u64', 'i32', 'i32', 'i32', 'i32'] as const

@@ -18,6 +18,9 @@ export interface GemvVariant {
   rowBytes: number
 }
 
+/** Of weights of e4m3: each takes one and a half conversions, more than there is time for. */
+export const E4M3_TOKENS_MAX = 2
+
 const WARPS_MAX = 16
 const CHUNK = 256
 /** 16-byte loads of a lane that are under way at once. */
@@ -28,23 +31,27 @@ const SHARED_BYTES = 48 << 10
 /**
  * The variant for rows of `k` elements, or undefined where the kernel is not made for it: rows that
  * are no whole number of 16-byte loads, or too long for so many tokens.
+ * @param e4m3 whether weights are of that type
  */
 export function gemvVariant(
   k: number,
   tokens: number,
   epilogue: GemvEpilogue,
   inputNorm: boolean,
+  e4m3 = false,
 ): GemvVariant | undefined {
+  if (e4m3 && (k % 16 !== 0 || tokens > E4M3_TOKENS_MAX)) return undefined
+  const parts = e4m3 ? 2 : 1
   // Three tokens computed as four would append a row that is none.
   if (k % 8 !== 0 || (tokens !== 1 && tokens !== 2 && tokens !== GEMV_TOKENS_MAX)) return undefined
-  const chunks = Math.ceil(k / CHUNK)
+  const chunks = Math.ceil(k / (CHUNK * parts))
   const perWarp = Math.ceil(chunks / WARPS_MAX)
   // As few warps as do it in as many chunks each: 56 chunks are 4 for each of 14 warps.
   const kWarps = Math.ceil(chunks / perWarp)
   const chunksOfWarp = powerOfTwo(perWarp)
   if (chunksOfWarp > LOADS || (tokens > 1 && tokens * chunksOfWarp > 4)) return undefined
   const groups = Math.max(1, Math.floor(WARPS_MAX / kWarps))
-  const inputShared = tokens * chunksOfWarp > 4 || chunksOfWarp > 2
+  const inputShared = tokens * chunksOfWarp * parts > 4 || chunksOfWarp * parts > 2
   return {
     defines: {
       K: k,
@@ -55,9 +62,10 @@ export function gemvVariant(
       ROWS: LOADS / chunksOfWarp,
       EPILOGUE: GEMV_EPILOGUE[epilogue],
       INPUT_NORM: inputNorm ? 1 : 0,
+      ...(e4m3 && { E4M3: 1 }),
     },
     threads: 32 * kWarps * groups,
-    inputBytes: inputShared ? 512 * tokens * chunksOfWarp * kWarps : 0,
+    inputBytes: inputShared ? 512 * tokens * chunksOfWarp * parts * kWarps : 0,
     rowBytes: 4 * tokens * kWarps,
   }
 }

@@ -21,11 +21,15 @@ import { RELEASE_ROUNDS } from './forward.ts'
 import { kernelsOf, keyOf } from './kernel-list.ts'
 import { gpuKvLayout } from './kv-layout.ts'
 import { type KernelSource, ModuleCache } from './module-cache.ts'
+import { QUANTIZATIONS, type Quantization } from './quantization.ts'
 
 const SLOTS = 8
 
 /** What a backend asks for: while it starts, and in steps of all kinds afterwards. */
-function askedFor(model: Model): { start: Set<string>; steps: Set<string> } {
+function askedFor(
+  model: Model,
+  quantization?: Quantization,
+): { start: Set<string>; steps: Set<string> } {
   const cuda = new MockCuda({ pageBytes: 1 << 16, totalBytes: 2 ** 33 })
   const device = CudaDevice.open(0, cuda)
   const asked = { start: new Set<string>(), steps: new Set<string>() }
@@ -48,6 +52,7 @@ function askedFor(model: Model): { start: Set<string>; steps: Set<string> } {
     kv: new PlainKv(cuda, layout, SLOTS),
     maxSequences: SLOTS,
     stepTokens: 32,
+    quantization,
     lt,
   })
   now = asked.steps
@@ -75,13 +80,16 @@ const MODELS = new Map<string, Model>([
 
 for (const [name, model] of MODELS) {
   if (!HEAD_DIMS.includes(model.config.headDim)) continue
-  test(`${name}: a kernel is missing in the list, or needless`, () => {
-    const device = CudaDevice.open(0, new MockCuda())
-    const list = kernelsOf(model, device.info, RELEASE_ROUNDS, SLOTS).map(keyOf)
-    const { start, steps } = askedFor(model)
-    assert.deepEqual([...start].toSorted(), list.toSorted())
-    assert.deepEqual([...steps], [], 'nothing is loaded after the start')
-  })
+  for (const quantization of [undefined, ...QUANTIZATIONS]) {
+    const how = quantization === undefined ? '' : `, as ${quantization}`
+    test(`${name}${how}: a kernel is missing in the list, or needless`, () => {
+      const device = CudaDevice.open(0, new MockCuda())
+      const list = kernelsOf(model, device.info, RELEASE_ROUNDS, SLOTS, quantization).map(keyOf)
+      const { start, steps } = askedFor(model, quantization)
+      assert.deepEqual([...start].toSorted(), list.toSorted())
+      assert.deepEqual([...steps], [], 'nothing is loaded after the start')
+    })
+  }
 }
 
 const skip = (await provideNvrtc()) ?? false

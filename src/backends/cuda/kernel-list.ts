@@ -8,6 +8,7 @@ import type { Model } from '../../model/model.ts'
 import { attentionVariants } from './attention-variants.ts'
 import { planStep, stepShape, stepVariant } from './decode-step.ts'
 import type { Quantization } from './quantization.ts'
+import { e4m3Weights } from './e4m3.ts'
 import { BUCKETS, HOPPER } from './forward.ts'
 import { fuse, fuseSkinny, type Node, type SkinnyNode } from './fuse.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
@@ -15,7 +16,7 @@ import { CANDIDATES, isSmall, variantsOf as hopperVariantsOf } from './hopper-la
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import { paddedRows } from './matmul.ts'
 import type { KernelSource } from './module-cache.ts'
-import { SKINNY_TOKENS, skinnyVariant } from './skinny.ts'
+import { fewOfE4m3, SKINNY_TOKENS, skinnyVariant } from './skinny.ts'
 
 /** The file of each kind of node; products of few tokens have one for each shape. */
 const FILES: Readonly<Partial<Record<Node['kind'], string>>> = {
@@ -53,11 +54,9 @@ export function kernelsOf(
       files.add('rows.cu')
     }
   }
+  const narrow = quantization ? e4m3Weights(model, info) : new Set<string>()
+  const products = nodes.flatMap((of) => productsOf(fuseSkinny(of), model, narrow, releaseRounds))
   const own = quantization ? [] : nodes
-  const products = own
-    .flatMap((of) => fuseSkinny(of))
-    .filter((node) => node.kind === 'skinny')
-    .flatMap((node) => variantsOf(node, model, releaseRounds))
   const [decoding = []] = own
   const steps = wholeSteps(decoding, model, info, maxSequences)
   const tiles = hopperTiles(own, model, info, maxSequences)
@@ -125,12 +124,24 @@ function matrixOf(model: Model, names: readonly string[]): { rows: number; k: nu
   return { rows, k: present(shapes[0]?.[0], 'a row') }
 }
 
-function variantsOf(node: SkinnyNode, model: Model, releaseRounds: number): KernelSource[] {
-  const { k } = matrixOf(model, weightsOf(node))
-  return SKINNY_TOKENS.flatMap((tokens) => {
-    const variant = skinnyVariant(node, k, tokens, releaseRounds)
-    return variant ? [{ file: 'gemv.cu', defines: variant.defines }] : []
-  })
+/** Products of 1–4 tokens. */
+function productsOf(
+  nodes: readonly (Node | SkinnyNode)[],
+  model: Model,
+  narrow: ReadonlySet<string>,
+  releaseRounds: number,
+): KernelSource[] {
+  const of = (names: readonly string[]) => {
+    return { k: matrixOf(model, names).k, e4m3: names.every((name) => narrow.has(name)) }
+  }
+  const skinny = nodes.filter((node) => node.kind === 'skinny')
+  return SKINNY_TOKENS.filter((tokens) => fewOfE4m3(nodes, tokens, of)).flatMap((tokens) =>
+    skinny.flatMap((node) => {
+      const { k, e4m3 } = of(weightsOf(node))
+      const variant = skinnyVariant(node, k, tokens, releaseRounds, e4m3)
+      return variant ? [{ file: 'gemv.cu', defines: variant.defines }] : []
+    }),
+  )
 }
 
 function sourceOf({ file, defines = {} }: KernelSource): KernelSource {

@@ -1,12 +1,12 @@
 // Owns the lowering of fused nodes to launches: each node becomes a function that queues its
 // kernels for a step of any number of rows. Nothing here waits or allocates when a step runs.
 
-import { present } from '../../assert.ts'
+import { assert, present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
 import { Buffers } from './buffers.ts'
-import { E4m3Products, rowThreads, type Surroundings } from './e4m3-products.ts'
+import { E4m3Products, type Surroundings } from './e4m3-products.ts'
 import {
   type GluNode,
   type LinearNode,
@@ -22,7 +22,7 @@ import { type FusedProducts, HopperProducts, rowsOf } from './hopper-launch.ts'
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import type { LowerContext, StepShape } from './lower-context.ts'
 import { type Product, paddedRows } from './matmul.ts'
-import { SkinnyProducts } from './skinny.ts'
+import { fewOfE4m3, SKINNY_TOKENS, SkinnyProducts } from './skinny.ts'
 import { WholeSteps } from './whole-steps.ts'
 
 export type Command = (step: StepShape) => void
@@ -52,6 +52,8 @@ export class Lowering {
   private arena = 0
   private commands: readonly NamedCommand[] = []
   private skinny: readonly NamedCommand[] = []
+  /** By number of tokens, whether that is for them. */
+  private few: readonly boolean[] = []
   private skinnyNodes: readonly (Node | SkinnyNode)[] = []
   private readonly products: SkinnyProducts
   private hopper: readonly NamedCommand[] = []
@@ -79,7 +81,10 @@ export class Lowering {
   build(arena: number): void {
     this.arena = arena
     this.whole = this.lowerWhole()
-    this.commands = this.nodes.map((node) => ({ name: nameOf(node), run: this.lower(node) }))
+    this.commands = this.nodes.map((node) => ({
+      name: nameOf(node),
+      run: this.lower(node, this.e4m3),
+    }))
     const fused = (nodes: readonly (Node | SkinnyNode)[], products: FusedProducts) =>
       nodes.map((node) => ({
         name: nameOf(node.kind === 'skinny' ? node.linear : node),
@@ -87,6 +92,8 @@ export class Lowering {
       }))
     this.skinnyNodes = fuseSkinny(this.nodes)
     this.skinny = fused(this.skinnyNodes, this.products)
+    this.few = Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => this.fewFit(tokens))
+    if (this.e4m3) return
     this.hopper = fused(fuseSkinny(this.nodes, false), this.hopperProducts)
   }
 
@@ -102,16 +109,19 @@ export class Lowering {
 
   /** Loads what launches would load when they are first needed. */
   prepare(): void {
-    if (!this.context.skinny || this.e4m3) return
-    for (const node of this.skinnyNodes) {
-      if (node.kind === 'skinny') this.products.prepare(node)
+    if (!this.context.skinny) return
+    for (const tokens of SKINNY_TOKENS) {
+      if (!this.few[tokens]) continue
+      for (const node of this.skinnyNodes) {
+        if (node.kind === 'skinny') this.products.launch(node, tokens)
+      }
     }
   }
 
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
     const { skinny, hopper } = this.context
-    if (this.e4m3) return this.commands
+    if (this.e4m3) return skinny && this.few[tokens] ? this.skinny : this.commands
     const whole = this.whole[tokens]
     if (whole) return whole
     if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
@@ -166,7 +176,17 @@ export class Lowering {
     }
   }
 
-  private lower(node: Node): Command {
+  /** Whether steps of so few tokens are as `skinny` has them. */
+  private fewFit(tokens: number): boolean {
+    if (!this.e4m3) return true
+    return fewOfE4m3(this.skinnyNodes, tokens, (names) => {
+      const { k, scales } = this.context.weights.joined(names)
+      return { k, e4m3: scales !== 0 }
+    })
+  }
+
+  /** @param e4m3 whose neighbours norms, rotations and activations are, if they are */
+  private lower(node: Node, e4m3?: E4m3Products): Command {
     switch (node.kind) {
       case 'embed':
         return this.embed(node)
@@ -174,13 +194,13 @@ export class Lowering {
       case 'logits':
         return this.matmul(node)
       case 'norm':
-        return this.norm(node)
+        return e4m3?.norm(node) ?? this.norm(node)
       case 'rope':
-        return this.rope(node)
+        return this.rope(node, e4m3?.around(node))
       case 'attention':
         return this.attention(node)
       case 'glu':
-        return this.glu(node)
+        return e4m3?.glu(node) ?? this.glu(node)
       case 'select':
         return this.select(node)
       case 'add':
@@ -202,6 +222,9 @@ export class Lowering {
 
   /** The parts of a product one by one, where no kernel does them together. */
   private partsOf({ linear, norm, rope, glu }: SkinnyNode): Command[] {
+    if (linear.kind === 'linear' && this.e4m3?.has(linear)) {
+      return [() => assert(false, 'few tokens have kernels for all products of e4m3, or for none')]
+    }
     const parts = this.nodes.filter(
       (part) =>
         part === linear ||
@@ -221,34 +244,26 @@ export class Lowering {
     return this.perRow(launch, 'tokens')
   }
 
-  private norm(node: NormNode): Command {
-    const { x, added, post, norm, out, rows } = node
+  private norm({ x, added, post, norm, out, rows }: NormNode): Command {
     const { weights } = this.context
     const { width, address } = this.place(x)
     checkWidth(width)
     const kinds: ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
-    const around = this.e4m3?.around(node)
-    const launch = around
-      ? this.kernel('norm.cu', 'normRowE4m3', [...kinds, ...SCALES])
-      : this.kernel('norm.cu', 'normRow', kinds)
-    const adds = around?.added || this.addressOf(added)
-    const addresses = [address, adds, weights.vector(post?.weight), weights.vector(norm?.weight)]
+    const launch = this.kernel('norm.cu', 'normRow', kinds)
+    const addresses = [address, this.addressOf(added), weights.vector(post?.weight)]
     const eps = present(norm ?? post, 'a norm').eps
-    const to = around?.out || this.addressOf(out)
-    launch.setAll(...addresses, to, width, eps, ...scalesOf(around))
-    launch.threads(Math.min(around ? 512 : 1024, warps(width / 8)))
+    launch.setAll(...addresses, weights.vector(norm?.weight), this.addressOf(out), width, eps)
+    launch.threads(Math.min(1024, warps(width / 8)))
     return this.perRow(launch, rows)
   }
 
-  private rope(node: RopeNode): Command {
-    const { q, qOut, k, v, rope, layer, rows } = node
+  private rope({ q, qOut, k, v, rope, layer, rows }: RopeNode, around?: Surroundings): Command {
     const { weights, state, layout } = this.context
     const { heads, kvHeads, headDim, normEps } = this.program.config
     const kinds: ArgumentKind[] = [
       ...(['u64', 'u64', 'u64', 'i32', 'i32', 'u64', 'u64', 'u64', 'u64', 'i32'] as const),
       ...(['i32', 'f32', 'u64', 'u64', 'f32', 'i32', 'i32', 'i32', 'u64', 'u64'] as const),
     ]
-    const around = this.e4m3?.around(node)
     const launch = around
       ? this.kernel('rope-append.cu', 'ropeAppendScaled', [...kinds, 'u64', 'u64'])
       : this.kernel('rope-append.cu', 'ropeAppend', kinds)
@@ -298,26 +313,11 @@ export class Lowering {
     }
   }
 
-  private glu(node: GluNode): Command {
-    const { gate, out, activation, rows } = node
+  private glu({ gate, out, activation, rows }: GluNode): Command {
     const width = this.place(gate).width
     checkWidth(width)
-    const gelu = activation === 'gelu' ? 1 : 0
-    const around = this.e4m3?.around(node)
-    const { multiprocessors } = this.context
-    if (around) {
-      const kinds = ['u64', 'u64', 'i32', 'i32', ...SCALES] as const
-      const to = around.out || this.addressOf(out)
-      const [few, many] = ['gluE4m3', 'gluE4m3Many'].map((name) => {
-        const launch = this.kernel('glu.cu', name, kinds).threads(rowThreads(width))
-        launch.setAll(this.addressOf(gate), to, width, gelu, ...scalesOf(around))
-        return this.perRow(launch, rows)
-      }) as [Command, Command]
-      const most = width <= WIDTH_OF_FEW ? 2 * multiprocessors : 0
-      return (step) => (step[rows] <= most ? few(step) : many(step))
-    }
     const launch = this.kernel('glu.cu', 'glu', ['u64', 'u64', 'i32', 'i32'])
-    launch.setAll(this.addressOf(gate), this.addressOf(out), width, gelu)
+    launch.setAll(this.addressOf(gate), this.addressOf(out), width, activation === 'gelu' ? 1 : 0)
     launch.threads(256)
     const blocks = Math.ceil(width / 8 / 256)
     return (step) => {
@@ -425,16 +425,6 @@ type AttentionNode = Extract<Node, { kind: 'attention' }>
 function nameOf(node: Node): string {
   const weight = node.kind === 'linear' ? node.weights[0] : 'weight' in node ? node.weight : ''
   return `${node.kind} ${weight?.replace(/^blk\.\d+\./, '').replace(/\.weight$/, '')}`.trim()
-}
-
-/** Arguments of kernels around products of e4m3. */
-const SCALES = ['u64', 'u64', 'u64'] as const
-
-/** What `gluE4m3` holds of a row. */
-const WIDTH_OF_FEW = 16_384
-
-function scalesOf(around: Surroundings | undefined): number[] {
-  return around ? [around.outScales, around.rowScales, around.tokenScales] : []
 }
 
 /** Threads for `count` elements, a whole number of warps. */

@@ -6,7 +6,7 @@ import { FUNCTION } from '../../ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
-import type { SkinnyNode } from './fuse.ts'
+import type { Node, SkinnyNode } from './fuse.ts'
 import {
   gemvBlocks,
   GEMV_TOKENS_MAX,
@@ -56,7 +56,8 @@ export class SkinnyProducts {
     const { weights, driver, multiprocessors, prefetchBytes, releaseRounds } = this.context
     const matrix = weights.joined(linear.kind === 'logits' ? [linear.weight] : linear.weights)
     const { k } = matrix
-    const variant = skinnyVariant(node, k, tokens, releaseRounds)
+    const e4m3 = matrix.scales !== 0
+    const variant = skinnyVariant(node, k, tokens, releaseRounds, e4m3)
     if (!variant) return undefined
     const kernel = this.context.find('gemv.cu', 'gemv', variant.defines)
     const blocks = gemvBlocks(variant, matrix.rows, multiprocessors)
@@ -64,7 +65,7 @@ export class SkinnyProducts {
     if (shared > DEFAULT_SHARED_BYTES) {
       driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, shared)
     }
-    const launch = new KernelLaunch(kernel, KINDS)
+    const launch = new KernelLaunch(kernel, e4m3 ? [...KINDS, 'u64'] : KINDS)
     if (this.context.overlap) launch.programmatic()
     launch.grid(blocks).threads(variant.threads).sharedBytes(shared)
     const x = this.place(node.in)
@@ -80,6 +81,7 @@ export class SkinnyProducts {
       ...[rope?.rope.dimensions ?? 0, rope?.rope.pairing === 'interleaved' ? 1 : 0],
       ...[turn?.magnitude ?? 1, heads, kvHeads, headDim, layout.tokenStride],
       (rope?.layer ?? 0) * layout.layerStride,
+      ...(e4m3 ? [matrix.scales] : []),
     )
     return launch
   }
@@ -104,11 +106,28 @@ export function skinnyVariant(
   k: number,
   tokens: number,
   releaseRounds: number,
+  e4m3 = false,
 ): GemvVariant | undefined {
   const { linear, norm } = node
   if (linear.kind === 'linear' && linear.biases.some((bias) => bias !== undefined)) return undefined
-  const variant = gemvVariant(k, tokens, epilogueOf(node), !!norm)
+  const variant = gemvVariant(k, tokens, epilogueOf(node), !!norm, e4m3)
   return variant && { ...variant, defines: { ...variant.defines, RELEASE_ROUNDS: releaseRounds } }
+}
+
+/**
+ * Whether steps of so many tokens have a kernel for every product of e4m3. If not they have none:
+ * what surrounds the library's products leaves half of the work to its neighbours.
+ */
+export function fewOfE4m3(
+  nodes: readonly (Node | SkinnyNode)[],
+  tokens: number,
+  matrixOf: (names: readonly string[]) => { k: number; e4m3: boolean },
+): boolean {
+  return nodes.every((node) => {
+    if (node.kind !== 'skinny' || node.linear.kind === 'logits') return true
+    const { k, e4m3 } = matrixOf(node.linear.weights)
+    return !e4m3 || skinnyVariant(node, k, tokens, 0, e4m3) !== undefined
+  })
 }
 
 function epilogueOf({ linear, rope, glu }: SkinnyNode): GemvEpilogue {
