@@ -5,29 +5,32 @@
 // test/cuda/elementwise.gpu.ts.
 #include "fp8.cuh"
 
-#define PER_THREAD 4  // uint4s of a row that a thread keeps: width ≤ 1024 · 8 · 4
+#define PER_THREAD 4  // groups of 8 that a thread keeps: width ≤ 1024 · 8 · 4
 
 /**
  * One row, after an optional sum. x: the residual stream; added: what a block computed.
  *   postWeight null: x' = x + added     else x' = x + norm(added)·postWeight
  *   added null: x' = x;   out null: only the sum is wanted;   x is written if there was a sum.
+ * GROUPS: of 8 elements that a thread keeps; NARROW: between products of e4m3.
  */
-template <bool NARROW>
+template <bool NARROW, int GROUPS>
 __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* postWeight,
                                      const float* weight, void* out, int width, float eps,
                                      bf16* outScales, Scales scales) {
+  // Weights are asked for before the sum is there, where registers allow it.
+  constexpr bool EARLY = NARROW && GROUPS == 1;
   __shared__ float scratch[33];
   // At once: a product that follows asks for its first weights while this waits for its row.
   releaseDependents();
   awaitInputs();
   u64 at = (u64)blockIdx.x * width;
   int count = width >> 3;
-  float v[PER_THREAD][8];
+  float v[GROUPS][8];
   const uint4* by = NARROW ? (const uint4*)scales.rows : nullptr;
   float token = by ? widen(scales.tokens[blockIdx.x]) : 1.f;
   float post = 0.f;
   if (added && postWeight) {
-    for (int c = 0, i = threadIdx.x; c < PER_THREAD && i < count; c++, i += blockDim.x) {
+    for (int c = 0, i = threadIdx.x; c < GROUPS && i < count; c++, i += blockDim.x) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
       if (by) scale8(a, by[i], token);
@@ -36,9 +39,9 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
     post = rsqrtf(blockSum(post, scratch) / width + eps);
   }
   float sum = 0.f;
-  float4 w[NARROW ? PER_THREAD : 1][2];
+  float4 w[2];
 #pragma unroll
-  for (int c = 0; c < PER_THREAD; c++) {
+  for (int c = 0; c < GROUPS; c++) {
     int i = threadIdx.x + c * blockDim.x;
     if (i >= count) break;
     unpack8(((const uint4*)(x + at))[i], v[c]);
@@ -53,39 +56,49 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
       ((uint4*)(x + at))[i] = pack8(v[c]);
     }
     for (int j = 0; j < 8; j++) sum += v[c][j] * v[c][j];
-    // Asked for before the sum is there: with few rows, waiting is all that takes time.
-    if (NARROW && out) {
-      w[c][0] = ((const float4*)weight)[2 * i];
-      w[c][1] = ((const float4*)weight)[2 * i + 1];
+    if (EARLY && out) {
+      w[0] = ((const float4*)weight)[2 * i];
+      w[1] = ((const float4*)weight)[2 * i + 1];
     }
   }
   if (!out) return;
   float scale = rsqrtf(blockSum(sum, scratch) / width + eps);
 #pragma unroll
-  for (int c = 0; c < PER_THREAD; c++) {
+  for (int c = 0; c < GROUPS; c++) {
     int i = threadIdx.x + c * blockDim.x;
     if (i >= count) break;
-    const float* by = NARROW ? (const float*)w[NARROW ? c : 0] : weight + i * 8;
+    const float* by = EARLY ? (const float*)w : weight + i * 8;
     for (int j = 0; j < 8; j++) v[c][j] *= scale * by[j];
     if (!NARROW || !outScales) ((uint4*)((bf16*)out + at))[i] = pack8(v[c]);
   }
   if (!NARROW || !outScales) return;
-  storeE4m3<PER_THREAD>(v, count, (e4m3*)out + at, outScales + blockIdx.x, scratch);
+  storeE4m3<GROUPS>(v, count, (e4m3*)out + at, outScales + blockIdx.x, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
     normRow(bf16* x, const bf16* added, const float* postWeight, const float* weight, bf16* out,
             int width, float eps) {
-  norm<false>(x, added, postWeight, weight, out, width, eps, nullptr, {});
+  norm<false, PER_THREAD>(x, added, postWeight, weight, out, width, eps, nullptr, {});
 }
 
 /**
- * The same between products of e4m3, width ≤ 512 · 8 · 4. outScales: null for an out of bf16, else out is e4m3 and each
- * row has a scale; rowScales: null for an `added` of numbers, else of the matrix that made it.
+ * The same between products of e4m3, width ≤ 1024 · 8. outScales: null for an out of bf16, else
+ * out is e4m3 and each row has a scale; rowScales: null for an `added` of numbers, else of the
+ * matrix that made it.
  */
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
     normRowE4m3(bf16* x, const bf16* added, const float* postWeight, const float* weight,
                 void* out, int width, float eps, bf16* outScales, const bf16* rowScales,
                 const bf16* tokenScales) {
-  norm<true>(x, added, postWeight, weight, out, width, eps, outScales, {rowScales, tokenScales});
+  norm<true, 1>(x, added, postWeight, weight, out, width, eps, outScales,
+                {rowScales, tokenScales});
+}
+
+/** The same of wider rows. */
+extern "C" __global__ void __launch_bounds__(1024)
+    normRowE4m3Wide(bf16* x, const bf16* added, const float* postWeight, const float* weight,
+                    void* out, int width, float eps, bf16* outScales, const bf16* rowScales,
+                    const bf16* tokenScales) {
+  norm<true, PER_THREAD>(x, added, postWeight, weight, out, width, eps, outScales,
+                         {rowScales, tokenScales});
 }

@@ -31,6 +31,9 @@ function shaped(capability: number, room: number): Shaped[] {
     gemvVariant(14336, 1, 'add', false),
     gemvVariant(576, 4, 'logits', true),
     gemvVariant(64, 1, 'store', false),
+    gemvVariant(4096, 1, 'rope', true, true),
+    gemvVariant(14336, 2, 'add', false, true),
+    gemvVariant(576, 2, 'glu', true, true),
   ].flatMap((variant) => (variant ? [{ file: 'gemv.cu', defines: variant.defines }] : []))
   const attention = [64, 96, 128, 256].flatMap((headDim) =>
     Object.values(attentionVariants({ heads: 8, kvHeads: 2, headDim, scale: 1 }, capability, room)),

@@ -112,7 +112,7 @@ test('a product is scaled wrongly, alone or added to what is there', () => {
   }
 })
 
-for (const width of [64, 4096]) {
+for (const width of [64, 4096, 8224]) {
   for (const [scaled, narrow] of [
     [true, true],
     [true, false],
@@ -130,8 +130,9 @@ for (const width of [64, 4096]) {
         const added = scaled ? sums : gpu.put(toBf16(numbers))
         const args = [inOut, added, post ? gpu.put(post) : 0, gpu.put(weight), out, width, 1e-5]
         const more = [narrow ? scales : 0, scaled ? by : 0, scaled ? tokens : 0]
-        const threads = Math.min(512, Math.ceil(width / 8 / 32) * 32)
-        gpu.run('norm.cu', 'normRowE4m3', 'aaaaaifaaa', [...args, ...more], [rows], threads)
+        const threads = Math.min(1024, Math.ceil(width / 8 / 32) * 32)
+        const kernel = width > 8192 ? 'normRowE4m3Wide' : 'normRowE4m3'
+        gpu.run('norm.cu', kernel, 'aaaaaifaaa', [...args, ...more], [rows], threads)
         const normed = new Float32Array(rows * width)
         const sumsOf = new Float32Array(rows * width)
         for (let r = 0; r < rows; r++) {
@@ -282,6 +283,7 @@ for (const family of FAMILIES) {
     step([0, 0, 40], [1, 1, 12], [2, 2, 1])
     for (let i = 0; i < 16; i++) step([0, 0, 1], [1, 1, 1], [2, 2, 1])
     for (let i = 0; i < 8; i++) step([1, 1, 1])
+    for (let i = 0; i < 4; i++) step([1, 1, 1], [2, 2, 1])
     for (const sequence of [0, 1, 2]) {
       for (const position of [...golden.sequence(sequence).whole.keys()].toSorted(
         (a, b) => a - b,

@@ -7,6 +7,7 @@ import {
   gemvSharedBytes,
   gemvVariant,
 } from '../../src/backends/cuda/gemv.ts'
+import { fromE4m3, quantised } from '../support/e4m3.ts'
 import { BF16_ERROR, close, Gpu, Random, randomBf16, toBf16 } from './gpu.ts'
 
 const gpu = new Gpu()
@@ -29,14 +30,19 @@ for (const epilogue of ['store', 'add', 'glu', 'logits'] as const) {
       if (!variant) continue
       test(`${epilogue} of ${tokens} tokens by [${rows}, ${k}] is wrong`, () =>
         check(epilogue, k, rows + (epilogue === 'logits' ? 1 : 0), tokens))
+      if (!gemvVariant(k, tokens, epilogue, k < 10000, true)) continue
+      test(`${epilogue} of ${tokens} tokens by [${rows}, ${k}] of e4m3 is wrong`, () =>
+        check(epilogue, k, rows, tokens, true))
     }
   }
 }
 
-function check(epilogue: GemvEpilogue, k: number, rows: number, tokens: number): void {
+function check(epilogue: GemvEpilogue, k: number, rows: number, tokens: number, e4m3 = false) {
   const norm = k < 10000
-  const variant = gemvVariant(k, tokens, epilogue, norm)!
-  const weight = randomBf16(random, rows * k, 1 / Math.sqrt(k))
+  const variant = gemvVariant(k, tokens, epilogue, norm, e4m3)!
+  const bf16 = randomBf16(random, rows * k, 1 / Math.sqrt(k))
+  const narrow = e4m3 ? narrowed(bf16, k) : undefined
+  const weight = narrow?.values ?? bf16
   const x = randomBf16(random, tokens * k, 2)
   const normWeight = Float32Array.from({ length: k }, () => random.next() + 0.5)
   const bias = Float32Array.from({ length: rows }, () => random.next())
@@ -46,11 +52,19 @@ function check(epilogue: GemvEpilogue, k: number, rows: number, tokens: number):
   const size = epilogue === 'logits' ? 4 : 2
   const out = epilogue === 'add' ? gpu.put(toBf16(start)) : gpu.poisoned(tokens * width * size)
   const blocks = gemvBlocks(variant, rows, 132)
-  const args = [gpu.put(toBf16(weight)), rows, gpu.put(toBf16(x)), gpu.put(normWeight), 1e-5, 3]
+  const args = [
+    gpu.put(narrow?.bytes ?? toBf16(weight)),
+    rows,
+    gpu.put(toBf16(x)),
+    gpu.put(normWeight),
+    1e-5,
+    3,
+  ]
   args.push(out, width, biased ? gpu.put(bias) : 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 0, 0)
+  if (narrow) args.push(gpu.put(toBf16(narrow.scales)))
   const shared = gemvSharedBytes(variant, rows, blocks)
   const options = { shared, defines: variant.defines }
-  gpu.run('gemv.cu', 'gemv', KINDS, args, [blocks], variant.threads, options)
+  gpu.run('gemv.cu', 'gemv', e4m3 ? `${KINDS}a` : KINDS, args, [blocks], variant.threads, options)
   const want: number[] = []
   for (let t = 0; t < tokens; t++) {
     let row = Array.from(x.subarray(t * k, (t + 1) * k))
@@ -72,4 +86,19 @@ function check(epilogue: GemvEpilogue, k: number, rows: number, tokens: number):
   const count = tokens * width
   const got = epilogue === 'logits' ? gpu.get(out, new Float32Array(count)) : gpu.bf16(out, count)
   close(got, want, BF16_ERROR, 'product')
+}
+
+/** Rows as e4m3, and the numbers that they stand for. */
+function narrowed(values: Float32Array, k: number) {
+  const bytes = new Uint8Array(values.length)
+  const scales = new Float32Array(values.length / k)
+  for (let r = 0; r < scales.length; r++) {
+    // Rows of other sizes, so that another row's scale shows.
+    const row = values.subarray(r * k, (r + 1) * k).map((x) => x * (1 + (r % 3)))
+    const made = quantised(row)
+    bytes.set(made.bytes, r * k)
+    scales[r] = made.scale
+  }
+  const of = Float32Array.from(bytes, (byte, i) => fromE4m3(byte) * scales[Math.floor(i / k)]!)
+  return { bytes, scales, values: of }
 }

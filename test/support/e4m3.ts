@@ -17,8 +17,12 @@ export function fromE4m3(byte: number): number {
 export function toE4m3(value: number): number {
   if (Number.isNaN(value)) return 127
   const size = Math.min(Math.abs(value), E4M3_MAX)
-  let byte = 0
-  while (byte < 126 && VALUES[byte + 1]! <= size) byte++
+  let [byte, end] = [0, 127]
+  while (end - byte > 1) {
+    const middle = (byte + end) >> 1
+    if (VALUES[middle]! <= size) byte = middle
+    else end = middle
+  }
   const [below, above] = [size - VALUES[byte]!, (VALUES[byte + 1] ?? Infinity) - size]
   if (above < below || (above === below && byte % 2 === 1)) byte++
   return (value < 0 || Object.is(value, -0) ? 128 : 0) | byte

@@ -11,6 +11,7 @@ export class MockE4m3Kernels extends MockKernels {
       quantiseRows: (a, [rows]) => this.quantiseRows(a, rows!),
       scaleProduct: (a, [, rows]) => this.scaleProduct(a, rows!),
       normRowE4m3: (a, [rows]) => this.normRowE4m3(a, rows!),
+      normRowE4m3Wide: (a, [rows]) => this.normRowE4m3(a, rows!),
       gluE4m3: (a, [rows]) => this.gluE4m3(a, rows!),
       gluE4m3Many: (a, [rows]) => this.gluE4m3(a, rows!),
       ropeAppendScaled: (a, [rows]) => this.ropeAppendScaled(a, rows!),

@@ -140,7 +140,8 @@ export class E4m3Products {
     const { x, added, post, norm, out, rows } = node
     const { weights } = this.context
     const { width, address } = this.place(x)
-    const kernel = this.context.find('norm.cu', 'normRowE4m3')
+    const name = width / 8 <= NORM_THREADS ? 'normRowE4m3' : 'normRowE4m3Wide'
+    const kernel = this.context.find('norm.cu', name)
     const launch = new KernelLaunch(kernel, [...NORM_KINDS, ...SCALES_KINDS])
     const vectors = [weights.vector(post?.weight), weights.vector(norm?.weight)]
     const from = [address, around.added || this.addressOf(added), ...vectors]
@@ -213,7 +214,7 @@ export class E4m3Products {
 }
 
 const NORM_KINDS = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32'] as const
-const NORM_THREADS = 512
+const NORM_THREADS = 1024
 /** What `gluE4m3` holds of a row. */
 const FEW_WIDTH_MAX = 16_384
 

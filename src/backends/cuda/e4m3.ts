@@ -10,9 +10,8 @@ import { fuse, type LinearNode, type Node, single } from './fuse.ts'
 
 /** The matrix library wants rows and columns of e4m3 to be multiples of this. */
 const MULTIPLE = 16
-/** Elements of a row that the kernels' blocks hold, and those of norms. */
+/** Elements of a row that the kernels' blocks hold. */
 const WIDTH_MAX = 32_768
-const HIDDEN_MAX = 16_384
 
 /**
  * The matrices that are e4m3: those of products within blocks whose shapes allow it. The embedding
@@ -33,7 +32,6 @@ export function e4m3Weights(
   const names = fuse(programFor(model), true).flatMap((node) => {
     if (node.kind !== 'linear') return []
     const shapes = node.weights.map((name) => present(model.tensors.get(name)?.shape, name))
-    if (model.config.hidden > HIDDEN_MAX) return []
     const fits = shapes.every(
       ([k = 0, rows = 0]) => k % MULTIPLE === 0 && rows % MULTIPLE === 0 && k <= WIDTH_MAX,
     )
