@@ -145,7 +145,7 @@ async function onGpu(
 }
 
 /** @param narrow matrices of one byte an element, and a scale a row; all else is bfloat16 */
-function weightBytes({ tensors }: Model, narrow: ReadonlySet<string>): number {
+export function weightBytes({ tensors }: Model, narrow: ReadonlySet<string>): number {
   let bytes = 0
   for (const { name, shape } of tensors.values()) {
     const elements = shape.reduce((a, b) => a * b, 1)

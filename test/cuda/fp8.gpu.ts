@@ -239,8 +239,23 @@ function byte(): number {
 const SLOTS = 5
 /** In the mean; transformers whose linear layers round their operands so: 0.06, Gemma 3 0.1. */
 const MEAN_ERROR = 0.14
-/** Of distributions of the next token, in nats, in the mean; transformers so: up to 0.017. */
-const MEAN_KL = 0.05
+/**
+ * KL of float32's next-token distributions and those of transformers in float32 whose linear layers
+ * round their operands to e4m3 with the same scales: nats, mean of a golden's whole positions.
+ */
+const KL_OF_ROUNDING: Readonly<Record<(typeof FAMILIES)[number], number>> = {
+  llama2: 1.8e-3,
+  llama3: 2.6e-3,
+  'llama-biased': 2.2e-2,
+  mistral: 4.5e-6,
+  qwen2: 4.3e-3,
+  qwen3: 6.3e-3,
+  'qwen3-yarn': 5.6e-6,
+  gemma3: 6.1e-3,
+  'gemma3-scaled': 3.7e-3,
+}
+/** bf16 rounds other things, and a few positions make most of a mean. */
+const KL_SLACK = 3
 
 for (const family of FAMILIES) {
   test(`${family}: answers in fp8 are further off than four bits explain`, (t) => {
@@ -295,7 +310,8 @@ for (const family of FAMILIES) {
     const mean = (values: number[]) => values.reduce((sum, x) => sum + x, 0) / values.length
     const said = `relative error ${mean(errors).toFixed(3)}, KL ${mean(divergences).toExponential(1)}`
     t.diagnostic(`${family}: ${said}, of ${errors.length} and ${divergences.length}`)
-    assert.ok(mean(errors) <= MEAN_ERROR && mean(divergences) <= MEAN_KL, said)
+    const most = KL_SLACK * KL_OF_ROUNDING[family]
+    assert.ok(mean(errors) <= MEAN_ERROR && mean(divergences) <= most, said)
   })
 }
 
