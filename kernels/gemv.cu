@@ -12,7 +12,7 @@
 //   K; TOKENS 1|2|4; KWARPS warps along K; CHUNKS of 256 elements a warp; GROUPS of rows side by
 //   side; ROWS in flight; EPILOGUE as below; INPUT_NORM 0|1; the next kernel may start
 //   RELEASE_ROUNDS of loads before the last one.
-// With E4M3 weights are of 8 bits and scaled by row (kernels/fp8.cuh), half the bytes; x stays bf16.
+// With E4M3 weights are of 8 bits and scaled by row (fp8.cuh), half the bytes; x stays bf16.
 // Error: float32 sums in a fixed order, one rounding. Oracle: test/cuda/gemv.gpu.ts.
 #include "rope.cuh"
 

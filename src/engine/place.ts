@@ -51,7 +51,7 @@ export async function choosePlace(
 function onCpu(path: string, model: Model, options: EngineOptions, reason: string): Place {
   if (options.quantization !== undefined) {
     throw new LatticeError('usage', '--quantization is for a GPU; the CPU computes here.', {
-      todo: 'Leave it out, and take a model whose file is quantized: the CPU multiplies it as it is.',
+      todo: 'Leave it out; the CPU multiplies the weights of a quantized file as they are.',
     })
   }
   if (options.kvIdleReleaseMs !== undefined) {

@@ -6,7 +6,8 @@ import type { CudaDriver } from '../../ffi/cuda.ts'
 import { KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { Model } from '../../model/model.ts'
 import type { Rows, Value } from '../../model/program.ts'
-import { type E4m3Plan, planE4m3 } from './e4m3.ts'
+import type { CudaDevice } from './device.ts'
+import { type E4m3Plan, e4m3Weights, planE4m3 } from './e4m3.ts'
 import type { GluNode, LinearNode, Node, NormNode } from './fuse.ts'
 import type { KernelFinder } from './kernels.ts'
 import type { LowerContext, StepShape } from './lower-context.ts'
@@ -28,22 +29,23 @@ export class E4m3 implements Quantiser {
   private readonly launch: KernelLaunch
   private readonly stream: number
 
-  /** @param rowsMax of a step's products, with what they are padded to */
+  /**
+   * @param rowsMax of a step's products, with what they are padded to
+   * @throws LatticeError as `e4m3Weights` does
+   */
   constructor(
-    driver: CudaDriver,
+    { driver, info }: CudaDevice,
     find: KernelFinder,
     model: Model,
-    names: ReadonlySet<string>,
     rowsMax: number,
     stream: number,
   ) {
     this.driver = driver
-    this.names = names
+    this.names = e4m3Weights(model, info)
     this.stream = stream
     this.launch = quantiseLaunch(find, 8)
-    const kMax = Math.max(0, ...[...names].map((name) => model.tensors.get(name)?.shape[0] ?? 0))
-    const bytes = rowsMax * (kMax + model.config.hidden * BF16 + BF16)
-    this.raw = driver.allocate(Math.max(1, bytes))
+    const kMax = Math.max(...[...this.names].map((name) => model.tensors.get(name)?.shape[0] ?? 0))
+    this.raw = driver.allocate(rowsMax * (kMax + model.config.hidden * BF16 + BF16))
     this.x = this.raw + rowsMax * model.config.hidden * BF16
     this.scales = this.x + rowsMax * kMax
   }

@@ -13,7 +13,6 @@ import type { Program } from '../../model/program.ts'
 import { CudaAttention } from './attention.ts'
 import { Choices, choicesPath } from './choices.ts'
 import type { CudaDevice } from './device.ts'
-import { e4m3Weights } from './e4m3.ts'
 import { E4m3 } from './e4m3-products.ts'
 import { fuse } from './fuse.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
@@ -134,7 +133,9 @@ export class CudaForward {
     const nodes = { decoding: fuse(program, true), mixed: fuse(program, false) }
     const fill = (address: number, elements: number, seed: number, scale: number) =>
       this.fillRandom(address, elements, seed, scale)
-    this.e4m3 = options.quantization && this.makeE4m3(model)
+    const rowsMax = paddedRows(Math.max(maxSequences, stepTokens))
+    const { find } = this.kernels
+    this.e4m3 = options.quantization && new E4m3(device, find, model, rowsMax, this.stream)
     this.weights = new DeviceWeights(driver, model, nodes.decoding, fill, this.stream, this.e4m3)
     options.times?.done('weights')
     this.matmuls = new Matmuls(driver, options.lt ?? loadCublasLt(), info, modules.folder)
@@ -280,13 +281,6 @@ export class CudaForward {
     lowering.queue(shape)
     if (sample && outputs > 0) driver.launch(this.sampleLaunch.grid(outputs), stream)
     driver.launch(this.publishLaunch.set(1, outputs), stream)
-  }
-
-  private makeE4m3(model: Model): E4m3 {
-    const { device, maxSequences, stepTokens } = this.options
-    const rows = paddedRows(Math.max(maxSequences, stepTokens))
-    const { find } = this.kernels
-    return new E4m3(device.driver, find, model, e4m3Weights(model, device.info), rows, this.stream)
   }
 
   private makeAttention(program: Program): CudaAttention {

@@ -9,9 +9,8 @@ import { Choices, choicesPath } from './choices.ts'
 
 export const WORKSPACE_BYTES = 64 << 20
 
-/** Heuristic answers that are measured; of e4m3 there are more ways to share K out. */
+/** Heuristic answers that are measured. */
 const CANDIDATES = 8
-const CANDIDATES_OF_E4M3 = 16
 const WARM_RUNS = 2
 const TIMED_RUNS = 8
 /** What a tuned number of rows may be above those needed: an untuned product loses as much. */
@@ -116,8 +115,7 @@ export class Matmuls {
       return
     }
     const plan = this.planOf(product, n)
-    const candidates = product.e4m3 ? CANDIDATES_OF_E4M3 : CANDIDATES
-    const found = this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, candidates)
+    const found = this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, CANDIDATES)
     const events = [this.driver.createEvent(true), this.driver.createEvent(true)] as const
     let best: { algorithm: MatmulAlgorithm; ms: number } | undefined
     for (const algorithm of found) {
