@@ -67,8 +67,9 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
   for (int c = 0; c < GROUPS; c++) {
     int i = threadIdx.x + c * blockDim.x;
     if (i >= count) break;
-    const float* by = EARLY ? (const float*)w : weight + i * 8;
-    for (int j = 0; j < 8; j++) v[c][j] *= scale * by[j];
+    for (int j = 0; j < 8; j++) {
+      v[c][j] *= scale * (EARLY ? ((const float*)w)[j] : weight[i * 8 + j]);
+    }
     if (!NARROW || !outScales) ((uint4*)((bf16*)out + at))[i] = pack8(v[c]);
   }
   if (!NARROW || !outScales) return;
