@@ -30,13 +30,19 @@ extern "C" __global__ void __launch_bounds__(1024)
     }
     post = rsqrtf(blockSum(post, scratch) / width + eps);
   }
+  // All of it is asked for before any of it is waited for.
+  uint4 raw[PER_THREAD];
+#pragma unroll
+  for (int c = 0; c < PER_THREAD; c++) {
+    int i = threadIdx.x + c * blockDim.x;
+    raw[c] = i < count ? ((const uint4*)(x + at))[i] : make_uint4(0, 0, 0, 0);
+  }
   float sum = 0.f;
 #pragma unroll
   for (int c = 0; c < PER_THREAD; c++) {
     int i = threadIdx.x + c * blockDim.x;
-    if (i >= count) break;
-    unpack8(((const uint4*)(x + at))[i], v[c]);
-    if (added) {
+    unpack8(raw[c], v[c]);
+    if (added && i < count) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
       for (int j = 0; j < 8; j++) {

@@ -206,12 +206,16 @@ function requestOf(prompt: Int32Array, { outputTokens }: Load): SequenceRequest 
   }
 }
 
-/** Of matrices and attention, without the output matrix: it sees one token only. */
+/**
+ * Of matrices and attention, without what sees one token only: the output matrix, and of the last
+ * block all but keys and values.
+ */
 function prefillFlops(tokens: number): number {
   const { layers, hidden, heads, kvHeads, headDim, feedForward } = dummyModel(MODEL).config
-  const weights = hidden * headDim * (2 * heads + 2 * kvHeads) + 3 * hidden * feedForward
+  const keysAndValues = 2 * hidden * kvHeads * headDim
+  const weights = keysAndValues + 2 * hidden * heads * headDim + 3 * hidden * feedForward
   const attention = (4 * heads * headDim * tokens * tokens) / 2
-  return layers * (2 * weights * tokens + attention)
+  return (layers - 1) * (2 * weights * tokens + attention) + 2 * keysAndValues * tokens
 }
 
 /** TFLOP/s of the matrix library's best algorithm for a large product of random numbers. */

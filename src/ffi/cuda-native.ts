@@ -72,6 +72,8 @@ const CALLS = {
   cuStreamBeginCapture_v2: [ptr, 'int'],
   cuStreamEndCapture: [ptr, ptr],
   cuGraphDestroy: [ptr],
+  cuGraphGetNodes: [ptr, ptr, ptr],
+  cuGraphNodeGetType: [ptr, ptr],
   cuGraphInstantiateWithFlags: [ptr, ptr, 'uint64_t'],
   cuGraphExecUpdate_v2: [ptr, ptr, ptr],
   cuGraphLaunch: [ptr, ptr],
@@ -91,6 +93,7 @@ const STREAM_NON_BLOCKING = 1
 const EVENT_DISABLE_TIMING = 2
 const HOST_ALLOC_PORTABLE = 1
 const CAPTURE_THREAD_LOCAL = 1
+const KERNEL_NODE = 0
 const ALLOCATION_PINNED = 1
 const LOCATION_DEVICE = 1
 const LOCATION_HOST_NUMA = 3
@@ -349,6 +352,17 @@ export class NativeCuda implements CudaDriver {
 
   destroyGraph(graph: number): void {
     this.check(this.calls.cuGraphDestroy(graph), 'cuGraphDestroy')
+  }
+
+  isKernels(graph: number): boolean {
+    const { cuGraphGetNodes, cuGraphNodeGetType } = this.calls
+    this.check(cuGraphGetNodes(graph, 0, this.at), 'cuGraphGetNodes')
+    const nodes = new NativeBlock(this.outNumber * 8)
+    this.check(cuGraphGetNodes(graph, nodes.address, this.at), 'cuGraphGetNodes')
+    return Array.from({ length: this.outNumber }, (_, i) => nodes.number(i * 8)).every((node) => {
+      this.check(cuGraphNodeGetType(node, this.at), 'cuGraphNodeGetType')
+      return this.outInt === KERNEL_NODE
+    })
   }
 
   instantiate(graph: number): number {

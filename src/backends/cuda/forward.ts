@@ -438,13 +438,18 @@ export class CudaForward {
     if (rows.length === 0) return
     const shapes = of.productShapes().filter(({ product }) => which(product))
     const rowsMax = Math.max(...rows)
+    const full = paddedRows(this.options.stepTokens)
     const bytes = Math.max(...shapes.map(({ product: { k, m } }) => rowsMax * (k * 2 + m * 4)))
     const scratch = driver.allocate(bytes)
     this.fillRandom(scratch, bytes / 2, 1, 1)
     driver.synchronize()
     for (const { product, weights } of shapes) {
       const out = scratch + rowsMax * product.k * 2
-      for (const count of rows) this.matmuls.tune(product, count, weights, scratch, out)
+      for (const count of rows) {
+        // Many steps that are full of prompts may follow each other.
+        const enduring = count === full && count > this.rowsMax
+        this.matmuls.tune(product, count, weights, scratch, out, enduring)
+      }
     }
     driver.free(scratch)
   }
