@@ -1,7 +1,7 @@
 // Owns the measurement of the whole engine on a GPU: batches of requests from prompt to last token,
 // one long prompt, and what growing memory costs a step.
 
-import { present } from '../assert.ts'
+import { assert, present } from '../assert.ts'
 import type { SequenceRequest } from '../engine/api.ts'
 import { GREEDY } from '../engine/api.ts'
 import { EngineCore } from '../engine/core.ts'
@@ -10,6 +10,7 @@ import { Matmuls } from '../backends/cuda/matmul.ts'
 import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
+import { profiled } from './gpu-profile.ts'
 import { askPython } from './python-peer.ts'
 
 const MODEL = 'dummy:llama-3.1-8b'
@@ -65,6 +66,7 @@ export function benchServe(bench: GpuBench): void {
     const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
     row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
     row(`${MODEL}: the same, of the product's rate`, share, '%')
+    profilePrompts(gpu, row)
     rates = LOADS.map(([sequences, prompt]) => growth(gpu, sequences, prompt, row))
     const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
     const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
@@ -74,6 +76,21 @@ export function benchServe(bench: GpuBench): void {
   }
   // It needs the memory that was given back.
   compare(present(LOADS[0], 'a load'), present(rates[0], 'a rate'), row)
+}
+
+/** The kernels of a step that is full of prompts, as it comes when many requests arrive. */
+function profilePrompts(gpu: OpenedCuda, row: GpuBench['row']): void {
+  const { backend, device } = gpu
+  const { forward } = backend
+  const sequences = 4
+  const promptTokens = STEP_TOKENS / sequences
+  const load = { sequences, promptTokens: () => promptTokens, outputTokens: 1 }
+  const { decodeMs } = serve(gpu, load)
+  assert(decodeMs.length === 0, 'the last step was that of the prompts')
+  const shape = { tokens: STEP_TOKENS, outputs: sequences, singles: 0, segments: sequences }
+  for (const { name, count, us } of profiled(device.driver, forward, forward.mixed, shape)) {
+    row(`${MODEL}, ${sequences} prompts of ${promptTokens}: ${count} × ${name}`, us, 'µs')
+  }
 }
 
 /** Whole requests against Hugging Face transformers', right after ours. */

@@ -106,7 +106,7 @@ export class CudaForward {
   private readonly adjusted: number
   private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
   readonly decoding: Lowering
-  private readonly mixed: Lowering
+  readonly mixed: Lowering
   private readonly graphs = new Map<number, number>()
   private readonly fetchLaunch: KernelLaunch
   private readonly sampleLaunch: KernelLaunch

@@ -218,12 +218,11 @@ export class Lowering {
     const addresses = [address, this.addressOf(added), weights.vector(post?.weight)]
     const eps = present(norm ?? post, 'a norm').eps
     launch.setAll(...addresses, weights.vector(norm?.weight), this.addressOf(out), width, eps)
-    const [few, many] = [8, 16].map((elements) => Math.min(1024, warps(width / elements)))
+    const threads = (count: number) => Math.min(1024, warps(width / (count > MANY_ROWS ? 16 : 8)))
     return (step) => {
       const count = step[rows]
       if (count === 0) return
-      launch.threads(present(count > MANY_ROWS ? many : few, 'threads')).grid(count)
-      this.context.driver.launch(launch, step.stream)
+      this.context.driver.launch(launch.threads(threads(count)).grid(count), step.stream)
     }
   }
 
@@ -237,7 +236,6 @@ export class Lowering {
     const launch = this.kernel('rope-append.cu', 'ropeAppend', kinds)
     const { address, magnitude } = this.context.ropeTable(rope)
     const { positions, bases } = state.rows[rows]
-    checkTurning(rope.dimensions)
     launch.setAll(
       ...[this.addressOf(q?.value), this.addressOf(k?.value), this.addressOf(v)],
       ...[q ? this.place(q.value).stride : 0, k ? this.place(k.value).stride : 0],
@@ -249,12 +247,9 @@ export class Lowering {
     )
     const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
     launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
-    const few = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
+    const blocks = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
     return (step) => {
-      const count = step[rows]
-      if (count === 0) return
-      launch.grid(count, count > MANY_ROWS ? Math.min(few, BLOCKS_OF_MANY) : few)
-      this.context.driver.launch(launch, step.stream)
+      if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows], blocks), step.stream)
     }
   }
 
@@ -381,10 +376,8 @@ export class Lowering {
 /** Rows that fill a device by themselves: each has fewer threads, which do more one by one. */
 const MANY_ROWS = 256
 
-/** Of the rotation: a warp a head, enough to fill a device with few tokens, too. */
+/** Of the rotation: enough to fill a device with few tokens, too. */
 const WARPS_OF_BLOCK = 8
-/** Blocks of each of many rows. */
-const BLOCKS_OF_MANY = 2
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
 
@@ -403,16 +396,4 @@ function checkWidth(width: number): void {
   throw new LatticeError('model_unsupported', `Rows of ${width} elements do not suit the GPU.`, {
     todo: 'Use --device cpu; the GPU takes rows of a multiple of 8 elements.',
   })
-}
-
-/** A lane turns two pairs. */
-function checkTurning(dimensions: number): void {
-  if (dimensions % 4 === 0) return
-  throw new LatticeError(
-    'model_unsupported',
-    `Rotations of ${dimensions} dimensions do not suit the GPU.`,
-    {
-      todo: 'Use --device cpu; the GPU turns a multiple of 4 dimensions.',
-    },
-  )
 }
