@@ -64,6 +64,12 @@ test('what is far behind is run as long as what may win', () => {
   assert.ok(ms < 1000, `${ms} ms`)
 })
 
+test('short work is run for as long as work that heats a GPU', () => {
+  const { ms } = choose([steady('one', 0.01), steady('other', 0.011)], true)
+  assert.ok(ms < 1, `${ms} ms`)
+})
+
 test('a choice among nothing', () => {
   assert.equal(choose([]).chosen, undefined)
+  assert.equal(choose([], true).chosen, undefined)
 })
