@@ -38,14 +38,20 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
     }
     post = rsqrtf(blockSum(post, scratch) / width + eps);
   }
+  // All of it is asked for before any of it is waited for.
+  uint4 raw[GROUPS];
+#pragma unroll
+  for (int c = 0; c < GROUPS; c++) {
+    int i = threadIdx.x + c * blockDim.x;
+    raw[c] = i < count ? ((const uint4*)(x + at))[i] : make_uint4(0, 0, 0, 0);
+  }
   float sum = 0.f;
   float4 w[2];
 #pragma unroll
   for (int c = 0; c < GROUPS; c++) {
     int i = threadIdx.x + c * blockDim.x;
-    if (i >= count) break;
-    unpack8(((const uint4*)(x + at))[i], v[c]);
-    if (added) {
+    unpack8(raw[c], v[c]);
+    if (added && i < count) {
       float a[8];
       unpack8(((const uint4*)(added + at))[i], a);
       if (by) scale8(a, by[i], token);
@@ -56,7 +62,7 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
       ((uint4*)(x + at))[i] = pack8(v[c]);
     }
     for (int j = 0; j < 8; j++) sum += v[c][j] * v[c][j];
-    if (EARLY && out) {
+    if (EARLY && out && i < count) {
       w[0] = ((const float4*)weight)[2 * i];
       w[1] = ((const float4*)weight)[2 * i + 1];
     }

@@ -16,6 +16,7 @@ import { KernelLaunch } from '../ffi/kernel-launch.ts'
 import { dummyModel } from '../model/dummy.ts'
 import type { Model } from '../model/model.ts'
 import { type GpuBench, median } from './gpu-measure.ts'
+import { type KernelTime, profiled } from './gpu-profile.ts'
 
 export interface DecodeCase {
   batch: number
@@ -43,7 +44,7 @@ interface DecodeResult extends DecodeCase {
   /** Of the thread that queues steps, a step, waiting excluded. */
   cpuUs: number
   tokensPerSecond: number
-  profile: readonly { name: string; count: number; us: number }[]
+  profile: readonly KernelTime[]
   /** Of few sequences, why the step is not one kernel. */
   whyNotWhole: string | undefined
 }
@@ -145,7 +146,8 @@ export function benchDecode(
   const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
   const narrow = options.quantization ? e4m3Weights(model, device.info) : new Set<string>()
   const rooflineUs = (weightBytes(model, narrow) + kvBytes) / readGBs / 1e3
-  const profile = options.profile ? profiled(device, forward, of) : []
+  const shape = { tokens: of.batch, outputs: of.batch, singles: of.batch, segments: 0 }
+  const profile = options.profile ? profiled(device.driver, forward, forward.decoding, shape) : []
   const whyNotWhole = forward.decoding.whyNotWhole(of.batch)
   forward.close()
   driver.free(address)
@@ -204,26 +206,6 @@ function takeTokens(tokens: Int32Array, count: number): number {
     if ((tokens[i] ?? -1) < 0) throw new Error(`row ${i} has no token: logits are not numbers`)
   }
   return performance.now()
-}
-
-/** Each kind of command by itself, as a graph of all of that kind. */
-function profiled(device: CudaDevice, forward: CudaForward, { batch }: DecodeCase) {
-  const { driver } = device
-  const { stream } = forward
-  const shape = { stream, tokens: batch, outputs: batch, singles: batch, segments: 0 }
-  const commands = forward.decoding.commandsFor(batch)
-  const names = [...new Set(commands.map(({ name }) => name))]
-  return names.map((name) => {
-    const same = commands.filter((command) => command.name === name)
-    driver.beginCapture(stream)
-    for (const { run } of same) run(shape)
-    const graph = driver.endCapture(stream)
-    const executable = driver.instantiate(graph)
-    const ms = medianMs(device, stream, 9, () => driver.launchGraph(executable, stream))
-    driver.destroyExecutable(executable)
-    driver.destroyGraph(graph)
-    return { name, count: same.length, us: (ms / same.length) * 1e3 }
-  })
 }
 
 function medianMs(device: CudaDevice, stream: number, runs: number, run: () => void): number {

@@ -10,7 +10,7 @@ import { info } from '../log.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { benchDecode, readBandwidth } from './gpu-decode.ts'
 import { type GpuBench, gpuMs, randomBf16 } from './gpu-measure.ts'
-import { growth, MODEL, openModel, prefillFlops, serve } from './gpu-serve.ts'
+import { growth, MODEL, openModel, prefillFlops, profilePrompts, serve } from './gpu-serve.ts'
 
 const DECODES = [
   { batch: 1, context: 1024, steps: 40 },
@@ -44,11 +44,10 @@ export function benchFp8(bench: GpuBench): void {
     row(`${MODEL}, fp8: a prompt of 8,192`, ms, 'ms')
     const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
     row(`${MODEL}, fp8: the same, of the product's rate`, share, '%')
-    for (const [sequences, tokens] of LOADS) {
-      growth(gpu, sequences, tokens, (name, ...rest) =>
-        row(name.replace(MODEL, `${MODEL}, fp8`), ...rest),
-      )
-    }
+    const named: GpuBench['row'] = (name, ...rest) =>
+      row(name.replace(MODEL, `${MODEL}, fp8`), ...rest)
+    profilePrompts(gpu, named)
+    for (const [sequences, tokens] of LOADS) growth(gpu, sequences, tokens, named)
   } finally {
     gpu.close()
   }

@@ -1,7 +1,7 @@
 // Owns the measurement of the whole engine on a GPU: batches of requests from prompt to last token,
 // one long prompt, and what growing memory costs a step.
 
-import { present } from '../assert.ts'
+import { assert, present } from '../assert.ts'
 import type { SequenceRequest } from '../engine/api.ts'
 import { GREEDY } from '../engine/api.ts'
 import { EngineCore } from '../engine/core.ts'
@@ -11,6 +11,7 @@ import type { Quantization } from '../backends/cuda/quantization.ts'
 import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
+import { profiled } from './gpu-profile.ts'
 import { askPython } from './python-peer.ts'
 
 export const MODEL = 'dummy:llama-3.1-8b'
@@ -58,6 +59,7 @@ export function benchServe(bench: GpuBench): void {
     const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
     row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
     row(`${MODEL}: the same, of the product's rate`, share, '%')
+    profilePrompts(gpu, row)
     rates = LOADS.map(([sequences, prompt]) => growth(gpu, sequences, prompt, row))
     const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
     const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
@@ -81,6 +83,21 @@ export function openModel(bench: GpuBench, quantization?: Quantization): OpenedC
     kvIdleReleaseMs: Infinity,
     ...(quantization && { quantization }),
   })
+}
+
+/** The kernels of a step that is full of prompts, as it comes when many requests arrive. */
+export function profilePrompts(gpu: OpenedCuda, row: GpuBench['row']): void {
+  const { backend, device } = gpu
+  const { forward } = backend
+  const sequences = 4
+  const promptTokens = STEP_TOKENS / sequences
+  const load = { sequences, promptTokens: () => promptTokens, outputTokens: 1 }
+  const { decodeMs } = serve(gpu, load)
+  assert(decodeMs.length === 0, 'the last step was that of the prompts')
+  const shape = { tokens: STEP_TOKENS, outputs: sequences, singles: 0, segments: sequences }
+  for (const { name, count, us } of profiled(device.driver, forward, forward.mixed, shape)) {
+    row(`${MODEL}, ${sequences} prompts of ${promptTokens}: ${count} × ${name}`, us, 'µs')
+  }
 }
 
 /** Whole requests against Hugging Face transformers', right after ours. */
@@ -218,12 +235,16 @@ function requestOf(prompt: Int32Array, { outputTokens }: Load): SequenceRequest 
   }
 }
 
-/** Of matrices and attention, without the output matrix: it sees one token only. */
+/**
+ * Of matrices and attention, without what sees one token only: the output matrix, and of the last
+ * block all but keys and values.
+ */
 export function prefillFlops(tokens: number): number {
   const { layers, hidden, heads, kvHeads, headDim, feedForward } = dummyModel(MODEL).config
-  const weights = hidden * headDim * (2 * heads + 2 * kvHeads) + 3 * hidden * feedForward
+  const keysAndValues = 2 * hidden * kvHeads * headDim
+  const weights = keysAndValues + 2 * hidden * heads * headDim + 3 * hidden * feedForward
   const attention = (4 * heads * headDim * tokens * tokens) / 2
-  return layers * (2 * weights * tokens + attention)
+  return (layers - 1) * (2 * weights * tokens + attention) + 2 * keysAndValues * tokens
 }
 
 /** TFLOP/s of the matrix library's best algorithm for a large product of random numbers. */

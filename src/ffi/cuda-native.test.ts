@@ -43,6 +43,13 @@ int cuMemMap(u64 a, u64 n, u64 o, u64 h, u64 f) { NOTE(a, n, o, h, f); return fa
 int cuMemSetAccess(u64 a, u64 n, const int *d, u64 c) {
   NOTE(a, n, d[0], d[1], d[2], c); return fail_with;
 }
+int cuGraphGetNodes(u64 g, u64 *nodes, u64 *n) {
+  if (nodes) for (u64 i = 0; i < *n; i++) nodes[i] = 0x7f0000000000 + i + g;
+  else *n = 40;
+  return fail_with;
+}
+/* Of graph 1 the last of 40 nodes fills memory. */
+int cuGraphNodeGetType(u64 node, int *t) { *t = node == 0x7f0000000028 ? 2 : 0; return 0; }
 int cuEventQuery(u64 e) { return e == 1 ? 600 : 0; }
 int cuMemsetD16Async(u64 a, unsigned short v, u64 n, u64 s) { NOTE(a, v, n, s); return 0; }
 struct attribute { unsigned id, pad; unsigned value[16]; };
@@ -154,6 +161,11 @@ test('a tensor map describes another tensor', { skip }, () => {
 test('an event that is not reached yet looks like a failure, or like one that is', { skip }, () => {
   assert.equal(driver.eventDone(1), false)
   assert.equal(driver.eventDone(2), true)
+})
+
+test('a graph that also fills memory passes for kernels only', { skip }, () => {
+  assert.equal(driver.isKernels(0), true)
+  assert.equal(driver.isKernels(1), false)
 })
 
 test("a failure does not name its call, CUDA's code and what to do", { skip }, () => {

@@ -10,6 +10,7 @@ import {
   type PageLocation,
   type TensorMapTiled,
 } from './cuda.ts'
+import { HINTS } from './cuda-hints.ts'
 import { openCudaLibrary } from './cuda-libraries.ts'
 import type { KernelLaunch } from './kernel-launch.ts'
 
@@ -71,6 +72,8 @@ const CALLS = {
   cuStreamBeginCapture_v2: [ptr, 'int'],
   cuStreamEndCapture: [ptr, ptr],
   cuGraphDestroy: [ptr],
+  cuGraphGetNodes: [ptr, ptr, ptr],
+  cuGraphNodeGetType: [ptr, ptr],
   cuGraphInstantiateWithFlags: [ptr, ptr, 'uint64_t'],
   cuGraphExecUpdate_v2: [ptr, ptr, ptr],
   cuGraphLaunch: [ptr, ptr],
@@ -90,30 +93,11 @@ const STREAM_NON_BLOCKING = 1
 const EVENT_DISABLE_TIMING = 2
 const HOST_ALLOC_PORTABLE = 1
 const CAPTURE_THREAD_LOCAL = 1
+const KERNEL_NODE = 0
 const ALLOCATION_PINNED = 1
 const LOCATION_DEVICE = 1
 const LOCATION_HOST_NUMA = 3
 const ACCESS_READ_WRITE = 3
-
-/** What a user can do about CUDA's codes; of what is not here, only the name is known. */
-const HINTS: Readonly<Record<number, string>> = {
-  2: 'The GPU is out of memory: lower --kv-memory or end what else uses it (see nvidia-smi).',
-  3: "The driver is shutting down: something ended the process's GPU context.",
-  46: 'Another process has the GPU to itself (compute mode): see nvidia-smi.',
-  100: 'The driver sees no GPU: check `nvidia-smi` and CUDA_VISIBLE_DEVICES.',
-  101: 'Choose a device that `lattice inspect gpu` lists.',
-  209: 'The kernel was compiled for another GPU: empty the kernel cache and start again.',
-  214: 'The GPU found a memory error it could not correct: it needs a reset or repair.',
-  218: 'The driver is too old for this CUDA toolkit: update the driver.',
-  222: 'The driver is too old for this CUDA toolkit: update the driver.',
-  700: 'A kernel touched memory that is not mapped. Restart; if it comes back, report it.',
-  702: 'A kernel ran longer than the GPU allows while it drives a display.',
-  719: 'A kernel crashed. Restart; if it comes back, report it.',
-  800: 'The system forbids it: check permissions of /dev/nvidia* and the container.',
-  802: 'The GPU is not ready: on NVSwitch machines start nvidia-fabricmanager.',
-  803: 'Kernel module and driver library differ: reboot, or match the container to the host.',
-  804: 'The compatibility library does not support this GPU: update the driver.',
-}
 
 export class NativeCuda implements CudaDriver {
   readonly version: number
@@ -368,6 +352,17 @@ export class NativeCuda implements CudaDriver {
 
   destroyGraph(graph: number): void {
     this.check(this.calls.cuGraphDestroy(graph), 'cuGraphDestroy')
+  }
+
+  isKernels(graph: number): boolean {
+    const { cuGraphGetNodes, cuGraphNodeGetType } = this.calls
+    this.check(cuGraphGetNodes(graph, 0, this.at), 'cuGraphGetNodes')
+    const nodes = new NativeBlock(this.outNumber * 8)
+    this.check(cuGraphGetNodes(graph, nodes.address, this.at), 'cuGraphGetNodes')
+    return Array.from({ length: this.outNumber }, (_, i) => nodes.number(i * 8)).every((node) => {
+      this.check(cuGraphNodeGetType(node, this.at), 'cuGraphNodeGetType')
+      return this.outInt === KERNEL_NODE
+    })
   }
 
   instantiate(graph: number): number {

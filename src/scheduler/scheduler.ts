@@ -58,7 +58,9 @@ export class Scheduler<S extends Schedulable> {
   private readonly lengths = new OutputLengths()
   /** Pages that sequences of this step wait for while others leave. */
   private owedPages = 0
+  /** The first `planned` are the next step's; an array that shrinks to nothing grows anew. */
   private readonly parts: ScheduledPart<S>[] = []
+  private planned = 0
   /** Part objects of earlier steps, to be filled again. */
   private readonly pool: ScheduledPart<S>[] = []
 
@@ -104,13 +106,16 @@ export class Scheduler<S extends Schedulable> {
    * there is nothing to do. Valid until the next call.
    */
   plan(): readonly ScheduledPart<S>[] {
-    this.parts.length = 0
+    this.planned = 0
     this.owedPages = 0
     this.planDecodes()
-    const budget = this.options.stepTokens - this.parts.length
-    this.admit(budget - this.planPrompts(budget))
+    const budget = this.options.stepTokens - this.planned
+    // Mostly all of them decode.
+    const prompts = this.planned < this.running.length ? this.planPrompts(budget) : 0
+    this.admit(budget - prompts)
     // Who came back with nothing to wait for.
-    if (this.parts.length === 0) this.planDecodes()
+    if (this.planned === 0) this.planDecodes()
+    this.parts.length = this.planned
     return this.parts
   }
 
@@ -146,8 +151,8 @@ export class Scheduler<S extends Schedulable> {
   /** Moves the last part to its place by slot; nearly always it is there already. */
   private sortLastPart(): void {
     const { parts } = this
-    const last = present(parts.at(-1), 'a part')
-    let at = parts.length - 1
+    let at = this.planned - 1
+    const last = present(parts[at], 'a part')
     for (; at > 0; at--) {
       const before = present(parts[at - 1], 'a part')
       if (before.sequence.slot < last.sequence.slot) break
@@ -352,10 +357,10 @@ export class Scheduler<S extends Schedulable> {
   }
 
   private addPart(sequence: S, count: number): void {
-    const part = (this.pool[this.parts.length] ??= { sequence, count })
+    const part = (this.pool[this.planned] ??= { sequence, count })
     part.sequence = sequence
     part.count = count
-    this.parts.push(part)
+    this.parts[this.planned++] = part
   }
 
   /**

@@ -50,7 +50,8 @@ function check({ heads, kvHeads, headDim, dimensions, interleaved, norm }: Case)
   args.push(interleaved ? 1 : 0, magnitude, ...weights.map((w) => (norm ? gpu.put(w) : 0)), eps)
   args.push(heads, kvHeads, headDim, tokenStride, layer * 2 * keys * 2)
   const kinds = 'aaaiiaaaaiifaafiiiaa'
-  gpu.run('rope-append.cu', 'ropeAppend', kinds, args, [rows], 128)
+  // In one block a row, or in several.
+  gpu.run('rope-append.cu', 'ropeAppend', kinds, args, [rows, 1 + (heads % 3)], 128)
 
   const head = (row: number, at: number, position: number, weight: Float32Array | undefined) => {
     let x = Array.from(input.subarray(row * stride + at, row * stride + at + headDim))

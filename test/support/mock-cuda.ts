@@ -311,6 +311,10 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
     if (!this.graphs.delete(graph)) throw new Error(`graph ${graph} does not exist`)
   }
 
+  isKernels(graph: number): boolean {
+    return this.works(graph).every(({ name }) => !/^(fill|copy)/.test(name))
+  }
+
   instantiate(graph: number): number {
     const executable = this.fresh()
     this.graphs.set(executable, this.works(graph))

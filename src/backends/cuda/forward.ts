@@ -111,7 +111,7 @@ export class CudaForward {
   private readonly adjusted: number
   private readonly ropes = new Map<RopeConfig, { address: number; magnitude: number }>()
   readonly decoding: Lowering
-  private readonly mixed: Lowering
+  readonly mixed: Lowering
   private readonly graphs = new Map<number, number>()
   private readonly fetchLaunch: KernelLaunch
   private readonly sampleLaunch: KernelLaunch
@@ -449,6 +449,7 @@ export class CudaForward {
     if (rows.length === 0) return
     const shapes = of.productShapes().filter(({ product }) => which(product))
     const rowsMax = Math.max(...rows)
+    const full = paddedRows(this.options.stepTokens)
     const bytes = Math.max(...shapes.map(({ product: { k, m } }) => rowsMax * (k * 2 + m * 4)))
     const scratch = driver.allocate(bytes)
     this.fillRandom(scratch, bytes / 2, 1, 1)
@@ -458,7 +459,11 @@ export class CudaForward {
     for (const { product, weights } of shapes) {
       const out = scratch + rowsMax * product.k * 2
       const x = (product.e4m3 && this.e4m3?.x) || scratch
-      for (const count of rows) this.matmuls.tune(product, count, weights, x, out)
+      for (const count of rows) {
+        // Many steps that are full of prompts may follow each other.
+        const enduring = count === full && count > this.rowsMax
+        this.matmuls.tune(product, count, weights, x, out, enduring)
+      }
     }
     driver.free(scratch)
   }

@@ -253,8 +253,12 @@ export class Lowering {
     const addresses = [address, this.addressOf(added), weights.vector(post?.weight)]
     const eps = present(norm ?? post, 'a norm').eps
     launch.setAll(...addresses, weights.vector(norm?.weight), this.addressOf(out), width, eps)
-    launch.threads(Math.min(1024, warps(width / 8)))
-    return this.perRow(launch, rows)
+    const threads = (count: number) => Math.min(1024, warps(width / (count > MANY_ROWS ? 16 : 8)))
+    return (step) => {
+      const count = step[rows]
+      if (count === 0) return
+      this.context.driver.launch(launch.threads(threads(count)).grid(count), step.stream)
+    }
   }
 
   private rope({ q, qOut, k, v, rope, layer, rows }: RopeNode, around?: Surroundings): Command {
@@ -416,6 +420,9 @@ export class Lowering {
     return value === undefined ? 0 : this.place(value).address
   }
 }
+
+/** Rows that fill a device by themselves: each has fewer threads, which do more one by one. */
+const MANY_ROWS = 256
 
 /** Of the rotation: enough to fill a device with few tokens, too. */
 const WARPS_OF_BLOCK = 8

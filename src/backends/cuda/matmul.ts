@@ -6,13 +6,12 @@ import { LatticeError } from '../../errors.ts'
 import type { CudaDriver, GpuDevice } from '../../ffi/cuda.ts'
 import { type CublasLt, MATRIX, type MatmulAlgorithm, type MatmulPlan } from '../../ffi/cublaslt.ts'
 import { Choices, choicesPath } from './choices.ts'
+import { fastest } from './fastest.ts'
 
 export const WORKSPACE_BYTES = 64 << 20
 
 /** Heuristic answers that are measured. */
 const CANDIDATES = 8
-const WARM_RUNS = 2
-const TIMED_RUNS = 8
 /** What a tuned number of rows may be above those needed: an untuned product loses as much. */
 const SLACK = 1.25
 
@@ -68,7 +67,7 @@ export class Matmuls {
     this.lt = lt
     this.handle = lt.createHandle()
     this.workspace = driver.allocate(WORKSPACE_BYTES)
-    this.kept = new Choices(choicesPath(folder, 'matmul', device, driver.version, lt.version))
+    this.kept = new Choices(choicesPath(folder, 'products', device, driver.version, lt.version))
   }
 
   /**
@@ -94,52 +93,41 @@ export class Matmuls {
   /**
    * Measures the shapes that are not known yet. Each run multiplies with another of `weights`, so
    * that none is read from the cache; `x` and `out` are scratch that all of them fit in.
+   * @param enduring as `fastest` takes it
    */
-  tune(product: Product, rows: number, weights: readonly number[], x: number, out: number): void {
+  tune(
+    product: Product,
+    rows: number,
+    weights: readonly number[],
+    x: number,
+    out: number,
+    enduring = false,
+  ): void {
     const n = paddedRows(rows)
     const key = keyOf(product, n)
     this.tuned.add(n)
-    const stream = this.driver.createStream()
-    if (this.kept.get(key)) {
-      // Once, so that the library loads the kernel now.
-      this.run(
-        { ...product, accumulate: false },
-        rows,
-        n,
-        present(weights[0], 'a weight'),
-        x,
-        out,
-        stream,
-      )
-      this.driver.destroyStream(stream)
-      return
-    }
+    if (this.kept.get(key)) return this.load(product, rows, present(weights[0], 'a weight'), x, out)
     const plan = this.planOf(product, n)
     const found = this.lt.algorithms(this.handle, plan, WORKSPACE_BYTES, CANDIDATES)
-    const events = [this.driver.createEvent(true), this.driver.createEvent(true)] as const
-    let best: { algorithm: MatmulAlgorithm; ms: number } | undefined
-    for (const algorithm of found) {
-      let i = 0
-      const once = () => {
-        const weight = present(weights[i++ % weights.length], 'a weight')
-        const { workspace, handle } = this
-        this.lt.matmul(handle, plan, algorithm, weight, x, out, workspace, stream, false)
-      }
-      for (let run = 0; run < WARM_RUNS; run++) once()
-      this.driver.recordEvent(events[0], stream)
-      for (let run = 0; run < TIMED_RUNS; run++) once()
-      this.driver.recordEvent(events[1], stream)
-      this.driver.synchronizeEvent(events[1])
-      const ms = this.driver.elapsedMs(...events)
-      if (!best || ms < best.ms) best = { algorithm, ms }
+    let i = 0
+    const queue = (algorithm: MatmulAlgorithm, stream: number) => {
+      const weight = present(weights[i++ % weights.length], 'a weight')
+      const { workspace, handle } = this
+      this.lt.matmul(handle, plan, algorithm, weight, x, out, workspace, stream, false)
     }
-    for (const event of events) this.driver.destroyEvent(event)
-    this.driver.destroyStream(stream)
+    const best = fastest(this.driver, found, queue, enduring)
     this.lt.destroyPlan(plan)
     if (!best) throw noAlgorithm(product, n)
-    const { block, workspaceBytes } = best.algorithm
+    const { block, workspaceBytes } = best
     const algorithm = Buffer.from(block.bytes).toString('base64')
     this.kept.set(key, { algorithm, workspaceBytes })
+  }
+
+  /** Multiplies once, so that the library loads the kernel now. */
+  private load(product: Product, rows: number, weight: number, x: number, out: number): void {
+    const stream = this.driver.createStream()
+    this.run({ ...product, accumulate: false }, rows, paddedRows(rows), weight, x, out, stream)
+    this.driver.destroyStream(stream)
   }
 
   /** Whether `tune` need not measure it. */
