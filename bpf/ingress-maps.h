@@ -7,6 +7,7 @@
 // The helpers need its types.
 #include <bpf/bpf_helpers.h>
 
+#include "packet.h"
 #include "protocol.h"
 
 #define REPLICAS 16
@@ -49,17 +50,18 @@ struct control {
   __u64 cookie_key[2];
   /** µs time − ktime / 1000, kept current by user space. */
   __u64 clock_offset_us;
+  /** Receive queues that have rings, a bit each; 0 is any. What comes in on others is not ours. */
+  __u64 queues;
   __u32 live;
   __u32 live_max;
-  struct replica replicas[REPLICAS];
   /** How many of the following count; with none, datagrams to any address are ours. */
   __u32 addresses;
-  __u32 spare;
+  /** Those from here on are not ready. */
+  __u32 replicas_end;
   /** As they lie in a packet; 0 is none. */
   __u32 address4[ADDRESSES];
   __u64 address6[ADDRESSES][2];
-  /** Receive queues that have rings, a bit each; 0 is any. What comes in on others is not ours. */
-  __u64 queues;
+  struct replica replicas[REPLICAS];
 };
 
 struct request_key {
@@ -76,13 +78,16 @@ struct request {
   __be64 cookie;
   /** Of the HELLO, to tell a repeat from a reuse. */
   __be64 first_word;
+  /** Whose cookie it is: who comes from there needs none to be computed. */
+  struct source from;
   __be32 prompt_bytes;
   __be32 max_tokens;
   __be32 model;
   __be32 route;
   __u32 charged_tokens;
+  __be16 from_port;
   /** Set by user space: it no longer runs, but its number stays taken. */
-  __u32 ended;
+  __u16 ended;
 };
 
 enum counter {

@@ -61,17 +61,19 @@ __noinline __be64 cookie_of(const struct proof *p, __u64 key0, __u64 key1) {
 }
 
 static __always_inline __be64 packet_cookie(const struct packet *p, const struct control *c,
-                                            __be32 route) {
+                                            const struct source *from, __be32 route) {
   const struct lt_header *h = p->header;
-  struct proof proof = {.word = {(__u64)route << 32 | h->tenant, h->request, 0, 0,
+  struct proof proof = {.word = {(__u64)route << 32 | h->tenant, h->request, from->address[0],
+                                 from->address[1],
                                  36ull << 56 | (__u64)p->udp->source << 16}};
-  if (p->ip4) {
-    proof.word[3] = (__u64)p->ip4->saddr << 32 | 0xffff0000;
-  } else if (p->ip6) {
-    proof.word[2] = *(__u64 *)&p->ip6->saddr;
-    proof.word[3] = *((__u64 *)&p->ip6->saddr + 1);
-  }
   return cookie_of(&proof, c->cookie_key[0], c->cookie_key[1]);
+}
+
+/** As good as comparing cookies, which are of nothing else that may differ. */
+static __always_inline int is_from(const struct packet *p, const struct source *from,
+                                   const struct request *r) {
+  return r->from.address[0] == from->address[0] && r->from.address[1] == from->address[1] &&
+         r->from_port == p->udp->source;
 }
 
 static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 code, __u32 retry) {
@@ -124,22 +126,32 @@ static __always_inline __u64 cost_in_ns(const struct tenant *t, __u64 tokens) {
 }
 
 #define NEVER_MS 0xffffffff
+/** The coarse clock is behind by a tick of the kernel at most, which is up to 10 ms. */
+#define BEHIND_NS 10000000
 
 /**
  * Charges a bucket (GCRA: one time stamp says how far ahead of its rate a tenant is).
+ * @param now by the coarse clock; where a tick decides, the exact one is asked
  * @return 0, or the milliseconds after which the bucket will hold so many, or NEVER_MS
  */
 __noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
   if (!t) return 1;
   __u64 cost_ns = cost_in_ns(t, cost_tokens);
   if (cost_ns > t->burst_ns) return NEVER_MS;
+  int is_exact = 0;
   // As many tries as CPUs could plausibly charge one tenant in the same 100 ns.
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
+#pragma clang loop unroll(disable)
+  for (int i = 0; i < 9; i++) {
     __u64 full_at = *(volatile __u64 *)&t->full_at_ns;
     __u64 next = (full_at > now ? full_at : now) + cost_ns;
     if (next - now > t->burst_ns) {
-      __u64 wait_ms = (next - now - t->burst_ns) / 1000000 + 1;
+      __u64 wait_ns = next - now - t->burst_ns;
+      if (!is_exact && wait_ns <= BEHIND_NS) {
+        now = bpf_ktime_get_ns();
+        is_exact = 1;
+        continue;
+      }
+      __u64 wait_ms = wait_ns / 1000000 + 1;
       return wait_ms >= NEVER_MS ? NEVER_MS - 1 : wait_ms;
     }
     if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) {
@@ -155,6 +167,10 @@ static __always_inline void give_back(struct tenant *t, __u64 tokens) {
   __sync_fetch_and_add(&t->charged_tokens, -tokens);
 }
 
+static __always_inline int is_full(const __u32 *live, __u32 max) {
+  return *(const volatile __u32 *)live >= max;
+}
+
 /** Takes one of `max` places. */
 static __always_inline int enter(__u32 *live, __u32 max) {
   if (__sync_fetch_and_add(live, 1) < max) return 1;
@@ -164,6 +180,32 @@ static __always_inline int enter(__u32 *live, __u32 max) {
 
 static __always_inline void leave(__u32 *live) {
   __sync_fetch_and_add(live, -1);
+}
+
+/**
+ * Takes a request's places and tokens. What is refused writes nothing, as a rule: a flood of such
+ * takes no other CPU's cache lines.
+ * @return 0, or the code of what there is too little of; then nothing is taken
+ */
+static __always_inline __u16 take(struct control *c, struct tenant *t, __u32 cost, __u64 now,
+                                  __u32 *retry_ms) {
+  if (is_full(&c->live, c->live_max)) return LT_CODE_BUSY;
+  if (is_full(&t->live, t->live_max)) return LT_CODE_TENANT_BUSY;
+  __u32 wait_ms = charge(t, cost, now);
+  if (wait_ms == NEVER_MS) return LT_CODE_TOO_LARGE;
+  *retry_ms = wait_ms;
+  if (wait_ms) return LT_CODE_RATE;
+  // Others may have been faster since.
+  if (!enter(&c->live, c->live_max)) {
+    give_back(t, cost);
+    return LT_CODE_BUSY;
+  }
+  if (!enter(&t->live, t->live_max)) {
+    leave(&c->live);
+    give_back(t, cost);
+    return LT_CODE_TENANT_BUSY;
+  }
+  return 0;
 }
 
 /** Replicas that hold the longest published prefix of this prompt, a bit each. */
@@ -182,18 +224,24 @@ __noinline __u64 holders(const struct lt_header *h) {
 /** Added to the score of a replica that cannot be chosen; loads are far below. */
 #define UNFIT (1ull << 48)
 
+/** Keeps the compiler from what it knows of x: else it makes arithmetic a branch again. */
+#define OPAQUE(x) asm volatile("" : "+r"(x))
+
 /** 1 unless x is 0. Arithmetic, not a branch: the verifier follows every path of 16 replicas. */
 static __always_inline __u64 truth(__u64 x) {
   x |= -x;
-  // Else the compiler makes it a branch again.
-  asm volatile("" : "+r"(x));
-  return x >> 63;
+  OPAQUE(x);
+  x >>= 63;
+  OPAQUE(x);
+  return x;
 }
 
 static __always_inline __u64 smaller(__u64 a, __u64 b) {
-  __u64 a_is_less = -((a - b) >> 63);
-  asm volatile("" : "+r"(a_is_less));
-  return b ^ ((a ^ b) & a_is_less);
+  __u64 less = a - b;
+  OPAQUE(less);
+  less = -(less >> 63);
+  OPAQUE(less);
+  return b ^ ((a ^ b) & less);
 }
 
 /** Index of the replica that answers, or minus the code that says why there is none. */
@@ -202,8 +250,9 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
   __u64 ready = 0;
   // A score is the load and, so that the lowest of equals wins, the index.
   __u64 any = UNFIT, holder = UNFIT;
-#pragma unroll
-  for (int i = 0; i < REPLICAS; i++) {
+  __u32 end = c->replicas_end;
+#pragma clang loop unroll(disable)
+  for (__u32 i = 0; i < REPLICAS && i < end; i++) {
     struct replica *r = &c->replicas[i];
     __u64 other_model = truth(model) & truth(r->model ^ model);
     __u64 unfit = (truth(r->ready) ^ 1) | other_model;
@@ -223,9 +272,11 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
  * has its highest bit set: no branches, as above.
  */
 static __always_inline int is_for_us(const struct packet *p, const struct control *c) {
+  if (!c->addresses) return 1;
   __u64 hit = 0;
   if (p->ip4) {
     __u32 to = p->ip4->daddr;
+    if (to == c->address4[0]) return 1;
 #pragma unroll
     for (int i = 0; i < ADDRESSES; i++) hit |= (__u64)(c->address4[i] ^ to) - 1;
   } else if (p->ip6) {
@@ -236,7 +287,7 @@ static __always_inline int is_for_us(const struct packet *p, const struct contro
       hit |= (__u64)(__u32)(other | other >> 32) - 1;
     }
   }
-  return hit >> 63 || !c->addresses;
+  return hit >> 63;
 }
 
 // Connections are limited where they are for us, which is defined above.
@@ -264,66 +315,61 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
                                    __u64 now, __u64 expires, struct verdict *v) {
   struct lt_header *h = p->header;
   struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
+  struct source from = packet_source(p);
   struct request *before = bpf_map_lookup_elem(&requests, &id);
   if (before) {
     // Or a recorded repeat could start it again once the first HELLO is forgotten.
     if (before->expires_ns < expires) before->expires_ns = expires;
     int same = before->prompt_bytes == h->prompt_bytes && before->max_tokens == h->max_tokens &&
                before->model == h->model && before->first_word == h->word[0];
-    __be64 cookie = packet_cookie(p, c, before->route);
-    if (!same || before->ended || before->cookie != cookie) {
+    if (!same || before->ended || !is_from(p, &from, before)) {
       v->code = LT_CODE_REUSED;
       return;
     }
     v->route = before->route;
-    v->cookie = cookie;
+    v->cookie = before->cookie;
     count(C_REPEATED);
     return;
   }
   __u32 cost = (bpf_ntohl(h->prompt_bytes) + 3) / 4 + bpf_ntohl(h->max_tokens);
-  int replica = choose(c, bpf_ntohl(h->model), holders(h));
+  __u32 model = bpf_ntohl(h->model);
+  int replica = choose(c, model, 0);
   if (replica < 0) {
     v->code = -replica;
     return;
+  }
+  v->code = take(c, t, cost, now, &v->retry_ms);
+  if (v->code) return;
+  __u64 holding = holders(h);
+  if (holding) {
+    int holder = choose(c, model, holding);
+    if (holder >= 0) replica = holder;
   }
   struct request granted = {
       .granted_ns = now,
       .expires_ns = expires,
       .first_word = h->word[0],
+      .from = from,
       .prompt_bytes = h->prompt_bytes,
       .max_tokens = h->max_tokens,
       .model = h->model,
       .route = bpf_htonl(replica + 1),
       .charged_tokens = cost,
+      .from_port = p->udp->source,
   };
-  granted.cookie = packet_cookie(p, c, granted.route);
-  if (!enter(&c->live, c->live_max)) {
-    v->code = LT_CODE_BUSY;
-    return;
-  }
-  if (!enter(&t->live, t->live_max)) {
-    v->code = LT_CODE_TENANT_BUSY;
-    leave(&c->live);
-    return;
-  }
-  v->retry_ms = charge(t, cost, now);
-  if (v->retry_ms) {
-    v->code = v->retry_ms == NEVER_MS ? LT_CODE_TOO_LARGE : LT_CODE_RATE;
-    if (v->code == LT_CODE_TOO_LARGE) v->retry_ms = 0;
-  } else if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
+  granted.cookie = packet_cookie(p, c, &from, granted.route);
+  if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
     // No room; or its repeat was as fast, on another CPU, and is granted already.
     v->code = LT_CODE_BUSY;
     v->retry_ms = 1;
     give_back(t, cost);
-  }
-  if (v->code) {
     leave(&t->live);
     leave(&c->live);
     return;
   }
   __u32 at = replica;
   // The compiler knows that it is small and drops the mask that the verifier needs.
-  asm volatile("" : "+r"(at));
+  OPAQUE(at);
   __sync_fetch_and_add(&c->replicas[at & (REPLICAS - 1)].live, 1);
   __sync_fetch_and_add(&t->granted, 1);
   v->route = granted.route;
@@ -335,7 +381,8 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
                                     const __u64 *key) {
   struct lt_header *h = p->header;
   struct verdict v = {};
-  __u64 now = bpf_ktime_get_ns();
+  // Coarse: the exact one takes a tenth of all that is done here.
+  __u64 now = bpf_ktime_get_coarse_ns();
   __u64 now_us = now / 1000 + c->clock_offset_us;
   __u64 age_us = now_us - bpf_be64_to_cpu(h->time_us) + window_us;
   count(C_HELLO);
@@ -355,10 +402,8 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
  * The datagram is of a request that was granted, for no more than it was charged for. One that has
  * ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
  */
-static __always_inline int is_current(const struct lt_header *h) {
-  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
-  struct request *r = bpf_map_lookup_elem(&requests, &id);
-  if (!r || (r->ended && h->type == LT_DATA)) return 0;
+static __always_inline int is_current(const struct lt_header *h, const struct request *r) {
+  if (r->ended && h->type == LT_DATA) return 0;
   return bpf_ntohl(h->prompt_bytes) <= bpf_ntohl(r->prompt_bytes) &&
          bpf_ntohl(h->max_tokens) <= bpf_ntohl(r->max_tokens) && r->model == h->model &&
          r->route == h->route;
@@ -368,11 +413,17 @@ static __always_inline int is_current(const struct lt_header *h) {
 static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct control *c) {
   struct lt_header *h = p->header;
   __u32 replica = bpf_ntohl(h->route) - 1;
-  if (replica >= REPLICAS || h->word[0] != packet_cookie(p, c, h->route)) {
+  struct source from = packet_source(p);
+  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
+  struct request *r = bpf_map_lookup_elem(&requests, &id);
+  // A cookie is computed only to count what is dropped as what it is.
+  int is_proven = r && h->word[0] == r->cookie && h->route == r->route && is_from(p, &from, r);
+  if (replica >= REPLICAS ||
+      (!is_proven && h->word[0] != packet_cookie(p, c, &from, h->route))) {
     count(C_BAD_COOKIE);
     return XDP_DROP;
   }
-  if (!is_current(h)) {
+  if (!r || !is_current(h, r)) {
     count(C_STALE);
     return XDP_DROP;
   }

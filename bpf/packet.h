@@ -29,6 +29,11 @@ struct packet {
   struct lt_header *header;
 };
 
+/** An address of either kind, as it lies in a packet; IPv4 as ::ffff:a.b.c.d. */
+struct source {
+  __u64 address[2];
+};
+
 #define IP_FRAGMENT 0x3fff /* more fragments, or an offset */
 #define IP_LATER_FRAGMENT 0x1fff /* an offset */
 
@@ -86,6 +91,17 @@ static __always_inline int packet_parse(void *data, void *end, struct packet *p)
   p->udp = udp;
   p->header = header;
   return 1;
+}
+
+static __always_inline struct source packet_source(const struct packet *p) {
+  struct source from = {};
+  if (p->ip4) {
+    from.address[1] = (__u64)p->ip4->saddr << 32 | 0xffff0000;
+  } else if (p->ip6) {
+    from.address[0] = *(__u64 *)&p->ip6->saddr;
+    from.address[1] = *((__u64 *)&p->ip6->saddr + 1);
+  }
+  return from;
 }
 
 static __always_inline __u16 fold(__u64 sum) {

@@ -20,13 +20,14 @@ export const TENANT = {
 export const CONTROL = {
   cookieKey: 0,
   clockOffsetUs: 16,
-  live: 24,
-  liveMax: 28,
-  replicas: 32,
-  addresses: 288,
-  address4: 296,
-  address6: 360,
-  queues: 616,
+  queues: 24,
+  live: 32,
+  liveMax: 36,
+  addresses: 40,
+  replicasEnd: 44,
+  address4: 48,
+  address6: 112,
+  replicas: 368,
   bytes: 624,
 } as const
 export const ADDRESSES_MAX = 16
@@ -40,12 +41,12 @@ export const QUEUES_MAX = 64
 /** struct request_key and struct request; of the latter, what user space reads and writes. */
 export const REQUEST_KEY = { bytes: 16, request: 0, tenant: 8 } as const
 export const REQUEST = {
-  bytes: 56,
+  bytes: 72,
   grantedNs: 0,
   expiresNs: 8,
-  route: 44,
-  chargedTokens: 48,
-  ended: 52,
+  route: 60,
+  chargedTokens: 64,
+  ended: 70,
 } as const
 
 /** struct event */

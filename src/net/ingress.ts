@@ -98,7 +98,7 @@ export class Ingress {
     assertPowerOfTwo(chosen.sampleEvery)
     if (!(chosen.requests >= 1 && chosen.requests <= NET_REQUESTS_MAX)) {
       throw new LatticeError('invalid_request', `${chosen.requests} requests to remember.`, {
-        todo: `Use 1 to ${NET_REQUESTS_MAX}: each takes some 130 bytes of the kernel's memory.`,
+        todo: `Use 1 to ${NET_REQUESTS_MAX}: each takes some 150 bytes of the kernel's memory.`,
       })
     }
     const tune = (rodata: Uint8Array): void => {
@@ -200,6 +200,8 @@ export class Ingress {
     const at = CONTROL.replicas + index * REPLICA.bytes
     if (model !== undefined) this.control.setUint32(at + REPLICA.model, modelHash(model), true)
     this.control.setUint32(at + REPLICA.ready, model === undefined ? 0 : 1, true)
+    const end = this.control.getUint32(CONTROL.replicasEnd, true)
+    if (index >= end) this.control.setUint32(CONTROL.replicasEnd, index + 1, true)
   }
 
   /** Says how much else a replica has to do: requests of which the program knows nothing. */
@@ -235,8 +237,8 @@ export class Ingress {
     const bytes = new Uint8Array(REQUEST.bytes)
     const map = this.object.map('requests')
     const value = new DataView(bytes.buffer)
-    if (!map.lookup(key, bytes) || value.getUint32(REQUEST.ended, true) !== 0) return false
-    value.setUint32(REQUEST.ended, 1, true)
+    if (!map.lookup(key, bytes) || value.getUint16(REQUEST.ended, true) !== 0) return false
+    value.setUint16(REQUEST.ended, 1, true)
     map.update(key, bytes)
     const replica = value.getUint32(REQUEST.route) - 1
     const at = (CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live) >> 2
@@ -277,7 +279,7 @@ export class Ingress {
       }
       const [key, value] = item.value
       const granted = new DataView(value.buffer)
-      if (granted.getUint32(REQUEST.ended, true) !== 0) {
+      if (granted.getUint16(REQUEST.ended, true) !== 0) {
         if (granted.getBigUint64(REQUEST.expiresNs, true) < now && map.delete(key)) count++
         continue
       }
