@@ -26,6 +26,9 @@ const volatile __u64 syn_source_burst_ns = 0;
 const volatile __u64 syn_total_ns = 0;
 const volatile __u64 syn_total_burst_ns = 0;
 
+/** Keeps the compiler from what it knows of x: else it makes arithmetic a branch again. */
+#define OPAQUE(x) asm volatile("" : "+r"(x))
+
 static __always_inline void count(enum counter which) {
   __u32 zero = 0;
   struct counters *c = bpf_map_lookup_elem(&counts, &zero);
@@ -92,6 +95,15 @@ static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 co
   bpf_ringbuf_submit(e, 0);
 }
 
+/** Changes some bytes of the header, of which none is beyond the word of eight that begins it. */
+static __always_inline void set_bytes(struct lt_header *h, __u32 at, __u32 bytes, __u64 value) {
+  __u64 *word = (__u64 *)h + at / 8;
+  __u32 shift = at % 8 * 8;
+  __u64 changed = (*word & ~(((1ull << bytes * 8) - 1) << shift)) | value << shift;
+  OPAQUE(changed);
+  *word = changed;
+}
+
 /** What was decided about a HELLO. */
 struct verdict {
   __u16 code;
@@ -100,17 +112,19 @@ struct verdict {
   __be64 cookie;
 };
 
-/** Turns the HELLO into its answer. */
+/**
+ * Turns the HELLO into its answer. Written word by word: one that is put together from smaller
+ * writes cannot be read, by the hash that follows, before the last of them has reached the cache.
+ */
 static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_us,
                                   const struct verdict *v) {
   struct lt_header *h = p->header;
   __u16 type = v->code ? LT_REJECT : LT_GRANT;
-  h->type = type;
-  h->version = LT_VERSION;
-  h->code = bpf_htons(v->code);
+  set_bytes(h, 2, 2, LT_VERSION | type << 8);
+  set_bytes(h, offsetof(struct lt_header, code), 2, bpf_htons(v->code));
   h->time_us = bpf_cpu_to_be64(now_us);
-  h->route = v->route;
-  h->deadline_ms = bpf_htonl(v->retry_ms);
+  set_bytes(h, offsetof(struct lt_header, route), 4, v->route);
+  set_bytes(h, offsetof(struct lt_header, deadline_ms), 4, bpf_htonl(v->retry_ms));
   h->word[0] = v->cookie;
   h->word[1] = v->code ? 0 : bpf_cpu_to_be64(credit);
   h->word[2] = 0;
@@ -223,9 +237,6 @@ __noinline __u64 holders(const struct lt_header *h) {
 
 /** Added to the score of a replica that cannot be chosen; loads are far below. */
 #define UNFIT (1ull << 48)
-
-/** Keeps the compiler from what it knows of x: else it makes arithmetic a branch again. */
-#define OPAQUE(x) asm volatile("" : "+r"(x))
 
 /** 1 unless x is 0. Arithmetic, not a branch: the verifier follows every path of 16 replicas. */
 static __always_inline __u64 truth(__u64 x) {
