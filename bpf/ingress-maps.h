@@ -13,10 +13,13 @@
 #define REPLICAS 16
 /** Rings of one replica: one for each receive queue of the interface. */
 #define QUEUES 64
-#define REQUESTS 65536
 /** Of the interface, that the program answers for. */
 #define ADDRESSES 16
 #define PREFIXES 262144
+/** Of the table of requests: as many as have their tags in one cache line. */
+#define SLOTS 14
+/** Buckets that a request may be in, one behind the other. */
+#define PROBES 4
 
 struct tenant {
   /** Two SipHash keys, so that one can be replaced while the other still counts. */
@@ -48,12 +51,17 @@ struct replica {
 
 struct control {
   __u64 cookie_key[2];
+  /** Of the table of requests. */
+  __u64 table_key[2];
   /** µs time − ktime / 1000, kept current by user space. */
   __u64 clock_offset_us;
   /** Receive queues that have rings, a bit each; 0 is any. What comes in on others is not ours. */
   __u64 queues;
+  /** Those that run, and those that are remembered: taken together, as one word. */
   __u32 live;
+  __u32 remembered;
   __u32 live_max;
+  __u32 remembered_max;
   /** How many of the following count; with none, datagrams to any address are ours. */
   __u32 addresses;
   /** Those from here on are not ready. */
@@ -64,14 +72,19 @@ struct control {
   struct replica replicas[REPLICAS];
 };
 
-struct request_key {
-  __u64 request;
-  __u32 tenant;
-  __u32 spare;
+enum request_state {
+  R_ENTERING,
+  R_RUNS,
+  /** Its number stays taken. */
+  R_ENDED,
 };
 
 /** What was granted: user space removes it when the request has ended and its window is over. */
 struct request {
+  __be64 request;
+  __u32 tenant;
+  /** Set to R_ENDED by user space. */
+  __u32 state;
   __u64 granted_ns;
   /** From this ktime on no HELLO for it is in the window: its number may be forgotten. */
   __u64 expires_ns;
@@ -85,9 +98,19 @@ struct request {
   __be32 model;
   __be32 route;
   __u32 charged_tokens;
-  __be16 from_port;
-  /** Set by user space: it no longer runs, but its number stays taken. */
-  __u16 ended;
+  __u32 from_port;
+  __u64 spare;
+};
+
+/** Two cache lines or more: what is sought, then what is found. */
+struct bucket {
+  /** Of the slots, from their hash; 0 is a free one. */
+  __u32 tags[SLOTS];
+  /** Some are in the next bucket. Stays so. */
+  __u32 overflowed;
+  /** Written to have the line come. */
+  __u32 fetched;
+  struct request slots[SLOTS];
 };
 
 enum counter {
@@ -147,10 +170,11 @@ struct {
 } controls SEC(".maps");
 
 struct {
-  __uint(type, BPF_MAP_TYPE_HASH);
-  __uint(max_entries, REQUESTS);
-  __type(key, struct request_key);
-  __type(value, struct request);
+  __uint(type, BPF_MAP_TYPE_ARRAY);
+  __uint(max_entries, PROBES);
+  __uint(map_flags, BPF_F_MMAPABLE);
+  __type(key, __u32);
+  __type(value, struct bucket);
 } requests SEC(".maps");
 
 /** Prefix hash (as it comes over the wire) → a bit for each replica that has it in memory. */

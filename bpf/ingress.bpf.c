@@ -25,9 +25,15 @@ const volatile __u64 syn_source_ns = 0;
 const volatile __u64 syn_source_burst_ns = 0;
 const volatile __u64 syn_total_ns = 0;
 const volatile __u64 syn_total_burst_ns = 0;
+/** Of the table of requests (requests.h). */
+const volatile __u32 request_buckets = PROBES;
 
 /** Keeps the compiler from what it knows of x: else it makes arithmetic a branch again. */
 #define OPAQUE(x) asm volatile("" : "+r"(x))
+
+// They use what is above.
+#include "limits.h"
+#include "requests.h"
 
 static __always_inline void count(enum counter which) {
   __u32 zero = 0;
@@ -135,93 +141,6 @@ static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_
   return XDP_TX;
 }
 
-static __always_inline __u64 cost_in_ns(const struct tenant *t, __u64 tokens) {
-  return tokens * t->ns_per_token_1024 >> 10;
-}
-
-#define NEVER_MS 0xffffffff
-/** The coarse clock is behind by a tick of the kernel at most, which is up to 10 ms. */
-#define BEHIND_NS 10000000
-
-/**
- * Charges a bucket (GCRA: one time stamp says how far ahead of its rate a tenant is).
- * @param now by the coarse clock; where a tick decides, the exact one is asked
- * @return 0, or the milliseconds after which the bucket will hold so many, or NEVER_MS
- */
-__noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
-  if (!t) return 1;
-  __u64 cost_ns = cost_in_ns(t, cost_tokens);
-  if (cost_ns > t->burst_ns) return NEVER_MS;
-  int is_exact = 0;
-  // As many tries as CPUs could plausibly charge one tenant in the same 100 ns.
-#pragma clang loop unroll(disable)
-  for (int i = 0; i < 9; i++) {
-    __u64 full_at = *(volatile __u64 *)&t->full_at_ns;
-    __u64 next = (full_at > now ? full_at : now) + cost_ns;
-    if (next - now > t->burst_ns) {
-      __u64 wait_ns = next - now - t->burst_ns;
-      if (!is_exact && wait_ns <= BEHIND_NS) {
-        now = bpf_ktime_get_ns();
-        is_exact = 1;
-        continue;
-      }
-      __u64 wait_ms = wait_ns / 1000000 + 1;
-      return wait_ms >= NEVER_MS ? NEVER_MS - 1 : wait_ms;
-    }
-    if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) {
-      __sync_fetch_and_add(&t->charged_tokens, cost_tokens);
-      return 0;
-    }
-  }
-  return 1;
-}
-
-static __always_inline void give_back(struct tenant *t, __u64 tokens) {
-  __sync_fetch_and_add(&t->full_at_ns, -cost_in_ns(t, tokens));
-  __sync_fetch_and_add(&t->charged_tokens, -tokens);
-}
-
-static __always_inline int is_full(const __u32 *live, __u32 max) {
-  return *(const volatile __u32 *)live >= max;
-}
-
-/** Takes one of `max` places. */
-static __always_inline int enter(__u32 *live, __u32 max) {
-  if (__sync_fetch_and_add(live, 1) < max) return 1;
-  __sync_fetch_and_add(live, -1);
-  return 0;
-}
-
-static __always_inline void leave(__u32 *live) {
-  __sync_fetch_and_add(live, -1);
-}
-
-/**
- * Takes a request's places and tokens. What is refused writes nothing, as a rule: a flood of such
- * takes no other CPU's cache lines.
- * @return 0, or the code of what there is too little of; then nothing is taken
- */
-static __always_inline __u16 take(struct control *c, struct tenant *t, __u32 cost, __u64 now,
-                                  __u32 *retry_ms) {
-  if (is_full(&c->live, c->live_max)) return LT_CODE_BUSY;
-  if (is_full(&t->live, t->live_max)) return LT_CODE_TENANT_BUSY;
-  __u32 wait_ms = charge(t, cost, now);
-  if (wait_ms == NEVER_MS) return LT_CODE_TOO_LARGE;
-  *retry_ms = wait_ms;
-  if (wait_ms) return LT_CODE_RATE;
-  // Others may have been faster since.
-  if (!enter(&c->live, c->live_max)) {
-    give_back(t, cost);
-    return LT_CODE_BUSY;
-  }
-  if (!enter(&t->live, t->live_max)) {
-    leave(&c->live);
-    give_back(t, cost);
-    return LT_CODE_TENANT_BUSY;
-  }
-  return 0;
-}
-
 /** Replicas that hold the longest published prefix of this prompt, a bit each. */
 __noinline __u64 holders(const struct lt_header *h) {
   if (!h) return 0;
@@ -322,18 +241,20 @@ static __always_inline int well_formed(const struct lt_header *h) {
  * Decides about a HELLO that really is from its tenant.
  * @param expires when its time will be outside the window
  */
-static __always_inline void decide(struct packet *p, struct control *c, struct tenant *t,
-                                   __u64 now, __u64 expires, struct verdict *v) {
+static __always_inline void decide(struct packet *p, const struct place *place, struct control *c,
+                                   struct tenant *t, __u64 now, __u64 expires,
+                                   struct verdict *v) {
   struct lt_header *h = p->header;
-  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
   struct source from = packet_source(p);
-  struct request *before = bpf_map_lookup_elem(&requests, &id);
+  __u32 tenant = bpf_ntohl(h->tenant);
+  int is_entering = 0;
+  struct request *before = request_find(place, h->request, tenant, &is_entering);
   if (before) {
     // Or a recorded repeat could start it again once the first HELLO is forgotten.
     if (before->expires_ns < expires) before->expires_ns = expires;
     int same = before->prompt_bytes == h->prompt_bytes && before->max_tokens == h->max_tokens &&
                before->model == h->model && before->first_word == h->word[0];
-    if (!same || before->ended || !is_from(p, &from, before)) {
+    if (!same || before->state == R_ENDED || !is_from(p, &from, before)) {
       v->code = LT_CODE_REUSED;
       return;
     }
@@ -357,6 +278,8 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
     if (holder >= 0) replica = holder;
   }
   struct request granted = {
+      .request = h->request,
+      .tenant = tenant,
       .granted_ns = now,
       .expires_ns = expires,
       .first_word = h->word[0],
@@ -369,13 +292,11 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
       .from_port = p->udp->source,
   };
   granted.cookie = packet_cookie(p, c, &from, granted.route);
-  if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
-    // No room; or its repeat was as fast, on another CPU, and is granted already.
+  if (is_entering || !request_enter(place, &granted)) {
+    // Its buckets are full; or its repeat was as fast, on another CPU, and is granted already.
     v->code = LT_CODE_BUSY;
     v->retry_ms = 1;
-    give_back(t, cost);
-    leave(&t->live);
-    leave(&c->live);
+    put_back(c, t, cost);
     return;
   }
   __u32 at = replica;
@@ -388,8 +309,8 @@ static __always_inline void decide(struct packet *p, struct control *c, struct t
   count(C_GRANTED);
 }
 
-static __always_inline int on_hello(struct packet *p, struct control *c, struct tenant *t,
-                                    const __u64 *key) {
+static __always_inline int on_hello(struct packet *p, const struct place *place,
+                                    struct control *c, struct tenant *t, const __u64 *key) {
   struct lt_header *h = p->header;
   struct verdict v = {};
   // Coarse: the exact one takes a tenth of all that is done here.
@@ -400,7 +321,7 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
   if (h->version != LT_VERSION) v.code = LT_CODE_VERSION;
   else if (age_us > 2 * window_us) v.code = LT_CODE_CLOCK;
   else if (!well_formed(h)) v.code = LT_CODE_MALFORMED;
-  else decide(p, c, t, now, now + (2 * window_us - age_us) * 1000, &v);
+  else decide(p, place, c, t, now, now + (2 * window_us - age_us) * 1000, &v);
   if (v.code) {
     count(C_REJECTED);
     count(C_CODE + ((v.code - LT_CODE_VERSION) & 15));
@@ -414,19 +335,20 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
  * ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
  */
 static __always_inline int is_current(const struct lt_header *h, const struct request *r) {
-  if (r->ended && h->type == LT_DATA) return 0;
+  if (r->state == R_ENDED && h->type == LT_DATA) return 0;
   return bpf_ntohl(h->prompt_bytes) <= bpf_ntohl(r->prompt_bytes) &&
          bpf_ntohl(h->max_tokens) <= bpf_ntohl(r->max_tokens) && r->model == h->model &&
          r->route == h->route;
 }
 
 /** Hands a datagram of a granted request to its replica. */
-static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct control *c) {
+static __always_inline int forward(struct xdp_md *ctx, struct packet *p,
+                                   const struct place *place, struct control *c) {
   struct lt_header *h = p->header;
   __u32 replica = bpf_ntohl(h->route) - 1;
   struct source from = packet_source(p);
-  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
-  struct request *r = bpf_map_lookup_elem(&requests, &id);
+  int is_entering = 0;
+  struct request *r = request_find(place, h->request, bpf_ntohl(h->tenant), &is_entering);
   // A cookie is computed only to count what is dropped as what it is.
   int is_proven = r && h->word[0] == r->cookie && h->route == r->route && is_from(p, &from, r);
   if (replica >= REPLICAS ||
@@ -472,15 +394,17 @@ int ingress(struct xdp_md *ctx) {
     count(C_BAD_HEADER);
     return XDP_DROP;
   }
+  struct place place = place_of(c, h->request, index);
+  place_fetch(&place);
   const __u64 *key = t->key[which & 1];
   if (h->mac != header_mac(h, key[0], key[1])) {
     count(C_BAD_MAC);
     return XDP_DROP;
   }
-  if (h->type == LT_HELLO) return on_hello(&p, c, t, key);
+  if (h->type == LT_HELLO) return on_hello(&p, &place, c, t, key);
   if (h->version == LT_VERSION &&
       (h->type == LT_DATA || h->type == LT_ACK || h->type == LT_CANCEL)) {
-    return forward(ctx, &p, c);
+    return forward(ctx, &p, &place, c);
   }
   count(C_BAD_TYPE);
   return XDP_DROP;

@@ -19,16 +19,19 @@ export const TENANT = {
 /** struct control */
 export const CONTROL = {
   cookieKey: 0,
-  clockOffsetUs: 16,
-  queues: 24,
-  live: 32,
-  liveMax: 36,
-  addresses: 40,
-  replicasEnd: 44,
-  address4: 48,
-  address6: 112,
-  replicas: 368,
-  bytes: 624,
+  tableKey: 16,
+  clockOffsetUs: 32,
+  queues: 40,
+  live: 48,
+  remembered: 52,
+  liveMax: 56,
+  rememberedMax: 60,
+  addresses: 64,
+  replicasEnd: 68,
+  address4: 72,
+  address6: 136,
+  replicas: 392,
+  bytes: 648,
 } as const
 export const ADDRESSES_MAX = 16
 
@@ -38,16 +41,23 @@ export const REPLICAS_MAX = 16
 /** Rings of one replica: one for each receive queue of the interface. */
 export const QUEUES_MAX = 64
 
-/** struct request_key and struct request; of the latter, what user space reads and writes. */
-export const REQUEST_KEY = { bytes: 16, request: 0, tenant: 8 } as const
+/** struct request, what user space reads and writes of it. */
 export const REQUEST = {
-  bytes: 72,
-  grantedNs: 0,
-  expiresNs: 8,
-  route: 60,
-  chargedTokens: 64,
-  ended: 70,
+  bytes: 96,
+  request: 0,
+  tenant: 8,
+  state: 12,
+  grantedNs: 16,
+  expiresNs: 24,
+  route: 76,
+  chargedTokens: 80,
 } as const
+
+/** enum request_state */
+export const REQUEST_STATES = { entering: 0, runs: 1, ended: 2 } as const
+
+/** struct bucket: tags come first. */
+export const BUCKET = { bytes: 1408, slots: 14, probes: 4, overflowed: 56, requests: 64 } as const
 
 /** struct event */
 export const EVENT = {
@@ -76,6 +86,7 @@ export const TUNABLES = {
   synSourceBurstNs: 48,
   synTotalNs: 56,
   synTotalBurstNs: 64,
+  requestBuckets: 72,
 } as const
 
 /** enum counter, in order; those of rejections follow from 16 on, by code − 16. */

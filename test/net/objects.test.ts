@@ -9,7 +9,7 @@ import { test } from 'node:test'
 import { canCompile, CLANG, compile } from '../../tools/bpf.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { Ingress } from '../../src/net/ingress.ts'
-import { CONTROL, REQUEST, REQUEST_KEY, TENANT } from '../../src/net/ingress-maps.ts'
+import { BUCKET, CONTROL, REQUEST, TENANT } from '../../src/net/ingress-maps.ts'
 import { TENANTS_MAX } from '../../src/net/protocol.ts'
 import { WITHOUT_ROOT } from './namespaces.ts'
 
@@ -48,6 +48,6 @@ test('our layout is not the program’s', { skip: WITHOUT_ROOT }, (t) => {
   assert.equal(map('tenants').valueBytes, TENANT.bytes)
   assert.equal(map('tenants').entries, TENANTS_MAX)
   assert.equal(map('controls').valueBytes, CONTROL.bytes)
-  assert.equal(map('requests').keyBytes, REQUEST_KEY.bytes)
-  assert.equal(map('requests').valueBytes, REQUEST.bytes)
+  assert.equal(map('requests').valueBytes, BUCKET.bytes)
+  assert.equal(BUCKET.requests + BUCKET.slots * REQUEST.bytes, BUCKET.bytes)
 })
