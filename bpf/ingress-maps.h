@@ -148,7 +148,9 @@ struct event {
   __u32 route;
   __u32 prompt_bytes;
   __u32 max_tokens;
-  __u16 type;
+  __u8 type;
+  /** GRANT: the same was granted before. */
+  __u8 is_repeat;
   __u16 code;
   __u32 retry_ms;
 };

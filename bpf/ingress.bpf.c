@@ -85,7 +85,17 @@ static __always_inline int is_from(const struct packet *p, const struct source *
          r->from_port == p->udp->source;
 }
 
-static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 code, __u32 retry) {
+/** What was decided about a HELLO. */
+struct verdict {
+  __u16 code;
+  /** It was granted before. */
+  __u8 is_repeat;
+  __u32 retry_ms;
+  __be32 route;
+  __be64 cookie;
+};
+
+static __always_inline void tell(const struct lt_header *h, __u8 type, const struct verdict *v) {
   if (!sample_every || (bpf_get_prandom_u32() & (sample_every - 1))) return;
   struct event *e = bpf_ringbuf_reserve(&events, sizeof *e, 0);
   if (!e) return count(C_EVENTS_LOST);
@@ -96,8 +106,9 @@ static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 co
   e->prompt_bytes = bpf_ntohl(h->prompt_bytes);
   e->max_tokens = bpf_ntohl(h->max_tokens);
   e->type = type;
-  e->code = code;
-  e->retry_ms = retry;
+  e->is_repeat = v->is_repeat;
+  e->code = v->code;
+  e->retry_ms = v->retry_ms;
   bpf_ringbuf_submit(e, 0);
 }
 
@@ -110,14 +121,6 @@ static __always_inline void set_bytes(struct lt_header *h, __u32 at, __u32 bytes
   *word = changed;
 }
 
-/** What was decided about a HELLO. */
-struct verdict {
-  __u16 code;
-  __u32 retry_ms;
-  __be32 route;
-  __be64 cookie;
-};
-
 /**
  * Turns the HELLO into its answer. Written word by word: one that is put together from smaller
  * writes cannot be read, by the hash that follows, before the last of them has reached the cache.
@@ -125,7 +128,7 @@ struct verdict {
 static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_us,
                                   const struct verdict *v) {
   struct lt_header *h = p->header;
-  __u16 type = v->code ? LT_REJECT : LT_GRANT;
+  __u8 type = v->code ? LT_REJECT : LT_GRANT;
   set_bytes(h, 2, 2, LT_VERSION | type << 8);
   set_bytes(h, offsetof(struct lt_header, code), 2, bpf_htons(v->code));
   h->time_us = bpf_cpu_to_be64(now_us);
@@ -136,7 +139,7 @@ static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_
   h->word[2] = 0;
   h->word[3] = 0;
   h->mac = header_mac(h, key[0], key[1]);
-  tell(h, type, v->code, v->retry_ms);
+  tell(h, type, v);
   packet_turn(p);
   return XDP_TX;
 }
@@ -260,6 +263,7 @@ static __always_inline void decide(struct packet *p, const struct place *place, 
     }
     v->route = before->route;
     v->cookie = before->cookie;
+    v->is_repeat = 1;
     count(C_REPEATED);
     return;
   }

@@ -69,6 +69,7 @@ export const EVENT = {
   promptBytes: 24,
   maxTokens: 28,
   type: 32,
+  isRepeat: 33,
   code: 34,
   retryMs: 36,
 } as const
