@@ -32,11 +32,14 @@ struct tenant {
   __u64 full_at_ns;
   __u32 live;
   __u32 live_max;
+};
+
+/** By CPU: an atomic operation on a tenant's own line would take longer than the rest of it. */
+struct tenant_use {
   __u64 granted;
   __u64 rejected;
+  /** Less what user space gave back, which it counts itself. */
   __u64 charged_tokens;
-  /** To two cache lines, so that tenants on different CPUs do not share one. */
-  __u64 spare[5];
 };
 
 struct replica {
@@ -200,6 +203,13 @@ struct {
   __type(key, __u32);
   __type(value, struct counters);
 } counts SEC(".maps");
+
+struct {
+  __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+  __uint(max_entries, LT_TENANTS);
+  __type(key, __u32);
+  __type(value, struct tenant_use);
+} tenant_uses SEC(".maps");
 
 struct {
   __uint(type, BPF_MAP_TYPE_RINGBUF);

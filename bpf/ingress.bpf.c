@@ -41,6 +41,11 @@ static __always_inline void count(enum counter which) {
   if (c) c->count[which]++;
 }
 
+static __always_inline struct tenant_use *tenant_use(const struct lt_header *h) {
+  __u32 index = bpf_ntohl(h->tenant);
+  return bpf_map_lookup_elem(&tenant_uses, &index);
+}
+
 // Functions that are not static are verified once, on their own, instead of along every path that
 // leads to a call: without that the program is too large for the verifier.
 
@@ -296,21 +301,28 @@ static __always_inline void decide(struct packet *p, const struct place *place, 
       .from_port = p->udp->source,
   };
   granted.cookie = packet_cookie(p, c, &from, granted.route);
+  __u32 at = replica;
+  // The compiler knows that it is small and drops the mask that the verifier needs.
+  OPAQUE(at);
+  __u32 *load = &c->replicas[at & (REPLICAS - 1)].live;
+  // Before it is entered: an atomic operation waits for the writes before it, and those to the
+  // table wait for memory.
+  __sync_fetch_and_add(load, 1);
   if (is_entering || !request_enter(place, &granted)) {
     // Its buckets are full; or its repeat was as fast, on another CPU, and is granted already.
     v->code = LT_CODE_BUSY;
     v->retry_ms = 1;
+    __sync_fetch_and_add(load, -1);
     put_back(c, t, cost);
     return;
   }
-  __u32 at = replica;
-  // The compiler knows that it is small and drops the mask that the verifier needs.
-  OPAQUE(at);
-  __sync_fetch_and_add(&c->replicas[at & (REPLICAS - 1)].live, 1);
-  __sync_fetch_and_add(&t->granted, 1);
   v->route = granted.route;
   v->cookie = granted.cookie;
   count(C_GRANTED);
+  struct tenant_use *use = tenant_use(h);
+  if (!use) return;
+  use->granted++;
+  use->charged_tokens += cost;
 }
 
 static __always_inline int on_hello(struct packet *p, const struct place *place,
@@ -329,7 +341,8 @@ static __always_inline int on_hello(struct packet *p, const struct place *place,
   if (v.code) {
     count(C_REJECTED);
     count(C_CODE + ((v.code - LT_CODE_VERSION) & 15));
-    __sync_fetch_and_add(&t->rejected, 1);
+    struct tenant_use *use = tenant_use(h);
+    if (use) use->rejected++;
   }
   return answer(p, key, now_us, &v);
 }

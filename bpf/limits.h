@@ -37,17 +37,13 @@ __noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
       __u64 wait_ms = wait_ns / 1000000 + 1;
       return wait_ms >= NEVER_MS ? NEVER_MS - 1 : wait_ms;
     }
-    if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) {
-      __sync_fetch_and_add(&t->charged_tokens, cost_tokens);
-      return 0;
-    }
+    if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) return 0;
   }
   return 1;
 }
 
 static __always_inline void give_back(struct tenant *t, __u64 tokens) {
   __sync_fetch_and_add(&t->full_at_ns, -cost_in_ns(t, tokens));
-  __sync_fetch_and_add(&t->charged_tokens, -tokens);
 }
 
 /** A place among those that run is low in a word, one among those that are remembered high. */

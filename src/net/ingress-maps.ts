@@ -3,7 +3,7 @@
 
 /** struct tenant */
 export const TENANT = {
-  bytes: 128,
+  bytes: 64,
   /** Two keys of 16 bytes. */
   keys: 0,
   nsPerToken1024: 32,
@@ -11,10 +11,10 @@ export const TENANT = {
   fullAtNs: 48,
   live: 56,
   liveMax: 60,
-  granted: 64,
-  rejected: 72,
-  chargedTokens: 80,
 } as const
+
+/** struct tenant_use, one a CPU */
+export const TENANT_USE = { bytes: 24, granted: 0, rejected: 8, chargedTokens: 16 } as const
 
 /** struct control */
 export const CONTROL = {

@@ -16,6 +16,7 @@ import {
   REPLICA,
   REPLICAS_MAX,
   TENANT,
+  TENANT_USE,
   TUNABLES,
 } from './ingress-maps.ts'
 import { MESSAGE_CODES, modelHash, PROTOCOL_PORT, TENANTS_MAX } from './protocol.ts'
@@ -86,6 +87,8 @@ export class Ingress {
   readonly program: BpfProgram
   readonly object: BpfObject
   private readonly requests: GrantedRequests
+  /** Tokens, by tenant. */
+  private readonly givenBack = new Map<number, number>()
   /** The part of them that `expire` looks at next. */
   private part = 0
   private readonly tenants: DataView
@@ -253,7 +256,7 @@ export class Ingress {
     const refund = (BigInt(unused) * price) >> 10n
     const word = (tenant * TENANT.bytes) >> 3
     Atomics.sub(this.atomics.tenants, word + (TENANT.fullAtNs >> 3), refund)
-    Atomics.sub(this.atomics.tenants, word + (TENANT.chargedTokens >> 3), BigInt(unused))
+    this.givenBack.set(tenant, (this.givenBack.get(tenant) ?? 0) + unused)
     return true
   }
 
@@ -289,12 +292,7 @@ export class Ingress {
   counters(): IngressCounters {
     const bytes = new Uint8Array(possibleCpus() * COUNTERS_MAX * 8)
     this.object.map('counts').lookup(new Uint8Array(4), bytes)
-    const words = new BigUint64Array(bytes.buffer)
-    const sum = (index: number) => {
-      let total = 0n
-      for (let i = index; i < words.length; i += COUNTERS_MAX) total += words[i] ?? 0n
-      return Number(total)
-    }
+    const sum = (index: number) => sumOver(bytes, COUNTERS_MAX * 8, index * 8)
     const counters: IngressCounters = {}
     COUNTERS.forEach((name, i) => (counters[name] = sum(i)))
     for (const [name, code] of Object.entries(MESSAGE_CODES)) {
@@ -321,13 +319,14 @@ export class Ingress {
 
   /** What a tenant has and had. */
   use(index: number): TenantUse {
-    const at = index * TENANT.bytes
-    const count = (field: number) => Number(this.tenants.getBigUint64(at + field, true))
+    const bytes = new Uint8Array(possibleCpus() * TENANT_USE.bytes)
+    this.object.map('tenant_uses').lookup(new Uint8Array(Uint32Array.of(index).buffer), bytes)
+    const sum = (field: number) => sumOver(bytes, TENANT_USE.bytes, field)
     return {
-      running: this.tenants.getUint32(at + TENANT.live, true),
-      granted: count(TENANT.granted),
-      rejected: count(TENANT.rejected),
-      chargedTokens: count(TENANT.chargedTokens),
+      running: this.tenants.getUint32(index * TENANT.bytes + TENANT.live, true),
+      granted: sum(TENANT_USE.granted),
+      rejected: sum(TENANT_USE.rejected),
+      chargedTokens: sum(TENANT_USE.chargedTokens) - (this.givenBack.get(index) ?? 0),
     }
   }
 
@@ -335,6 +334,14 @@ export class Ingress {
   close(): void {
     this.object.close()
   }
+}
+
+/** A field of all CPUs' values, each of so many bytes. */
+function sumOver(values: Uint8Array, bytes: number, field: number): number {
+  const view = new DataView(values.buffer)
+  let total = 0n
+  for (let at = field; at < values.length; at += bytes) total += view.getBigUint64(at, true)
+  return Number(total)
 }
 
 /** Said by END only, of which the program knows nothing. */
