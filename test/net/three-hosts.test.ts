@@ -13,7 +13,7 @@ const SEED = Number(process.env['LATTICE_NET_SEED'] ?? 1)
 const KEYS = [3, 4].map((byte) => new Uint8Array(16).fill(byte)) as [Uint8Array, Uint8Array]
 const BURST = 100_000
 const MOST = 12
-/** The first is limited by its tokens, the second by how many may run. Nothing comes back in time. */
+/** The first is limited by its tokens, which do not come back in time, the second by places. */
 const TENANTS = [
   { index: 1, name: 'one', burstTokens: BURST, maxRunning: 1000 },
   { index: 2, name: 'two', burstTokens: 1e9, maxRunning: MOST },
