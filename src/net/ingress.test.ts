@@ -342,7 +342,9 @@ test('a number is forgotten by a clock that is ahead of the program’s', { skip
   const sentUs = timeUs - control.getBigInt64(CONTROL.clockOffsetUs, true)
   const over = (sentUs + 30_000_000n) * 1000n
   // The program asks a clock that is behind by some ms.
-  const forgotten = [-1n, 990n, 1010n].map((ms) => ingress.expire(() => true, over + ms * 1_000_000n))
+  const forgotten = [-1n, 990n, 1010n].map((ms) =>
+    ingress.expire(() => true, over + ms * 1_000_000n),
+  )
   assert.deepEqual(forgotten, [0, 0, 1])
 })
 
