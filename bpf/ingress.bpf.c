@@ -25,11 +25,25 @@ const volatile __u64 syn_source_ns = 0;
 const volatile __u64 syn_source_burst_ns = 0;
 const volatile __u64 syn_total_ns = 0;
 const volatile __u64 syn_total_burst_ns = 0;
+/** Of the table of requests (requests.h). */
+const volatile __u32 request_buckets = PROBES;
+
+/** Keeps the compiler from what it knows of x: else it makes arithmetic a branch again. */
+#define OPAQUE(x) asm volatile("" : "+r"(x))
+
+// They use what is above.
+#include "limits.h"
+#include "requests.h"
 
 static __always_inline void count(enum counter which) {
   __u32 zero = 0;
   struct counters *c = bpf_map_lookup_elem(&counts, &zero);
   if (c) c->count[which]++;
+}
+
+static __always_inline struct tenant_use *tenant_use(const struct lt_header *h) {
+  __u32 index = bpf_ntohl(h->tenant);
+  return bpf_map_lookup_elem(&tenant_uses, &index);
 }
 
 // Functions that are not static are verified once, on their own, instead of along every path that
@@ -61,20 +75,32 @@ __noinline __be64 cookie_of(const struct proof *p, __u64 key0, __u64 key1) {
 }
 
 static __always_inline __be64 packet_cookie(const struct packet *p, const struct control *c,
-                                            __be32 route) {
+                                            const struct source *from, __be32 route) {
   const struct lt_header *h = p->header;
-  struct proof proof = {.word = {(__u64)route << 32 | h->tenant, h->request, 0, 0,
+  struct proof proof = {.word = {(__u64)route << 32 | h->tenant, h->request, from->address[0],
+                                 from->address[1],
                                  36ull << 56 | (__u64)p->udp->source << 16}};
-  if (p->ip4) {
-    proof.word[3] = (__u64)p->ip4->saddr << 32 | 0xffff0000;
-  } else if (p->ip6) {
-    proof.word[2] = *(__u64 *)&p->ip6->saddr;
-    proof.word[3] = *((__u64 *)&p->ip6->saddr + 1);
-  }
   return cookie_of(&proof, c->cookie_key[0], c->cookie_key[1]);
 }
 
-static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 code, __u32 retry) {
+/** As good as comparing cookies, which are of nothing else that may differ. */
+static __always_inline int is_from(const struct packet *p, const struct source *from,
+                                   const struct request *r) {
+  return r->from.address[0] == from->address[0] && r->from.address[1] == from->address[1] &&
+         r->from_port == p->udp->source;
+}
+
+/** What was decided about a HELLO. */
+struct verdict {
+  __u16 code;
+  /** It was granted before. */
+  __u8 is_repeat;
+  __u32 retry_ms;
+  __be32 route;
+  __be64 cookie;
+};
+
+static __always_inline void tell(const struct lt_header *h, __u8 type, const struct verdict *v) {
   if (!sample_every || (bpf_get_prandom_u32() & (sample_every - 1))) return;
   struct event *e = bpf_ringbuf_reserve(&events, sizeof *e, 0);
   if (!e) return count(C_EVENTS_LOST);
@@ -85,85 +111,42 @@ static __always_inline void tell(const struct lt_header *h, __u16 type, __u16 co
   e->prompt_bytes = bpf_ntohl(h->prompt_bytes);
   e->max_tokens = bpf_ntohl(h->max_tokens);
   e->type = type;
-  e->code = code;
-  e->retry_ms = retry;
+  e->is_repeat = v->is_repeat;
+  e->code = v->code;
+  e->retry_ms = v->retry_ms;
   bpf_ringbuf_submit(e, 0);
 }
 
-/** What was decided about a HELLO. */
-struct verdict {
-  __u16 code;
-  __u32 retry_ms;
-  __be32 route;
-  __be64 cookie;
-};
+/** Changes some bytes of the header, of which none is beyond the word of eight that begins it. */
+static __always_inline void set_bytes(struct lt_header *h, __u32 at, __u32 bytes, __u64 value) {
+  __u64 *word = (__u64 *)h + at / 8;
+  __u32 shift = at % 8 * 8;
+  __u64 changed = (*word & ~(((1ull << bytes * 8) - 1) << shift)) | value << shift;
+  OPAQUE(changed);
+  *word = changed;
+}
 
-/** Turns the HELLO into its answer. */
+/**
+ * Turns the HELLO into its answer. Written word by word: one that is put together from smaller
+ * writes cannot be read, by the hash that follows, before the last of them has reached the cache.
+ */
 static __always_inline int answer(struct packet *p, const __u64 *key, __u64 now_us,
                                   const struct verdict *v) {
   struct lt_header *h = p->header;
-  __u16 type = v->code ? LT_REJECT : LT_GRANT;
-  h->type = type;
-  h->version = LT_VERSION;
-  h->code = bpf_htons(v->code);
+  __u8 type = v->code ? LT_REJECT : LT_GRANT;
+  set_bytes(h, 2, 2, LT_VERSION | type << 8);
+  set_bytes(h, offsetof(struct lt_header, code), 2, bpf_htons(v->code));
   h->time_us = bpf_cpu_to_be64(now_us);
-  h->route = v->route;
-  h->deadline_ms = bpf_htonl(v->retry_ms);
+  set_bytes(h, offsetof(struct lt_header, route), 4, v->route);
+  set_bytes(h, offsetof(struct lt_header, deadline_ms), 4, bpf_htonl(v->retry_ms));
   h->word[0] = v->cookie;
   h->word[1] = v->code ? 0 : bpf_cpu_to_be64(credit);
   h->word[2] = 0;
   h->word[3] = 0;
   h->mac = header_mac(h, key[0], key[1]);
-  tell(h, type, v->code, v->retry_ms);
+  tell(h, type, v);
   packet_turn(p);
   return XDP_TX;
-}
-
-static __always_inline __u64 cost_in_ns(const struct tenant *t, __u64 tokens) {
-  return tokens * t->ns_per_token_1024 >> 10;
-}
-
-#define NEVER_MS 0xffffffff
-
-/**
- * Charges a bucket (GCRA: one time stamp says how far ahead of its rate a tenant is).
- * @return 0, or the milliseconds after which the bucket will hold so many, or NEVER_MS
- */
-__noinline __u32 charge(struct tenant *t, __u64 cost_tokens, __u64 now) {
-  if (!t) return 1;
-  __u64 cost_ns = cost_in_ns(t, cost_tokens);
-  if (cost_ns > t->burst_ns) return NEVER_MS;
-  // As many tries as CPUs could plausibly charge one tenant in the same 100 ns.
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    __u64 full_at = *(volatile __u64 *)&t->full_at_ns;
-    __u64 next = (full_at > now ? full_at : now) + cost_ns;
-    if (next - now > t->burst_ns) {
-      __u64 wait_ms = (next - now - t->burst_ns) / 1000000 + 1;
-      return wait_ms >= NEVER_MS ? NEVER_MS - 1 : wait_ms;
-    }
-    if (__sync_val_compare_and_swap(&t->full_at_ns, full_at, next) == full_at) {
-      __sync_fetch_and_add(&t->charged_tokens, cost_tokens);
-      return 0;
-    }
-  }
-  return 1;
-}
-
-static __always_inline void give_back(struct tenant *t, __u64 tokens) {
-  __sync_fetch_and_add(&t->full_at_ns, -cost_in_ns(t, tokens));
-  __sync_fetch_and_add(&t->charged_tokens, -tokens);
-}
-
-/** Takes one of `max` places. */
-static __always_inline int enter(__u32 *live, __u32 max) {
-  if (__sync_fetch_and_add(live, 1) < max) return 1;
-  __sync_fetch_and_add(live, -1);
-  return 0;
-}
-
-static __always_inline void leave(__u32 *live) {
-  __sync_fetch_and_add(live, -1);
 }
 
 /** Replicas that hold the longest published prefix of this prompt, a bit each. */
@@ -185,15 +168,18 @@ __noinline __u64 holders(const struct lt_header *h) {
 /** 1 unless x is 0. Arithmetic, not a branch: the verifier follows every path of 16 replicas. */
 static __always_inline __u64 truth(__u64 x) {
   x |= -x;
-  // Else the compiler makes it a branch again.
-  asm volatile("" : "+r"(x));
-  return x >> 63;
+  OPAQUE(x);
+  x >>= 63;
+  OPAQUE(x);
+  return x;
 }
 
 static __always_inline __u64 smaller(__u64 a, __u64 b) {
-  __u64 a_is_less = -((a - b) >> 63);
-  asm volatile("" : "+r"(a_is_less));
-  return b ^ ((a ^ b) & a_is_less);
+  __u64 less = a - b;
+  OPAQUE(less);
+  less = -(less >> 63);
+  OPAQUE(less);
+  return b ^ ((a ^ b) & less);
 }
 
 /** Index of the replica that answers, or minus the code that says why there is none. */
@@ -202,8 +188,9 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
   __u64 ready = 0;
   // A score is the load and, so that the lowest of equals wins, the index.
   __u64 any = UNFIT, holder = UNFIT;
-#pragma unroll
-  for (int i = 0; i < REPLICAS; i++) {
+  __u32 end = c->replicas_end;
+#pragma clang loop unroll(disable)
+  for (__u32 i = 0; i < REPLICAS && i < end; i++) {
     struct replica *r = &c->replicas[i];
     __u64 other_model = truth(model) & truth(r->model ^ model);
     __u64 unfit = (truth(r->ready) ^ 1) | other_model;
@@ -223,9 +210,11 @@ __noinline int choose(struct control *c, __u32 model, __u64 holding) {
  * has its highest bit set: no branches, as above.
  */
 static __always_inline int is_for_us(const struct packet *p, const struct control *c) {
+  if (!c->addresses) return 1;
   __u64 hit = 0;
   if (p->ip4) {
     __u32 to = p->ip4->daddr;
+    if (to == c->address4[0]) return 1;
 #pragma unroll
     for (int i = 0; i < ADDRESSES; i++) hit |= (__u64)(c->address4[i] ^ to) - 1;
   } else if (p->ip6) {
@@ -236,7 +225,7 @@ static __always_inline int is_for_us(const struct packet *p, const struct contro
       hit |= (__u64)(__u32)(other | other >> 32) - 1;
     }
   }
-  return hit >> 63 || !c->addresses;
+  return hit >> 63;
 }
 
 // Connections are limited where they are for us, which is defined above.
@@ -260,93 +249,108 @@ static __always_inline int well_formed(const struct lt_header *h) {
  * Decides about a HELLO that really is from its tenant.
  * @param expires when its time will be outside the window
  */
-static __always_inline void decide(struct packet *p, struct control *c, struct tenant *t,
-                                   __u64 now, __u64 expires, struct verdict *v) {
+static __always_inline void decide(struct packet *p, const struct place *place, struct control *c,
+                                   struct tenant *t, __u64 now, __u64 expires,
+                                   struct verdict *v) {
   struct lt_header *h = p->header;
-  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
-  struct request *before = bpf_map_lookup_elem(&requests, &id);
+  struct source from = packet_source(p);
+  __u32 tenant = bpf_ntohl(h->tenant);
+  int is_entering = 0;
+  struct request *before = request_find(place, h->request, tenant, &is_entering);
   if (before) {
     // Or a recorded repeat could start it again once the first HELLO is forgotten.
     if (before->expires_ns < expires) before->expires_ns = expires;
     int same = before->prompt_bytes == h->prompt_bytes && before->max_tokens == h->max_tokens &&
                before->model == h->model && before->first_word == h->word[0];
-    __be64 cookie = packet_cookie(p, c, before->route);
-    if (!same || before->ended || before->cookie != cookie) {
+    if (!same || before->state == R_ENDED || !is_from(p, &from, before)) {
       v->code = LT_CODE_REUSED;
       return;
     }
     v->route = before->route;
-    v->cookie = cookie;
+    v->cookie = before->cookie;
+    v->is_repeat = 1;
     count(C_REPEATED);
     return;
   }
   __u32 cost = (bpf_ntohl(h->prompt_bytes) + 3) / 4 + bpf_ntohl(h->max_tokens);
-  int replica = choose(c, bpf_ntohl(h->model), holders(h));
+  __u32 model = bpf_ntohl(h->model);
+  int replica = choose(c, model, 0);
   if (replica < 0) {
     v->code = -replica;
     return;
   }
+  v->code = take(c, t, cost, now, &v->retry_ms);
+  if (v->code) return;
+  __u64 holding = holders(h);
+  if (holding) {
+    int holder = choose(c, model, holding);
+    if (holder >= 0) replica = holder;
+  }
   struct request granted = {
+      .request = h->request,
+      .tenant = tenant,
       .granted_ns = now,
       .expires_ns = expires,
       .first_word = h->word[0],
+      .from = from,
       .prompt_bytes = h->prompt_bytes,
       .max_tokens = h->max_tokens,
       .model = h->model,
       .route = bpf_htonl(replica + 1),
       .charged_tokens = cost,
+      .from_port = p->udp->source,
   };
-  granted.cookie = packet_cookie(p, c, granted.route);
-  if (!enter(&c->live, c->live_max)) {
-    v->code = LT_CODE_BUSY;
-    return;
-  }
-  if (!enter(&t->live, t->live_max)) {
-    v->code = LT_CODE_TENANT_BUSY;
-    leave(&c->live);
-    return;
-  }
-  v->retry_ms = charge(t, cost, now);
-  if (v->retry_ms) {
-    v->code = v->retry_ms == NEVER_MS ? LT_CODE_TOO_LARGE : LT_CODE_RATE;
-    if (v->code == LT_CODE_TOO_LARGE) v->retry_ms = 0;
-  } else if (bpf_map_update_elem(&requests, &id, &granted, BPF_NOEXIST)) {
-    // No room; or its repeat was as fast, on another CPU, and is granted already.
-    v->code = LT_CODE_BUSY;
-    v->retry_ms = 1;
-    give_back(t, cost);
-  }
-  if (v->code) {
-    leave(&t->live);
-    leave(&c->live);
-    return;
-  }
+  granted.cookie = packet_cookie(p, c, &from, granted.route);
   __u32 at = replica;
   // The compiler knows that it is small and drops the mask that the verifier needs.
-  asm volatile("" : "+r"(at));
-  __sync_fetch_and_add(&c->replicas[at & (REPLICAS - 1)].live, 1);
-  __sync_fetch_and_add(&t->granted, 1);
+  OPAQUE(at);
+  __u32 *load = &c->replicas[at & (REPLICAS - 1)].live;
+  // Before it is entered: an atomic operation waits for the writes before it, and those to the
+  // table wait for memory.
+  __sync_fetch_and_add(load, 1);
+  if (is_entering || !request_enter(place, &granted)) {
+    // Its buckets are full; or its repeat was as fast, on another CPU, and is granted already.
+    v->code = LT_CODE_BUSY;
+    v->retry_ms = 1;
+    __sync_fetch_and_add(load, -1);
+    put_back(c, t, cost);
+    return;
+  }
   v->route = granted.route;
   v->cookie = granted.cookie;
   count(C_GRANTED);
+  struct tenant_use *use = tenant_use(h);
+  if (!use) return;
+  use->granted++;
+  use->charged_tokens += cost;
 }
 
-static __always_inline int on_hello(struct packet *p, struct control *c, struct tenant *t,
-                                    const __u64 *key) {
+/** Much more than the clocks can be apart. */
+#define AHEAD_NS 1000000000
+
+static __always_inline int on_hello(struct packet *p, const struct place *place,
+                                    struct control *c, struct tenant *t, const __u64 *key) {
   struct lt_header *h = p->header;
   struct verdict v = {};
-  __u64 now = bpf_ktime_get_ns();
+  // Coarse: the exact one takes a tenth of all that is done here.
+  __u64 now = bpf_ktime_get_coarse_ns();
   __u64 now_us = now / 1000 + c->clock_offset_us;
   __u64 age_us = now_us - bpf_be64_to_cpu(h->time_us) + window_us;
   count(C_HELLO);
   if (h->version != LT_VERSION) v.code = LT_CODE_VERSION;
   else if (age_us > 2 * window_us) v.code = LT_CODE_CLOCK;
   else if (!well_formed(h)) v.code = LT_CODE_MALFORMED;
-  else decide(p, c, t, now, now + (2 * window_us - age_us) * 1000, &v);
+  else {
+    // User space forgets by the exact clock, which is ahead: by a tick, or more on a machine that
+    // is itself a guest and was not run for a while.
+    __u64 expires = now + (2 * window_us - age_us) * 1000 + AHEAD_NS;
+    decide(p, place, c, t, now, expires, &v);
+  }
   if (v.code) {
     count(C_REJECTED);
     count(C_CODE + ((v.code - LT_CODE_VERSION) & 15));
-    __sync_fetch_and_add(&t->rejected, 1);
+    struct tenant_use *use = tenant_use(h);
+    if (use) use->rejected++;
   }
   return answer(p, key, now_us, &v);
 }
@@ -355,24 +359,29 @@ static __always_inline int on_hello(struct packet *p, struct control *c, struct 
  * The datagram is of a request that was granted, for no more than it was charged for. One that has
  * ended takes no more DATA, or a recorded prompt could be sent again; it still hears ACK.
  */
-static __always_inline int is_current(const struct lt_header *h) {
-  struct request_key id = {.request = h->request, .tenant = bpf_ntohl(h->tenant)};
-  struct request *r = bpf_map_lookup_elem(&requests, &id);
-  if (!r || (r->ended && h->type == LT_DATA)) return 0;
+static __always_inline int is_current(const struct lt_header *h, const struct request *r) {
+  if (r->state == R_ENDED && h->type == LT_DATA) return 0;
   return bpf_ntohl(h->prompt_bytes) <= bpf_ntohl(r->prompt_bytes) &&
          bpf_ntohl(h->max_tokens) <= bpf_ntohl(r->max_tokens) && r->model == h->model &&
          r->route == h->route;
 }
 
 /** Hands a datagram of a granted request to its replica. */
-static __always_inline int forward(struct xdp_md *ctx, struct packet *p, struct control *c) {
+static __always_inline int forward(struct xdp_md *ctx, struct packet *p,
+                                   const struct place *place, struct control *c) {
   struct lt_header *h = p->header;
   __u32 replica = bpf_ntohl(h->route) - 1;
-  if (replica >= REPLICAS || h->word[0] != packet_cookie(p, c, h->route)) {
+  struct source from = packet_source(p);
+  int is_entering = 0;
+  struct request *r = request_find(place, h->request, bpf_ntohl(h->tenant), &is_entering);
+  // A cookie is computed only to count what is dropped as what it is.
+  int is_proven = r && h->word[0] == r->cookie && h->route == r->route && is_from(p, &from, r);
+  if (replica >= REPLICAS ||
+      (!is_proven && h->word[0] != packet_cookie(p, c, &from, h->route))) {
     count(C_BAD_COOKIE);
     return XDP_DROP;
   }
-  if (!is_current(h)) {
+  if (!r || !is_current(h, r)) {
     count(C_STALE);
     return XDP_DROP;
   }
@@ -410,15 +419,17 @@ int ingress(struct xdp_md *ctx) {
     count(C_BAD_HEADER);
     return XDP_DROP;
   }
+  struct place place = place_of(c, h->request, index);
+  place_fetch(&place);
   const __u64 *key = t->key[which & 1];
   if (h->mac != header_mac(h, key[0], key[1])) {
     count(C_BAD_MAC);
     return XDP_DROP;
   }
-  if (h->type == LT_HELLO) return on_hello(&p, c, t, key);
+  if (h->type == LT_HELLO) return on_hello(&p, &place, c, t, key);
   if (h->version == LT_VERSION &&
       (h->type == LT_DATA || h->type == LT_ACK || h->type == LT_CANCEL)) {
-    return forward(ctx, &p, c);
+    return forward(ctx, &p, &place, c);
   }
   count(C_BAD_TYPE);
   return XDP_DROP;

@@ -29,6 +29,11 @@ struct packet {
   struct lt_header *header;
 };
 
+/** An address of either kind, as it lies in a packet; IPv4 as ::ffff:a.b.c.d. */
+struct source {
+  __u64 address[2];
+};
+
 #define IP_FRAGMENT 0x3fff /* more fragments, or an offset */
 #define IP_LATER_FRAGMENT 0x1fff /* an offset */
 
@@ -88,11 +93,30 @@ static __always_inline int packet_parse(void *data, void *end, struct packet *p)
   return 1;
 }
 
+static __always_inline struct source packet_source(const struct packet *p) {
+  struct source from = {};
+  if (p->ip4) {
+    from.address[1] = (__u64)p->ip4->saddr << 32 | 0xffff0000;
+  } else if (p->ip6) {
+    from.address[0] = *(__u64 *)&p->ip6->saddr;
+    from.address[1] = *((__u64 *)&p->ip6->saddr + 1);
+  }
+  return from;
+}
+
 static __always_inline __u16 fold(__u64 sum) {
   sum = (sum & 0xffffffff) + (sum >> 32);
   sum = (sum & 0xffff) + (sum >> 16);
   sum = (sum & 0xffff) + (sum >> 16);
   sum = (sum & 0xffff) + (sum >> 16);
+  return sum;
+}
+
+/** Of so many words of eight bytes, for `fold`. */
+static __always_inline __u64 sum_of(const __u64 *words, int count) {
+  __u64 sum = 0;
+#pragma unroll
+  for (int i = 0; i < count; i++) sum += (words[i] & 0xffffffff) + (words[i] >> 32);
   return sum;
 }
 
@@ -110,11 +134,10 @@ static __always_inline void packet_turn(struct packet *p) {
     *to = *from;
     *from = saved;
   }
-  __be16 port = udp->source;
-  udp->source = udp->dest;
-  udp->dest = port;
-  udp->check = 0;
-  __u64 sum = bpf_htons(IPPROTO_UDP) + (__u64)udp->len;
+  // Ports, length and no sum yet, written as the word that the sum reads.
+  __u64 ports = *(__u32 *)udp, length = udp->len;
+  *(__u64 *)udp = length << 32 | (__u32)(ports << 16) | ports >> 16;
+  __u64 sum = bpf_htons(IPPROTO_UDP) + length;
   if (p->ip4) {
     struct iphdr *ip = p->ip4;
     __be32 address = ip->saddr;
@@ -122,14 +145,16 @@ static __always_inline void packet_turn(struct packet *p) {
     ip->daddr = address;
     sum += (__u64)ip->saddr + ip->daddr;
   } else if (p->ip6) {
-    struct ipv6hdr *ip = p->ip6;
-    struct in6_addr address = ip->saddr;
-    ip->saddr = ip->daddr;
-    ip->daddr = address;
-    sum = bpf_csum_diff(0, 0, (void *)&ip->saddr, 32, fold(sum));
+    __u64 *from = (__u64 *)&p->ip6->saddr, *to = (__u64 *)&p->ip6->daddr;
+    sum += sum_of(from, 4);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      __u64 saved = to[i];
+      to[i] = from[i];
+      from[i] = saved;
+    }
   }
-  sum = fold(sum);
-  sum = bpf_csum_diff(0, 0, (void *)udp, sizeof *udp + sizeof(struct lt_header), sum);
+  sum += sum_of((const __u64 *)udp, (sizeof *udp + sizeof(struct lt_header)) / 8);
   __u16 check = ~fold(sum);
   udp->check = check ? check : 0xffff;
 }

@@ -12,12 +12,10 @@
 /** Extension headers of IPv6 that are walked; what lies behind more goes on uncounted. */
 #define EXTENSIONS 4
 
-/** IPv4 as ::ffff:a.b.c.d; of IPv6 the first 64 bits, which one owner has all of. */
-struct source {
-  __u64 address[2];
-};
-
-/** When a source has its whole burst again, in ktime ns; the longest unused goes. */
+/**
+ * When a source has its whole burst again, in ktime ns; the longest unused goes. Of IPv6 the first
+ * 64 bits are a source, which one owner has all of.
+ */
 struct {
   __uint(type, BPF_MAP_TYPE_LRU_HASH);
   __uint(max_entries, SOURCES);
@@ -75,12 +73,8 @@ static __always_inline int syn_admit(void *data, void *end, const struct control
   __u64 now = bpf_ktime_get_ns();
   count(C_SYN);
   if (syn_source_ns) {
-    struct source from = {};
-    if (p.ip4) {
-      from.address[1] = (__u64)p.ip4->saddr << 32 | 0xffff0000;
-    } else if (p.ip6) {
-      from.address[0] = *(__u64 *)&p.ip6->saddr;
-    }
+    struct source from = packet_source(&p);
+    if (p.ip6) from.address[1] = 0;
     __u64 *full_at = bpf_map_lookup_elem(&syn_sources, &from);
     if (!full_at) {
       __u64 first = now + syn_source_ns;

@@ -1,6 +1,7 @@
 // Owns programs for tests and measurements: one for the other end of a veth pair, whose driver
 // sends an answer by XDP only to an interface that has a program too, one that runs another on the
-// same packet again and again, which that program changes each time, and one that decides nothing.
+// same packet again and again, which that program changes each time, or on a HELLO that is new each
+// time, and one that decides nothing.
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -12,6 +13,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "protocol.h"
+#include "siphash.h"
 
 #define PACKET_BYTES 138 /* of a HELLO in IPv4 */
 
@@ -40,6 +42,39 @@ int again(struct xdp_md *ctx) {
   unsigned char *bytes = bpf_map_lookup_elem(&packet, &zero);
   if (!bytes) return XDP_ABORTED;
   bpf_xdp_store_bytes(ctx, 0, bytes, PACKET_BYTES);
+  bpf_tail_call(ctx, &measured, 0);
+  return XDP_PASS;
+}
+
+struct numbered {
+  __u64 key[2];
+  /** The next HELLO's. */
+  __u64 request;
+  unsigned char bytes[PACKET_BYTES + 6];
+};
+
+struct {
+  __uint(type, BPF_MAP_TYPE_ARRAY);
+  __uint(max_entries, 1);
+  __type(key, __u32);
+  __type(value, struct numbered);
+} hello SEC(".maps");
+
+SEC("xdp")
+int fresh(struct xdp_md *ctx) {
+  __u32 zero = 0;
+  struct numbered *next = bpf_map_lookup_elem(&hello, &zero);
+  if (!next) return XDP_ABORTED;
+  bpf_xdp_store_bytes(ctx, 0, next->bytes, PACKET_BYTES);
+  struct lt_header *h = (void *)(long)ctx->data + PACKET_BYTES - sizeof *h;
+  if ((void *)(h + 1) > (void *)(long)ctx->data_end) return XDP_ABORTED;
+  // As far from each other as those that clients draw.
+  h->request = next->request += 0x9e3779b97f4a7c15;
+  const __u64 *words = (const __u64 *)h;
+  struct sip s;
+  sip_begin(&s, next->key[0], next->key[1]);
+  for (int i = 0; i < 11; i++) sip_word(&s, words[i]);
+  h->mac = bpf_cpu_to_be64(sip_end(&s, 88ull << 56));
   bpf_tail_call(ctx, &measured, 0);
   return XDP_PASS;
 }

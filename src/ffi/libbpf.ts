@@ -10,10 +10,7 @@ import { closeFd, mapShared, unmap, viewMemory } from './libc.ts'
 const BPF_XDP = 37
 const XDP_FLAGS_SKB_MODE = 2
 const XDP_FLAGS_DRV_MODE = 4
-const ENOENT = 2
 const ENODEV = 19
-/** Of a map, read at a time; no bucket of a hash map has more. */
-const BATCH = 4096
 
 /** Bytes of the verifier's words that are kept; it says most at the end. */
 const LOG_BYTES = 1 << 20
@@ -46,15 +43,6 @@ interface Natives {
   lookup(fd: number, key: Uint8Array, value: Uint8Array): number
   update(fd: number, key: Uint8Array, value: Uint8Array, flags: bigint): number
   remove(fd: number, key: Uint8Array): number
-  lookupBatch(
-    fd: number,
-    from: Uint8Array | null,
-    next: Uint8Array,
-    keys: Uint8Array,
-    values: Uint8Array,
-    count: Uint8Array,
-    options: null,
-  ): number
   testRun(fd: number, options: Uint8Array): number
   cpus(): number
 }
@@ -99,11 +87,6 @@ function bpf(): Natives {
     lookup: f('bpf_map_lookup_elem', 'int', ['int', 'const void *', 'void *']),
     update: f('bpf_map_update_elem', 'int', ['int', 'const void *', 'const void *', 'uint64_t']),
     remove: f('bpf_map_delete_elem', 'int', ['int', 'const void *']),
-    lookupBatch: f('bpf_map_lookup_batch', 'int', [
-      'int',
-      ...Array<string>(5).fill('void *'),
-      'const void *',
-    ]),
     testRun: f('bpf_prog_test_run_opts', 'int', ['int', 'void *']),
     cpus: f('libbpf_num_possible_cpus', 'int', []),
   }
@@ -148,27 +131,6 @@ export class BpfMap {
   /** False if it was not there. */
   delete(key: Uint8Array): boolean {
     return bpf().remove(this.fd, key) === 0
-  }
-
-  /** Every key and its value at this moment; some that come or go meanwhile may be among them. */
-  *items(): Generator<[key: Uint8Array, value: Uint8Array]> {
-    const keys = new Uint8Array(BATCH * this.keyBytes)
-    const values = new Uint8Array(BATCH * this.valueBytes)
-    const count = new Uint32Array(1)
-    let from: Uint8Array | null = null
-    for (;;) {
-      const next = new Uint8Array(4)
-      count[0] = BATCH
-      const bytes = new Uint8Array(count.buffer)
-      const result = bpf().lookupBatch(this.fd, from, next, keys, values, bytes, null)
-      if (result < 0 && result !== -ENOENT) throw failed('bpf_map_lookup_batch', -result, this.name)
-      for (let i = 0; i < (count[0] ?? 0); i++) {
-        const key = keys.slice(i * this.keyBytes, (i + 1) * this.keyBytes)
-        yield [key, values.slice(i * this.valueBytes, (i + 1) * this.valueBytes)]
-      }
-      if (result < 0) return
-      from = next
-    }
   }
 
   /** An mmapable array map as memory that the program reads and writes too; until `close`. */

@@ -432,6 +432,12 @@ function tooLate(): LatticeError {
   })
 }
 
-function networkFailed(cause: Error): LatticeError {
+function networkFailed(cause: NodeJS.ErrnoException): LatticeError {
+  if (cause.code === 'ECONNREFUSED') {
+    const what = 'Nothing takes datagrams at that port of the server.'
+    return new LatticeError('server_unreachable', what, {
+      todo: 'Attach a server there (lattice net attach, lattice serve --net); check host and port.',
+    })
+  }
   return new LatticeError('server_unreachable', `The network failed: ${cause.message}.`, { cause })
 }

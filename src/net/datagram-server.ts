@@ -125,7 +125,6 @@ export class DatagramServer {
   private ring!: Ring
   private detach: () => void = () => {}
   private timers: readonly NodeJS.Timeout[] = []
-  private readonly expireMost: number
   private failure: LatticeError | undefined
   private addresses = 0
   private readonly names: ReadonlyMap<number, string>
@@ -145,7 +144,6 @@ export class DatagramServer {
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
     const { port, sampleEvery = 0, onEvent, requests = INGRESS_DEFAULTS.requests, syn } = options
     this.ingress = Ingress.load({ port, sampleEvery, requests, syn })
-    this.expireMost = Math.ceil((requests * EXPIRE_MS) / SYNC_MS)
     if (sampleEvery > 0) {
       this.events = new NetEvents(this.ingress.object.map('events'), (event) => {
         onEvent?.(event, this.nameOf(event.tenant))
@@ -410,7 +408,7 @@ export class DatagramServer {
   /** A part of what is remembered at a time: all of it could hold up the thread for long. */
   private expire(): void {
     const isClaimed = (tenant: number, request: bigint) => this.claimed.has(`${tenant}:${request}`)
-    this.ingress.expire(isClaimed, undefined, this.expireMost)
+    this.ingress.expire(isClaimed, undefined, SYNC_MS / EXPIRE_MS)
   }
 
   private followAddresses(): void {

@@ -8,13 +8,14 @@ export interface NetEvent {
   number: number
   /** Unix time in milliseconds. */
   timeMs: number
-  decision: 'grant' | 'reject'
+  /** A repeat is a HELLO that was granted before and came again. */
+  decision: 'grant' | 'repeat' | 'reject'
   /** Of a rejection. */
   code: MessageCode
   /** As 16 hex digits: a granted request has the same id in the engine and in the log. */
   request: string
   tenant: number
-  /** Of a grant: index of the replica. */
+  /** Of a grant or repeat: index of the replica. */
   replica: number | undefined
   promptBytes: number
   maxTokens: number
@@ -34,7 +35,10 @@ export function requestName(request: bigint): string {
 export function describeEvent(event: NetEvent, tenant: string): string {
   const { decision, code, request, replica, promptBytes, maxTokens, retryMs } = event
   const size = `${promptBytes} bytes and up to ${maxTokens} tokens`
-  if (decision === 'grant') return `granted ${request} of ${tenant}: ${size}, engine ${replica}`
-  const again = retryMs > 0 ? `, again after ${retryMs} ms` : ''
-  return `rejected ${request} of ${tenant}: ${size}, ${code}${again}`
+  if (decision === 'reject') {
+    const again = retryMs > 0 ? `, again after ${retryMs} ms` : ''
+    return `rejected ${request} of ${tenant}: ${size}, ${code}${again}`
+  }
+  const granted = decision === 'grant' ? 'granted' : 'granted again'
+  return `${granted} ${request} of ${tenant}: ${size}, engine ${replica}`
 }

@@ -79,10 +79,17 @@ test('a decision is not told of, or as another', { skip }, (t) => {
     describeEvent(first as typeof last, 'nine'),
     'granted 0000010000000000 of nine: 1001 bytes and up to 7 tokens, engine 3',
   )
+  world.hello(1n << 40n, 1001)
+  const again = events.after(60).at(-1)!
+  assert.equal(again.decision, 'repeat')
+  assert.match(
+    describeEvent(again, 'nine'),
+    /^granted again 0000010000000000 of nine: .* engine 3$/,
+  )
   assert.match(describeEvent(last, 'nine'), /^rejected 00003c0000000000 of nine: .* tokens, busy/)
   assert.deepEqual(
     events.after(58).map(({ number }) => number),
-    [59, 60],
+    [59, 60, 61],
   )
 })
 

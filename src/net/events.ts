@@ -52,11 +52,12 @@ export class NetEvents {
 
   private read(view: DataView, at: number): NetEvent {
     const word = (field: number) => view.getUint32(at + field, true)
-    const isGrant = view.getUint16(at + EVENT.type, true) === MESSAGE_TYPES.grant
+    const isGrant = view.getUint8(at + EVENT.type) === MESSAGE_TYPES.grant
+    const isRepeat = view.getUint8(at + EVENT.isRepeat) !== 0
     return {
       number: ++this.count,
       timeMs: this.offsetMs + Number(view.getBigUint64(at + EVENT.ktimeNs, true)) / 1e6,
-      decision: isGrant ? 'grant' : 'reject',
+      decision: isRepeat ? 'repeat' : isGrant ? 'grant' : 'reject',
       code: NAMES.get(view.getUint16(at + EVENT.code, true)) ?? 'failed',
       request: requestName(view.getBigUint64(at + EVENT.request, true)),
       tenant: word(EVENT.tenant),

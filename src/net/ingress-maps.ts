@@ -3,7 +3,7 @@
 
 /** struct tenant */
 export const TENANT = {
-  bytes: 128,
+  bytes: 64,
   /** Two keys of 16 bytes. */
   keys: 0,
   nsPerToken1024: 32,
@@ -11,23 +11,27 @@ export const TENANT = {
   fullAtNs: 48,
   live: 56,
   liveMax: 60,
-  granted: 64,
-  rejected: 72,
-  chargedTokens: 80,
 } as const
+
+/** struct tenant_use, one a CPU */
+export const TENANT_USE = { bytes: 24, granted: 0, rejected: 8, chargedTokens: 16 } as const
 
 /** struct control */
 export const CONTROL = {
   cookieKey: 0,
-  clockOffsetUs: 16,
-  live: 24,
-  liveMax: 28,
-  replicas: 32,
-  addresses: 288,
-  address4: 296,
-  address6: 360,
-  queues: 616,
-  bytes: 624,
+  tableKey: 16,
+  clockOffsetUs: 32,
+  queues: 40,
+  live: 48,
+  remembered: 52,
+  liveMax: 56,
+  rememberedMax: 60,
+  addresses: 64,
+  replicasEnd: 68,
+  address4: 72,
+  address6: 136,
+  replicas: 392,
+  bytes: 648,
 } as const
 export const ADDRESSES_MAX = 16
 
@@ -37,16 +41,23 @@ export const REPLICAS_MAX = 16
 /** Rings of one replica: one for each receive queue of the interface. */
 export const QUEUES_MAX = 64
 
-/** struct request_key and struct request; of the latter, what user space reads and writes. */
-export const REQUEST_KEY = { bytes: 16, request: 0, tenant: 8 } as const
+/** struct request, what user space reads and writes of it. */
 export const REQUEST = {
-  bytes: 56,
-  grantedNs: 0,
-  expiresNs: 8,
-  route: 44,
-  chargedTokens: 48,
-  ended: 52,
+  bytes: 96,
+  request: 0,
+  tenant: 8,
+  state: 12,
+  grantedNs: 16,
+  expiresNs: 24,
+  route: 76,
+  chargedTokens: 80,
 } as const
+
+/** enum request_state */
+export const REQUEST_STATES = { entering: 0, runs: 1, ended: 2 } as const
+
+/** struct bucket: tags come first. */
+export const BUCKET = { bytes: 1408, slots: 14, probes: 4, overflowed: 56, requests: 64 } as const
 
 /** struct event */
 export const EVENT = {
@@ -58,6 +69,7 @@ export const EVENT = {
   promptBytes: 24,
   maxTokens: 28,
   type: 32,
+  isRepeat: 33,
   code: 34,
   retryMs: 36,
 } as const
@@ -75,6 +87,7 @@ export const TUNABLES = {
   synSourceBurstNs: 48,
   synTotalNs: 56,
   synTotalBurstNs: 64,
+  requestBuckets: 72,
 } as const
 
 /** enum counter, in order; those of rejections follow from 16 on, by code − 16. */

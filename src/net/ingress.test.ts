@@ -333,6 +333,21 @@ test('a request that was granted and never came keeps its place', { skip }, asyn
   assert.equal(code(ingress, { request }), MESSAGE_CODES.ok)
 })
 
+test('a number is forgotten by a clock that is ahead of the program’s', { skip }, () => {
+  const ingress = open()
+  const control = new DataView(ingress.object.map('controls').view())
+  const timeUs = BigInt(Date.now() - 20_000) * 1000n
+  assert.equal(code(ingress, { request: 7n, timeUs }), MESSAGE_CODES.ok)
+  assert.ok(ingress.finish(TENANT, 7n, 0))
+  const sentUs = timeUs - control.getBigInt64(CONTROL.clockOffsetUs, true)
+  const over = (sentUs + 30_000_000n) * 1000n
+  // The program asks a clock that is behind by some ms.
+  const forgotten = [-1n, 990n, 1010n].map((ms) =>
+    ingress.expire(() => true, over + ms * 1_000_000n),
+  )
+  assert.deepEqual(forgotten, [0, 0, 1])
+})
+
 test('more or fewer requests are remembered than were asked for', { skip }, () => {
   const ingress = open({ requests: 3 })
   for (let i = 0; i < 3; i++) assert.equal(code(ingress, {}), MESSAGE_CODES.ok)

@@ -5,7 +5,8 @@
 import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
 import { NET_REQUESTS_DEFAULT, NET_REQUESTS_MAX } from '../limits.ts'
-import { type BpfMap, BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
+import { BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
+import { bucketsFor, GrantedRequests } from './granted-requests.ts'
 import {
   ADDRESSES_MAX,
   CONTROL,
@@ -14,9 +15,8 @@ import {
   COUNTERS_MAX,
   REPLICA,
   REPLICAS_MAX,
-  REQUEST,
-  REQUEST_KEY,
   TENANT,
+  TENANT_USE,
   TUNABLES,
 } from './ingress-maps.ts'
 import { MESSAGE_CODES, modelHash, PROTOCOL_PORT, TENANTS_MAX } from './protocol.ts'
@@ -86,8 +86,11 @@ export interface TenantUse {
 export class Ingress {
   readonly program: BpfProgram
   readonly object: BpfObject
-  /** Where `expire` has come to. */
-  private sweep: ReturnType<BpfMap['items']> | undefined
+  private readonly requests: GrantedRequests
+  /** Tokens, by tenant. */
+  private readonly givenBack = new Map<number, number>()
+  /** The part of them that `expire` looks at next. */
+  private part = 0
   private readonly tenants: DataView
   private readonly control: DataView
   private readonly atomics: { tenants: BigInt64Array; running: Int32Array; control: Int32Array }
@@ -98,18 +101,20 @@ export class Ingress {
     assertPowerOfTwo(chosen.sampleEvery)
     if (!(chosen.requests >= 1 && chosen.requests <= NET_REQUESTS_MAX)) {
       throw new LatticeError('invalid_request', `${chosen.requests} requests to remember.`, {
-        todo: `Use 1 to ${NET_REQUESTS_MAX}: each takes some 130 bytes of the kernel's memory.`,
+        todo: `Use 1 to ${NET_REQUESTS_MAX}: each takes some 180 bytes of the kernel's memory.`,
       })
     }
+    const buckets = bucketsFor(chosen.requests)
     const tune = (rodata: Uint8Array): void => {
       const view = new DataView(rodata.buffer, rodata.byteOffset)
       view.setUint16(TUNABLES.port, chosen.port, true)
       view.setBigUint64(TUNABLES.windowUs, BigInt(chosen.windowMs) * 1000n, true)
       view.setBigUint64(TUNABLES.credit, BigInt(chosen.credit), true)
       view.setUint32(TUNABLES.sampleEvery, chosen.sampleEvery, true)
+      view.setUint32(TUNABLES.requestBuckets, buckets, true)
       if (chosen.syn) tuneSyn(view, chosen.syn)
     }
-    this.object = new BpfObject(elf, tune, { requests: chosen.requests })
+    this.object = new BpfObject(elf, tune, { requests: buckets })
     this.program = this.object.program('ingress')
     const tenants = this.object.map('tenants').view()
     const control = this.object.map('controls').view()
@@ -121,6 +126,11 @@ export class Ingress {
       control: new Int32Array(control),
     }
     crypto.getRandomValues(new Uint8Array(control, CONTROL.cookieKey, 16))
+    crypto.getRandomValues(new Uint8Array(control, CONTROL.tableKey, 16))
+    const keys = [0, 8].map((at) => this.control.getBigUint64(CONTROL.tableKey + at, true))
+    const table = this.object.map('requests').view()
+    this.requests = new GrantedRequests(table, buckets, keys as [bigint, bigint])
+    this.control.setUint32(CONTROL.rememberedMax, chosen.requests, true)
     this.syncClock()
   }
 
@@ -200,6 +210,8 @@ export class Ingress {
     const at = CONTROL.replicas + index * REPLICA.bytes
     if (model !== undefined) this.control.setUint32(at + REPLICA.model, modelHash(model), true)
     this.control.setUint32(at + REPLICA.ready, model === undefined ? 0 : 1, true)
+    const end = this.control.getUint32(CONTROL.replicasEnd, true)
+    if (index >= end) this.control.setUint32(CONTROL.replicasEnd, index + 1, true)
   }
 
   /** Says how much else a replica has to do: requests of which the program knows nothing. */
@@ -231,25 +243,20 @@ export class Ingress {
    * @returns false if no such request runs
    */
   finish(tenant: number, request: bigint, usedTokens: number): boolean {
-    const key = requestKey(tenant, request)
-    const bytes = new Uint8Array(REQUEST.bytes)
-    const map = this.object.map('requests')
-    const value = new DataView(bytes.buffer)
-    if (!map.lookup(key, bytes) || value.getUint32(REQUEST.ended, true) !== 0) return false
-    value.setUint32(REQUEST.ended, 1, true)
-    map.update(key, bytes)
-    const replica = value.getUint32(REQUEST.route) - 1
-    const at = (CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live) >> 2
-    Atomics.sub(this.atomics.control, at, 1)
+    const at = this.requests.find(tenant, request)
+    if (at === undefined || !this.requests.end(at)) return false
+    const { replica, chargedTokens } = this.requests.read(at)
+    const load = CONTROL.replicas + replica * REPLICA.bytes + REPLICA.live
+    Atomics.sub(this.atomics.control, load >> 2, 1)
     Atomics.sub(this.atomics.control, CONTROL.live >> 2, 1)
     Atomics.sub(this.atomics.running, (tenant * TENANT.bytes + TENANT.live) >> 2, 1)
-    const unused = value.getUint32(REQUEST.chargedTokens, true) - usedTokens
+    const unused = chargedTokens - usedTokens
     if (unused <= 0) return true
     const price = this.tenants.getBigUint64(tenant * TENANT.bytes + TENANT.nsPerToken1024, true)
     const refund = (BigInt(unused) * price) >> 10n
     const word = (tenant * TENANT.bytes) >> 3
     Atomics.sub(this.atomics.tenants, word + (TENANT.fullAtNs >> 3), refund)
-    Atomics.sub(this.atomics.tenants, word + (TENANT.chargedTokens >> 3), BigInt(unused))
+    this.givenBack.set(tenant, (this.givenBack.get(tenant) ?? 0) + unused)
     return true
   }
 
@@ -258,34 +265,25 @@ export class Ingress {
    * number nobody can use any more.
    * @param isClaimed whether a replica will finish it
    * @param now ktime
-   * @param most how many are looked at; the next call goes on from there
+   * @param parts only one in so many is looked at; the next call goes on from there
    * @returns how many were forgotten
    */
   expire(
     isClaimed: (tenant: number, request: bigint) => boolean = () => false,
     now = process.hrtime.bigint(),
-    most = Infinity,
+    parts = 1,
   ): number {
-    const map = this.object.map('requests')
     let count = 0
-    this.sweep ??= map.items()
-    for (let looked = 0; looked < most; looked++) {
-      const item = this.sweep.next()
-      if (item.done) {
-        this.sweep = undefined
-        break
+    for (const at of this.requests.part(this.part++ % parts, parts)) {
+      const { tenant, request, grantedNs, expiresNs, hasEnded } = this.requests.read(at)
+      if (hasEnded) {
+        if (expiresNs >= now) continue
+        this.requests.forget(at)
+        Atomics.sub(this.atomics.control, CONTROL.remembered >> 2, 1)
+        count++
+      } else if (now - grantedNs >= UNCLAIMED_NS && !isClaimed(tenant, request)) {
+        this.finish(tenant, request, 0)
       }
-      const [key, value] = item.value
-      const granted = new DataView(value.buffer)
-      if (granted.getUint32(REQUEST.ended, true) !== 0) {
-        if (granted.getBigUint64(REQUEST.expiresNs, true) < now && map.delete(key)) count++
-        continue
-      }
-      if (now - granted.getBigUint64(REQUEST.grantedNs, true) < UNCLAIMED_NS) continue
-      const asked = new DataView(key.buffer)
-      const tenant = asked.getUint32(REQUEST_KEY.tenant, true)
-      const request = asked.getBigUint64(REQUEST_KEY.request)
-      if (!isClaimed(tenant, request)) this.finish(tenant, request, 0)
     }
     return count
   }
@@ -294,12 +292,7 @@ export class Ingress {
   counters(): IngressCounters {
     const bytes = new Uint8Array(possibleCpus() * COUNTERS_MAX * 8)
     this.object.map('counts').lookup(new Uint8Array(4), bytes)
-    const words = new BigUint64Array(bytes.buffer)
-    const sum = (index: number) => {
-      let total = 0n
-      for (let i = index; i < words.length; i += COUNTERS_MAX) total += words[i] ?? 0n
-      return Number(total)
-    }
+    const sum = (index: number) => sumOver(bytes, COUNTERS_MAX * 8, index * 8)
     const counters: IngressCounters = {}
     COUNTERS.forEach((name, i) => (counters[name] = sum(i)))
     for (const [name, code] of Object.entries(MESSAGE_CODES)) {
@@ -326,13 +319,14 @@ export class Ingress {
 
   /** What a tenant has and had. */
   use(index: number): TenantUse {
-    const at = index * TENANT.bytes
-    const count = (field: number) => Number(this.tenants.getBigUint64(at + field, true))
+    const bytes = new Uint8Array(possibleCpus() * TENANT_USE.bytes)
+    this.object.map('tenant_uses').lookup(new Uint8Array(Uint32Array.of(index).buffer), bytes)
+    const sum = (field: number) => sumOver(bytes, TENANT_USE.bytes, field)
     return {
-      running: this.tenants.getUint32(at + TENANT.live, true),
-      granted: count(TENANT.granted),
-      rejected: count(TENANT.rejected),
-      chargedTokens: count(TENANT.chargedTokens),
+      running: this.tenants.getUint32(index * TENANT.bytes + TENANT.live, true),
+      granted: sum(TENANT_USE.granted),
+      rejected: sum(TENANT_USE.rejected),
+      chargedTokens: sum(TENANT_USE.chargedTokens) - (this.givenBack.get(index) ?? 0),
     }
   }
 
@@ -340,6 +334,14 @@ export class Ingress {
   close(): void {
     this.object.close()
   }
+}
+
+/** A field of all CPUs' values, each of so many bytes. */
+function sumOver(values: Uint8Array, bytes: number, field: number): number {
+  const view = new DataView(values.buffer)
+  let total = 0n
+  for (let at = field; at < values.length; at += bytes) total += view.getBigUint64(at, true)
+  return Number(total)
 }
 
 /** Said by END only, of which the program knows nothing. */
@@ -384,12 +386,4 @@ function assertPowerOfTwo(sampleEvery: number): void {
 /** ::ffff:a.b.c.d */
 function isMapped(address: Uint8Array): boolean {
   return address.every((byte, i) => i > 11 || byte === (i < 10 ? 0 : 255))
-}
-
-function requestKey(tenant: number, request: bigint): Uint8Array {
-  const key = new DataView(new ArrayBuffer(REQUEST_KEY.bytes))
-  // As it comes over the wire.
-  key.setBigUint64(REQUEST_KEY.request, request)
-  key.setUint32(REQUEST_KEY.tenant, tenant, true)
-  return new Uint8Array(key.buffer)
 }

@@ -65,7 +65,9 @@ export function checkInterface({ name, queue, force }: InterfaceChoice): Checked
   if (queue !== undefined && !all.includes(queue)) {
     throw refused(
       `${name} has no receive queue ${queue}.`,
-      `Choose one of 0 to ${all.length - 1}, or leave it out for all of them.`,
+      all.length === 1
+        ? 'Leave it out: there is only queue 0.'
+        : `Choose one of 0 to ${all.length - 1}, or leave it out for all of them.`,
     )
   }
   const queues = queue === undefined ? all : [queue]

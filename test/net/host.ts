@@ -2,7 +2,7 @@
 // it by messages. A test starts it through namespaces.ts.
 
 import { createHash } from 'node:crypto'
-import { readdirSync, readFileSync } from 'node:fs'
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { once } from 'node:events'
 import { connect, createServer } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -29,6 +29,7 @@ import { fakeTokenizer } from '../support/fake-tokenizer.ts'
 import { http } from './http.ts'
 import { runMutations } from './mutations.ts'
 import { relay, type World } from './relay.ts'
+import { openRouter } from './router.ts'
 
 /** What an answer came to, or how it failed. */
 export interface Asked {
@@ -112,6 +113,7 @@ let service: NetService | undefined
 let engine: Engine | undefined
 let joined: JoinedReplica | undefined
 let otherLoad = 0
+let routed = (): number => 0
 /** Requests of `ask` that have heard something. */
 let hearing = 0
 const reserved: { exchange: ClientExchange; known: ClientPrompt }[] = []
@@ -328,6 +330,24 @@ export const COMMANDS = {
 
   /** A bad network between a client and a server: a port of this host that leads there. */
   relay: (world: World, address: string, port: number) => relay(world, address, port),
+
+  /** This host hands on what is for others, whichever way it came. */
+  forward(): void {
+    for (const name of ['ipv4/ip_forward', 'ipv6/conf/all/forwarding']) {
+      writeFileSync(`/proc/sys/net/${name}`, '1')
+    }
+    for (const name of ['all', 'default']) {
+      writeFileSync(`/proc/sys/net/ipv4/conf/${name}/rp_filter`, '0')
+    }
+  },
+
+  /** A bad router: what is routed into this interface is routed on, or is not. */
+  badly(name: string, world: World): void {
+    routed = openRouter(name, world)
+  },
+
+  /** How many packets it has seen. */
+  routed: () => routed(),
 
   /** A TCP server that answers what it was sent with its hash. */
   listen(port: number): Promise<void> {

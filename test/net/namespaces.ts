@@ -5,6 +5,7 @@ import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
 import { RemoteCalls } from '../../src/bench/remote-calls.ts'
 import type { COMMANDS } from './host.ts'
+import type { World } from './relay.ts'
 
 const HOST = fileURLToPath(new URL('host.ts', import.meta.url))
 
@@ -104,6 +105,77 @@ export async function twoHosts(queues = 1): Promise<TwoHosts> {
   }
   await clientHost.call('pass', 'veth-c')
   return { client: clientHost, server: serverHost, remove }
+}
+
+export interface ThreeHosts {
+  clients: [Host, Host]
+  server: Host
+  router: Host
+  remove(): Promise<void>
+}
+
+/**
+ * Two clients' hosts and a server's, each in a network of its own, and a router between them whose
+ * process sees what goes through (`badly`). The server's link has the least MTU there may be.
+ * @throws if this process may not make namespaces, or the kernel has no TUN devices
+ */
+export async function threeHosts(world: World): Promise<ThreeHosts> {
+  const name = `lt${process.pid}-${made++}`
+  const far = `${name}r`
+  const links = [1, 2, 0].map((net) => ({
+    namespace: `${name}${net === 0 ? 's' : `c${net}`}`,
+    net,
+    near: net === 0 ? 'veth-s' : 'veth-c',
+    there: `veth-${net}`,
+  }))
+  const all: Host[] = []
+  const remove = async (): Promise<void> => {
+    await Promise.all(all.map((host) => host.end()))
+    const there = ip('netns', 'list')
+    for (const each of [far, ...links.map(({ namespace }) => namespace)]) {
+      if (there.includes(each)) ip('netns', 'del', each)
+    }
+  }
+  try {
+    ip('netns', 'add', far)
+    for (const { namespace, net, near, there } of links) {
+      ip('netns', 'add', namespace)
+      const peer = ['peer', there, 'netns', far, 'numrxqueues', '1', 'numtxqueues', '1']
+      ip('link', 'add', near, 'netns', namespace, 'type', 'veth', ...peer)
+      const ends = [
+        [namespace, near, net === 0 ? 2 : 1],
+        [far, there, 254],
+      ] as const
+      for (const [inside, link, host] of ends) {
+        ip('-n', inside, 'addr', 'add', `10.99.${net}.${host}/24`, 'dev', link)
+        ip('-n', inside, 'addr', 'add', `fd99:${net}::${host}/64`, 'dev', link, 'nodad')
+        ip('-n', inside, 'link', 'set', link, 'up', 'mtu', net === 0 ? '1344' : '1500')
+      }
+      // No default route: a server refuses the interface that has it.
+      ip('-n', namespace, 'route', 'add', '10.99.0.0/16', 'via', `10.99.${net}.254`)
+      ip('-n', namespace, 'route', 'add', 'fd99::/16', 'via', `fd99:${net}::254`)
+      all.push(new Host(namespace, near, `10.99.${net}.${net === 0 ? 2 : 1}`))
+    }
+    const router = new Host(far, 'veth-0', '10.99.0.254')
+    all.push(router)
+    await router.call('forward')
+    await router.call('pass', 'veth-0')
+    await router.call('badly', 'bad', world)
+    ip('-n', far, 'link', 'set', 'bad', 'up')
+    for (const { there } of links) {
+      for (const family of ['-4', '-6']) {
+        ip(family, '-n', far, 'rule', 'add', 'iif', there, 'lookup', '100')
+      }
+    }
+    for (const family of ['-4', '-6']) {
+      ip(family, '-n', far, 'route', 'add', 'default', 'dev', 'bad', 'table', '100')
+    }
+    const [one, two, server] = all as [Host, Host, Host]
+    return { clients: [one, two], server, router, remove }
+  } catch (thrown) {
+    await remove()
+    throw thrown
+  }
 }
 
 /** 10.99.0.1 is fd99::1 as well. */

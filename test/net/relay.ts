@@ -15,12 +15,13 @@ export interface World {
   lateMs: number
 }
 
-/** Returns the port to which a client sends instead. Open until the process ends. */
-export async function relay(world: World, address: string, port: number): Promise<number> {
+/**
+ * What the world does to each datagram that is given to it.
+ * @returns a function that has it sent, or not, or twice, or later
+ */
+export function befall(world: World): (way: World['only'], send: () => void) => void {
   const random = new Random(world.seed)
-  const towards = new Map<number, Socket>()
-  const near = createSocket('udp4')
-  const pass = (way: 'there' | 'back', send: () => void): void => {
+  return (way, send) => {
     if (world.only !== undefined && world.only !== way) return send()
     if (random.next() < world.loss) return
     const copies = random.next() < world.repeats ? 2 : 1
@@ -29,6 +30,13 @@ export async function relay(world: World, address: string, port: number): Promis
       else send()
     }
   }
+}
+
+/** Returns the port to which a client sends instead. Open until the process ends. */
+export async function relay(world: World, address: string, port: number): Promise<number> {
+  const pass = befall(world)
+  const towards = new Map<number, Socket>()
+  const near = createSocket('udp4')
   near.on('message', (message, from) => {
     let far = towards.get(from.port)
     if (!far) {
