@@ -79,7 +79,8 @@ export class EngineCore {
       this.offload,
     )
     const { contended } = backend.kv
-    this.shortage = contended && new Shortage(contended, this.slots, this.scheduler)
+    this.shortage =
+      contended && new Shortage(contended, this.slots, this.scheduler, this.offload?.cold)
     this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     const { scheduler, sharing } = this
@@ -172,10 +173,11 @@ export class EngineCore {
    */
   step(): boolean {
     const start = this.now()
+    this.shortage?.notice(start)
     this.scheduler.settle(start)
     this.shortage?.look(start)
     const planned = this.scheduler.plan()
-    const parts = this.shortage?.sift(planned) ?? planned
+    const parts = this.shortage?.sift(planned, start) ?? planned
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
     if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
@@ -304,7 +306,11 @@ export class EngineCore {
     if (!this.offload?.busy) {
       return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
     }
-    if (this.idle) this.scheduler.settle(this.now())
+    if (this.idle) {
+      const now = this.now()
+      this.shortage?.notice(now)
+      this.scheduler.settle(now)
+    }
     return Math.min(wait ?? Infinity, TIER_WAIT_MS)
   }
 
@@ -341,6 +347,8 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    // Nobody looks while nobody computes.
+    if (question.kind === 'reload') this.shortage?.look(this.now())
     if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
     return answerOf(question, this.sharing, this.sessions, this.now())
   }

@@ -40,6 +40,8 @@ export interface Image {
   /** Transfers under way. */
   pending: number
   failed: boolean
+  /** Memory was refused for what was coming: the slots that it was to fill are of no use. */
+  refused: boolean
   dropped: boolean
 }
 

@@ -83,6 +83,7 @@ export class Tiers {
       sinceMs: this.transfers.nowMs,
       pending: 0,
       failed: false,
+      refused: false,
       dropped: false,
     }
     this.images.add(image)
@@ -115,16 +116,21 @@ export class Tiers {
     table.unpin(shared)
     image.pinned = false
     image.failed = false
+    image.refused = false
     image.state = 'coming'
     this.transfer(image, 'load', pieces)
     if (image.pending === 0) this.settle(image)
     return slots
   }
 
-  /** What is coming shall not run after all: its slot is the image's again until it is out. */
-  stop(image: Image): void {
+  /**
+   * What is coming shall not run after all: its slot is the image's again until it is out.
+   * @param refused there is no memory for all of it
+   */
+  stop(image: Image, refused: boolean): void {
     assert(image.state === 'coming', 'what is stopped was coming')
     image.state = 'leaving'
+    image.refused = refused
   }
 
   /** Forgets an image, at once or when what is under way has ended. */
@@ -199,7 +205,7 @@ export class Tiers {
       table.pin(image.shared)
       image.pinned = true
     }
-    for (const slot of slots) table.retire(slot, -Infinity)
+    for (const slot of slots) table.retire(slot, image.refused ? 'gone' : -Infinity)
     if (dropped || failed) this.forget(image, 'lost')
     else image.state = 'out'
   }

@@ -389,20 +389,20 @@ export class Scheduler<S extends Schedulable> {
     return members.reduce((sum, { slot, length }) => sum + this.slots.missingPages(slot, length), 0)
   }
 
-  /** Memory that it was given is not there: it waits, to be computed again. */
+  /** Memory that it was given is not there: it waits, to be computed or brought back again. */
   giveWay(sequence: S): void {
     this.preempt(sequence, true)
   }
 
   /** Sends a sequence, and those that go with it, back to the queue's front. */
-  private preempt(sequence: S, beginsAgain = false): void {
+  private preempt(sequence: S, refused = false): void {
     const members = membersOf(sequence)
     const first = present(members[0], 'a member')
     for (const member of members) {
       this.sharing.preempted?.(member)
       this.running.splice(this.running.indexOf(member), 1)
     }
-    if (!this.residence.vacate(members, beginsAgain)) sequence.unit?.restart()
+    if (!this.residence.vacate(members, refused)) sequence.unit?.restart()
     this.waiting.unshift(first)
   }
 
