@@ -286,7 +286,8 @@ export class EngineCore {
   private giveUpStuck(): boolean {
     const hopeless = this.shortage?.hopeless(this.now())
     if (hopeless && !hopeless.unit) this.outcomes.finish(hopeless, 'error', memoryTaken())
-    const unit = hopeless ? hopeless.unit : this.scheduler.stuck?.unit
+    const stuck = this.shortage?.short ? undefined : this.scheduler.stuck
+    const unit = hopeless ? hopeless.unit : stuck?.unit
     if (unit) {
       const error = hopeless ? memoryTaken() : this.scheduler.tooLarge(unit)
       this.outcomes.endBeams(unit, -Infinity, error)

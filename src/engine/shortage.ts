@@ -49,7 +49,8 @@ export class Shortage {
     this.pages = slots.limitPages
   }
 
-  private get short(): boolean {
+  /** There is less memory than was asked for. */
+  get short(): boolean {
     return this.slots.limitPages < this.askedPages
   }
 
@@ -114,8 +115,9 @@ export class Shortage {
     // What is on its way may run yet.
     if (!this.short || waiting.length === 0 || running.length > 0) return undefined
     this.idleSinceMs ??= nowMs
-    if (nowMs - this.idleSinceMs < PATIENCE_MS) return undefined
-    return present(waiting[0], 'who waits')
+    const first = present(waiting[0], 'who waits')
+    const waitedMs = nowMs - Math.max(this.idleSinceMs, first.arrivedMs)
+    return waitedMs < PATIENCE_MS ? undefined : first
   }
 
   private limit(pages: number): void {

@@ -17,7 +17,7 @@ import {
   shownIn,
   tokensBefore,
 } from './image.ts'
-import { clipSpans, type KvColumns, spannedColumns } from './regions.ts'
+import { clipSpans, type KvColumns, mergeSpans, sharedColumns, spannedColumns } from './regions.ts'
 import type { SlotTable } from './slots.ts'
 import type { TransferKind, Transfers } from './transfers.ts'
 
@@ -69,13 +69,14 @@ export class Tiers {
     const places = this.transfers.places.take(columnsIn(parts.pieces))
     if (!places) return undefined
     const [slot = -1] = slots
-    const shared = clipSpans(table.spansOf(slot, tokens), tokensBefore(layout, parts.first))
-    table.pin(shared)
+    const all = clipSpans(table.spansOf(slot, tokens), tokensBefore(layout, parts.first))
+    // As slots will show it that come back: they hold no more than that.
+    const shared = mergeSpans(layout, all)
     const image: Image = {
       state: 'leaving',
       tokens,
       shared,
-      pinned: true,
+      pinned: false,
       parts,
       places,
       slots,
@@ -87,6 +88,7 @@ export class Tiers {
       dropped: false,
     }
     this.images.add(image)
+    this.pin(image)
     this.transfer(image, 'save', parts.pieces)
     // Nothing to write: all of it stays in memory for others.
     if (image.pending === 0) this.settle(image)
@@ -102,7 +104,7 @@ export class Tiers {
     assert(image.state === 'out' && image.pinned, 'what comes back was out')
     const { slots: table } = this
     const { layout } = table
-    const { parts, shared } = image
+    const { parts } = image
     if (table.freeSlots < parts.shown.length) return undefined
     const regions = this.takeRegions(regionsOf(parts))
     if (!regions) return undefined
@@ -113,8 +115,7 @@ export class Tiers {
     image.slots = slots
     const own = new Set(shown.map(({ region }) => region))
     for (const region of regions.values()) if (!own.has(region)) table.regions.leave(region)
-    table.unpin(shared)
-    image.pinned = false
+    this.unpin(image)
     image.failed = false
     image.refused = false
     image.state = 'coming'
@@ -154,9 +155,7 @@ export class Tiers {
 
   /** What images keep in memory. */
   *holds(): Generator<KvColumns> {
-    for (const { pinned, shared } of this.images) {
-      if (pinned && shared.length > 0) yield* spannedColumns(this.slots.layout, shared)
-    }
+    for (const image of this.images) if (image.pinned) yield* this.kept(image)
   }
 
   *placesHeld(): Generator<Uint32Array> {
@@ -201,18 +200,31 @@ export class Tiers {
     const { slots, failed, dropped, state } = image
     image.slots = []
     if (state === 'coming' && !failed) return this.forget(image, 'back')
-    if (!image.pinned && !dropped && !failed) {
-      table.pin(image.shared)
-      image.pinned = true
-    }
+    if (!image.pinned && !dropped && !failed) this.pin(image)
     for (const slot of slots) table.retire(slot, image.refused ? 'gone' : -Infinity)
     if (dropped || failed) this.forget(image, 'lost')
     else image.state = 'out'
   }
 
-  private forget(image: Image, state: 'back' | 'lost'): void {
-    if (image.pinned) this.slots.unpin(image.shared)
+  private pin(image: Image): void {
+    for (const columns of this.kept(image)) this.slots.regions.hold(columns, 'live')
+    image.pinned = true
+  }
+
+  private unpin(image: Image): void {
+    for (const columns of this.kept(image)) this.slots.regions.drop(columns, 'live')
     image.pinned = false
+  }
+
+  /** What slots hold of what stays in memory: beams only what they map. */
+  private kept({ shared, parts }: Image): KvColumns[] {
+    const { layout } = this.slots
+    const beams = parts.shown.some(({ beam }) => beam)
+    return beams ? sharedColumns(layout, shared) : spannedColumns(layout, shared)
+  }
+
+  private forget(image: Image, state: 'back' | 'lost'): void {
+    if (image.pinned) this.unpin(image)
     this.transfers.places.give(image.places)
     this.images.delete(image)
     image.state = state
