@@ -216,11 +216,11 @@ export class Tiers {
     image.pinned = false
   }
 
-  /** What slots hold of what stays in memory: beams only what they map. */
+  /** What slots hold of what stays in memory: beams that were forked only what they map. */
   private kept({ shared, parts }: Image): KvColumns[] {
     const { layout } = this.slots
-    const beams = parts.shown.some(({ beam }) => beam)
-    return beams ? sharedColumns(layout, shared) : spannedColumns(layout, shared)
+    const forked = parts.shown.every(({ beam }) => beam)
+    return forked ? sharedColumns(layout, shared) : spannedColumns(layout, shared)
   }
 
   private forget(image: Image, state: 'back' | 'lost'): void {
