@@ -12,48 +12,13 @@ import { MemoryDisk } from '../support/memory-disk.ts'
 import { MockCuda } from '../support/mock-cuda.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
 import { Random } from '../support/random.ts'
+import { countUndone, moveSome, type Undone } from '../support/reloads.ts'
 import { loads, runLoad } from '../support/sharing-load.ts'
 
 /** 1.6 tokens a page: 80 tokens need 50 pages. A page of the host has 4 KiB at least. */
 const KV = { layers: 2, rowBytes: 1280, pageBytes: 4096 }
 /** What the engine leaves to the driver. */
 const LEFT_FREE_BYTES = 64 << 20
-
-interface Undone {
-  sequences: number
-  prefixes: number
-}
-
-/** Counts what was on its way back and stayed outside, of each kind. */
-function countUndone({ core }: Bench, into: Undone): void {
-  const { tiers, cold } = (core as unknown as { offload: Insides }).offload
-  const stop = tiers.stop.bind(tiers)
-  tiers.stop = (image, refused) => {
-    if (refused) into.sequences++
-    stop(image, refused)
-  }
-  const undo = cold?.undo.bind(cold)
-  if (!cold || !undo) return
-  cold.undo = (region) => {
-    if (cold.coming.has(region)) into.prefixes++
-    undo(region)
-  }
-}
-
-interface Insides {
-  tiers: { stop(image: unknown, refused: boolean): void }
-  cold: { undo(region: number): void; coming: Map<number, unknown> } | undefined
-}
-
-/** Somebody moves sessions by hand, mostly back. */
-function moveSome({ core }: Bench, random: Random): void {
-  for (const tenant of ['a', 'b']) {
-    for (const { id, outPages } of core.answer({ kind: 'sessions', tenant })) {
-      if (random.below(3) > 0) continue
-      core.answer({ kind: outPages > 0 ? 'reload' : 'offload', tenant, id })
-    }
-  }
-}
 
 const tiers = fc.record({
   frames: fc.integer({ min: 20, max: 160 }),
