@@ -11,9 +11,26 @@ import { isDummy } from '../model/dummy.ts'
 import type { Model } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { memoryBudget } from '../os/memory.ts'
-import { chooseDevice } from './device.ts'
-import type { BackendChoice, EngineFacts } from './messages.ts'
-import type { EngineOptions } from './start.ts'
+import { chooseDevice, type DeviceOption } from './device.ts'
+import type { BackendChoice, EngineFacts, StorePlace } from './messages.ts'
+
+/** What of an engine's options has to do with where it computes. */
+export interface PlaceOptions {
+  device: DeviceOption
+  /** Compute threads, each on a core of its own. */
+  threads?: number
+  /** Hard limit on KV memory. */
+  kvMemoryBytes?: number
+  /** When idle KV memory of a GPU is given back to the driver. */
+  kvIdleReleaseMs?: number
+  /** Pinned memory of the host for KV that a GPU has no room for. */
+  kvHostBytes?: number
+  /** Where prefixes outlive the process; the size of the offload file says how many. */
+  kvStore?: StorePlace
+  maxSequences?: number
+  /** Tokens of one step, at most. */
+  stepTokens?: number
+}
 
 export interface Place {
   backend: BackendChoice
@@ -41,14 +58,14 @@ const GPU_KV_SHARE = 0.92
 export async function choosePlace(
   path: string,
   model: Model,
-  options: EngineOptions,
+  options: PlaceOptions,
 ): Promise<Place> {
   const { device, reason, gpu } = await chooseDevice(options.device)
   if (device === 'cuda' && gpu) return onGpu(path, model, options, gpu, reason)
   return onCpu(path, model, options, reason)
 }
 
-function onCpu(path: string, model: Model, options: EngineOptions, reason: string): Place {
+function onCpu(path: string, model: Model, options: PlaceOptions, reason: string): Place {
   if (options.kvIdleReleaseMs !== undefined) {
     throw new LatticeError('usage', '--kv-idle-release is for a GPU; the CPU computes here.', {
       todo: "Leave it out: the kernel has the host's idle KV memory back within 100 ms anyway.",
@@ -88,7 +105,7 @@ function onCpu(path: string, model: Model, options: EngineOptions, reason: strin
 async function onGpu(
   path: string,
   model: Model,
-  options: EngineOptions,
+  options: PlaceOptions,
   gpu: DeviceReport,
   reason: string,
 ): Promise<Place> {
@@ -150,7 +167,7 @@ function converted({ tensors }: Model): string {
 }
 
 /** About what activations, logits and the libraries' workspaces take. */
-function workBytes({ config }: Model, options: EngineOptions): number {
+function workBytes({ config }: Model, options: PlaceOptions): number {
   const { hidden, feedForward, vocab } = config
   const tokens = options.stepTokens ?? STEP_TOKENS_GPU
   const rows = Math.max(64, options.maxSequences ?? 64)

@@ -11,40 +11,25 @@ import type { ModelConfig } from '../model/model.ts'
 import type { Engine } from './api.ts'
 import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
-import type { DeviceOption } from './device.ts'
 import type { Watermarks } from './offload.ts'
-import type { HostTierFacts, OffloadPlace, RingPlace, StorePlace } from './messages.ts'
-import { choosePlace, mib, type Place } from './place.ts'
+import type { HostTierFacts, OffloadPlace, RingPlace } from './messages.ts'
+import { choosePlace, mib, type Place, type PlaceOptions } from './place.ts'
 
-export interface EngineOptions {
+export interface EngineOptions extends PlaceOptions {
   /** How the API names the model. */
   modelId: string
-  device: DeviceOption
-  /** Compute threads, each on a core of its own. */
-  threads?: number
   /** Longest sequence; the model's own by default. */
   contextLength?: number
-  /** Hard limit on KV memory. */
-  kvMemoryBytes?: number
   /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
   prefixCacheBytes?: number
-  /** When idle KV memory of a GPU is given back to the driver. */
-  kvIdleReleaseMs?: number
   prefixEviction?: EvictionName
   /** Answers are cached as prompts are. */
   prefixCacheOutput?: boolean
-  /** Pinned memory of the host for KV that a GPU has no room for. */
-  kvHostBytes?: number
   /** A file for KV that memory has no room for. */
   kvOffload?: OffloadPlace
   /** When cached prefixes go there. */
   kvWatermarks?: Watermarks
-  /** Where prefixes outlive the process; `kvOffload` says how large. */
-  kvStore?: StorePlace
-  maxSequences?: number
   maxQueue?: number
-  /** Tokens of one step, at most. */
-  stepTokens?: number
   /** Where the kernel says which clients have gone. */
   disconnects?: RingPlace
   /** Hears of what takes long, before it begins. */

@@ -128,8 +128,9 @@ test('memory refused to what comes back to a real GPU changes tokens', { skip },
           engine.nowMs += 30
           // Idle memory goes back at once: whoever comes back asks for it again.
           gpu.kv.settle(engine.nowMs)
-          if (random.below(4) === 0) hog.giveBack()
-          else if (random.below(4) === 0) hog.take()
+          const now = random.below(6)
+          if (now === 0) hog.take()
+          if (now === 1) hog.giveBack()
           if (random.below(8) === 0) moveSome(engine, random)
         })
         assert.equal(engine.core.snapshot().tier?.lost, 0, 'what was outside is there still')

@@ -1,5 +1,5 @@
-// Owns what tests of reloads share: sessions that somebody moves by hand, and a count of what was on
-// its way back into memory that was refused.
+// Owns what tests of reloads share: sessions that somebody moves by hand, and a count of what was
+// on its way back into memory that was refused.
 
 import type { Bench } from './null-engine.ts'
 import type { Random } from './random.ts'
