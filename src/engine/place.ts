@@ -83,6 +83,8 @@ function onCpu(path: string, model: Model, options: PlaceOptions, reason: string
   }
   const cpus = computeCpus(allowedCpus(), options.threads)
   const budget = memoryBudget()
+  const mostBytes = Math.min(budget.machineBytes, budget.cgroupBytes ?? Infinity)
+  assertThere(options.kvMemoryBytes, mostBytes, 'this process may have')
   const cgroup = budget.cgroupBytes === undefined ? '' : `, cgroup limit ${mib(budget.cgroupBytes)}`
   return {
     backend: { kind: 'cpu', modelPath: path, cpus },
@@ -128,6 +130,7 @@ async function onGpu(
       { todo: 'Give --kv-host less: it is pinned, so nobody else can have it.' },
     )
   }
+  assertThere(options.kvMemoryBytes, gpu.memoryBytes, `${gpu.name} has`)
   const { gpuKvLayout } = await import('../backends/cuda/kv-layout.ts')
   const { config } = model
   const weights = weightBytes(model)
@@ -157,6 +160,16 @@ function weightBytes({ tensors }: Model): number {
   let elements = 0
   for (const { shape } of tensors.values()) elements += shape.reduce((a, b) => a * b, 1)
   return 2 * elements
+}
+
+/** @throws LatticeError `usage` for KV memory that could not be had if nobody else had any */
+function assertThere(askedBytes: number | undefined, mostBytes: number, whose: string): void {
+  if (askedBytes === undefined || askedBytes <= mostBytes) return
+  throw new LatticeError(
+    'usage',
+    `${mib(askedBytes)} of KV memory were asked for; ${whose} ${mib(mostBytes)} in all.`,
+    { todo: 'Give --kv-memory less, or leave it out.' },
+  )
 }
 
 /** What becomes bfloat16, if anything does. */

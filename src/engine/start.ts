@@ -188,8 +188,8 @@ function chooseContext(
     const leastBytes = pagesFor(layout, CONTEXT_MIN) * layout.shape.pageBytes
     throw new LatticeError(
       'usage',
-      `${mib(kvBytes)} of KV memory hold ${fitting} tokens, too few for any sequence.`,
-      { todo: `Give --kv-memory at least ${leastBytes}.` },
+      `${kvBytes} bytes of KV memory hold ${fitting} tokens, too few for any sequence.`,
+      { todo: `Give --kv-memory ${Math.ceil(leastBytes / 1024)}K or more.` },
     )
   }
   return asked ?? Math.min(config.contextLength, fitting)
