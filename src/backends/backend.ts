@@ -1,5 +1,5 @@
 // Owns the contract between the engine and whatever computes: a batch of tokens goes in, rows of
-// logits come out, keys and values land in slots. CPU, null and (later) CUDA fulfil it.
+// logits come out, keys and values land in slots. The CPU, CUDA and null backends fulfil it.
 
 import { assert } from '../assert.ts'
 import type { SamplingParams, TokenLogprobs } from '../engine/api.ts'

@@ -125,7 +125,8 @@ async function serve(options: ServeOptions): Promise<void> {
     warn(`anyone who reaches ${options.host} can use this server: consider --api-key`)
   }
   print(`Serving ${session.modelId} on ${server.url}, ready in ${secondsSinceStart()} s`)
-  print(`Try it:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
+  const withKey = apiKeys.length > 0 ? ', with a key in LATTICE_API_KEY' : ''
+  print(`Try it${withKey}:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
   await asked
   print('Draining: running requests end first; a second signal ends them now.')
   net?.refuse()

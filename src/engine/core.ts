@@ -284,15 +284,17 @@ export class EngineCore {
 
   /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */
   private giveUpStuck(): boolean {
-    const hopeless = this.shortage?.hopeless(this.now())
-    if (hopeless && !hopeless.unit) this.outcomes.finish(hopeless, 'error', memoryTaken())
-    const stuck = this.shortage?.short ? undefined : this.scheduler.stuck
-    const unit = hopeless ? hopeless.unit : stuck?.unit
-    if (unit) {
-      const error = hopeless ? memoryTaken() : this.scheduler.tooLarge(unit)
-      this.outcomes.endBeams(unit, -Infinity, error)
+    const { shortage, scheduler, outcomes } = this
+    const hopeless = shortage?.hopeless(this.now())
+    if (hopeless) {
+      outcomes.fail(hopeless, memoryTaken())
+      return true
     }
-    return (hopeless ?? unit) !== undefined
+    // What does not fit while memory is short may fit again.
+    const stuck = shortage?.short ? undefined : scheduler.stuck
+    if (!stuck?.unit) return false
+    outcomes.fail(stuck, scheduler.tooLarge(stuck.unit))
+    return true
   }
 
   /**
