@@ -444,7 +444,8 @@ export class CudaKvMemory implements KvMemory {
     const { region, column, columns } = frame
     const held: number[] = []
     for (let i = 0; i < columns; i++) if (this.region(region).held[column + i] === 1) held.push(i)
-    partly.split(frame, held, (small, i) => this.show(small, region, column + i))
+    const address = this.columnAddress(region, column)
+    partly.split(frame, address, held, (small, i) => this.show(small, region, column + i))
     this.fence.wait(this.fence.queued)
     this.counted.splits++
     return true

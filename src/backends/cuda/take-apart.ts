@@ -46,14 +46,19 @@ export class TakeApart {
 
   /**
    * Gives what is held of a frame to smaller ones. It waits for everything; it is rare.
+   * @param address of the frame in its own region
    * @param held columns of it, counted from its first
    * @param show maps a new frame where such a column was
    */
-  split(frame: Frame, held: readonly number[], show: (small: Frame, i: number) => void): void {
+  split(
+    frame: Frame,
+    address: number,
+    held: readonly number[],
+    show: (small: Frame, i: number) => void,
+  ): void {
     const { pager, pool, aside, stream } = this
     const { driver } = this.device
     const { pageBytes } = pool
-    const address = [...frame.views][0] ?? 0
     const bytes = frame.columns * pageBytes
     driver.synchronize()
     this.partial.delete(frame)
