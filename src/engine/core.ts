@@ -173,8 +173,7 @@ export class EngineCore {
    */
   step(): boolean {
     const start = this.now()
-    this.shortage?.notice(start)
-    this.scheduler.settle(start)
+    this.hear(start)
     this.shortage?.look(start)
     const planned = this.scheduler.plan()
     const parts = this.shortage?.sift(planned, start) ?? planned
@@ -306,15 +305,17 @@ export class EngineCore {
     const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now(), this.shortage)
     this.offload?.keepRoom()
     this.keep()
-    if (!this.offload?.busy) {
-      return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+    if (this.offload?.busy) {
+      if (this.idle) this.hear(this.now())
+      return Math.min(wait ?? Infinity, TIER_WAIT_MS)
     }
-    if (this.idle) {
-      const now = this.now()
-      this.shortage?.notice(now)
-      this.scheduler.settle(now)
-    }
-    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+    return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+  }
+
+  /** What has moved since the last time; before that, what had no memory to come back to. */
+  private hear(nowMs: number): void {
+    this.shortage?.notice(nowMs)
+    this.scheduler.settle(nowMs)
   }
 
   /**
