@@ -125,7 +125,10 @@ function small(refuses: (call: number) => boolean) {
       for (const end = engine.nowMs + ms; engine.nowMs < end; engine.nowMs += 5) {
         const [session] = core.answer({ kind: 'sessions', tenant: 'default' })
         assert.ok(session, 'what is cached stays cached')
-        if (core.answer({ kind, tenant: 'default', id: session.id }) === 'done') return true
+        const told = core.answer({ kind, tenant: 'default', id: session.id })
+        const there = kind === 'reload' ? session.where === 'memory' : session.pages === 0
+        assert.equal(there, told === 'done', 'a session is said to be where it is')
+        if (told === 'done') return true
         core.settle()
         core.check()
       }
