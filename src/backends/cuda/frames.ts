@@ -192,7 +192,8 @@ export class FramePool {
    */
   dropAbsent(id: number): KvColumns | undefined {
     const frame = this.frames[id]
-    if (!frame) return undefined
+    // Another frame had its number when that was said, or it was said of both.
+    if (!frame || frame.absent) return undefined
     frame.absent = true
     if (frame.state === 'spare') {
       this.spares.splice(this.spares.indexOf(frame), 1)
