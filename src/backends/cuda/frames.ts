@@ -159,8 +159,11 @@ export class FramePool {
   /** Nobody holds the frame any more; the steps queued so far may still touch it. */
   lapse(frame: Frame): void {
     assert(frame.state === 'used' && frame.held === 0, 'only a frame that nobody holds lapses')
-    // No step has seen it.
-    if (frame.absent) return this.destroyUsed(frame)
+    if (frame.absent) {
+      // No step has seen it, but what is shared may be on its way there.
+      this.fence.wait(this.fence.queued)
+      return this.destroyUsed(frame)
+    }
     frame.state = 'lapsed'
     frame.steps = this.fence.queued
     this.lapsed.push(frame)
