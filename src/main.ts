@@ -2,8 +2,8 @@
 // A command's code is loaded only when it runs, so that help is instant.
 
 import { Command } from 'commander'
-import { readFileSync } from 'node:fs'
 import { report } from './cli/report.ts'
+import { version } from './version.ts'
 
 interface Entry {
   name: string
@@ -151,9 +151,4 @@ function settle(command: Command): void {
     if (child.commands.length > 0) child.helpCommand('help [COMMAND]', "print a command's help")
     settle(child)
   }
-}
-
-function version(): string {
-  const file = new URL('../package.json', import.meta.url)
-  return (JSON.parse(readFileSync(file, 'utf8')) as { version: string }).version
 }

@@ -1,10 +1,10 @@
 // Owns the contract between the engine and whatever computes: a batch of tokens goes in, rows of
-// logits come out, keys and values land in slots. CPU, null and (later) CUDA fulfil it.
+// logits come out, keys and values land in slots. The CPU, CUDA and null backends fulfil it.
 
 import { assert } from '../assert.ts'
 import type { SamplingParams, TokenLogprobs } from '../engine/api.ts'
 import type { KvLayout } from '../kv/layout.ts'
-import type { KvMover } from '../kv/regions.ts'
+import type { KvColumns, KvMover } from '../kv/regions.ts'
 import type { KvTier } from '../kv/tier.ts'
 
 /**
@@ -78,12 +78,11 @@ export interface KvMemory extends KvMover {
 /** Memory of which less may be had than was asked for at the start. */
 export interface ContendedMemory {
   /**
-   * Waits until all is there that grew. Of the regions that it names some columns are not: whoever
-   * writes there must discard what it has of it, before a step.
+   * Waits until all is there that grew. The columns that it names are not, and what is written
+   * there is lost: whoever holds them must let go of them, before a step or when what is being
+   * loaded there has been. Of region -1 are those that nobody held.
    */
-  lacking(): ReadonlySet<number>
-  /** Whether somebody still holds columns that it named. */
-  readonly holdsLacking: boolean
+  lacking(): readonly KvColumns[]
   /** Pages that there are, and up to so many more that could be had now. */
   obtainablePages(more: number): number
   /** No more than this will be asked for, until it is told otherwise. */

@@ -12,6 +12,7 @@ import {
   parseNumber,
   parsePlace,
   parseSize,
+  parseTokens,
   parseWatermarks,
 } from './parse.ts'
 
@@ -70,7 +71,7 @@ export function addEngineOptions(command: Command): Command {
     .option(
       '--context <TOKENS>',
       "longest sequence, prompt and answer: 8192 or 8K (default: the model's)",
-      parseSize,
+      parseTokens,
     )
     .option(
       '--kv-memory <SIZE>',

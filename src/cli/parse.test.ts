@@ -5,11 +5,13 @@ import { test } from 'node:test'
 import { InvalidArgumentError } from 'commander'
 import {
   collect,
+  collectOrigin,
   parseCount,
   parseNumber,
   parsePlace,
   parseRate,
   parseSize,
+  parseTokens,
   parseUrl,
   parseWatermarks,
 } from './parse.ts'
@@ -110,4 +112,18 @@ test('addresses lose the slash at their end, and only http is one', () => {
 
 test('a repeated option keeps every value', () => {
   assert.deepEqual(collect('b', collect('a', undefined)), ['a', 'b'])
+})
+
+test('a number of tokens is read as bytes are, or refused as such', () => {
+  assert.deepEqual(['1', '8192', '8K', ' 32k '].map(parseTokens), [1, 8192, 8192, 32_768])
+  for (const text of ['', '0', '-1', '1.5K', '8M', '8KiB', 'abc']) {
+    assert.throws(() => parseTokens(text), /Write a number of tokens/, text)
+  }
+})
+
+test('an origin that no browser sends is taken', () => {
+  assert.deepEqual(collectOrigin('http://a:3000', ['*']), ['*', 'http://a:3000'])
+  for (const text of ['', 'a', 'http://a/', 'http://a/path', 'localhost:3000']) {
+    assert.throws(() => collectOrigin(text, []), /Write an origin/, text)
+  }
 })

@@ -5,7 +5,7 @@ import { InvalidArgumentError } from 'commander'
 const UNITS = ['', 'K', 'M', 'G', 'T']
 
 /**
- * A size in bytes or tokens. Units are powers of 1024: 512M, 512MB and 512MiB are the same.
+ * A size in bytes. Units are powers of 1024: 512M, 512MB and 512MiB are the same.
  *
  * @example parseSize('1.5GiB') // 1610612736
  */
@@ -18,6 +18,18 @@ export function parseSize(text: string): number {
     throw new InvalidArgumentError('Write a size such as 512M, 32K or 1.5GiB (powers of 1024).')
   }
   return size
+}
+
+/**
+ * A number of tokens, with K for 1024.
+ *
+ * @example parseTokens('8K') // 8192
+ */
+export function parseTokens(text: string): number {
+  const match = /^(\d+)(K?)$/i.exec(text.trim())
+  const tokens = Number(match?.[1]) * (match?.[2] ? 1024 : 1)
+  if (Number.isSafeInteger(tokens) && tokens >= 1) return tokens
+  throw new InvalidArgumentError('Write a number of tokens such as 8192 or 32K (32 × 1024).')
 }
 
 /**
@@ -86,6 +98,13 @@ export function parseUrl(text: string): string {
     throw new InvalidArgumentError('Write an address such as http://127.0.0.1:8080.')
   }
   return text.replace(/\/+$/, '')
+}
+
+/** Collects what browsers call origins: a scheme and a host, perhaps a port; or * for all. */
+export function collectOrigin(text: string, before: readonly string[] | undefined): string[] {
+  const isOrigin = text === '*' || (URL.canParse(text) && new URL(text).origin === text)
+  if (isOrigin) return collect(text, before)
+  throw new InvalidArgumentError('Write an origin such as http://localhost:3000, or *.')
 }
 
 /** Collects the values of an option that may be repeated. */

@@ -1,11 +1,13 @@
 // Owns `lattice run`: one prompt in, one answer out on stdout, nothing else on it.
 
 import { Command } from 'commander'
-import { fstatSync } from 'node:fs'
+import { existsSync, fstatSync } from 'node:fs'
+import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import type { BeamParams } from '../engine/api.ts'
 import { LatticeError } from '../errors.ts'
 import { MAX_CHOICES } from '../limits.ts'
+import { warn } from '../log.ts'
 import {
   addEngineOptions,
   addSamplingOptions,
@@ -81,6 +83,7 @@ async function run(words: string[], options: RunOptions, command: Command): Prom
       },
     )
   }
+  if (options.model === undefined && words.length > 1) await noteModel(words[0] ?? '')
   const prompt = await readPrompt(words.join(' '))
   if (options.server !== undefined) {
     const given = Object.keys(options).filter((name) => {
@@ -158,6 +161,13 @@ async function runRemotely(
     process.stderr.write(`(stopped after ${result.outputTokens} tokens: see --max-tokens)\n`)
   }
   if (result.reason === 'abort') process.exitCode = EXIT_INTERRUPTED
+}
+
+/** The first word names a model with other programs of this kind, not here. */
+async function noteModel(word: string): Promise<void> {
+  const { Store, storeName } = await import('../model/store.ts')
+  if (storeName(word) !== word || !existsSync(join(new Store().root, word))) return
+  warn(`${word} was read as a word of the prompt; --model ${word} asks that model`)
 }
 
 async function readPrompt(argument: string): Promise<string> {

@@ -23,7 +23,7 @@ import {
 } from './net-options.ts'
 import { attachedLines } from './net-page.ts'
 import { addEngineOptions, type EngineOptions } from './options.ts'
-import { collect, parseCount } from './parse.ts'
+import { collect, collectOrigin, parseCount } from './parse.ts'
 import { EXIT_INTERRUPTED } from './report.ts'
 import { openSession, type Session } from './session.ts'
 
@@ -31,6 +31,7 @@ interface ServeOptions extends EngineOptions, NetOptions {
   host: string
   port: number
   apiKey?: string[]
+  allowOrigin?: string[]
   sharePort?: true
   kernelDisconnect?: true
   maxSequences: number
@@ -58,6 +59,11 @@ export function serveCommand(): Command {
       8080,
     )
     .option('--api-key <KEY>', 'ask for this key; may be repeated (or LATTICE_API_KEY)', collect)
+    .option(
+      '--allow-origin <ORIGIN>',
+      'let web pages from there ask, such as http://localhost:3000, or * for all; may be repeated',
+      collectOrigin,
+    )
     .option('--share-port', 'beside other servers: a connection goes to who has the least to do')
     .option(
       '--kernel-disconnect',
@@ -109,6 +115,7 @@ async function serve(options: ServeOptions): Promise<void> {
     host: options.host,
     port: options.port,
     apiKeys,
+    allowOrigins: options.allowOrigin ?? [],
     sharePort: options.sharePort ?? false,
     net,
     kernelDisconnect: disconnects !== undefined,
@@ -118,7 +125,8 @@ async function serve(options: ServeOptions): Promise<void> {
     warn(`anyone who reaches ${options.host} can use this server: consider --api-key`)
   }
   print(`Serving ${session.modelId} on ${server.url}, ready in ${secondsSinceStart()} s`)
-  print(`Try it:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
+  const withKey = apiKeys.length > 0 ? ', with a key in LATTICE_API_KEY' : ''
+  print(`Try it${withKey}:\n  ${curlLine(session, server.url, apiKeys.length > 0)}`)
   await asked
   print('Draining: running requests end first; a second signal ends them now.')
   net?.refuse()

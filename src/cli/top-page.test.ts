@@ -168,6 +168,13 @@ test('a page is wider or longer than its terminal', () => {
   }
 })
 
+test('a GPU whose memory is all another process’s has a share that is no number', () => {
+  const none = report({ runs: [], sequences: 0 })
+  const text = page({ ...none, kv: { ...none.kv, limitPages: 0 } }).join('\n')
+  assert.match(text, / 0 B of 0 B, 0 %/)
+  assert.doesNotMatch(text, /NaN|Infinity/)
+})
+
 test('at 80 × 24 something is missing', () => {
   const lines = page(report())
   const text = lines.join('\n')

@@ -83,7 +83,7 @@ function memoryLines(kv: KvMap, width: number): Line[] {
   const used = `${bytes(kv, kv.usedPages)} of ${bytes(kv, kv.limitPages)}`
   const tokens = `${formatBytes(kv.tokenBytes)} of it tokens`
   const fragmentation = `fragmentation ${percentText(kv.fragmentation, 1)}`
-  const share = percentText(kv.usedPages / kv.limitPages)
+  const share = percentText(kv.usedPages / Math.max(1, kv.limitPages))
   return [bar, [[`    ${used}, ${share}`, 'bold'], [` · ${tokens} · ${fragmentation}`]]]
 }
 
@@ -126,7 +126,7 @@ function barLine<State extends string>(
   for (const { state, glyph, hot } of looks) {
     pages += states[state]
     // What is there at all gets a cell; rounding the sum keeps the whole bar's length true.
-    const end = Math.min(cells, Math.round((pages / limitPages) * cells))
+    const end = Math.min(cells, Math.round((pages / Math.max(1, limitPages)) * cells))
     const count = Math.max(states[state] > 0 ? 1 : 0, end - shown)
     bar.push([glyph.repeat(count), hot])
     shown += count

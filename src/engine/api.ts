@@ -5,7 +5,7 @@ import type { LatticeError } from '../errors.ts'
 import type { KvMap } from '../kv/map.ts'
 import type { Level } from '../kv/outside.ts'
 import type { TierLevels } from '../kv/tier.ts'
-import type { Watch } from '../kv/watches.ts'
+import type { Watch } from '../kv/prefix-node.ts'
 
 /** How the next token is chosen. Neutral values switch a step off. */
 export interface SamplingParams {

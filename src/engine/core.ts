@@ -79,7 +79,8 @@ export class EngineCore {
       this.offload,
     )
     const { contended } = backend.kv
-    this.shortage = contended && new Shortage(contended, this.slots, this.scheduler)
+    this.shortage =
+      contended && new Shortage(contended, this.slots, this.scheduler, this.offload?.cold)
     this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     const { scheduler, sharing } = this
@@ -172,10 +173,10 @@ export class EngineCore {
    */
   step(): boolean {
     const start = this.now()
-    this.scheduler.settle(start)
+    this.hear(start)
     this.shortage?.look(start)
     const planned = this.scheduler.plan()
-    const parts = this.shortage?.sift(planned) ?? planned
+    const parts = this.shortage?.sift(planned, start) ?? planned
     // After the plan: what has just come back for a sequence must not go before that begins.
     this.offload?.keepRoom()
     if (start - this.keptMs > KEEP_WAIT_MS) this.keep()
@@ -282,14 +283,17 @@ export class EngineCore {
 
   /** Ends who has no room even alone: beams because of what is pinned, or anybody in a shortage. */
   private giveUpStuck(): boolean {
-    const hopeless = this.shortage?.hopeless(this.now())
-    if (hopeless && !hopeless.unit) this.outcomes.finish(hopeless, 'error', memoryTaken())
-    const unit = hopeless ? hopeless.unit : this.scheduler.stuck?.unit
-    if (unit) {
-      const error = hopeless ? memoryTaken() : this.scheduler.tooLarge(unit)
-      this.outcomes.endBeams(unit, -Infinity, error)
+    const { shortage, scheduler, outcomes } = this
+    const hopeless = shortage?.hopeless(this.now())
+    if (hopeless) {
+      outcomes.fail(hopeless, memoryTaken())
+      return true
     }
-    return (hopeless ?? unit) !== undefined
+    // What does not fit while memory is short may fit again.
+    const stuck = shortage?.short ? undefined : scheduler.stuck
+    if (!stuck?.unit) return false
+    outcomes.fail(stuck, scheduler.tooLarge(stuck.unit))
+    return true
   }
 
   /**
@@ -301,11 +305,17 @@ export class EngineCore {
     const wait = giveBack(this.slots, this.backend.kv, this.idle, this.now(), this.shortage)
     this.offload?.keepRoom()
     this.keep()
-    if (!this.offload?.busy) {
-      return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+    if (this.offload?.busy) {
+      if (this.idle) this.hear(this.now())
+      return Math.min(wait ?? Infinity, TIER_WAIT_MS)
     }
-    if (this.idle) this.scheduler.settle(this.now())
-    return Math.min(wait ?? Infinity, TIER_WAIT_MS)
+    return this.offload?.keeping ? Math.min(wait ?? Infinity, KEEP_WAIT_MS) : wait
+  }
+
+  /** What has moved since the last time; before that, what had no memory to come back to. */
+  private hear(nowMs: number): void {
+    this.shortage?.notice(nowMs)
+    this.scheduler.settle(nowMs)
   }
 
   /**
@@ -341,6 +351,8 @@ export class EngineCore {
   /** Answers what was asked, or does what was told, between two steps. */
   answer<Q extends EngineQuestion>(question: Q): EngineAnswers[Q['kind']]
   answer(question: EngineQuestion): EngineAnswers[keyof EngineAnswers] {
+    // Nobody looks while nobody computes.
+    if (question.kind === 'reload') this.shortage?.look(this.now())
     if (question.kind === 'map') return { snapshot: this.snapshot(), map: this.map() }
     return answerOf(question, this.sharing, this.sessions, this.now())
   }

@@ -142,6 +142,12 @@ export class Outcomes {
     this.report(id, reason, outputTokens, error, scored ? logprobs / outputTokens : undefined)
   }
 
+  /** Ends a sequence that has no room, with all that go together with it. */
+  fail(sequence: Sequence, error: LatticeError): void {
+    if (sequence.unit) this.endBeams(sequence.unit, -Infinity, error)
+    else this.finish(sequence, 'error', error)
+  }
+
   /** Takes all beams out; who still waits for a hypothesis gets the error. */
   endBeams(group: BeamGroup, sinceMs: number, error?: LatticeError): void {
     const running = this.scheduler.running.filter(({ unit }) => unit === group)

@@ -3,6 +3,7 @@
 import { CHUNK_TOKENS_MIN } from '../backends/cpu/backend.ts'
 import { hostKvLayout } from '../backends/cpu/kv-memory.ts'
 import type { DeviceReport } from '../backends/cuda/describe.ts'
+import type { Quantization } from '../backends/cuda/quantization.ts'
 import { LatticeError } from '../errors.ts'
 import { allowedCpus } from '../ffi/libc.ts'
 import type { KvLayout } from '../kv/layout.ts'
@@ -11,9 +12,28 @@ import { isDummy } from '../model/dummy.ts'
 import type { Model } from '../model/model.ts'
 import { computeCpus } from '../os/cpus.ts'
 import { memoryBudget } from '../os/memory.ts'
-import { chooseDevice } from './device.ts'
-import type { BackendChoice, EngineFacts } from './messages.ts'
-import type { EngineOptions } from './start.ts'
+import { chooseDevice, type DeviceOption } from './device.ts'
+import type { BackendChoice, EngineFacts, StorePlace } from './messages.ts'
+
+/** What of an engine's options has to do with where it computes. */
+export interface PlaceOptions {
+  device: DeviceOption
+  /** What matrices become on a GPU, where their shapes allow it; bfloat16 unless given. */
+  quantization?: Quantization
+  /** Compute threads, each on a core of its own. */
+  threads?: number
+  /** Hard limit on KV memory. */
+  kvMemoryBytes?: number
+  /** When idle KV memory of a GPU is given back to the driver. */
+  kvIdleReleaseMs?: number
+  /** Pinned memory of the host for KV that a GPU has no room for. */
+  kvHostBytes?: number
+  /** Where prefixes outlive the process; the size of the offload file says how many. */
+  kvStore?: StorePlace
+  maxSequences?: number
+  /** Tokens of one step, at most. */
+  stepTokens?: number
+}
 
 export interface Place {
   backend: BackendChoice
@@ -41,14 +61,14 @@ const GPU_KV_SHARE = 0.92
 export async function choosePlace(
   path: string,
   model: Model,
-  options: EngineOptions,
+  options: PlaceOptions,
 ): Promise<Place> {
   const { device, reason, gpu } = await chooseDevice(options.device)
   if (device === 'cuda' && gpu) return onGpu(path, model, options, gpu, reason)
   return onCpu(path, model, options, reason)
 }
 
-function onCpu(path: string, model: Model, options: EngineOptions, reason: string): Place {
+function onCpu(path: string, model: Model, options: PlaceOptions, reason: string): Place {
   if (options.quantization !== undefined) {
     throw new LatticeError('usage', '--quantization is for a GPU; the CPU computes here.', {
       todo: 'Leave it out; the CPU multiplies the weights of a quantized file as they are.',
@@ -71,6 +91,8 @@ function onCpu(path: string, model: Model, options: EngineOptions, reason: strin
   }
   const cpus = computeCpus(allowedCpus(), options.threads)
   const budget = memoryBudget()
+  const mostBytes = Math.min(budget.machineBytes, budget.cgroupBytes ?? Infinity)
+  assertThere(options.kvMemoryBytes, mostBytes, 'this process may have')
   const cgroup = budget.cgroupBytes === undefined ? '' : `, cgroup limit ${mib(budget.cgroupBytes)}`
   return {
     backend: { kind: 'cpu', modelPath: path, cpus },
@@ -93,7 +115,7 @@ function onCpu(path: string, model: Model, options: EngineOptions, reason: strin
 async function onGpu(
   path: string,
   model: Model,
-  options: EngineOptions,
+  options: PlaceOptions,
   gpu: DeviceReport,
   reason: string,
 ): Promise<Place> {
@@ -116,6 +138,7 @@ async function onGpu(
       { todo: 'Give --kv-host less: it is pinned, so nobody else can have it.' },
     )
   }
+  assertThere(options.kvMemoryBytes, gpu.memoryBytes, `${gpu.name} has`)
   const { gpuKvLayout } = await import('../backends/cuda/kv-layout.ts')
   const { config } = model
   const { quantization } = options
@@ -165,6 +188,16 @@ function narrowed({ tensors }: Model, narrow: ReadonlySet<string>): string {
   return `: fp8 (e4m3, a scale a row) in blocks${but}; embedding and output as bfloat16`
 }
 
+/** @throws LatticeError `usage` for KV memory that could not be had if nobody else had any */
+function assertThere(askedBytes: number | undefined, mostBytes: number, whose: string): void {
+  if (askedBytes === undefined || askedBytes <= mostBytes) return
+  throw new LatticeError(
+    'usage',
+    `${mib(askedBytes)} of KV memory were asked for; ${whose} ${mib(mostBytes)} in all.`,
+    { todo: 'Give --kv-memory less, or leave it out.' },
+  )
+}
+
 /** What becomes bfloat16, if anything does. */
 function converted({ tensors }: Model): string {
   const matrices = [...tensors.values()].filter(({ shape }) => shape.length > 1)
@@ -173,7 +206,7 @@ function converted({ tensors }: Model): string {
 }
 
 /** About what activations, logits and the libraries' workspaces take. */
-function workBytes({ config }: Model, options: EngineOptions): number {
+function workBytes({ config }: Model, options: PlaceOptions): number {
   const { hidden, feedForward, vocab } = config
   const tokens = options.stepTokens ?? STEP_TOKENS_GPU
   const rows = Math.max(64, options.maxSequences ?? 64)

@@ -63,7 +63,7 @@ export class Sessions {
     let level: Level = 'host'
     for (let node = end; node.parent; node = node.parent) {
       const count = pagesOf(layout, columnsOf(regions, node))
-      if (node.region >= 0) pages += count
+      if (node.region >= 0 && !node.coming) pages += count
       else {
         outPages += count
         if (this.offload?.levelOf(node) === 'disk') level = 'disk'

@@ -4,7 +4,7 @@
 import { LatticeError } from '../errors.ts'
 import { clipSpans, type KvColumns, type KvSpan, spannedTokens } from '../kv/regions.ts'
 import type { PrefixCache } from '../kv/prefix.ts'
-import type { Watch } from '../kv/watches.ts'
+import type { Watch } from '../kv/prefix-node.ts'
 import { beamSpansKept, type SlotTable } from '../kv/slots.ts'
 import type { Sharing } from '../scheduler/scheduler.ts'
 import type { PinnedPrefix, SequenceRequest } from './api.ts'

@@ -1,10 +1,12 @@
 // Owns what happens when memory that was free is another process's by now, as can be on a GPU:
-// whoever was promised it waits to be computed again, the limit falls to what there is and rises
-// when there is more. Nobody else notices; who waits in vain is told so.
+// whoever was promised it waits to be computed or brought back again, the limit falls to what there
+// is and rises when there is more. Nobody else notices; who waits in vain is told so.
 
 import { present } from '../assert.ts'
 import type { KvMemory } from '../backends/backend.ts'
 import { LatticeError } from '../errors.ts'
+import type { ColdPrefixes } from '../kv/cold.ts'
+import type { KvColumns } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import { warn } from '../log.ts'
 import type { ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
@@ -12,6 +14,9 @@ import type { Sequence } from './sequence.ts'
 
 /** How often to look whether there is more memory, while there is too little. */
 const LOOK_MS = 200
+
+/** Whoever takes memory and gives it back all the time is spoken of now and then. */
+const WARN_MS = 60_000
 
 /** With nothing that runs, the first of the queue waits so long for others to give memory back. */
 const PATIENCE_MS = 10_000
@@ -22,37 +27,71 @@ export class Shortage {
   private readonly memory: Contended
   private readonly slots: SlotTable
   private readonly scheduler: Scheduler<Sequence>
+  private readonly cold: ColdPrefixes | undefined
   private readonly askedPages: number
+  /** That there are; the limit is higher while somebody still holds more than that. */
+  private pages: number
   private lookedMs = -Infinity
+  private warnedMs = -Infinity
   private idleSinceMs: number | undefined
 
-  constructor(memory: Contended, slots: SlotTable, scheduler: Scheduler<Sequence>) {
+  constructor(
+    memory: Contended,
+    slots: SlotTable,
+    scheduler: Scheduler<Sequence>,
+    cold: ColdPrefixes | undefined,
+  ) {
     this.memory = memory
     this.slots = slots
     this.scheduler = scheduler
+    this.cold = cold
     this.askedPages = slots.limitPages
+    this.pages = slots.limitPages
   }
 
-  private get short(): boolean {
+  /** There is less memory than was asked for. */
+  get short(): boolean {
     return this.slots.limitPages < this.askedPages
   }
 
   /** Of a planned step, the parts whose memory is there; the sequences of others make way. */
-  sift(parts: readonly ScheduledPart<Sequence>[]): readonly ScheduledPart<Sequence>[] {
+  sift(
+    parts: readonly ScheduledPart<Sequence>[],
+    nowMs: number,
+  ): readonly ScheduledPart<Sequence>[] {
+    const sifted = this.notice(nowMs) ? parts.filter(({ sequence }) => sequence.slot >= 0) : parts
+    if (sifted.length > 0) this.idleSinceMs = undefined
+    return sifted
+  }
+
+  /**
+   * Hears what memory was refused. What is being brought back there must not be believed to have
+   * come: so this is before anybody asks what has.
+   * @returns whether any was
+   */
+  notice(nowMs: number): boolean {
     const lacking = this.memory.lacking()
-    if (lacking.size === 0) return parts
+    if (lacking.length === 0) {
+      // What there was for those that let go since may have been found.
+      if (this.slots.limitPages > this.pages) {
+        this.limit(Math.max(this.pages, this.memory.obtainablePages(0)))
+      }
+      return false
+    }
     // The last first: so the queue keeps their order.
     for (const sequence of this.scheduler.running.toReversed()) {
       if (sequence.slot < 0) continue
       const held = this.slots.columnsHeld(sequence.slot)
-      if (held.some(({ region }) => lacking.has(region))) this.scheduler.giveWay(sequence)
+      if (!held.some((columns) => lacking.some((lack) => overlap(columns, lack)))) continue
+      this.scheduler.giveWay(sequence)
     }
-    while (this.slots.reclaim(-Infinity) >= 0);
-    // What was moved to make room, and had nowhere to go: nobody knows whose it was.
-    if (this.memory.holdsLacking) throw memoryTaken()
-    if (!this.short) warn('another process has taken GPU memory: KV makes do with what is left')
+    for (const { region } of lacking) this.cold?.undo(region)
     this.limit(this.memory.obtainablePages(0))
-    return parts.filter(({ sequence }) => sequence.slot >= 0)
+    if (nowMs - this.warnedMs > WARN_MS) {
+      warn('another process has taken GPU memory: KV makes do with what is left')
+      this.warnedMs = nowMs
+    }
+    return true
   }
 
   /**
@@ -65,26 +104,31 @@ export class Shortage {
     if (waitMs > 0) return waitMs
     this.lookedMs = nowMs
     const pages = this.memory.obtainablePages(Infinity)
-    if (pages > this.slots.limitPages) this.limit(Math.min(pages, this.askedPages))
+    if (pages > this.pages) this.limit(Math.min(pages, this.askedPages))
     return LOOK_MS
   }
 
-  /** Who is first in the queue, if nothing has run for a while because memory is another's. */
+  /** Who is first in the queue, if nothing could run for a while because memory is another's. */
   hopeless(nowMs: number): Sequence | undefined {
     const { running, waiting } = this.scheduler
-    if (!this.short || running.length > 0 || waiting.length === 0) {
-      this.idleSinceMs = undefined
-      return undefined
-    }
+    if (!this.short || waiting.length === 0) this.idleSinceMs = undefined
+    // What is on its way may run yet.
+    if (!this.short || waiting.length === 0 || running.length > 0) return undefined
     this.idleSinceMs ??= nowMs
-    if (nowMs - this.idleSinceMs < PATIENCE_MS) return undefined
-    return present(waiting[0], 'who waits')
+    const first = present(waiting[0], 'who waits')
+    const waitedMs = nowMs - Math.max(this.idleSinceMs, first.arrivedMs)
+    return waitedMs < PATIENCE_MS ? undefined : first
   }
 
   private limit(pages: number): void {
+    this.pages = pages
     this.slots.regions.limitPages = Math.max(pages, this.slots.usedPages)
     this.memory.limit(this.slots.limitPages)
   }
+}
+
+function overlap(one: KvColumns, other: KvColumns): boolean {
+  return one.region === other.region && one.first < other.end && other.first < one.end
 }
 
 /** What who waits in vain is told. */

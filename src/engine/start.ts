@@ -6,48 +6,30 @@ import { EVICTION_DEFAULT, type EvictionName } from '../kv/eviction.ts'
 import { type KvLayout, liveBytes, pagesFor, tokensIn } from '../kv/layout.ts'
 import { MAX_QUEUE_DEFAULT, MAX_SEQUENCES_DEFAULT } from '../limits.ts'
 import { stepTokensNeeded } from '../scheduler/scheduler.ts'
-import type { Quantization } from '../backends/cuda/quantization.ts'
 import { openModel } from '../model/load.ts'
 import type { ModelConfig } from '../model/model.ts'
 import type { Engine } from './api.ts'
 import type { StoreFacts, TierFacts } from '../tier/tier.ts'
 import { EngineClient } from './client.ts'
-import type { DeviceOption } from './device.ts'
 import type { Watermarks } from './offload.ts'
-import type { HostTierFacts, OffloadPlace, RingPlace, StorePlace } from './messages.ts'
-import { choosePlace, mib, type Place } from './place.ts'
+import type { HostTierFacts, OffloadPlace, RingPlace } from './messages.ts'
+import { choosePlace, mib, type Place, type PlaceOptions } from './place.ts'
 
-export interface EngineOptions {
+export interface EngineOptions extends PlaceOptions {
   /** How the API names the model. */
   modelId: string
-  device: DeviceOption
-  /** What matrices become on a GPU, where their shapes allow it; bfloat16 unless given. */
-  quantization?: Quantization
-  /** Compute threads, each on a core of its own. */
-  threads?: number
   /** Longest sequence; the model's own by default. */
   contextLength?: number
-  /** Hard limit on KV memory. */
-  kvMemoryBytes?: number
   /** How much of it cached prefixes may keep; 0, the default, is no prefix cache. */
   prefixCacheBytes?: number
-  /** When idle KV memory of a GPU is given back to the driver. */
-  kvIdleReleaseMs?: number
   prefixEviction?: EvictionName
   /** Answers are cached as prompts are. */
   prefixCacheOutput?: boolean
-  /** Pinned memory of the host for KV that a GPU has no room for. */
-  kvHostBytes?: number
   /** A file for KV that memory has no room for. */
   kvOffload?: OffloadPlace
   /** When cached prefixes go there. */
   kvWatermarks?: Watermarks
-  /** Where prefixes outlive the process; `kvOffload` says how large. */
-  kvStore?: StorePlace
-  maxSequences?: number
   maxQueue?: number
-  /** Tokens of one step, at most. */
-  stepTokens?: number
   /** Where the kernel says which clients have gone. */
   disconnects?: RingPlace
   /** Hears of what takes long, before it begins. */
@@ -206,8 +188,8 @@ function chooseContext(
     const leastBytes = pagesFor(layout, CONTEXT_MIN) * layout.shape.pageBytes
     throw new LatticeError(
       'usage',
-      `${mib(kvBytes)} of KV memory hold ${fitting} tokens, too few for any sequence.`,
-      { todo: `Give --kv-memory at least ${leastBytes}.` },
+      `${kvBytes} bytes of KV memory hold ${fitting} tokens, too few for any sequence.`,
+      { todo: `Give --kv-memory ${Math.ceil(leastBytes / 1024)}K or more.` },
     )
   }
   return asked ?? Math.min(config.contextLength, fitting)

@@ -17,9 +17,13 @@ interface Known {
   todo: string
 }
 
-const SHORTEST_WAY =
-  'Install a CUDA toolkit (12.4 or later), or the wheel of a Python environment on PATH, or name' +
-  ' the folder in LATTICE_CUDA_PATH.'
+/** @param wheel that has it, too */
+function waysTo(wheel: string): string {
+  return (
+    `Install a CUDA toolkit (12.4 or later), or in a Python environment on PATH \`pip install` +
+    ` ${wheel}\` (with a driver before 580 ${wheel}-cu12); or name its folder in LATTICE_CUDA_PATH.`
+  )
+}
 
 const KNOWN: Record<CudaLibrary, Known> = {
   driver: {
@@ -32,12 +36,12 @@ const KNOWN: Record<CudaLibrary, Known> = {
   nvrtc: {
     title: 'the CUDA run-time compiler (NVRTC)',
     files: ['libnvrtc.so.13', 'libnvrtc.so.12'],
-    todo: `${SHORTEST_WAY} The wheel is nvidia-cuda-nvrtc.`,
+    todo: waysTo('nvidia-cuda-nvrtc'),
   },
   cublaslt: {
     title: "CUDA's matrix library (cuBLASLt)",
     files: ['libcublasLt.so.13', 'libcublasLt.so.12'],
-    todo: `${SHORTEST_WAY} The wheel is nvidia-cublas.`,
+    todo: waysTo('nvidia-cublas'),
   },
 }
 

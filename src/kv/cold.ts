@@ -20,6 +20,8 @@ export class ColdPrefixes implements Outlet {
   readonly moving = new Map<KvColumns, Uint32Array | undefined>()
   /** Written out, to stay in memory. */
   private readonly copying = new Set<PrefixNode>()
+  /** By region: what is being read there. Undone is what stays outside all the same. */
+  private readonly coming = new Map<number, { undone: boolean }>()
   /** Columns that become free, or may, when they have been written. */
   private leavingColumns = 0
 
@@ -108,8 +110,16 @@ export class ColdPrefixes implements Outlet {
     }
     this.load({ region, first, end }, nodes, path)
     this.cache.letGo(parent)
-    this.fetches++
     return true
+  }
+
+  /**
+   * There is no memory in a region for what comes there: it stays outside, as if it was not asked
+   * for, once what is under way has ended.
+   */
+  undo(region: number): void {
+    const coming = this.coming.get(region)
+    if (coming) coming.undone = true
   }
 
   /** What is kept in memory for transfers alone. */
@@ -194,12 +204,20 @@ export class ColdPrefixes implements Outlet {
     this.begin(columns, undefined)
     this.regions.mover.grow?.(columns.region, columns.first, columns.end)
     this.regions.leave(columns.region)
+    const coming = { undone: false }
+    this.coming.set(columns.region, coming)
     this.transfers.begin('load', columns, places, (error) => {
-      for (const node of nodes) this.cache.arrived(node)
+      this.coming.delete(columns.region)
       if (error) {
+        for (const node of nodes) this.cache.arrived(node)
         this.lost++
         const [top] = nodes
         if (top && !top.gone) this.cache.forgetAll(top)
+      } else if (coming.undone) {
+        for (const node of nodes.toReversed()) this.cache.coolDown(node)
+      } else {
+        for (const node of nodes) this.cache.arrived(node)
+        this.fetches++
       }
       for (const held of [columns, ...path]) this.end(held)
       this.cache.keepBudget()

@@ -40,6 +40,8 @@ export interface Image {
   /** Transfers under way. */
   pending: number
   failed: boolean
+  /** Memory was refused for what was coming: the slots that it was to fill are of no use. */
+  refused: boolean
   dropped: boolean
 }
 
@@ -71,7 +73,12 @@ export function partsOf(table: SlotTable, slots: readonly number[], tokens: numb
   // A sequence that goes alone comes back to one region, whatever it shared before.
   const alone = slots.length === 1
   const common = alone ? columnsFor(layout, tokens) : commonColumns(layout, contents)
-  const shown = slots.map((slot) => table.shownBy(slot, tokens))
+  // Of those that go together, the first one holds more than it maps, as others shared that with
+  // it; what comes back is what is mapped.
+  const shown = slots.map((slot) => {
+    const now = table.shownBy(slot, tokens)
+    return alone ? now : { ...now, beam: true }
+  })
   // What stays ends with a column and with a token: none is copied when the rest is back.
   const whole = Math.min(first, common, fullColumns(layout, tokens))
   first = tokenAlignedColumn(layout, whole)

@@ -3,7 +3,13 @@
 
 import type { Evictable } from './eviction-queue.ts'
 import type { KvSpan } from './regions.ts'
-import type { Watch } from './watches.ts'
+
+/** Somebody wants to know when these tokens are not cached any more. */
+export interface Watch {
+  id: string
+  /** In tokens. */
+  length: number
+}
 
 export interface PrefixNode extends Evictable {
   /** No other node has had it. */

@@ -165,17 +165,12 @@ export class PrefixCache {
 
   /** Takes out of memory what is in its places too. */
   demote(node: PrefixNode): void {
-    assert(node.region >= 0 && node.places && node.warm === 0, 'the end of what is in memory goes')
-    const parent = present(node.parent, 'a parent')
     if (this.queue.has(node)) this.queue.remove(node)
     this.queue.went(node)
     const before = this.regions.usedPages
-    this.regions.drop(columnsOf(this.regions, node), 'cache')
-    node.region = -1
-    parent.warm--
+    this.coolDown(node)
     this.demotions++
     this.onGone('demote', before - this.regions.usedPages)
-    if (mayGo(parent)) this.queue.add(parent)
   }
 
   /** Keeps a node from going, whatever follows it, until it is let go. */
@@ -187,6 +182,17 @@ export class PrefixCache {
   letGo(node: PrefixNode): void {
     node.pins--
     if (mayGo(node)) this.queue.add(node)
+  }
+
+  /** The end of what is in memory, or was coming there, is only in its places from now on. */
+  coolDown(node: PrefixNode): void {
+    assert(node.region >= 0 && node.places && node.warm === 0, 'the end of what is in memory goes')
+    const parent = present(node.parent, 'a parent')
+    this.regions.drop(columnsOf(this.regions, node), 'cache')
+    node.region = -1
+    node.coming = false
+    parent.warm--
+    if (mayGo(parent)) this.queue.add(parent)
   }
 
   /** What was coming is there. */

@@ -333,12 +333,14 @@ export class SlotTable {
 
   /**
    * The sequence has ended: its slot turns warm, or free if others use its pages or it others'.
-   * @param sinceMs now, or -Infinity if no successor is in sight: then it is reclaimed first
+   * @param sinceMs now, -Infinity if no successor is in sight: then it is reclaimed first; or
+   *   'gone' if some of its pages are not there: then it is free at once
    */
-  retire(slot: number, sinceMs: number): void {
+  retire(slot: number, sinceMs: number | 'gone'): void {
     const held = this.slot(slot)
     assert(held.state === 'held', 'only a held slot retires')
-    if (held.shared.length > 0 || this.regions.holds(held.region) > held.end - held.first) {
+    const { region, first, end, shared } = held
+    if (sinceMs === 'gone' || shared.length > 0 || this.regions.holds(region) > end - first) {
       this.free(slot)
       return
     }

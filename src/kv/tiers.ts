@@ -17,7 +17,7 @@ import {
   shownIn,
   tokensBefore,
 } from './image.ts'
-import { clipSpans, type KvColumns, spannedColumns } from './regions.ts'
+import { clipSpans, type KvColumns, mergeSpans, sharedColumns, spannedColumns } from './regions.ts'
 import type { SlotTable } from './slots.ts'
 import type { TransferKind, Transfers } from './transfers.ts'
 
@@ -69,13 +69,14 @@ export class Tiers {
     const places = this.transfers.places.take(columnsIn(parts.pieces))
     if (!places) return undefined
     const [slot = -1] = slots
-    const shared = clipSpans(table.spansOf(slot, tokens), tokensBefore(layout, parts.first))
-    table.pin(shared)
+    const all = clipSpans(table.spansOf(slot, tokens), tokensBefore(layout, parts.first))
+    // As slots will show it that come back: they hold no more than that.
+    const shared = mergeSpans(layout, all)
     const image: Image = {
       state: 'leaving',
       tokens,
       shared,
-      pinned: true,
+      pinned: false,
       parts,
       places,
       slots,
@@ -83,9 +84,11 @@ export class Tiers {
       sinceMs: this.transfers.nowMs,
       pending: 0,
       failed: false,
+      refused: false,
       dropped: false,
     }
     this.images.add(image)
+    this.pin(image)
     this.transfer(image, 'save', parts.pieces)
     // Nothing to write: all of it stays in memory for others.
     if (image.pending === 0) this.settle(image)
@@ -101,7 +104,7 @@ export class Tiers {
     assert(image.state === 'out' && image.pinned, 'what comes back was out')
     const { slots: table } = this
     const { layout } = table
-    const { parts, shared } = image
+    const { parts } = image
     if (table.freeSlots < parts.shown.length) return undefined
     const regions = this.takeRegions(regionsOf(parts))
     if (!regions) return undefined
@@ -112,19 +115,23 @@ export class Tiers {
     image.slots = slots
     const own = new Set(shown.map(({ region }) => region))
     for (const region of regions.values()) if (!own.has(region)) table.regions.leave(region)
-    table.unpin(shared)
-    image.pinned = false
+    this.unpin(image)
     image.failed = false
+    image.refused = false
     image.state = 'coming'
     this.transfer(image, 'load', pieces)
     if (image.pending === 0) this.settle(image)
     return slots
   }
 
-  /** What is coming shall not run after all: its slot is the image's again until it is out. */
-  stop(image: Image): void {
+  /**
+   * What is coming shall not run after all: its slot is the image's again until it is out.
+   * @param refused there is no memory for all of it
+   */
+  stop(image: Image, refused: boolean): void {
     assert(image.state === 'coming', 'what is stopped was coming')
     image.state = 'leaving'
+    image.refused = refused
   }
 
   /** Forgets an image, at once or when what is under way has ended. */
@@ -148,9 +155,7 @@ export class Tiers {
 
   /** What images keep in memory. */
   *holds(): Generator<KvColumns> {
-    for (const { pinned, shared } of this.images) {
-      if (pinned && shared.length > 0) yield* spannedColumns(this.slots.layout, shared)
-    }
+    for (const image of this.images) if (image.pinned) yield* this.kept(image)
   }
 
   *placesHeld(): Generator<Uint32Array> {
@@ -195,18 +200,31 @@ export class Tiers {
     const { slots, failed, dropped, state } = image
     image.slots = []
     if (state === 'coming' && !failed) return this.forget(image, 'back')
-    if (!image.pinned && !dropped && !failed) {
-      table.pin(image.shared)
-      image.pinned = true
-    }
-    for (const slot of slots) table.retire(slot, -Infinity)
+    if (!image.pinned && !dropped && !failed) this.pin(image)
+    for (const slot of slots) table.retire(slot, image.refused ? 'gone' : -Infinity)
     if (dropped || failed) this.forget(image, 'lost')
     else image.state = 'out'
   }
 
-  private forget(image: Image, state: 'back' | 'lost'): void {
-    if (image.pinned) this.slots.unpin(image.shared)
+  private pin(image: Image): void {
+    for (const columns of this.kept(image)) this.slots.regions.hold(columns, 'live')
+    image.pinned = true
+  }
+
+  private unpin(image: Image): void {
+    for (const columns of this.kept(image)) this.slots.regions.drop(columns, 'live')
     image.pinned = false
+  }
+
+  /** What slots hold of what stays in memory: beams that were forked only what they map. */
+  private kept({ shared, parts }: Image): KvColumns[] {
+    const { layout } = this.slots
+    const forked = parts.shown.every(({ beam }) => beam)
+    return forked ? sharedColumns(layout, shared) : spannedColumns(layout, shared)
+  }
+
+  private forget(image: Image, state: 'back' | 'lost'): void {
+    if (image.pinned) this.unpin(image)
     this.transfers.places.give(image.places)
     this.images.delete(image)
     image.state = state

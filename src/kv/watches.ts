@@ -2,13 +2,7 @@
 // with the node that its last token lies in, for as long as that is there.
 
 import { present } from '../assert.ts'
-import type { PrefixNode } from './prefix-node.ts'
-
-export interface Watch {
-  id: string
-  /** In tokens. */
-  length: number
-}
+import type { PrefixNode, Watch } from './prefix-node.ts'
 
 export class WatchTable {
   private readonly roots: ReadonlyMap<string, PrefixNode>

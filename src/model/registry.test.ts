@@ -387,6 +387,14 @@ test('a name that is nothing lists what is there', async () => {
   assert.match(error.todo ?? '', /The store is empty/)
 })
 
+test('a repository of Hugging Face without its prefix is an unknown name', async () => {
+  for (const find of [resolveModel, pull]) {
+    const error = await refusal(find('Owner/A-Model', quick()))
+    assert.deepEqual([error.code, error.exitCode], ['model_not_found', 3])
+    assert.match(error.todo ?? '', /From Hugging Face it is hf:Owner\/A-Model\./)
+  }
+})
+
 test('sources that could be mistaken for options or leave the store are refused', () => {
   const bad = [
     'pypi:--index-url=x',

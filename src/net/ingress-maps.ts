@@ -111,5 +111,3 @@ export const COUNTERS = [
 ] as const
 export const COUNTERS_MAX = 32
 export const COUNTERS_BY_CODE = 16
-
-export type CounterName = (typeof COUNTERS)[number]

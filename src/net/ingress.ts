@@ -167,10 +167,6 @@ export class Ingress {
     this.tenants.setBigUint64(at + TENANT.nsPerToken1024, price, true)
   }
 
-  removeTenant(index: number): void {
-    this.tenants.setBigUint64(index * TENANT.bytes + TENANT.nsPerToken1024, 0n, true)
-  }
-
   setMaxRunning(requests: number): void {
     this.control.setUint32(CONTROL.liveMax, requests, true)
   }

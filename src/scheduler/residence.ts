@@ -72,21 +72,14 @@ export class Residence<S extends Schedulable> {
 
   /**
    * Pages of those that go together are moved out, or given back if they are sooner computed again.
-   * @param beginsAgain what they have is of no use to them
+   * What was on its way back to them has never left where it was.
+   * @param refused not all of the memory that they were given is there
    * @returns whether they are moved
    */
-  vacate(members: readonly S[], beginsAgain: boolean): boolean {
-    const before = present(members[0], 'a member').image
-    if (beginsAgain && before) {
-      for (const member of members) {
-        this.forgetImage(member, before)
-        member.computed = 0
-      }
-      return false
-    }
-    const image = beginsAgain ? undefined : this.moveOut(members)
+  vacate(members: readonly S[], refused: boolean): boolean {
+    const image = this.moveOut(members, refused)
     for (const member of members) {
-      if (!image) this.slots.retire(member.slot, -Infinity)
+      if (!image) this.slots.retire(member.slot, refused ? 'gone' : -Infinity)
       this.preemptions[image ? 'offload' : 'recompute']++
       member.preemptions++
       member.image = image
@@ -112,13 +105,13 @@ export class Residence<S extends Schedulable> {
     return this.slots.reclaim(Infinity) >= 0 || this.sharing.evict()
   }
 
-  private moveOut(members: readonly S[]): Image | undefined {
+  private moveOut(members: readonly S[], refused: boolean): Image | undefined {
     const { computed, promptLength, image } = present(members[0], 'a member')
     if (!this.preemption) return undefined
     const { tiers } = this.preemption
     // It was on its way back.
-    if (image) tiers.stop(image)
-    if (image || computed === 0) return image
+    if (image) tiers.stop(image, refused)
+    if (image || refused || computed === 0) return image
     const slots = members.map(({ slot }) => slot)
     const parts = tiers.partsOf(slots, computed)
     if (!parts) return undefined

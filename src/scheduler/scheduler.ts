@@ -51,6 +51,8 @@ export class Scheduler<S extends Schedulable> {
   /** Sequences that made room and had to be computed again: writing or reading failed. */
   imagesLost = 0
   private readonly slots: SlotTable
+  /** Of the slots; there may be less of late, and more again. */
+  private readonly limitPages: number
   private readonly options: SchedulerOptions
   private readonly sharing: Sharing<S>
   private readonly preemption: Preemption | undefined
@@ -75,6 +77,7 @@ export class Scheduler<S extends Schedulable> {
       'every sequence can decode in every step, and a prompt advance beside them',
     )
     this.slots = slots
+    this.limitPages = slots.limitPages
     this.options = options
     this.sharing = sharing
     this.preemption = preemption
@@ -295,7 +298,6 @@ export class Scheduler<S extends Schedulable> {
   /** @throws LatticeError if a unit could never be let in, or not come to its end alone */
   checkUnit({ width, pagesMost }: SchedulingUnit<S>): void {
     const { maxSequences } = this.options
-    const { limitPages } = this.slots
     if (width > maxSequences) {
       throw new LatticeError(
         'invalid_request',
@@ -306,14 +308,14 @@ export class Scheduler<S extends Schedulable> {
         },
       )
     }
-    if (pagesMost <= limitPages) return
+    if (pagesMost <= this.limitPages) return
     throw this.tooLarge({ width, pagesMost })
   }
 
   /** Why a unit cannot run: what is pinned is not its to have. */
   tooLarge({ width, pagesMost }: Pick<SchedulingUnit<S>, 'width' | 'pagesMost'>): LatticeError {
-    const { layout, limitPages } = this.slots
-    const { pageBytes } = layout.shape
+    const { limitPages } = this
+    const { pageBytes } = this.slots.layout.shape
     const available = this.slots.availablePages() * pageBytes
     return new LatticeError(
       'kv_memory_exhausted',
@@ -394,20 +396,20 @@ export class Scheduler<S extends Schedulable> {
     return members.reduce((sum, { slot, length }) => sum + this.slots.missingPages(slot, length), 0)
   }
 
-  /** Memory that it was given is not there: it waits, to be computed again. */
+  /** Memory that it was given is not there: it waits, to be computed or brought back again. */
   giveWay(sequence: S): void {
     this.preempt(sequence, true)
   }
 
   /** Sends a sequence, and those that go with it, back to the queue's front. */
-  private preempt(sequence: S, beginsAgain = false): void {
+  private preempt(sequence: S, refused = false): void {
     const members = membersOf(sequence)
     const first = present(members[0], 'a member')
     for (const member of members) {
       this.sharing.preempted?.(member)
       this.running.splice(this.running.indexOf(member), 1)
     }
-    if (!this.residence.vacate(members, beginsAgain)) sequence.unit?.restart()
+    if (!this.residence.vacate(members, refused)) sequence.unit?.restart()
     this.waiting.unshift(first)
   }
 

@@ -2,7 +2,9 @@
 
 import { randomUUID } from 'node:crypto'
 import { Hono, type Next } from 'hono'
+import { cors } from 'hono/cors'
 import { LatticeError } from '../errors.ts'
+import { version } from '../version.ts'
 import type { Authenticator } from './auth.ts'
 import type { RouteContext, RouteEnv, ServerContext } from './context.ts'
 import { errorResponse } from './errors.ts'
@@ -22,7 +24,12 @@ type Route = readonly [method: 'GET' | 'POST' | 'DELETE', path: string, handler:
 const MODEL_PATH = '/v1/models/:id{.+}'
 const PREFIX_PATH = '/v1/prefixes/:id'
 
-export function createApp(context: ServerContext, auth: Authenticator): Hono<RouteEnv> {
+/** @param origins of web pages that may ask from a browser; '*' is any */
+export function createApp(
+  context: ServerContext,
+  auth: Authenticator,
+  origins: readonly string[] = [],
+): Hono<RouteEnv> {
   const routes: readonly Route[] = [
     ['GET', '/', (c) => c.json({ model: context.engine.model.id, endpoints: endpoints(routes) })],
     ['POST', '/v1/chat/completions', chat(context)],
@@ -37,6 +44,7 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['POST', '/v1/sessions/:id/reload', moveSession(context, 'reload')],
     ['POST', '/tokenize', tokenize(context)],
     ['POST', '/detokenize', detokenize(context)],
+    ['GET', '/version', (c) => c.json({ version: version() })],
     ['GET', '/livez', livez],
     ['GET', '/readyz', readyz(context)],
     ['GET', '/health', readyz(context)],
@@ -49,11 +57,22 @@ export function createApp(context: ServerContext, auth: Authenticator): Hono<Rou
     ['DELETE', '/debug/net', netDetach(context)],
   ]
   const app = new Hono<RouteEnv>()
+  // First: a browser asks whether it may ask without any key.
+  if (origins.length > 0) app.use(cors(corsOf(origins)))
   app.use(around(context, auth, new Set(routes.map(([, path]) => path))))
   for (const [method, path, handler] of routes) app.on(method, path, handler)
   app.notFound((c) => errorResponse(c, notFound(c, routes)))
   app.onError((error, c) => errorResponse(c, error))
   return app
+}
+
+function corsOf(origins: readonly string[]): Parameters<typeof cors>[0] {
+  return {
+    origin: origins.includes('*') ? '*' : [...origins],
+    allowMethods: ['GET', 'POST', 'DELETE'],
+    exposeHeaders: ['X-Request-Id', 'Retry-After'],
+    maxAge: 3600,
+  }
 }
 
 function around(context: ServerContext, auth: Authenticator, paths: ReadonlySet<string>) {

@@ -4,7 +4,9 @@ import { createHash, timingSafeEqual } from 'node:crypto'
 import { LatticeError } from '../errors.ts'
 
 /** Routes that answer without a key: probes and scrapers have none, and they reveal no text. */
-const OPEN_PATHS: ReadonlySet<string> = new Set(['/', '/livez', '/readyz', '/health', '/metrics'])
+const OPEN_PATHS: ReadonlySet<string> = new Set([
+  ...['/', '/version', '/livez', '/readyz', '/health', '/metrics'],
+])
 
 /** Hex digits of a key's SHA-256 that name its tenant: unique in practice, useless to a thief. */
 const TENANT_DIGITS = 12

@@ -260,3 +260,38 @@ test('an engine that does not answer makes the server unready, not silent', asyn
   const metrics = await (await fetch(`${server.url}/metrics`)).text()
   assert.match(metrics, /lattice_engine_up 0/)
 })
+
+test('a web page may ask that was not allowed to, or one that was may not', async () => {
+  const here = 'http://localhost:3000'
+  await using server = await fakeServer({}, { apiKeys: ['alpha'], allowOrigins: [here] })
+  await using open = await fakeServer({}, { allowOrigins: ['*'] })
+  await using shut = await fakeServer()
+  const allowed = async (url: string, method: string, origin: string): Promise<string | null> => {
+    const asks = { 'access-control-request-method': 'POST' }
+    const headers = { origin, ...(method === 'OPTIONS' ? asks : {}) }
+    const { headers: told } = await fetch(`${url}${CHAT}`, { method, headers })
+    return told.get('access-control-allow-origin')
+  }
+  for (const method of ['OPTIONS', 'GET']) {
+    assert.equal(await allowed(server.url, method, here), here, 'an error can be read, too')
+    assert.equal(await allowed(server.url, method, 'http://elsewhere'), null)
+    assert.equal(await allowed(open.url, method, 'http://elsewhere'), '*')
+    assert.equal(await allowed(shut.url, method, here), null)
+  }
+  const headers = {
+    origin: here,
+    authorization: 'Bearer alpha',
+    'content-type': 'application/json',
+  }
+  const body = JSON.stringify({ ...BODY, stream: true })
+  const answer = await fetch(`${server.url}${CHAT}`, { method: 'POST', headers, body })
+  assert.equal(answer.headers.get('access-control-allow-origin'), here)
+  assert.match(answer.headers.get('access-control-expose-headers') ?? '', /x-request-id/i)
+  assert.match(await answer.text(), /\[DONE\]/)
+})
+
+test('nobody can ask which version this is', async () => {
+  await using server = await fakeServer({}, { apiKeys: ['alpha'] })
+  const { version } = (await (await fetch(`${server.url}/version`)).json()) as { version: string }
+  assert.match(version, /^\d+\.\d+\.\d+/)
+})

@@ -26,6 +26,8 @@ export interface ServerOptions {
   port: number
   /** None lets everyone in. */
   apiKeys?: readonly string[]
+  /** Of web pages that may ask from a browser; '*' is any. */
+  allowOrigins?: readonly string[]
   /** Other servers may listen on the port too: a connection goes to who has the least to do. */
   sharePort?: boolean
   /** The datagram path, which `lattice net` controls through this server; the caller's to close. */
@@ -62,7 +64,7 @@ export async function startServer(options: ServerOptions): Promise<Server> {
     kernelDisconnect: options.kernelDisconnect,
     draining: false,
   }
-  const app = createApp(context, authenticator(options.apiKeys ?? []))
+  const app = createApp(context, authenticator(options.apiKeys ?? []), options.allowOrigins)
   const listener = getRequestListener(app.fetch, {
     hostname: options.host,
     errorHandler: unreadableRequest,

@@ -133,3 +133,12 @@ test('a template runs for ever', () => {
   const source = '{% for i in range(1000000000) %}x{% endfor %}'
   assert.throws(() => render(source), refusal('template_invalid', /range/))
 })
+
+test('a template that writes no tools is believed to, or one that does not to', () => {
+  const takes = (source: string, toolUse?: string) =>
+    compileChatTemplate(source, { toolUse, tokens }).takesTools
+  assert.equal(takes('{{ messages[0].content }}'), false)
+  assert.equal(takes('{% if tools %}{{ tools }}{% endif %}'), true)
+  assert.equal(takes('{% for call in message.tool_calls or [] %}{% endfor %}'), false)
+  assert.equal(takes('plain', '{{ tools }}'), true)
+})

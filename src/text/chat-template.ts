@@ -28,7 +28,7 @@ export interface ChatMessage {
 }
 
 export interface RenderOptions {
-  /** Functions the model may call, as OpenAI's API describes them. */
+  /** Functions the model may call, as OpenAI's API describes them; for one that takes them. */
   tools?: readonly unknown[]
   /** Ends with the opening of the assistant's turn. */
   addGenerationPrompt?: boolean
@@ -37,6 +37,8 @@ export interface RenderOptions {
 }
 
 export interface ChatTemplate {
+  /** It writes `tools`; a model whose template does not would never hear of them. */
+  readonly takesTools: boolean
   /**
    * @throws LatticeError `template_invalid` if the template refuses the conversation or cannot be
    *   run, `invalid_request` for content that is not text
@@ -64,6 +66,7 @@ export function compileChatTemplate(source: string, context: TemplateContext): C
   const plain = parseTemplate(source)
   const withTools = context.toolUse === undefined ? plain : parseTemplate(context.toolUse)
   return {
+    takesTools: /\btools\b/.test(context.toolUse ?? source),
     render(messages, options = {}) {
       const program = options.tools === undefined ? plain : withTools
       const run = (structured: boolean): string =>

@@ -1,7 +1,10 @@
 // Catches a `lattice run` that mixes other words into its answer, loses stdin, or hangs on Ctrl-C.
 
 import assert from 'node:assert/strict'
+import { mkdirSync } from 'node:fs'
+import { join } from 'node:path'
 import { test } from 'node:test'
+import { temporaryDirectory } from '../support/temporary.ts'
 import { lattice, start } from './lattice.ts'
 
 test('stdout carries the answer only', async () => {
@@ -9,6 +12,19 @@ test('stdout carries the answer only', async () => {
   assert.equal(code, 0)
   assert.equal(stdout, '[user:why sky;] w0 w1 w2\n')
   assert.match(stderr, /stopped after 3 tokens/)
+})
+
+test('a model that is named as other programs want it is taken for a word in silence', async () => {
+  const home = temporaryDirectory('home')
+  mkdirSync(join(home, 'models', 'tiny-model'), { recursive: true })
+  const run = (...words: string[]) =>
+    lattice(['run', ...words, '--max-tokens', '1'], { env: { LATTICE_HOME: home } })
+  const { stdout, stderr } = await run('tiny-model', 'hi')
+  assert.equal(stdout, '[user:tiny-model hi;] w0\n')
+  assert.match(stderr, /warning: .*tiny-model was read as a word .* --model tiny-model/)
+  for (const words of [['tiny-model'], ['another', 'model'], ['a', 'b', '--model', 'tiny-model']]) {
+    assert.doesNotMatch((await run(...words)).stderr, /was read as/)
+  }
 })
 
 test('a prompt comes from stdin, behind a system message', async () => {

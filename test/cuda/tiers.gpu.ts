@@ -1,5 +1,6 @@
 // Catches KV that does not come back to a real GPU as it went: through memory of the host, through
-// a disk, under a sequence in the middle of its answer, under many that push each other out.
+// a disk, under a sequence in the middle of its answer, under many that push each other out, or
+// beside somebody who takes the memory that it comes back to.
 
 import assert from 'node:assert/strict'
 import { join } from 'node:path'
@@ -17,6 +18,7 @@ import { Golden } from '../arch/golden.ts'
 import { HashingBackend } from '../support/hashing-backend.ts'
 import { MemoryDisk } from '../support/memory-disk.ts'
 import { Bench, sequenceRequest, VOCAB } from '../support/null-engine.ts'
+import { countUndone, moveSome, type Undone } from '../support/reloads.ts'
 import { loads, runLoad } from '../support/sharing-load.ts'
 import { Random } from './gpu.ts'
 import { realGpu } from './real-gpu.ts'
@@ -72,6 +74,82 @@ test('a column goes astray on a real GPU', { skip }, (t) => {
   )
   t.diagnostic(JSON.stringify({ ...seen, ...did }))
   assert.ok(did.demotions > 3 && did.spilled > 3, JSON.stringify(did))
+})
+
+/** Somebody who has, in an instant, all memory of the GPU that is free. */
+class Hog {
+  private readonly driver: NativeCuda
+  private taken: number[] = []
+
+  constructor(driver: NativeCuda) {
+    this.driver = driver
+  }
+
+  take(): void {
+    for (const bytes of [1 << 30, 64 << 20, 2 << 20]) {
+      while (this.driver.memoryInfo().freeBytes >= bytes) {
+        try {
+          this.taken.push(this.driver.allocate(bytes))
+        } catch (thrown) {
+          // What is free is not always to be had.
+          assert.match(String(thrown), /OUT_OF_MEMORY/)
+          break
+        }
+      }
+    }
+  }
+
+  giveBack(): void {
+    for (const address of this.taken.splice(0)) this.driver.free(address)
+  }
+}
+
+test('memory refused to what comes back to a real GPU changes tokens', { skip }, (t) => {
+  const seen = { hits: 0, preemptions: 0, saved: 0 }
+  const undone: Undone = { sequences: 0, prefixes: 0 }
+  fc.assert(
+    fc.property(loads, fc.nat(), fc.constantFrom(1, 8), (load, seed, shareColumns) => {
+      const random = new Random(seed)
+      const kvPages = load.kvPages + 2 * shareColumns
+      const kv = { ...KV, shareColumns }
+      const stepTokens = load.maxSequences + load.extraBudget
+      const { maxSequences } = load
+      const sizes = { vocab: VOCAB, contextLength: 80, maxSequences, stepTokens, kvPages, kv }
+      const gpu = new HashingBackend(realGpu(driver!), { ...sizes, tier: { frames: 160 } })
+      const hog = new Hog(driver!)
+      try {
+        const watermarks = { high: 0.2, low: 0.1 }
+        const moved = { greedy: true, watermarks, comeBack: 'moved' } as const
+        const engine = new Bench(gpu, { ...load, kvPages, ...moved })
+        countUndone(engine, undone)
+        runLoad(engine, { ...load, kvPages }, seen, () => {
+          gpu.kv.check()
+          ;(gpu.kv.tier as HostTier).places.check()
+          engine.nowMs += 30
+          // Idle memory goes back at once: whoever comes back asks for it again.
+          gpu.kv.settle(engine.nowMs)
+          const now = random.below(6)
+          if (now === 0) hog.take()
+          if (now === 1) hog.giveBack()
+          if (random.below(8) === 0) moveSome(engine, random)
+        })
+        assert.equal(engine.core.snapshot().tier?.lost, 0, 'what was outside is there still')
+        hog.giveBack()
+        for (const _ of [1, 2]) {
+          engine.nowMs += 1000
+          gpu.kv.drain()
+          engine.step()
+        }
+        assert.equal(engine.core.snapshot().kv.limitPages, kvPages, 'the limit is what it was')
+      } finally {
+        hog.giveBack()
+        gpu.close()
+      }
+    }),
+    { seed: 23, numRuns: 12, endOnFailure: true },
+  )
+  t.diagnostic(JSON.stringify({ ...seen, ...undone }))
+  assert.ok(undone.sequences + undone.prefixes > 3, JSON.stringify(undone))
 })
 
 /** 100 prompts of a model's own sequences, of 1 to 300 tokens. */

@@ -52,7 +52,8 @@ test('options that contradict the model, the memory or each other are bent', asy
   const refused: [Partial<EngineOptions>, RegExp][] = [
     [{ contextLength: 257, kvMemoryBytes: HALF }, /context of 257 .* hold 256 tokens/],
     [{ contextLength: 513 }, /context of 513 .* trained for 512/],
-    [{ kvMemoryBytes: 4096 }, /hold 0 tokens/],
+    [{ kvMemoryBytes: 4096 }, /4096 bytes .* hold 0 tokens/],
+    [{ kvMemoryBytes: 2 ** 50 }, /1048576.0 GiB of KV memory .* this process may have .* in all/],
     [{ maxSequences: 64, stepTokens: 32 }, /step of 32 tokens .* 64 sequences/],
     [{ threads: 1000 }, /1000 threads/],
     [{ prefixCacheBytes: 4096 }, /4096 bytes holds no prompt: .* 64 tokens/],

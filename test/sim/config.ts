@@ -40,6 +40,8 @@ export interface SimConfig {
   rates: ReadonlyMap<string, number>
   /** The backend chooses tokens, and steps are queued before the last one's are known. */
   ahead: boolean
+  /** Another process takes memory, and gives it back. */
+  contended: boolean
 }
 
 export function drawConfig(random: Random, operations: readonly Operation[]): SimConfig {
@@ -52,6 +54,9 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
   const alone = pagesFor(layout, layout.shape.maxTokens)
   const spare = (alone / layout.ranges) * random.pick([0.2, 0.5, 1, slots])
   const kvPages = alone + layout.ranges * random.below(Math.ceil(spare))
+  const rates = new Map(
+    operations.map(({ name, rate }) => [name, rate * random.pick([0, 0.3, 1, 1, 1, 3])]),
+  )
   return {
     vocab,
     layout,
@@ -78,10 +83,9 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
       Array.from({ length: random.between(1, 9) }, () => random.below(vocab)),
     ),
     sequencesMax: random.between(2, 4 * slots),
-    rates: new Map(
-      operations.map(({ name, rate }) => [name, rate * random.pick([0, 0.3, 1, 1, 1, 3])]),
-    ),
+    rates,
     ahead: random.chance(0.5),
+    contended: random.chance(0.5) && (rates.get('give back') ?? 0) > 0,
   }
 }
 

@@ -2,8 +2,9 @@
 // of a reader that reads all of a sequence as attention would.
 
 import { assert } from '../../src/assert.ts'
-import { extendHash, NullKvMemory } from '../../src/backends/null/kv-memory.ts'
+import { extendHash, type NullColumn, NullKvMemory } from '../../src/backends/null/kv-memory.ts'
 import { fullColumns, type KvSpan, spannedTokens } from '../../src/kv/regions.ts'
+import type { ContendedColumns } from './contended.ts'
 import type { Insides } from './insides.ts'
 
 /** What a sequence of no tokens hashes to: another number for each tenant. */
@@ -24,6 +25,10 @@ export function digestOf(salt: number, tokens: ArrayLike<number>, count: number)
 }
 
 export class SimMemory extends NullKvMemory {
+  /** Set where another process takes memory, too. */
+  contended?: ContendedColumns
+  /** Columns that were brought back to where there was no memory. */
+  broughtBackInVain = 0
   /** By slot: the salt of the tenant whose sequence is in it. */
   readonly salts: Uint32Array = new Uint32Array(this.slots)
   /** Called before memory is moved; may throw, as a kernel out of mappings does. */
@@ -49,6 +54,27 @@ export class SimMemory extends NullKvMemory {
   override discard(region: number, first: number, end: number): void {
     this.onMove('discard')
     super.discard(region, first, end)
+    this.contended?.discard(region, first, end)
+  }
+
+  override grow(region: number, first: number, end: number): void {
+    super.grow(region, first, end)
+    this.contended?.grow(region, first, end)
+  }
+
+  override restore(region: number, column: number, parts: NullColumn): void {
+    if (!this.lost(region, column)) return super.restore(region, column, parts)
+    this.broughtBackInVain++
+    super.restore(region, column, new Map([...parts].map(([part, hash]) => [part, ~hash])))
+  }
+
+  protected override put(region: number, position: number, column: number, hash: number): void {
+    super.put(region, position, column, this.lost(region, column) ? ~hash : hash)
+  }
+
+  /** There is no memory for it: nobody finds what is written there. */
+  private lost(region: number, column: number): boolean {
+    return this.contended !== undefined && !this.contended.isThere(region, column)
   }
 
   /** A hash over what all of a slot's rows up to `tokens` hold, read wherever they are mapped. */

@@ -14,6 +14,7 @@ import { SimBackend } from './backend.ts'
 import type { SimConfig } from './config.ts'
 import type { PrefixNode } from '../../src/kv/prefix-node.ts'
 import { type Insides, insidesOf, tokensOf } from './insides.ts'
+import { ContendedColumns } from './contended.ts'
 import { digestOf, saltOf, SimMemory } from './memory.ts'
 import type { Failure } from './operations/fail.ts'
 import { ExpectedBeam } from './oracle-beams.ts'
@@ -45,6 +46,9 @@ export interface Coverage {
   demotions: number
   fetches: number
   restarts: number
+  /** Columns for which memory was refused, and those that were being brought back. */
+  refusals: number
+  inVain: number
 }
 
 /** Steps beyond its share of the work that a sequence may take. */
@@ -77,6 +81,8 @@ export class World implements CoreSink {
     demotions: 0,
     fetches: 0,
     restarts: 0,
+    refusals: 0,
+    inVain: 0,
   }
   core!: EngineCore
   backend!: SimBackend
@@ -98,6 +104,8 @@ export class World implements CoreSink {
   /** Steps in a row that did nothing although there are sequences. */
   private waited = 0
   private slownessMax = 1
+  /** Steps that shortages may have cost those that were there. */
+  private stepsShort = 0
   private wasDead = false
   private aborting = -1
   private refusing = -1
@@ -229,9 +237,10 @@ export class World implements CoreSink {
     } else if (reason === 'error') {
       const poisoned = this.backend.fault === 'nan' && error?.code === 'backend_failed'
       const unpinnable = expected.request.pin !== undefined && PIN_ERRORS.has(error?.code ?? '')
+      const taken = this.config.contended && error?.code === 'gpu_memory_taken'
       const noBeams = expected.request.beams && BEAM_ERRORS.has(error?.code ?? '')
       assert(
-        poisoned || unpinnable || noBeams,
+        poisoned || unpinnable || noBeams || taken,
         `sequence ${id} ends without an error: ${error?.message}`,
       )
       expected.end(outputTokens)
@@ -269,7 +278,12 @@ export class World implements CoreSink {
   finish(): void {
     this.armed = undefined
     this.backend.fault = undefined
+    if (this.memory.contended) this.memory.contended.taken = 0
     while (this.expected.size > 0 || !this.core.idle) this.advance()
+    this.nowMs += 1000
+    this.advance()
+    const { limitPages } = this.insides.regionTable
+    assert(limitPages === this.config.kvPages, 'all memory may be used when all of it is back')
     for (const { tenant, id } of [...(this.insides.cache?.pins.list ?? [])]) {
       this.unpin(tenant, id)
     }
@@ -343,11 +357,15 @@ export class World implements CoreSink {
   private checkAlive(busy: boolean): void {
     const { slowness = 1, failed = 0 } = this.tier?.disk ?? {}
     this.slownessMax = Math.max(this.slownessMax, slowness)
-    this.waited = busy || this.expected.size === 0 ? 0 : this.waited + 1
+    const { limitPages } = this.insides.regionTable
+    // Who waits for another process's memory waits as long as that has it, and begins again.
+    const short = limitPages < this.config.kvPages
+    if (short) this.stepsShort += 1 + this.config.layout.shape.maxTokens
+    this.waited = busy || short || this.expected.size === 0 ? 0 : this.waited + 1
     const wait = this.tier ? WAITS_MAX * this.slownessMax + 2 : 0
     assert(this.waited <= wait, 'an engine with sequences has something to do')
     // What fails to come back is computed again.
-    const again = failed * (this.config.layout.shape.maxTokens + wait)
+    const again = failed * (this.config.layout.shape.maxTokens + wait) + this.stepsShort
     for (const { id, deadline, since } of this.expected.values()) {
       const steps = since + (deadline - since) * (1 + wait) + again
       assert(this.steps <= steps, `sequence ${id} ends in the time that its work takes`)
@@ -388,6 +406,7 @@ export class World implements CoreSink {
     this.slownessMax = 1
     this.waited = 0
     this.wasDead = false
+    if (config.contended) this.memory.contended = new ContendedColumns(layout, kvPages)
     this.backend = new parts.backend(config, this.memory)
     const { prefixEviction, prefixOutput, greedy, comeBack } = config
     const options: CoreOptions = {
@@ -449,6 +468,8 @@ export class World implements CoreSink {
     this.coverage.lost += tier?.lost ?? 0
     this.coverage.demotions += tier?.demotions ?? 0
     this.coverage.fetches += tier?.fetches ?? 0
+    this.coverage.refusals += this.memory.contended?.refusals ?? 0
+    this.coverage.inVain += this.memory.broughtBackInVain
   }
 
   private of(id: number): Expected {

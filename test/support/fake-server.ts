@@ -11,6 +11,7 @@ import { fakeTokenizer } from './fake-tokenizer.ts'
 
 /** `role: content` lines, calls and tools as JSON, then the start of the assistant's turn. */
 export const fakeTemplate: ChatTemplate = {
+  takesTools: true,
   render(messages, options) {
     const tools = options?.tools ? `tools: ${JSON.stringify(options.tools)}\n` : ''
     const lines = messages.map((message) => {

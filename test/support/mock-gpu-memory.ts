@@ -28,6 +28,8 @@ export abstract class MockGpuMemory {
   readonly page: number
   /** Less when another process takes some. */
   totalBytes: number
+  /** Whether a call for pages, the first is 0, is refused: another process was there before. */
+  refuses: (call: number) => boolean = () => false
   /** Calls by name: what a test counts. */
   readonly calls = new Map<string, number>()
   private next = 0x7e00_0000_0000
@@ -118,7 +120,10 @@ export abstract class MockGpuMemory {
   createPages(bytes: number, location: PageLocation): number {
     this.count('createPages')
     if (bytes % this.page !== 0) throw new Error(`createPages: ${bytes} is no multiple of a page`)
-    this.take('cuMemCreate', bytes)
+    this.take(
+      'cuMemCreate',
+      this.refuses((this.calls.get('createPages') ?? 0) - 1) ? Infinity : bytes,
+    )
     const handle = this.fresh()
     // Poisoned: fresh memory of a GPU holds whatever was there.
     const data = new Uint8Array(bytes).fill(0xcd)

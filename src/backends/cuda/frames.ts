@@ -9,13 +9,14 @@
 // once; for any other place it is unmapped, after the steps that could still touch it.
 
 import { assert, present } from '../../assert.ts'
+import type { KvColumns } from '../../kv/regions.ts'
 import type { StepFence } from './fence.ts'
 import type { Pager } from './pager.ts'
 
 export interface Frame {
   readonly id: number
   readonly columns: number
-  state: 'free' | 'used' | 'lapsed'
+  state: 'free' | 'used' | 'lapsed' | 'spare'
   /** Where it belongs: a region, and its first column there. */
   region: number
   column: number
@@ -31,6 +32,8 @@ export interface Frame {
   absent: boolean
 }
 
+const NOWHERE: KvColumns = { region: -1, first: 0, end: 0 }
+
 export class FramePool {
   readonly pageBytes: number
   readonly groupColumns: number
@@ -39,11 +42,13 @@ export class FramePool {
   columns = 0
   /** How often a frame was needed before the steps that read it were over. */
   fenceWaits = 0
-  /** Frames that are held although there was no memory for them. */
-  absent = 0
+  /** Of these, columns of frames that are held although there was no memory for them. */
+  absentColumns = 0
   private readonly pager: Pager
   private readonly fence: StepFence
   private readonly freeSmall: Frame[] = []
+  /** Beside the limit, of one column each: for those of a frame that is taken apart. */
+  private readonly spares: Frame[] = []
   private readonly freeLarge: Frame[] = []
   /** Longest lapsed first; frames that were revived since are passed over. */
   private lapsed: Frame[] = []
@@ -69,8 +74,13 @@ export class FramePool {
     this.onUnmap = onUnmap
   }
 
+  /** Of which no more than the limit are taken. */
+  get presentColumns(): number {
+    return this.columns - this.absentColumns
+  }
+
   get residentBytes(): number {
-    return this.columns * this.pageBytes
+    return this.presentColumns * this.pageBytes
   }
 
   /** Whether anything could be given back. */
@@ -84,7 +94,7 @@ export class FramePool {
     if (groupColumns === 1) return undefined
     const free = this.freeLarge.pop()
     if (free) return this.use(free)
-    if (this.columns + groupColumns <= this.limitColumns) return this.create(groupColumns)
+    if (this.presentColumns + groupColumns <= this.limitColumns) return this.create(groupColumns)
     if (!reclaim) return undefined
     const lapsed = this.lapsed.find(
       ({ state, columns, steps }) =>
@@ -103,11 +113,40 @@ export class FramePool {
     for (;;) {
       const free = this.freeSmall.pop()
       if (free) return this.use(free)
-      if (this.columns < this.limitColumns) return this.create(1)
+      if (this.presentColumns < this.limitColumns) return this.create(1)
       const large = this.freeLarge.pop()
       if (large) this.destroy(large)
       else if (!reclaim || !this.reclaim(true)) return undefined
     }
+  }
+
+  /** A frame without memory, since there is none to be had: for one column. */
+  takeAbsent(): Frame {
+    const frame = this.newFrame(1)
+    this.pager.standIn(frame.id)
+    this.columns++
+    this.absentColumns++
+    frame.absent = true
+    return frame
+  }
+
+  get spareColumns(): number {
+    return this.spares.length
+  }
+
+  /** Asks for spares until there are so many, unless they are refused. */
+  keepSpares(count: number): void {
+    for (let i = this.spares.length; i < count; i++) {
+      const frame = this.newFrame(1)
+      this.pager.create(frame.id, this.pageBytes)
+      frame.state = 'spare'
+      this.spares.push(frame)
+    }
+  }
+
+  useSpare(): Frame {
+    this.columns++
+    return this.use(present(this.spares.pop(), 'a spare'))
   }
 
   /** A lapsed frame is somebody's again, at the place where it is. */
@@ -120,8 +159,11 @@ export class FramePool {
   /** Nobody holds the frame any more; the steps queued so far may still touch it. */
   lapse(frame: Frame): void {
     assert(frame.state === 'used' && frame.held === 0, 'only a frame that nobody holds lapses')
-    // No step has seen it.
-    if (frame.absent) return this.destroyUsed(frame)
+    if (frame.absent) {
+      // No step has seen it, but what is shared may be on its way there.
+      this.fence.wait(this.fence.queued)
+      return this.destroyUsed(frame)
+    }
     frame.state = 'lapsed'
     frame.steps = this.fence.queued
     this.lapsed.push(frame)
@@ -149,21 +191,28 @@ export class FramePool {
 
   /**
    * There was no memory for a frame: it goes, now or when nobody holds it any more.
-   * @returns the region that is to do without it, -1 if nobody has it
+   * @returns where, with region -1 if nobody has it; undefined of what is no column's, yet or now
    */
-  dropAbsent(id: number): number {
+  dropAbsent(id: number): KvColumns | undefined {
     const frame = this.frames[id]
-    if (!frame) return -1
+    // Another frame had its number when that was said, or it was said of both.
+    if (!frame || frame.absent) return undefined
     frame.absent = true
+    if (frame.state === 'spare') {
+      this.spares.splice(this.spares.indexOf(frame), 1)
+      this.forget(frame)
+      return undefined
+    }
     if (frame.state === 'used') {
-      this.absent++
-      return frame.region
+      this.absentColumns += frame.columns
+      const { region, column: first } = frame
+      return { region, first, end: first + frame.columns }
     }
     if (frame.state === 'lapsed') this.evict(frame)
     const list = frame.columns === 1 ? this.freeSmall : this.freeLarge
     list.splice(list.indexOf(frame), 1)
     this.destroy(frame)
-    return -1
+    return NOWHERE
   }
 
   /** Gives a free frame back to the driver. False if there is none. */
@@ -190,7 +239,8 @@ export class FramePool {
     this.destroy(frame)
   }
 
-  private unmapAll(frame: Frame): void {
+  /** Takes a frame from wherever it is mapped; nothing queued may touch it. */
+  unmapAll(frame: Frame): void {
     for (const address of frame.views) {
       this.pager.unmap(address, frame.columns * this.pageBytes)
       this.onUnmap(frame, address)
@@ -212,9 +262,14 @@ export class FramePool {
   }
 
   private create(columns: number): Frame {
-    const id = this.spareIds.pop() ?? this.nextId++
-    this.pager.create(id, columns * this.pageBytes)
+    const frame = this.newFrame(columns)
+    this.pager.create(frame.id, columns * this.pageBytes)
     this.columns += columns
+    return frame
+  }
+
+  private newFrame(columns: number): Frame {
+    const id = this.spareIds.pop() ?? this.nextId++
     const views = new Set<number>()
     const frame: Frame = {
       id,
@@ -232,13 +287,23 @@ export class FramePool {
     return frame
   }
 
-  private destroy(frame: Frame): void {
-    if (frame.absent && frame.state === 'used') this.absent--
+  /** Gives a frame that is mapped nowhere back to the driver. */
+  destroy(frame: Frame): void {
+    if (frame.absent && frame.state === 'used') this.absentColumns -= frame.columns
+    this.columns -= frame.columns
+    this.forget(frame)
+  }
+
+  private forget(frame: Frame): void {
     this.pager.release(frame.id)
     this.spareIds.push(frame.id)
     this.frames[frame.id] = undefined
-    this.columns -= frame.columns
     frame.state = 'free'
+  }
+
+  /** Gives the spares back, too: there will be no frames any more. */
+  close(): void {
+    for (const frame of this.spares.splice(0)) this.forget(frame)
   }
 
   private sweepHead(): void {

@@ -8,6 +8,10 @@ import { HashingBackend, mockGpu } from '../../../test/support/hashing-backend.t
 import { MockCuda } from '../../../test/support/mock-cuda.ts'
 import { Bench, VOCAB } from '../../../test/support/null-engine.ts'
 import { loads, runLoad } from '../../../test/support/sharing-load.ts'
+import { tokenMajor } from '../../kv/layout.ts'
+import { CudaDevice } from './device.ts'
+import { CudaKvMemory } from './kv-memory.ts'
+import { InlinePager } from './pager.ts'
 
 /** 1.6 tokens a page: 80 tokens need 50 pages. */
 const KV = { layers: 2, rowBytes: 80, pageBytes: 256 }
@@ -55,3 +59,27 @@ for (const shareColumns of [1, 4, 8]) {
     if (shareColumns > 1) assert.ok(did.splits > 10, JSON.stringify(did))
   })
 }
+
+test('a refused page goes while something is still copied there', () => {
+  const cuda = new MockCuda({ pageBytes: 4096, totalBytes: 64 * 4096 })
+  const device = CudaDevice.open(0, cuda)
+  const layout = tokenMajor({ layers: 2, rowBytes: 1280, pageBytes: 4096, maxTokens: 16 })
+  const limits = { slots: 2, regions: 2, limitPages: 40 }
+  const kv = new CudaKvMemory(device, layout, new InlinePager(device), limits)
+  const stream = cuda.createStream()
+  kv.grow(0, 0, 2)
+  kv.beforeStep(stream)
+  kv.afterStep(stream)
+  cuda.refuses = () => true
+  kv.grow(1, 0, 1)
+  kv.copy(1, 0, [{ region: 0, from: 0, to: 1 }])
+  // Whoever it is copied from goes first: so it is copied now, to where nothing is.
+  kv.discard(0, 0, 2)
+  assert.deepEqual(kv.lacking(), [{ region: 1, first: 0, end: 1 }])
+  kv.discard(1, 0, 1)
+  assert.equal(kv.residentBytes(), 2 * 4096, 'what lapsed is there still, and no more')
+  cuda.destroyStream(stream)
+  kv.close()
+  device.close()
+  cuda.assertClean()
+})

@@ -24,6 +24,7 @@ import type { CudaDevice } from './device.ts'
 import { StepFence } from './fence.ts'
 import { type Frame, FramePool } from './frames.ts'
 import type { Pager } from './pager.ts'
+import { TakeApart } from './take-apart.ts'
 
 export interface CudaKvOptions {
   slots: number
@@ -79,8 +80,7 @@ export class CudaKvMemory implements KvMemory {
   private readonly own: Int32Array
   private readonly idleReleaseMs: number
   private readonly reservedBytes: number
-  /** Frames of which some columns are held and others not. */
-  private readonly partial = new Set<Frame>()
+  private readonly partly: TakeApart
   private readonly copies: BoundaryCopies
   /** Regions that show others' frames which nobody reads there any more, longest first. */
   private readonly stale: number[] = []
@@ -89,8 +89,8 @@ export class CudaKvMemory implements KvMemory {
   private readonly counted = { lateSteps: 0, lateMs: 0, splits: 0 }
   private idleSinceMs = -Infinity
   private idleSteps = -1
-  /** For taking a frame apart when no memory is left. */
-  private readonly scratch: number
+  /** Columns whose memory was refused, since somebody asked. */
+  private refused: KvColumns[] = []
   private readonly stream: number
   /** Where steps are queued. */
   private lastStream: number
@@ -116,7 +116,7 @@ export class CudaKvMemory implements KvMemory {
     this.own = Int32Array.from({ length: options.slots }, (_, slot) => slot)
     this.stream = driver.createStream()
     this.lastStream = this.stream
-    this.scratch = groupColumns > 1 ? driver.allocate(groupColumns * pageBytes) : 0
+    this.partly = new TakeApart(device, pager, this.pool)
   }
 
   get counters(): CudaKvCounters {
@@ -176,7 +176,7 @@ export class CudaKvMemory implements KvMemory {
       if (frame.state === 'lapsed') this.pool.revive(frame)
       held[c] = 1
       frame.held++
-      this.notePartial(frame)
+      this.partly.note(frame)
       if (frame.ticket > this.needed) this.needed = frame.ticket
     }
   }
@@ -210,7 +210,7 @@ export class CudaKvMemory implements KvMemory {
       if (!frame || held[c] !== 1) continue
       held[c] = 0
       frame.held--
-      this.notePartial(frame)
+      this.partly.note(frame)
       if (frame.held === 0) this.pool.lapse(frame)
     }
   }
@@ -247,24 +247,18 @@ export class CudaKvMemory implements KvMemory {
     } else this.pager.wait(this.needed)
   }
 
-  lacking(): ReadonlySet<number> {
+  lacking(): readonly KvColumns[] {
     this.awaitNeeded()
-    const frames = this.pager.takeAbsent()
-    if (frames.length === 0) return NONE
-    const regions = new Set(frames.map((frame) => this.pool.dropAbsent(frame)))
-    regions.delete(-1)
-    // Memory that nobody had yet was refused, too: no more of it is asked for in vain.
-    return regions.size > 0 ? regions : NOBODY
-  }
-
-  get holdsLacking(): boolean {
-    return this.pool.absent > 0
+    this.hearRefusals()
+    return this.refused.length === 0 ? NONE : this.refused.splice(0)
   }
 
   obtainablePages(more: number): number {
     const { pageBytes } = this.layout.shape
-    const freeBytes = more > 0 ? this.device.driver.memoryInfo().freeBytes - LEFT_FREE_BYTES : 0
-    return this.pool.columns + Math.min(more, Math.max(0, Math.floor(freeBytes / pageBytes)))
+    const { presentColumns } = this.pool
+    if (more === 0) return presentColumns
+    const freeBytes = this.device.driver.memoryInfo().freeBytes - LEFT_FREE_BYTES
+    return presentColumns + Math.min(more, Math.max(0, Math.floor(freeBytes / pageBytes)))
   }
 
   limit(pages: number): void {
@@ -327,7 +321,7 @@ export class CudaKvMemory implements KvMemory {
       })
     })
     assert(columns <= this.pool.columns, 'frames in regions are frames of the pool')
-    assert(this.pool.columns <= this.pool.limitColumns, 'memory keeps to its limit')
+    assert(this.pool.presentColumns <= this.pool.limitColumns, 'memory keeps to its limit')
   }
 
   close(): void {
@@ -340,10 +334,11 @@ export class CudaKvMemory implements KvMemory {
     }
     while (this.pool.reclaim(true));
     while (this.pool.releaseFree());
+    this.pool.close()
     this.pager.close()
     const { driver } = this.device
     driver.freeReservation(this.address, this.reservedBytes)
-    if (this.scratch !== 0) driver.free(this.scratch)
+    this.partly.close()
     driver.destroyStream(this.stream)
     this.fence.close()
   }
@@ -355,20 +350,36 @@ export class CudaKvMemory implements KvMemory {
     const whole = c % group === 0 && c + group <= end && !hasAny(frames, c, c + group)
     let frame = whole ? this.pool.takeGroup(reclaim) : undefined
     frame ??= this.pool.takeOne(reclaim)
-    if (!frame && reclaim) {
-      this.splitOne()
-      frame = this.pool.takeOne(true)
-    }
-    if (!frame) return undefined
-    this.dropForeignAt(region, c, c + frame.columns)
+    if (!reclaim) return frame && this.show(frame, region, c)
+    while (!frame && this.splitOne()) frame = this.pool.takeOne(true)
+    return this.show(frame ?? this.takeAbsent(region, c), region, c)
+  }
+
+  /** What memory there is cannot be taken apart: whoever wants more goes without. */
+  private takeAbsent(region: number, first: number): Frame {
+    this.refused.push({ region, first, end: first + 1 })
+    return this.pool.takeAbsent()
+  }
+
+  /** Maps a frame at a column of the region that it belongs to from now on. */
+  private show(frame: Frame, region: number, column: number): Frame {
+    const { frames } = this.region(region)
+    this.dropForeignAt(region, column, column + frame.columns)
     frame.region = region
-    frame.column = c
-    const address = this.columnAddress(region, c)
+    frame.column = column
+    const address = this.columnAddress(region, column)
     this.pager.map(address, frame.columns * this.layout.shape.pageBytes, frame.id)
     frame.ticket = this.pager.ticket
     frame.views.add(address)
-    for (let i = 0; i < frame.columns; i++) frames[c + i] = frame
+    for (let i = 0; i < frame.columns; i++) frames[column + i] = frame
     return frame
+  }
+
+  private hearRefusals(): void {
+    for (const frame of this.pager.takeAbsent()) {
+      const columns = this.pool.dropAbsent(frame)
+      if (columns) this.refused.push(columns)
+    }
   }
 
   /** Queues what is to be copied from or to columns now, if anything is. */
@@ -422,44 +433,22 @@ export class CudaKvMemory implements KvMemory {
     }
   }
 
-  private notePartial(frame: Frame): void {
-    if (frame.held > 0 && frame.held < frame.columns) this.partial.add(frame)
-    else this.partial.delete(frame)
-  }
-
-  /**
-   * Takes apart a frame of which a part is held, so that the rest can be used elsewhere: what is
-   * held moves to frames of one column at the same addresses. It waits for everything; it is rare.
-   */
-  private splitOne(): void {
-    const frame = [...this.partial].find(({ state }) => state === 'used')
-    if (!frame) return
-    const { driver } = this.device
-    const { pageBytes } = this.layout.shape
+  /** @returns false if there is none, or too little to do it with */
+  private splitOne(): boolean {
+    const { pager, partly } = this
+    partly.keepSpares()
+    pager.wait(pager.ticket)
+    this.hearRefusals()
+    const frame = partly.find()
+    if (!frame) return false
     const { region, column, columns } = frame
+    const held: number[] = []
+    for (let i = 0; i < columns; i++) if (this.region(region).held[column + i] === 1) held.push(i)
+    const address = this.columnAddress(region, column)
+    partly.split(frame, address, held, (small, i) => this.show(small, region, column + i))
     this.fence.wait(this.fence.queued)
-    this.beforeStep(this.stream)
-    const held = Array.from({ length: columns }, (_, i) => i).filter(
-      (i) => this.region(region).held[column + i] === 1,
-    )
-    for (const i of held) {
-      const from = this.columnAddress(region, column + i)
-      driver.copyOnDevice(this.scratch + i * pageBytes, from, pageBytes, this.stream)
-    }
-    driver.synchronizeStream(this.stream)
-    this.partial.delete(frame)
-    this.pool.destroyUsed(frame)
-    for (const i of held) {
-      const small = present(this.place(region, column + i, column + i + 1, false), 'a frame')
-      small.held = 1
-    }
-    this.pager.wait(this.pager.ticket)
-    for (const i of held) {
-      const to = this.columnAddress(region, column + i)
-      driver.copyOnDevice(to, this.scratch + i * pageBytes, pageBytes, this.stream)
-    }
-    driver.synchronizeStream(this.stream)
     this.counted.splits++
+    return true
   }
 
   private region(index: number): Region {
@@ -475,9 +464,7 @@ export class CudaKvMemory implements KvMemory {
   }
 }
 
-const NONE: ReadonlySet<number> = new Set()
-/** No region is lacking anything, but there is no more memory. */
-const NOBODY: ReadonlySet<number> = new Set([-1])
+const NONE: readonly KvColumns[] = []
 
 /** The driver and the libraries need some now and then. */
 const LEFT_FREE_BYTES = 64 << 20

@@ -31,9 +31,13 @@ export class PageCommands {
       this.handles[frame] = this.driver.createPages(bytes, this.location)
     } catch (thrown) {
       if (!isOutOfMemory(thrown)) throw thrown
-      this.handles[frame] = this.sink
+      this.standIn(frame)
       this.absent.push(frame)
     }
+  }
+
+  standIn(frame: number): void {
+    this.handles[frame] = this.sink
   }
 
   release(frame: number): void {

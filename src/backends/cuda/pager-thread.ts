@@ -36,6 +36,7 @@ function carryOut(pages: PageCommands, index: number): void {
   else if (kind === COMMAND.unmap) pages.unmap(address, bytes)
   else if (kind === COMMAND.copyToHost) pages.copyToHost(address, frame, bytes, stream)
   else if (kind === COMMAND.copyToGpu) pages.copyToGpu(address, frame, bytes, stream)
+  else if (kind === COMMAND.standIn) pages.standIn(frame)
   else pages.record(address, stream)
 }
 

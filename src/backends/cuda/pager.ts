@@ -12,6 +12,8 @@ import { PageCommands } from './page-commands.ts'
 /** Frames are physical memory, numbered by whoever creates them. Commands run in order. */
 export interface Pager {
   create(frame: number, bytes: number): void
+  /** As if there was no memory for it, which nobody has to be told. */
+  standIn(frame: number): void
   /** Of a frame that is mapped nowhere. */
   release(frame: number): void
   /** Maps a whole frame, for the GPU to read and write. */
@@ -49,6 +51,7 @@ export const COMMAND = {
   copyToHost: 5,
   copyToGpu: 6,
   record: 7,
+  standIn: 8,
 } as const
 
 /** Commands that may be under way; more make the engine wait. */
@@ -112,6 +115,10 @@ export class ThreadPager implements Pager {
 
   create(frame: number, bytes: number): void {
     this.give(COMMAND.create, 0, bytes, frame)
+  }
+
+  standIn(frame: number): void {
+    this.give(COMMAND.standIn, 0, 0, frame)
   }
 
   release(frame: number): void {
@@ -220,6 +227,10 @@ export class InlinePager implements Pager {
 
   create(frame: number, bytes: number): void {
     this.give(() => this.commands.create(frame, bytes))
+  }
+
+  standIn(frame: number): void {
+    this.give(() => this.commands.standIn(frame))
   }
 
   release(frame: number): void {

@@ -270,7 +270,7 @@ export class NullKvMemory implements KvMemory {
   }
 
   /** Writes the part of a row that lies in a column. */
-  private put(index: number, position: number, column: number, hash: number): void {
+  protected put(index: number, position: number, column: number, hash: number): void {
     const region = this.region(index)
     const part = position * this.parts + column - fullColumns(this.layout, position)
     const overwritten = region.present[part] === 1 && region.reading[column] === 1

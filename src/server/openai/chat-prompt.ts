@@ -17,7 +17,8 @@ export const templateExtra = record.superRefine((value, ctx) => {
 /**
  * The tokens of a conversation as the model's template writes it. The template adds its own
  * special tokens, so none are added here.
- * @throws LatticeError `template_invalid` if the model has no template or it refuses the messages
+ * @throws LatticeError `template_invalid` if the model has no template or it refuses the messages,
+ *   `unsupported_parameter` for tools that it would not write
  */
 export function chatPrompt(
   context: ServerContext,
@@ -32,6 +33,12 @@ export function chatPrompt(
   if (!context.template) {
     throw new LatticeError('template_invalid', 'The model has no chat template.', {
       todo: 'Write the prompt yourself and use /v1/completions.',
+    })
+  }
+  if (options.tools && !context.template.takesTools) {
+    throw new LatticeError('unsupported_parameter', "The model's chat template knows no tools.", {
+      todo: 'Leave tools out, or serve a model that was trained with some.',
+      details: { param: 'tools' },
     })
   }
   const text = context.template.render(templateMessages(messages), {

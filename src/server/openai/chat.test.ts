@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { LatticeError } from '../../errors.ts'
-import { fakeApp } from '../../../test/support/fake-server.ts'
+import { createApp } from '../app.ts'
+import { authenticator } from '../auth.ts'
+import { fakeApp, fakeTemplate } from '../../../test/support/fake-server.ts'
 import { BOS, END_OF_TURN, EOS, fakeTokenizer } from '../../../test/support/fake-tokenizer.ts'
 import { post, postStream } from '../../../test/support/http.ts'
 
@@ -232,6 +234,22 @@ test('a conversation with tools reaches the template as templates expect it', as
   )
 })
 
+test('a model whose template writes no tools answers as if there were none', async () => {
+  const { app, context, engine } = fakeApp()
+  const plain = createApp(
+    { ...context, template: { ...fakeTemplate, takesTools: false } },
+    authenticator([]),
+  )
+  const body = { messages: USER, tools: TOOLS }
+  const { status, json } = await post(plain.request, PATH, body)
+  assert.deepEqual([status, json.error.code, json.error.param], [400, ...REFUSED_TOOLS])
+  assert.equal(engine.requests.length, 0)
+  assert.equal((await post(app.request, PATH, body)).status, 200)
+  const hidden = { ...body, tool_choice: 'none' }
+  assert.equal((await post(plain.request, PATH, hidden)).status, 200)
+})
+
+const REFUSED_TOOLS = ['unsupported_parameter', 'tools']
 const TOOLS = [{ type: 'function', function: { name: 'weather' } }]
 const CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 

@@ -57,7 +57,7 @@ export const chatFields = {
   verbosity: unsupported('Say it in a message.'),
   prediction: unsupported('Leave it out.'),
   web_search_options: unsupported('Leave it out.'),
-  prompt_cache_retention: unsupported('Nothing is cached across requests.'),
+  prompt_cache_retention: unsupported('Pin a prompt with POST /v1/prefixes.'),
   moderation: unsupported('Leave it out.'),
 }
 

@@ -3,6 +3,7 @@
 import { abort } from './abort.ts'
 import { beams } from './beams.ts'
 import { clock } from './clock.ts'
+import { giveBack, take, takeBefore } from './contend.ts'
 import { failingDisk, slowDisk } from './disk.ts'
 import { fail } from './fail.ts'
 import type { Operation } from './operation.ts'
@@ -29,5 +30,8 @@ export const OPERATIONS: readonly Operation[] = [
   poison,
   slowDisk,
   failingDisk,
+  take,
+  takeBefore,
+  giveBack,
   fail,
 ]

@@ -1,0 +1,8 @@
+// Owns which version of Lattice this is: package.json says it.
+
+import { readFileSync } from 'node:fs'
+
+export function version(): string {
+  const file = new URL('../package.json', import.meta.url)
+  return (JSON.parse(readFileSync(file, 'utf8')) as { version: string }).version
+}

@@ -1,0 +1,41 @@
+// Owns what tests of reloads share: sessions that somebody moves by hand, and a count of what was
+// on its way back into memory that was refused.
+
+import type { Bench } from './null-engine.ts'
+import type { Random } from './random.ts'
+
+export interface Undone {
+  sequences: number
+  prefixes: number
+}
+
+interface Insides {
+  tiers: { stop(image: unknown, refused: boolean): void }
+  cold: { undo(region: number): void; coming: ReadonlyMap<number, unknown> } | undefined
+}
+
+/** Counts what was on its way back and stayed outside, of each kind. */
+export function countUndone({ core }: Bench, into: Undone): void {
+  const { tiers, cold } = (core as unknown as { offload: Insides }).offload
+  const stop = tiers.stop.bind(tiers)
+  tiers.stop = (image, refused) => {
+    if (refused) into.sequences++
+    stop(image, refused)
+  }
+  const undo = cold?.undo.bind(cold)
+  if (!cold || !undo) return
+  cold.undo = (region) => {
+    if (cold.coming.has(region)) into.prefixes++
+    undo(region)
+  }
+}
+
+/** Somebody moves a third of the sessions, back if they are outside. */
+export function moveSome({ core }: Bench, random: Random): void {
+  for (const tenant of ['a', 'b']) {
+    for (const { id, outPages } of core.answer({ kind: 'sessions', tenant })) {
+      if (random.below(3) > 0) continue
+      core.answer({ kind: outPages > 0 ? 'reload' : 'offload', tenant, id })
+    }
+  }
+}
