@@ -93,7 +93,8 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    this.submitChoices([id], request, [request.sampling])
+    if (request.beams) this.submitBeams([id], request)
+    else this.enqueue(id, request, [])
   }
 
   /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
@@ -105,14 +106,18 @@ export class EngineCore {
     if (request.beams) return this.submitBeams(ids, request)
     const group: Sequence[] = []
     ids.forEach((id, i) => {
-      this.orReport([id], () => {
-        this.sharing.checkPin(request)
-        const sampling = present(samplings[i], 'sampling of a choice')
-        const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
-        group.push(sequence)
-        this.outcomes.sequences.set(id, sequence)
-        this.scheduler.waiting.push(sequence)
-      })
+      const sampling = present(samplings[i], 'sampling of a choice')
+      this.enqueue(id, { ...request, sampling }, group)
+    })
+  }
+
+  private enqueue(id: number, request: SequenceRequest, group: Sequence[]): void {
+    this.orReport([id], () => {
+      this.sharing.checkPin(request)
+      const sequence = new Sequence(id, request, group, this.now())
+      group.push(sequence)
+      this.outcomes.sequences.set(id, sequence)
+      this.scheduler.waiting.push(sequence)
     })
   }
 
