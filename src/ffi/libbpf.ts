@@ -12,8 +12,6 @@ const XDP_FLAGS_SKB_MODE = 2
 const XDP_FLAGS_DRV_MODE = 4
 const ENOENT = 2
 const ENODEV = 19
-/** Of a map, read at a time; no bucket of a hash map has more. */
-const BATCH = 4096
 
 /** Bytes of the verifier's words that are kept; it says most at the end. */
 const LOG_BYTES = 1 << 20
@@ -150,25 +148,22 @@ export class BpfMap {
     return bpf().remove(this.fd, key) === 0
   }
 
-  /** Every key and its value at this moment; some that come or go meanwhile may be among them. */
-  *items(): Generator<[key: Uint8Array, value: Uint8Array]> {
-    const keys = new Uint8Array(BATCH * this.keyBytes)
-    const values = new Uint8Array(BATCH * this.valueBytes)
-    const count = new Uint32Array(1)
-    let from: Uint8Array | null = null
-    for (;;) {
-      const next = new Uint8Array(4)
-      count[0] = BATCH
-      const bytes = new Uint8Array(count.buffer)
-      const result = bpf().lookupBatch(this.fd, from, next, keys, values, bytes, null)
-      if (result < 0 && result !== -ENOENT) throw failed('bpf_map_lookup_batch', -result, this.name)
-      for (let i = 0; i < (count[0] ?? 0); i++) {
-        const key = keys.slice(i * this.keyBytes, (i + 1) * this.keyBytes)
-        yield [key, values.slice(i * this.valueBytes, (i + 1) * this.valueBytes)]
-      }
-      if (result < 0) return
-      from = next
-    }
+  /**
+   * Reads many items at once.
+   * @param from what an earlier call has written to `next`; null begins
+   * @param count of items that there is room for; replaced by how many there were
+   * @returns false behind the last ones
+   */
+  batch(
+    from: Uint8Array | null,
+    next: Uint8Array,
+    keys: Uint8Array,
+    values: Uint8Array,
+    count: Uint8Array,
+  ): boolean {
+    const result = bpf().lookupBatch(this.fd, from, next, keys, values, count, null)
+    if (result < 0 && result !== -ENOENT) throw failed('bpf_map_lookup_batch', -result, this.name)
+    return result >= 0
   }
 
   /** An mmapable array map as memory that the program reads and writes too; until `close`. */

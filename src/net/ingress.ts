@@ -5,7 +5,8 @@
 import { readFileSync } from 'node:fs'
 import { LatticeError } from '../errors.ts'
 import { NET_REQUESTS_DEFAULT, NET_REQUESTS_MAX } from '../limits.ts'
-import { type BpfMap, BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
+import { BpfObject, type BpfProgram, possibleCpus } from '../ffi/libbpf.ts'
+import { MapSweep } from '../ffi/map-sweep.ts'
 import {
   ADDRESSES_MAX,
   CONTROL,
@@ -71,7 +72,7 @@ export interface TenantLimits {
 }
 
 /** A granted prompt of which nothing has come for so long is not coming. */
-const UNCLAIMED_NS = 10_000_000_000n
+const UNCLAIMED_NS = 10_000_000_000
 
 export type IngressCounters = Record<string, number>
 
@@ -87,7 +88,7 @@ export class Ingress {
   readonly program: BpfProgram
   readonly object: BpfObject
   /** Where `expire` has come to. */
-  private sweep: ReturnType<BpfMap['items']> | undefined
+  private sweep: MapSweep | undefined
   private readonly tenants: DataView
   private readonly control: DataView
   private readonly atomics: { tenants: BigInt64Array; running: Int32Array; control: Int32Array }
@@ -267,24 +268,23 @@ export class Ingress {
     most = Infinity,
   ): number {
     const map = this.object.map('requests')
+    const nowNs = Number(now)
+    const sweep = (this.sweep ??= new MapSweep(map))
     let count = 0
-    this.sweep ??= map.items()
     for (let looked = 0; looked < most; looked++) {
-      const item = this.sweep.next()
-      if (item.done) {
+      if (!sweep.next()) {
         this.sweep = undefined
         break
       }
-      const [key, value] = item.value
-      const granted = new DataView(value.buffer)
-      if (granted.getUint32(REQUEST.ended, true) !== 0) {
-        if (granted.getBigUint64(REQUEST.expiresNs, true) < now && map.delete(key)) count++
+      const { keys, keyAt, values, valueAt } = sweep
+      if (values.getUint32(valueAt + REQUEST.ended, true) !== 0) {
+        if (timeAt(values, valueAt + REQUEST.expiresNs) >= nowNs) continue
+        if (map.delete(new Uint8Array(keys.buffer, keyAt, REQUEST_KEY.bytes))) count++
         continue
       }
-      if (now - granted.getBigUint64(REQUEST.grantedNs, true) < UNCLAIMED_NS) continue
-      const asked = new DataView(key.buffer)
-      const tenant = asked.getUint32(REQUEST_KEY.tenant, true)
-      const request = asked.getBigUint64(REQUEST_KEY.request)
+      if (nowNs - timeAt(values, valueAt + REQUEST.grantedNs) < UNCLAIMED_NS) continue
+      const tenant = keys.getUint32(keyAt + REQUEST_KEY.tenant, true)
+      const request = keys.getBigUint64(keyAt + REQUEST_KEY.request)
       if (!isClaimed(tenant, request)) this.finish(tenant, request, 0)
     }
     return count
@@ -384,6 +384,11 @@ function assertPowerOfTwo(sampleEvery: number): void {
 /** ::ffff:a.b.c.d */
 function isMapped(address: Uint8Array): boolean {
   return address.every((byte, i) => i > 11 || byte === (i < 10 ? 0 : 255))
+}
+
+/** Thousands are read a second: a rounded number does, a big integer each would be garbage. */
+function timeAt(view: DataView, at: number): number {
+  return view.getUint32(at + 4, true) * 2 ** 32 + view.getUint32(at, true)
 }
 
 function requestKey(tenant: number, request: bigint): Uint8Array {
