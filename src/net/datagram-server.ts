@@ -126,6 +126,8 @@ export class DatagramServer {
   private detach: () => void = () => {}
   private timers: readonly NodeJS.Timeout[] = []
   private readonly expireMost: number
+  /** When all that is remembered is to be looked through again. */
+  private sweepMs = 0
   private failure: LatticeError | undefined
   private addresses = 0
   private readonly names: ReadonlyMap<number, string>
@@ -407,8 +409,16 @@ export class DatagramServer {
     this.followAddresses()
   }
 
-  /** A part of what is remembered at a time: all of it could hold up the thread for long. */
+  /**
+   * A part of what is remembered at a time: all of it could hold up the thread for long. Little of
+   * it is soon looked through, and then not again before its time.
+   */
   private expire(): void {
+    const nowMs = performance.now()
+    if (!this.ingress.isSweeping) {
+      if (nowMs < this.sweepMs) return
+      this.sweepMs = nowMs + SYNC_MS
+    }
     const isClaimed = (tenant: number, request: bigint) => this.claimed.has(`${tenant}:${request}`)
     this.ingress.expire(isClaimed, undefined, this.expireMost)
   }

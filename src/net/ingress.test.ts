@@ -340,7 +340,11 @@ test('more or fewer requests are remembered than were asked for', { skip }, () =
   assert.throws(() => open({ requests: 0 }), { code: 'invalid_request' })
   // Looked at two at a time, all are found: none is claimed.
   const later = process.hrtime.bigint() + 61_000_000_000n
-  for (let i = 0; i < 6; i++) ingress.expire(() => false, later, 2)
+  const sweeping = Array.from({ length: 6 }, () => {
+    ingress.expire(() => false, later, 2)
+    return ingress.isSweeping
+  })
+  assert.deepEqual(sweeping.slice(0, 2), [true, false], 'the end of what is remembered is not seen')
   assert.equal(ingress.running, 0)
   assert.equal(code(ingress, {}), MESSAGE_CODES.ok)
 })

@@ -290,6 +290,11 @@ export class Ingress {
     return count
   }
 
+  /** `expire` has more to look at. */
+  get isSweeping(): boolean {
+    return this.sweep !== undefined
+  }
+
   /** Summed over CPUs; rejections also by code. */
   counters(): IngressCounters {
     const bytes = new Uint8Array(possibleCpus() * COUNTERS_MAX * 8)
