@@ -21,7 +21,7 @@ import { EngineClient } from '../../engine/client.ts'
 
 /** A step of the sequence that has the place: long, so that it costs next to nothing. */
 const STEP_MS = 100
-/** How often it is looked whether all prompts are there: seldom, for it costs time as well. */
+/** How often it is looked whether all prompts are there, at most: it costs time as well. */
 const LOOK_MS = 20
 const CONTEXT = 1 << 14
 const MOST = 1 << 20
@@ -73,8 +73,14 @@ export class QueueEngine implements Engine {
 
   /** Resolves when so many prompts lie in the scheduler's queue. */
   async queued(count: number): Promise<void> {
-    // Prompts that come past this thread tell it nothing.
-    while (MOST - this.queueRoom() <= count) await sleep(LOOK_MS)
+    const start = performance.now()
+    // Prompts that come past this thread tell it nothing; it looks when they may all be there.
+    for (;;) {
+      const arrived = MOST - this.queueRoom() - 1
+      if (arrived >= count) break
+      const restMs = ((performance.now() - start) * (count - arrived)) / Math.max(1, arrived)
+      await sleep(arrived > 0 ? Math.max(LOOK_MS, restMs) : LOOK_MS)
+    }
     // Whatever it is asked, it takes in first what it was sent before.
     await this.engine.ask({ kind: 'unpin', tenant: 'bench', id: '' })
   }
