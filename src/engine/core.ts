@@ -94,7 +94,7 @@ export class EngineCore {
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
     if (request.beams) this.submitBeams([id], request)
-    else this.enqueue(id, request, [])
+    else this.enqueue(id, request)
   }
 
   /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
@@ -111,14 +111,17 @@ export class EngineCore {
     })
   }
 
-  private enqueue(id: number, request: SequenceRequest, group: Sequence[]): void {
-    this.orReport([id], () => {
+  /** @param group the choices of its request so far */
+  private enqueue(id: number, request: SequenceRequest, group?: Sequence[]): void {
+    try {
       this.sharing.checkPin(request)
       const sequence = new Sequence(id, request, group, this.now())
-      group.push(sequence)
+      group?.push(sequence)
       this.outcomes.sequences.set(id, sequence)
       this.scheduler.waiting.push(sequence)
-    })
+    } catch (thrown) {
+      this.report([id], thrown)
+    }
   }
 
   private submitBeams(ids: readonly number[], request: SequenceRequest): void {
@@ -150,14 +153,18 @@ export class EngineCore {
     })
   }
 
-  /** What cannot be taken in ends at once, and says why. */
   private orReport(ids: readonly number[], takeIn: () => void): void {
     try {
       takeIn()
     } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      for (const id of ids) this.outcomes.report(id, 'error', 0, thrown)
+      this.report(ids, thrown)
     }
+  }
+
+  /** What cannot be taken in ends at once, and says why. */
+  private report(ids: readonly number[], thrown: unknown): void {
+    if (!(thrown instanceof LatticeError)) throw thrown
+    for (const id of ids) this.outcomes.report(id, 'error', 0, thrown)
   }
 
   abort(id: number): void {

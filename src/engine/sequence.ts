@@ -45,12 +45,12 @@ export class Sequence {
   constructor(
     id: number,
     request: SequenceRequest,
-    group: Sequence[],
+    group: Sequence[] | undefined,
     nowMs: number,
     unit?: BeamGroup,
   ) {
     this.id = id
-    this.group = group
+    this.group = group ?? [this]
     this.unit = unit
     this.request = request
     this.promptLength = request.prompt.length
