@@ -1,5 +1,6 @@
-// Owns writing WebAssembly, instruction by instruction: for the few inner loops that want 64-bit
-// words, which JavaScript's numbers are not. The binary format is the specification's, chapter 5.
+// Owns writing WebAssembly, instruction by instruction: for the few inner loops that want words of
+// 64 or 128 bits, which JavaScript's numbers are not. The binary format is the specification's,
+// chapter 5.
 
 /** What is used of it; the compiler's own types come with a browser's. */
 interface WebAssembly {
