@@ -125,7 +125,7 @@ export class DirectQueue {
   }
 }
 
-/** Tokens of prompts that are not long are copied to memory of so many words, one after the other. */
+/** Tokens of prompts that are not long go to memory of so many words, one after the other. */
 const SLAB_WORDS = 1 << 14
 
 /** The engine's end. */

@@ -148,8 +148,8 @@ export class QueueEngine implements Engine {
 const TASKS = '/proc/self/task'
 
 /**
- * CPU time of each thread of this process, and of others by id, in ns, by name. This thread's own is
- * what it was when it last began to run.
+ * CPU time of each thread of this process, and of others by id, in ns, by name. This thread's own
+ * is what it was when it last began to run.
  */
 export function cpuTimes(others: readonly number[]): Record<string, number> {
   const own = readdirSync(TASKS).map((task) => `${TASKS}/${task}`)
