@@ -183,7 +183,10 @@ export class DirectPrompts {
     }
   }
 
-  /** A copy. Memory for each would cost more than all the rest of it, here and to collect it. */
+  /**
+   * A copy. Memory for each would cost more than all the rest of it, here and to collect it; so one
+   * that stays long keeps what its neighbours had, too: 64 KB at most.
+   */
   private tokens(from: number, to: number): Int32Array {
     const { words } = this
     const count = to - from
