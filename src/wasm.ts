@@ -1,5 +1,6 @@
-// Owns writing WebAssembly, instruction by instruction: for the few inner loops that want 64-bit
-// words, which JavaScript's numbers are not. The binary format is the specification's, chapter 5.
+// Owns writing WebAssembly, instruction by instruction: for the few inner loops that want words of
+// 64 or 128 bits, which JavaScript's numbers are not. The binary format is the specification's,
+// chapter 5.
 
 /** What is used of it; the compiler's own types come with a browser's. */
 interface WebAssembly {
@@ -12,6 +13,8 @@ const { Module, Instance } = (globalThis as unknown as { WebAssembly: WebAssembl
 export type Code = readonly number[]
 export const I32 = 0x7f
 export const I64 = 0x7e
+/** 16 bytes */
+export const V128 = 0x7b
 const VOID = 0x40
 
 export const get = (local: number): Code => [0x20, local]
@@ -30,6 +33,7 @@ export const add32 = binary(0x6a)
 export const sub32 = binary(0x6b)
 export const and32 = binary(0x71)
 export const or32 = binary(0x72)
+export const xor32 = binary(0x73)
 export const shl32 = binary(0x74)
 export const shr32 = binary(0x76)
 export const equal32 = binary(0x46)
@@ -45,6 +49,7 @@ export const times64 = binary(0x7e)
 export const and64 = binary(0x83)
 export const or64 = binary(0x84)
 export const xor64 = binary(0x85)
+export const shl64 = binary(0x86)
 export const shr64 = binary(0x88)
 export const rotate64 = binary(0x89)
 export const zerosBelow64 = unary(0x7a)
@@ -55,6 +60,46 @@ export const wide64 = unary(0xad)
 export const byteAt = (at: Code, offset = 0): Code => [...at, 0x2d, 0, ...unsigned(offset)]
 export const wordAt = (at: Code, offset = 0): Code => [...at, 0x28, 0, ...unsigned(offset)]
 export const longAt = (at: Code, offset = 0): Code => [...at, 0x29, 0, ...unsigned(offset)]
+/** One of two values, both of which are computed: it costs no branch that may be foretold wrong. */
+export const choose = (condition: Code, one: Code, other: Code): Code => [
+  ...[...one, ...other, ...condition],
+  0x1b,
+]
+
+const vector = (code: number, ...operands: Code[]): Code => [...operands.flat(), 0xfd, code]
+const vectors =
+  (code: number) =>
+  (...operands: Code[]): Code =>
+    vector(code, ...operands)
+export const bytesAt = (at: Code, offset = 0): Code => [
+  ...vector(0x00, at),
+  ...[0, ...unsigned(offset)],
+]
+export const putBytes = (at: Code, value: Code, offset = 0): Code => [
+  ...vector(0x0b, at, value),
+  ...[0, ...unsigned(offset)],
+]
+/** A byte 16 times. */
+export const sameBytesAt = (at: Code, offset = 0): Code => [
+  ...vector(0x07, at),
+  ...[0, ...unsigned(offset)],
+]
+/** Byte by byte: 255 where it is so, else 0. */
+export const equalBytes = vectors(0x23)
+/** As signed numbers: from 128 on they are the smallest. */
+export const greaterBytes = vectors(0x27)
+export const andBytes = vectors(0x4e)
+/** What the second has is cleared in the first. */
+export const withoutBytes = vectors(0x4f)
+export const orBytes = vectors(0x50)
+export const xorBytes = vectors(0x51)
+/** 1 if any bit is set. */
+export const anyBytes = vectors(0x53)
+/** A bit for the highest of each byte. */
+export const bitsOfBytes = vectors(0x64)
+/** One of its two halves. */
+export const halfOf = (value: Code, half: 0 | 1): Code => [...vector(0x1d, value), half]
+
 export const putWord = (at: Code, value: Code, offset = 0): Code => [
   ...[...at, ...value, 0x36, 0],
   ...unsigned(offset),

@@ -153,6 +153,21 @@ test('pages of ended sequences stay as long as another one runs', () => {
   assert.equal(kv.usedPages, sequences[0]!.pages)
 })
 
+test('an answer is written where the prompt of another one lies', () => {
+  const engine = bench()
+  const memory = Int32Array.of(1, 2, 3, 4, 5, 6, 7)
+  const prompts = [memory.subarray(0, 3), memory.subarray(3, 5), memory.subarray(5)]
+  prompts.forEach((prompt, id) => engine.submit(id, sequenceRequest({ prompt, maxTokens: 20 })))
+  engine.runAll()
+  assert.deepEqual([...memory], [1, 2, 3, 4, 5, 6, 7])
+  prompts.forEach((prompt, id) => {
+    const alone = bench()
+    alone.submit(0, sequenceRequest({ prompt: prompt.slice(), maxTokens: 20 }))
+    alone.runAll()
+    assert.deepEqual(engine.outcomes.get(id)?.tokens, alone.outcomes.get(0)?.tokens)
+  })
+})
+
 test('a stop token is shown, not counted, or does not stop', () => {
   const request = sequenceRequest({ maxTokens: 20 })
   const { tokens } = expectedOutcome(request)

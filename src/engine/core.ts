@@ -94,7 +94,8 @@ export class EngineCore {
 
   /** Takes a sequence in; its first token comes from a later step. */
   submit(id: number, request: SequenceRequest): void {
-    this.submitChoices([id], request, [request.sampling])
+    if (request.beams) this.submitBeams([id], request)
+    else this.enqueue(id, request)
   }
 
   /** Takes in sequences that differ in their sampling only: their prompt is computed once. */
@@ -106,15 +107,22 @@ export class EngineCore {
     if (request.beams) return this.submitBeams(ids, request)
     const group: Sequence[] = []
     ids.forEach((id, i) => {
-      this.orReport([id], () => {
-        this.sharing.checkPin(request)
-        const sampling = present(samplings[i], 'sampling of a choice')
-        const sequence = new Sequence(id, { ...request, sampling }, group, this.now())
-        group.push(sequence)
-        this.outcomes.sequences.set(id, sequence)
-        this.scheduler.waiting.push(sequence)
-      })
+      const sampling = present(samplings[i], 'sampling of a choice')
+      this.enqueue(id, { ...request, sampling }, group)
     })
+  }
+
+  /** @param group the choices of its request so far */
+  private enqueue(id: number, request: SequenceRequest, group?: Sequence[]): void {
+    try {
+      this.sharing.checkPin(request)
+      const sequence = new Sequence(id, request, group, this.now())
+      group?.push(sequence)
+      this.outcomes.sequences.set(id, sequence)
+      this.scheduler.waiting.push(sequence)
+    } catch (thrown) {
+      this.report([id], thrown)
+    }
   }
 
   private submitBeams(ids: readonly number[], request: SequenceRequest): void {
@@ -146,14 +154,18 @@ export class EngineCore {
     })
   }
 
-  /** What cannot be taken in ends at once, and says why. */
   private orReport(ids: readonly number[], takeIn: () => void): void {
     try {
       takeIn()
     } catch (thrown) {
-      if (!(thrown instanceof LatticeError)) throw thrown
-      for (const id of ids) this.outcomes.report(id, 'error', 0, thrown)
+      this.report(ids, thrown)
     }
+  }
+
+  /** What cannot be taken in ends at once, and says why. */
+  private report(ids: readonly number[], thrown: unknown): void {
+    if (!(thrown instanceof LatticeError)) throw thrown
+    for (const id of ids) this.outcomes.report(id, 'error', 0, thrown)
   }
 
   abort(id: number): void {

@@ -80,6 +80,19 @@ test('prompts are lost or mixed up where the memory begins anew', () => {
   assert.ok(full < 1000)
 })
 
+test('a prompt that is taken later lies where an earlier one still does', () => {
+  const { queue, prompts } = both()
+  const taken: SequenceRequest[] = []
+  const lengths = Array.from({ length: 200 }, (_, i) => 1 + ((i * 7919) % 3001))
+  lengths.forEach((tokens, i) => {
+    assert.notEqual(queue.submit(request(tokens, i * 10_000)), undefined)
+    prompts.take((_id, one) => taken.push(one))
+  })
+  lengths.forEach((tokens, i) => {
+    assert.deepEqual(taken[i]?.prompt, request(tokens, i * 10_000).prompt)
+  })
+})
+
 test('more is let in than limits say, or the place of a refused one is kept', () => {
   const { queue, counts } = both({ sequences: 2, tokensMax: 20 })
   assert.equal(queue.submit(request(0)), undefined)

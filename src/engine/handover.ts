@@ -102,7 +102,7 @@ export class DirectQueue {
     numbers[0] = request.temperature
     numbers[1] = request.topP
     numbers[2] = request.seed
-    words.set(this.halves, at + 6)
+    for (let i = 0; i < this.halves.length; i++) words[at + 6 + i] = this.halves[i]!
     words.set(prompt, at + HEAD_WORDS)
     let to = at + HEAD_WORDS + prompt.length
     for (let i = 0; i < requestId.length; i++) words[to++] = requestId.charCodeAt(i)
@@ -125,6 +125,9 @@ export class DirectQueue {
   }
 }
 
+/** Tokens of prompts that are not long go to memory of so many words, one after the other. */
+const SLAB_WORDS = 1 << 14
+
 /** The engine's end. */
 export class DirectPrompts {
   private readonly control: Int32Array
@@ -133,6 +136,8 @@ export class DirectPrompts {
   private readonly numbers = new Float64Array(3)
   private readonly halves = new Int32Array(this.numbers.buffer)
   private read = 0
+  private slab = new Int32Array(SLAB_WORDS)
+  private slabUsed = 0
   /** That have not ended. */
   readonly live = new Set<number>()
 
@@ -164,18 +169,40 @@ export class DirectPrompts {
 
   private requestAt(at: number): SequenceRequest {
     const { words, halves, numbers, stopTokens } = this
-    halves.set(words.subarray(at + 6, at + HEAD_WORDS))
-    const [temperature, topP, seed] = numbers as unknown as [number, number, number]
+    for (let i = 0; i < halves.length; i++) halves[i] = words[at + 6 + i]!
     const nameAt = at + HEAD_WORDS + words[at + 3]!
     const tenantAt = nameAt + words[at + 4]!
     return {
-      requestId: String.fromCharCode(...words.subarray(nameAt, tenantAt)),
-      tenant: String.fromCharCode(...words.subarray(tenantAt, tenantAt + words[at + 5]!)),
-      prompt: words.slice(at + HEAD_WORDS, nameAt),
-      sampling: { ...GREEDY, temperature, topP, seed },
+      requestId: textOf(words.subarray(nameAt, tenantAt)),
+      tenant: textOf(words.subarray(tenantAt, tenantAt + words[at + 5]!)),
+      prompt: this.tokens(at + HEAD_WORDS, nameAt),
+      sampling: { ...GREEDY, temperature: numbers[0]!, topP: numbers[1]!, seed: numbers[2]! },
       maxTokens: words[at + 2]!,
       stopTokens,
       topLogprobs: undefined,
     }
   }
+
+  /**
+   * A copy. Memory for each would cost more than all the rest of it, here and to collect it; so one
+   * that stays long keeps what its neighbours had, too: 64 KB at most.
+   */
+  private tokens(from: number, to: number): Int32Array {
+    const { words } = this
+    const count = to - from
+    if (count > SLAB_WORDS / 8) return words.slice(from, to)
+    if (this.slabUsed + count > SLAB_WORDS) {
+      this.slab = new Int32Array(SLAB_WORDS)
+      this.slabUsed = 0
+    }
+    const tokens = this.slab.subarray(this.slabUsed, this.slabUsed + count)
+    tokens.set(words.subarray(from, to))
+    this.slabUsed += count
+    return tokens
+  }
+}
+
+function textOf(codes: Int32Array): string {
+  // Spread, they would be made an array first.
+  return String.fromCharCode.apply(null, codes as unknown as number[])
 }

@@ -51,11 +51,12 @@ export function philox(counter: Uint32Array, key0: number, key1: number): void {
   counter[3] = c3
 }
 
+const words = new Uint32Array(4)
+
 /** A stream of uniform numbers: draw n is Philox(counter = (n, 0), key = seed). */
 export class RandomStream {
   readonly #keyLow: number
   readonly #keyHigh: number
-  readonly #words = new Uint32Array(4)
   #drawn = 0
 
   /** @param seed a safe integer; negative ones are taken modulo 2^64. */
@@ -66,7 +67,6 @@ export class RandomStream {
 
   /** The next number in [0, 1): the 53 high bits of the first two output words. */
   uniform(): number {
-    const words = this.#words
     words[0] = this.#drawn >>> 0
     words[1] = Math.floor(this.#drawn / 2 ** 32)
     words[2] = 0

@@ -6,6 +6,9 @@ import type { SamplingParams } from './api.ts'
 import { RandomStream } from './sampler-random.ts'
 import { UNITS_PER_NAT } from './sampler-rows.ts'
 
+const NO_TOKENS = new Int32Array(0)
+const NO_BIASES = new Float64Array(0)
+
 /** One sequence's side of the sampler; make one a sequence and keep it while that lives. */
 export class SamplerState {
   readonly params: SamplingParams
@@ -20,10 +23,10 @@ export class SamplerState {
   /** Any of the three penalties is on, so tokens are counted. */
   readonly penalised: boolean
   /** The first `seenCount` are distinct tokens; `outputs` says how often each was generated. */
-  seen = new Int32Array(0)
-  outputs = new Int32Array(0)
+  seen = NO_TOKENS
+  outputs = NO_TOKENS
   seenCount = 0
-  readonly #index = new Map<number, number>()
+  #index: Map<number, number> | undefined
 
   /**
    * @param prompt tokens of the prompt; read only when there is a repetition penalty.
@@ -33,10 +36,9 @@ export class SamplerState {
     checkParams(params)
     this.params = params
     this.random = new RandomStream(params.seed)
-    const bias = new Map<number, number>()
-    for (const [token, value] of params.logitBias) bias.set(token, (bias.get(token) ?? 0) + value)
-    this.biasTokens = Int32Array.from(bias.keys())
-    this.biases = Float64Array.from(bias.values())
+    const bias = params.logitBias.length > 0 ? summedBias(params) : undefined
+    this.biasTokens = bias ? Int32Array.from(bias.keys()) : NO_TOKENS
+    this.biases = bias ? Float64Array.from(bias.values()) : NO_BIASES
     // Bounded so that a distance of 0 stays 0 at the tiniest temperature.
     this.scale = Math.min(UNITS_PER_NAT / params.temperature, Number.MAX_VALUE)
     this.filtered = params.topK > 0 || params.topP < 1 || params.minP > 0 || params.typicalP < 1
@@ -53,6 +55,7 @@ export class SamplerState {
   }
 
   #see(token: number): number {
+    this.#index ??= new Map()
     const known = this.#index.get(token)
     if (known !== undefined) return known
     const index = this.seenCount++
@@ -64,6 +67,12 @@ export class SamplerState {
     this.#index.set(token, index)
     return index
   }
+}
+
+function summedBias({ logitBias }: SamplingParams): Map<number, number> {
+  const bias = new Map<number, number>()
+  for (const [token, value] of logitBias) bias.set(token, (bias.get(token) ?? 0) + value)
+  return bias
 }
 
 function enlarged(from: Int32Array<ArrayBuffer>): Int32Array<ArrayBuffer> {

@@ -14,9 +14,11 @@ export class Sequence {
   readonly promptLength: number
   readonly sampler: SamplerState
   readonly arrivedMs: number
-  /** Prompt, then output. */
-  readonly tokens: Int32Array
+  /** Prompt, then output: in the request's own memory as long as there is none. */
+  tokens: Int32Array
   length: number
+  /** With all the output that it may have. */
+  readonly lengthMax: number
   /** The last of them that were chosen, but are not known here yet. */
   unknown = 0
   computed = 0
@@ -43,24 +45,22 @@ export class Sequence {
   constructor(
     id: number,
     request: SequenceRequest,
-    group: Sequence[],
+    group: Sequence[] | undefined,
     nowMs: number,
     unit?: BeamGroup,
   ) {
     this.id = id
-    this.group = group
+    this.group = group ?? [this]
     this.unit = unit
     this.request = request
     this.promptLength = request.prompt.length
     this.arrivedMs = nowMs
     this.sampler = new SamplerState(request.sampling, request.prompt)
-    this.tokens = new Int32Array(request.prompt.length + request.maxTokens)
-    this.tokens.set(request.prompt)
     this.length = request.prompt.length
-  }
-
-  get lengthMax(): number {
-    return this.tokens.length
+    this.lengthMax = this.length + request.maxTokens
+    this.tokens = request.prompt
+    // A search writes tokens wherever its beams are.
+    if (unit) this.grow()
   }
 
   /** Another sequence with the tokens that this one has, to go on by itself. */
@@ -107,7 +107,7 @@ export class Sequence {
 
   /** A token follows that is not known yet. */
   pushUnknown(): void {
-    this.tokens[this.length++] = -1
+    this.append(-1)
     this.unknown++
   }
 
@@ -119,7 +119,18 @@ export class Sequence {
   }
 
   push(token: number): void {
-    this.tokens[this.length++] = token
+    this.append(token)
     this.sampler.accept(token)
+  }
+
+  private append(token: number): void {
+    if (this.length === this.tokens.length) this.grow()
+    this.tokens[this.length++] = token
+  }
+
+  private grow(): void {
+    const { tokens, lengthMax } = this
+    this.tokens = new Int32Array(lengthMax)
+    this.tokens.set(tokens)
   }
 }

@@ -164,45 +164,57 @@ function flushStore(core: EngineCore): void {
   }
 }
 
+let publishedMs = -Infinity
+let pressureMs = -Infinity
+
 function takeDirect(core: EngineCore): void {
   direct?.take((id, request) => core.submit(id, request))
 }
 
-/** Returns when the engine is closed. */
+/** Takes in what the main thread said; returns false if the engine is to close. */
+function hear(core: EngineCore, gone: GoneClients | undefined): boolean {
+  for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
+    // What was written before this was said comes before it.
+    takeDirect(core)
+    const message = item.message as ToEngine
+    if (message.kind === 'submit') {
+      gone?.submitted(message.ids, message.request.connection)
+      core.submitChoices(message.ids, message.request, message.samplings)
+    } else if (message.kind === 'fork') {
+      gone?.forked(message.parent, message.id)
+      core.fork(message.parent, message.id, message.sampling)
+    } else if (message.kind === 'abort') core.abort(message.id)
+    else if (message.kind === 'direct') {
+      for (const id of [...(direct?.live ?? [])]) core.abort(id)
+      direct = message.place && new DirectPrompts(message.place)
+    } else if (message.kind === 'close') return false
+    else if (message.kind === 'ask') {
+      const answer = core.answer(message.question)
+      say({ kind: 'answer', ticket: message.ticket, answer })
+    } else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
+  }
+  return true
+}
+
+/** What is done between two steps but rarely. */
+function lookAround(core: EngineCore): void {
+  if (!core.idle && performance.now() - publishedMs > SNAPSHOT_AGE_MS) {
+    say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
+    publishedMs = performance.now()
+  }
+  if (relieves && performance.now() - pressureMs > PRESSURE_CHECK_MS) {
+    if ((memoryPressure() ?? 0) > PRESSURE_MAX) core.relieve()
+    pressureMs = performance.now()
+  }
+}
+
+/** Returns when the engine is closed. Loops within this one would be compiled again and again. */
 function run(core: EngineCore, gone: GoneClients | undefined): void {
-  let publishedMs = -Infinity
-  let pressureMs = -Infinity
   for (;;) {
     const seen = Atomics.load(signal, 0)
-    for (let item = receiveMessageOnPort(port); item; item = receiveMessageOnPort(port)) {
-      // What was written before this was said comes before it.
-      takeDirect(core)
-      const message = item.message as ToEngine
-      if (message.kind === 'submit') {
-        gone?.submitted(message.ids, message.request.connection)
-        core.submitChoices(message.ids, message.request, message.samplings)
-      } else if (message.kind === 'fork') {
-        gone?.forked(message.parent, message.id)
-        core.fork(message.parent, message.id, message.sampling)
-      } else if (message.kind === 'abort') core.abort(message.id)
-      else if (message.kind === 'direct') {
-        for (const id of [...(direct?.live ?? [])]) core.abort(id)
-        direct = message.place && new DirectPrompts(message.place)
-      } else if (message.kind === 'close') return flushStore(core)
-      else if (message.kind === 'ask') {
-        const answer = core.answer(message.question)
-        say({ kind: 'answer', ticket: message.ticket, answer })
-      } else say({ kind: 'snapshot', ticket: message.ticket, snapshot: core.snapshot() })
-    }
+    if (!hear(core, gone)) return flushStore(core)
     takeDirect(core)
-    if (!core.idle && performance.now() - publishedMs > SNAPSHOT_AGE_MS) {
-      say({ kind: 'snapshot', ticket: 0, snapshot: core.snapshot() })
-      publishedMs = performance.now()
-    }
-    if (relieves && performance.now() - pressureMs > PRESSURE_CHECK_MS) {
-      if ((memoryPressure() ?? 0) > PRESSURE_MAX) core.relieve()
-      pressureMs = performance.now()
-    }
+    lookAround(core)
     gone?.look((id) => core.abort(id))
     const worked = core.step()
     flush()

@@ -8,8 +8,9 @@ import type { SequenceRequest } from '../engine/api.ts'
 import { COUNTS, DirectPrompts, handoverMemory } from '../engine/handover.ts'
 import { DIRECT_BYTES_MAX, DirectAnswers, type DirectReport } from './direct-answers.ts'
 import type { WireRequest } from './exchange.ts'
+import { PREFIX_LADDER } from './protocol.ts'
 
-function parts(publishes = false) {
+function parts(publishes = false, tokenizer = fakeTokenizer()) {
   const place = {
     memory: handoverMemory(),
     counts: new SharedArrayBuffer(4 * COUNTS.words),
@@ -22,7 +23,7 @@ function parts(publishes = false) {
   const reports: DirectReport[] = []
   const names = new Map([[1, 'seven']])
   const options = { place, modelPath: '', route: 2, names, publishes }
-  const answers = new DirectAnswers(options, fakeTokenizer(), (report) => reports.push(report))
+  const answers = new DirectAnswers(options, tokenizer, (report) => reports.push(report))
   const prompts = new DirectPrompts(place)
   const taken = (): SequenceRequest[] => {
     const all: SequenceRequest[] = []
@@ -66,6 +67,24 @@ test('a prompt is not queued as it was sent', () => {
   const { temperature, topP, seed } = first.sampling
   assert.deepEqual([temperature, topP, seed], [0.5, 0.9, 3])
   assert.deepEqual([first.maxTokens, first.stopTokens], [9, [EOS]])
+})
+
+test('a prompt has the tokens of another, where memory for them is used again', () => {
+  const memory = new Int32Array(1 + PREFIX_LADDER[0])
+  const encodeUtf8 = (utf8: Uint8Array, addSpecial: boolean): Int32Array => {
+    memory.set([256, ...utf8])
+    return memory.subarray(addSpecial ? 0 : 1, 1 + utf8.length)
+  }
+  const { answers, taken, reports } = parts(true, { ...fakeTokenizer(), encodeUtf8 })
+  const long = Buffer.alloc(PREFIX_LADDER[0], 'a')
+  answers.start(wire({ prompt: long }), listener().answer)
+  answers.start(wire({ prompt: Buffer.from('two'), raw: true }), listener().answer)
+  const prompts = taken().map(({ prompt }) => [...prompt])
+  assert.deepEqual(prompts, [[256, ...long], [...Buffer.from('two')]])
+  answers.hear({ kind: 'direct-token', id: 40, token: 104 })
+  const [report] = reports
+  assert.ok(report?.kind === 'direct-computed')
+  assert.deepEqual([...report.tokens], [256, ...long])
 })
 
 test('what the main thread must see is queued here', () => {

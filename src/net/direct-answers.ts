@@ -1,6 +1,7 @@
 // Owns answering plain prompts on the ring thread itself: bytes become tokens here and go straight
 // into the engine's queue, past the main thread, which passes on what the engine answers.
 
+import { isUtf8 } from 'node:buffer'
 import type { DirectPlace } from '../engine/api.ts'
 import { DirectQueue } from '../engine/handover.ts'
 import type { Detokenizer, Tokenizer } from '../text/tokenizer.ts'
@@ -73,9 +74,8 @@ export class DirectAnswers {
     const { route, names, publishes } = this.options
     if (wire.chat || wire.route !== route || prompt.length > DIRECT_BYTES_MAX) return undefined
     if (!isWithinBounds(wire)) return undefined
-    const text = decode(prompt)
-    if (text === undefined) return undefined
-    const tokens = this.tokenizer.encode(text, { addSpecial: !raw, parseSpecial: false })
+    if (!isUtf8(prompt)) return undefined
+    const tokens = this.encode(prompt, !raw)
     const { temperature, topP, seed } = sampling
     const id = this.queue.submit({
       requestId: requestName(request),
@@ -92,11 +92,18 @@ export class DirectAnswers {
       ...{ answer, tenant, request },
       usage: { promptTokens: tokens.length, cachedTokens: 0, outputTokens: 0 },
       detokenizer: undefined,
-      prompt: isPublished ? { wire, tokens } : undefined,
+      prompt: isPublished ? { wire, tokens: tokens.slice() } : undefined,
     })
     return () => {
       if (this.running.delete(id)) this.say({ kind: 'direct-abort', id })
     }
+  }
+
+  /** Valid until the next one. */
+  private encode(utf8: Uint8Array, addSpecial: boolean): Int32Array {
+    const { tokenizer } = this
+    const tokens = tokenizer.encodeUtf8?.(utf8, addSpecial)
+    return tokens ?? tokenizer.encode(decode(utf8) ?? '', { addSpecial, parseSpecial: false })
   }
 
   /** Wakes the engine if anything was queued. */

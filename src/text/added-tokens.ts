@@ -31,12 +31,16 @@ export class AddedTokenMatcher {
   readonly #root: Node = { children: new Map(), token: undefined }
   /** What tokens start with, a code unit each: nothing else is looked at. */
   readonly #starts: readonly string[]
+  /** All are special: where those are not parsed, nothing is cut. */
+  readonly allSpecial: boolean
 
   constructor(tokens: Iterable<AddedToken>, spelling: (content: string) => string = (c) => c) {
     const starts = new Set<string>()
+    let allSpecial = true
     for (const token of tokens) {
       const content = spelling(token.content)
       if (content === '') continue
+      allSpecial &&= token.special
       starts.add(content[0]!)
       let node = this.#root
       for (let i = 0; i < content.length; i++) {
@@ -51,6 +55,7 @@ export class AddedTokenMatcher {
       node.token = token
     }
     this.#starts = [...starts]
+    this.allSpecial = allSpecial
   }
 
   /**
@@ -59,6 +64,7 @@ export class AddedTokenMatcher {
    * @returns text and token ids in order; no text is empty
    */
   split(text: string, parseSpecial: boolean): Segment[] {
+    if (!parseSpecial && this.allSpecial) return text === '' ? [] : [text]
     const segments: Segment[] = []
     let done = 0
     // Where each start comes next: most text has none of them, which is told faster than read.

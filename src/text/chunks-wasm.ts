@@ -1,9 +1,11 @@
-// Owns the inner loop of finding stretches of text that are known, as WebAssembly: eight bytes are
-// looked at, hashed and compared at a time, so that a word takes two loads instead of two loops.
+// Owns the inner loop of finding stretches of text that are known, as WebAssembly. Where to cut is
+// found for 64 bytes at once; a stretch's first 16 bytes are loaded, hashed and compared as one;
+// and nothing that differs from stretch to stretch is a branch unless it is rare: a branch that is
+// foretold wrong costs as much as all the rest of a stretch.
 //
-//   0        what `scan` says when it stops           64       the table of slots
-//   ARENA    what has no room in a slot               TEXT     bytes; one before, 16 zeros behind
-//   TOKENS   the tokens of what was known
+//   0        what `scan` says when it stops           32       constants
+//   TABLE    where in the arena, by hash              ARENA    stretches and their tokens
+//   TEXT     bytes; zeros before, one behind          TOKENS   the tokens of what was known
 
 import * as w from '../wasm.ts'
 
@@ -12,25 +14,35 @@ export const STRETCH_MAX = 127
 /** Slots are looked at no further than this, so that chosen text cannot make a search long. */
 const PROBES = 16
 
-/**
- * A slot: hash; sizes; the first 8 bytes. Sizes are how many bytes (7 bits), how many tokens (7
- * bits), and the token itself if it is one of up to 8 bytes, else where in the arena the other
- * bytes and then the tokens lie, in words.
- */
-export const SLOT_BYTES = 16
+/** A slot is a word: 14 bits of the hash, and where in the arena it lies, in units; 0 is none. */
 export const SLOTS = 1 << 17
-export const TABLE_AT = 64
-export const ARENA_AT = TABLE_AT + SLOTS * SLOT_BYTES
-export const ARENA_WORDS = 1 << 18
-export const TEXT_AT = ARENA_AT + ARENA_WORDS * 4 + 64
+export const TABLE_AT = 128
+export const PLACE_BITS = 18
+/** A unit is 8 bytes. */
+export const UNIT_BITS = 3
+export const ARENA_AT = TABLE_AT + SLOTS * 4
+export const ARENA_BYTES = 1 << (PLACE_BITS + UNIT_BITS)
+/**
+ * What lies in the arena: the first 16 bytes, filled up with zeros; sizes, which are how many bytes
+ * (7 bits) and how many tokens; the tokens; the other bytes in words of 8, filled up with zeros.
+ */
+export const ENTRY = { sizes: 16, tokens: 20 } as const
+export const KEY_BYTES = 16
+/** So many tokens are copied whether there are as many or not. */
+const COPIED = 8
+export const TEXT_AT = ARENA_AT + ARENA_BYTES + 128
 /** Bytes of text at a time. */
 export const TEXT_BYTES = 1 << 15
-export const TOKENS_AT = TEXT_AT + TEXT_BYTES + 64
-const PAGES = Math.ceil((TOKENS_AT + TEXT_BYTES * 4) / 65_536)
+export const TOKENS_AT = TEXT_AT + TEXT_BYTES + 128
+const PAGES = Math.ceil((TOKENS_AT + TEXT_BYTES * 4 + 4 * COPIED) / 65_536)
 
 /** Where `scan` says: where the stretch ends, its hash, its slot (0: nowhere), the tokens' end. */
 export const SAID = { end: 0, hash: 4, slot: 8, tokens: 12 } as const
 export const SEED_AT = 16
+/** 16 bytes of ones and 16 of zeros: who loads from between them has as many ones as he likes. */
+const MASKS_AT = 64
+/** Written in the code, each would be put together anew in each turn of the loop. */
+const BYTES_AT = 32
 
 export interface Scanner {
   memory: { buffer: ArrayBuffer }
@@ -41,38 +53,72 @@ export interface Scanner {
   scan(from: number, end: number, out: number): number
 }
 
-const [FROM, END, OUT, AT, PLACE, BYTE, LENGTH, HASH, SLOT, PROBE, SIZES, FAR] = [
-  0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
+const [FROM, END, OUT, AT, BASE, LENGTH, HASH, SLOT, PROBE, FOUND, PLACE, SIZES, FAR] = [
+  0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
 ] as const
-const [WORD, MIXED, FIRST, FOUND] = [12, 13, 14, 15] as const
+const [CUTS, MIXED, SEED] = [13, 14, 15] as const
+const [KEY, BEFORE, HERE] = [16, 17, 18] as const
+const BYTE_LOCALS = 19
 
 const MIX = 0x9e3779b97f4a7c15n
-const SPACE = 32
-const LINE_END = 10
-const SLASH = 47
-
-const [from, end, at, place, slot] = [FROM, END, AT, PLACE, SLOT].map(w.get) as [
-  w.Code,
-  w.Code,
-  w.Code,
-  w.Code,
-  w.Code,
+const [SPACE, LINE_END, SLASH, DELETE, BEFORE_A, BEHIND_Z] = [32, 10, 47, 127, 96, 123] as const
+const BYTES: readonly number[] = [SPACE, LINE_END, SLASH, DELETE, BEFORE_A, BEHIND_Z]
+const bytes = (byte: number) => w.get(BYTE_LOCALS + BYTES.indexOf(byte))
+const LOCALS = [
+  ...Array.from({ length: CUTS - AT }, () => w.I32),
+  ...Array.from({ length: KEY - CUTS }, () => w.I64),
+  ...Array.from({ length: BYTE_LOCALS + BYTES.length - KEY }, () => w.V128),
 ]
-const step = (local: number, by: number) => w.set(local, w.add32(w.get(local), w.i32(by)))
-const within = (byte: w.Code, low: number, past: number) =>
-  w.less32(w.sub32(byte, w.i32(low)), w.i32(past - low))
-const isVisible = (byte: w.Code) => within(byte, SPACE + 1, 127)
-const isLetter = (byte: w.Code) => within(w.or32(byte, w.i32(32)), 97, 123)
 
-/** The highest bit of each byte that is this one; above the lowest such byte there may be more. */
-function bytesLike(byte: number): w.Code {
-  const all = BigInt(byte) * 0x0101010101010101n
-  const different = w.xor64(w.get(WORD), w.i64(all))
-  return w.and64(
-    w.and64(w.sub64(different, w.i64(0x0101010101010101n)), w.xor64(different, w.i64(-1n))),
-    w.i64(0x8080808080808080n),
-  )
+const [from, end, out, at] = [w.get(FROM), w.get(END), w.get(OUT), w.get(AT)]
+const [base, length, slot, cuts] = [w.get(BASE), w.get(LENGTH), w.get(SLOT), w.get(CUTS)]
+const step = (local: number, by: number) => w.set(local, w.add32(w.get(local), w.i32(by)))
+
+const are = (vector: w.Code, byte: number) => w.equalBytes(vector, bytes(byte))
+/** Bytes beyond ASCII are negative here, and so neither. */
+const areVisible = (vector: w.Code) =>
+  w.withoutBytes(w.greaterBytes(vector, bytes(SPACE)), are(vector, DELETE))
+function areLetters(vector: w.Code): w.Code {
+  // A space is also the bit by which small letters differ from capitals.
+  const lower = w.orBytes(vector, bytes(SPACE))
+  return w.andBytes(w.greaterBytes(lower, bytes(BEFORE_A)), w.greaterBytes(bytes(BEHIND_Z), lower))
 }
+
+/** Bits of 16 bytes from BASE on: where text is cut, as `isWordCut` has it. */
+function cutsAt(offset: number): w.Code {
+  const around = (by: number) => w.bytesAt(w.sub32(base, w.i32(2)), offset + 2 + by)
+  const [before, here, next] = [w.get(BEFORE), w.get(HERE), around(1)]
+  const spaceCuts = w.andBytes(
+    are(here, SPACE),
+    w.orBytes(
+      w.andBytes(areVisible(before), areVisible(next)),
+      w.andBytes(w.orBytes(are(before, SPACE), are(before, LINE_END)), areLetters(next)),
+    ),
+  )
+  const lineCuts = w.andBytes(
+    w.andBytes(are(before, LINE_END), areVisible(around(-2))),
+    w.withoutBytes(areVisible(here), are(here, SLASH)),
+  )
+  return [
+    ...[...w.set(BEFORE, around(-1)), ...w.set(HERE, around(0))],
+    ...w.shl64(w.wide64(w.bitsOfBytes(w.orBytes(spaceCuts, lineCuts))), w.i64(BigInt(offset))),
+  ]
+}
+
+const bitOfEnd = w.shl64(w.i64(1n), w.wide64(w.sub32(end, base)))
+
+/** Sets CUTS, a bit for each of 64 bytes; behind FROM if that is among them; the end is one. */
+const FIND_CUTS = [
+  ...w.set(CUTS, [0, 16, 32, 48].map(cutsAt).reduce(w.or64)),
+  ...w.when(
+    w.notLess32(from, base),
+    w.set(CUTS, w.and64(cuts, w.shl64(w.i64(-2n), w.wide64(w.sub32(from, base))))),
+  ),
+  ...w.when(
+    w.less32(w.sub32(end, base), w.i32(64)),
+    w.set(CUTS, w.or64(w.and64(cuts, w.sub64(bitOfEnd, w.i64(1n))), bitOfEnd)),
+  ),
+]
 
 /** Bytes of the last word that count: 1 to 8. */
 const lastWord = (address: w.Code) =>
@@ -81,170 +127,149 @@ const lastWord = (address: w.Code) =>
     w.shr64(w.i64(-1n), w.wide64(w.sub32(w.i32(64), w.shl32(w.sub32(at, address), w.i32(3))))),
   )
 
-/** Sets AT to the stretch's end, as `isWordCut` has it. */
-const FIND_END = [
-  ...w.set(AT, w.add32(from, w.i32(1))),
-  ...w.block(
-    w.loop(
-      w.when(w.notLess32(at, end), [...w.set(AT, end), ...w.leave(2)]),
-      w.set(WORD, w.longAt(at)),
-      w.set(FOUND, w.or64(bytesLike(SPACE), bytesLike(LINE_END))),
-      w.when(w.isZero64(w.get(FOUND)), [...step(AT, 8), ...w.leave(1)]),
-      w.set(PLACE, w.add32(at, w.shr32(w.low32(w.zerosBelow64(w.get(FOUND))), w.i32(3)))),
-      w.when(w.notLess32(place, end), [...w.set(AT, end), ...w.leave(2)]),
-      w.set(BYTE, w.byteAt(w.sub32(place, w.i32(1)))),
-      w.set(AT, w.add32(place, w.i32(1))),
-      w.when(
-        w.equal32(w.byteAt(place), w.i32(SPACE)),
-        // A cut is before the space; else the search goes on behind it.
-        w.when(
-          w.when32(
-            isVisible(w.get(BYTE)),
-            isVisible(w.byteAt(at)),
-            w.and32(
-              w.or32(w.equal32(w.get(BYTE), w.i32(SPACE)), w.equal32(w.get(BYTE), w.i32(LINE_END))),
-              isLetter(w.byteAt(at)),
-            ),
-          ),
-          [...w.set(AT, place), ...w.leave(3)],
-        ),
-        // A cut is behind the line end.
-        [
-          ...w.leaveIf(
-            2,
-            w.and32(
-              w.and32(isVisible(w.byteAt(at)), w.differ32(w.byteAt(at), w.i32(SLASH))),
-              w.and32(isVisible(w.get(BYTE)), w.less32(at, end)),
-            ),
-          ),
-        ],
-      ),
-      w.leave(0),
-    ),
-  ),
-]
-
 const mix = (word: w.Code) => [
   ...w.set(MIXED, w.times64(w.xor64(w.get(MIXED), word), w.i64(MIX))),
   ...w.set(MIXED, w.xor64(w.get(MIXED), w.shr64(w.get(MIXED), w.i64(32n)))),
 ]
 
+const isLong = w.less32(w.i32(KEY_BYTES), length)
+
 const HASH_IT = [
-  ...w.set(MIXED, w.longAt(w.i32(SEED_AT))),
-  ...w.set(PLACE, from),
-  ...w.block(
-    w.loop(
-      w.leaveIf(1, w.less32(w.sub32(at, place), w.i32(9))),
-      mix(w.longAt(place)),
-      step(PLACE, 8),
-      w.leave(0),
+  ...w.set(
+    KEY,
+    w.andBytes(
+      w.bytesAt(from),
+      w.bytesAt(w.sub32(w.i32(MASKS_AT + KEY_BYTES), w.choose(isLong, w.i32(KEY_BYTES), length))),
     ),
   ),
-  ...w.set(WORD, lastWord(place)),
-  ...mix(w.get(WORD)),
+  ...w.set(MIXED, w.get(SEED)),
+  ...mix(w.halfOf(w.get(KEY), 0)),
+  ...mix(w.halfOf(w.get(KEY), 1)),
+  ...w.when(isLong, [
+    ...w.set(PLACE, w.add32(from, w.i32(KEY_BYTES))),
+    ...w.block(
+      w.loop(
+        w.leaveIf(1, w.less32(w.sub32(at, w.get(PLACE)), w.i32(9))),
+        mix(w.longAt(w.get(PLACE))),
+        step(PLACE, 8),
+        w.leave(0),
+      ),
+    ),
+    ...mix(lastWord(w.get(PLACE))),
+  ]),
   ...w.set(HASH, w.low32(w.get(MIXED))),
-  ...w.set(FIRST, w.get(WORD)),
-  ...w.when(w.notLess32(w.get(LENGTH), w.i32(9)), w.set(FIRST, w.longAt(from))),
 ]
 
-const farAt = w.add32(w.i32(ARENA_AT), w.shl32(w.shr32(w.get(SIZES), w.i32(14)), w.i32(2)))
+const slotFor = (number: w.Code) =>
+  w.add32(w.i32(TABLE_AT), w.shl32(w.and32(number, w.i32(SLOTS - 1)), w.i32(2)))
 
-/** Leaves so many if the bytes behind the first eight are others; sets FAR to behind theirs. */
+/** 0 if a slot's hash, the length and the first bytes are those that are looked for. */
+const differs = w.or32(
+  w.or32(
+    w.shr32(w.xor32(w.wordAt(slot), w.get(HASH)), w.i32(PLACE_BITS)),
+    w.and32(w.xor32(w.get(SIZES), length), w.i32(127)),
+  ),
+  w.anyBytes(w.xorBytes(w.bytesAt(w.get(FOUND)), w.get(KEY))),
+)
+
+const tokensOfFound = w.and32(w.shr32(w.get(SIZES), w.i32(7)), w.i32(127))
+
+/** Leaves so many if the bytes behind the first ones are others. */
 const compareFar = (depth: number) => [
-  ...w.set(PLACE, w.add32(from, w.i32(8))),
-  ...w.set(FAR, farAt),
+  ...w.set(PLACE, w.add32(from, w.i32(KEY_BYTES))),
+  ...w.set(
+    FAR,
+    w.add32(w.add32(w.get(FOUND), w.i32(ENTRY.tokens)), w.shl32(tokensOfFound, w.i32(2))),
+  ),
   ...w.block(
     w.loop(
-      w.leaveIf(1, w.less32(w.sub32(at, place), w.i32(9))),
-      w.leaveIf(depth + 2, w.differ64(w.longAt(place), w.longAt(w.get(FAR)))),
+      w.leaveIf(1, w.less32(w.sub32(at, w.get(PLACE)), w.i32(9))),
+      w.leaveIf(depth + 2, w.differ64(w.longAt(w.get(PLACE)), w.longAt(w.get(FAR)))),
       [...step(PLACE, 8), ...step(FAR, 8)],
       w.leave(0),
     ),
   ),
-  ...w.leaveIf(depth, w.differ64(lastWord(place), w.longAt(w.get(FAR)))),
-  ...step(FAR, 8),
+  ...w.leaveIf(depth, w.differ64(lastWord(w.get(PLACE)), w.longAt(w.get(FAR)))),
 ]
 
-const copyTokens = [
-  ...w.set(PLACE, w.and32(w.shr32(w.get(SIZES), w.i32(7)), w.i32(127))),
-  ...w.block(
-    w.loop(
-      w.leaveIf(1, w.isZero32(place)),
-      w.putWord(w.get(OUT), w.wordAt(w.get(FAR))),
-      [...step(OUT, 4), ...step(FAR, 4), ...step(PLACE, -1)],
-      w.leave(0),
-    ),
-  ),
-]
-
-/** Slot after slot; what is found is written, and the next stretch begins. */
-const LOOK = [
-  ...w.set(SLOT, w.and32(w.get(HASH), w.i32(SLOTS - 1))),
+/** Leaves one if it is found, `unknown` if not; FOUND is then where, or SLOT where it may go. */
+const LOOK = (unknown: number) => [
+  ...w.set(SLOT, slotFor(w.get(HASH))),
   ...w.set(PROBE, w.i32(PROBES)),
-  ...w.block(
+  ...w.loop(
+    w.set(PLACE, w.and32(w.wordAt(slot), w.i32((1 << PLACE_BITS) - 1))),
+    w.set(FOUND, w.add32(w.i32(ARENA_AT), w.shl32(w.get(PLACE), w.i32(UNIT_BITS)))),
+    w.set(SIZES, w.wordAt(w.get(FOUND), ENTRY.sizes)),
+    w.block(w.leaveIf(0, differs), w.when(isLong, compareFar(1)), w.leave(2)),
+    w.leaveIf(unknown + 1, w.isZero32(w.wordAt(slot))),
+    w.set(SLOT, slotFor(w.add32(w.shr32(w.sub32(slot, w.i32(TABLE_AT)), w.i32(2)), w.i32(1)))),
+    step(PROBE, -1),
+    w.leaveIf(0, w.get(PROBE)),
+  ),
+  ...w.set(SLOT, w.i32(0)),
+  ...w.leave(unknown),
+]
+
+const tokensFrom = (offset: number) => w.bytesAt(w.get(FOUND), ENTRY.tokens + offset)
+
+const TAKE_TOKENS = [
+  ...[...w.putBytes(out, tokensFrom(0)), ...w.putBytes(out, tokensFrom(16), 16)],
+  ...w.set(PLACE, w.add32(out, w.shl32(tokensOfFound, w.i32(2)))),
+  ...w.when(
+    w.less32(w.i32(COPIED), tokensOfFound),
     w.loop(
-      w.set(SLOT, w.add32(w.i32(TABLE_AT), w.shl32(slot, w.i32(4)))),
-      w.set(SIZES, w.wordAt(slot, 4)),
-      w.leaveIf(1, w.isZero32(w.get(SIZES))),
-      w.block(
-        w.leaveIf(0, w.differ32(w.wordAt(slot), w.get(HASH))),
-        w.leaveIf(0, w.differ32(w.and32(w.get(SIZES), w.i32(127)), w.get(LENGTH))),
-        w.leaveIf(0, w.differ64(w.longAt(slot, 8), w.get(FIRST))),
-        w.when(
-          w.less32(w.get(LENGTH), w.i32(9)),
-          w.when(
-            // One token: it is in the slot.
-            w.equal32(w.and32(w.get(SIZES), w.i32(127 << 7)), w.i32(1 << 7)),
-            [
-              ...w.putWord(w.get(OUT), w.shr32(w.get(SIZES), w.i32(14))),
-              ...step(OUT, 4),
-              ...w.set(FROM, at),
-              // Out of all that is around, to the next stretch.
-              ...w.leave(6),
-            ],
-            w.set(FAR, farAt),
-          ),
-          compareFar(1),
-        ),
-        copyTokens,
-        w.set(FROM, at),
-        w.leave(4),
-      ),
-      w.set(
-        SLOT,
-        w.and32(
-          w.add32(w.shr32(w.sub32(slot, w.i32(TABLE_AT)), w.i32(4)), w.i32(1)),
-          w.i32(SLOTS - 1),
-        ),
-      ),
-      step(PROBE, -1),
-      w.leaveIf(0, w.get(PROBE)),
-      w.set(SLOT, w.i32(0)),
+      [...step(OUT, 16), ...step(FOUND, 16)],
+      w.putBytes(out, tokensFrom(16), 16),
+      w.leaveIf(0, w.less32(w.add32(out, w.i32(32)), w.get(PLACE))),
     ),
   ),
+  ...w.set(OUT, w.get(PLACE)),
 ]
+
+/** Out of the loop over cuts: to the next 64 bytes, or all the way to what is not known. */
+const [NEXT, UNKNOWN] = [1, 4]
+
+const EACH_CUT = w.loop(
+  w.leaveIf(NEXT, w.isZero64(cuts)),
+  w.set(AT, w.add32(base, w.low32(w.zerosBelow64(cuts)))),
+  w.set(CUTS, w.and64(cuts, w.sub64(cuts, w.i64(1n)))),
+  w.set(LENGTH, w.sub32(at, from)),
+  w.set(SLOT, w.i32(0)),
+  w.leaveIf(UNKNOWN, w.less32(w.i32(STRETCH_MAX), length)),
+  HASH_IT,
+  w.block(LOOK(UNKNOWN + 1)),
+  TAKE_TOKENS,
+  w.set(FROM, at),
+  w.leave(0),
+)
 
 const BODY = [
-  ...w.loop(
-    w.when(w.notLess32(from, end), [
-      ...w.putWord(w.i32(SAID.tokens), w.get(OUT)),
-      ...w.giveBack(from),
-    ]),
-    FIND_END,
-    w.set(LENGTH, w.sub32(at, from)),
-    w.set(SLOT, w.i32(0)),
-    w.block(w.leaveIf(0, w.less32(w.i32(STRETCH_MAX), w.get(LENGTH))), HASH_IT, LOOK),
+  ...w.set(SEED, w.longAt(w.i32(SEED_AT))),
+  ...w.set(BASE, w.and32(from, w.i32(-64))),
+  ...BYTES.flatMap((_, i) => w.set(BYTE_LOCALS + i, w.sameBytesAt(w.i32(BYTES_AT), i))),
+  ...w.block(
+    w.block(
+      w.leaveIf(0, w.notLess32(from, end)),
+      w.loop(FIND_CUTS, w.block(EACH_CUT), step(BASE, 64), w.leaveIf(0, w.notLess32(end, base))),
+    ),
+    w.putWord(w.i32(SAID.tokens), out),
+    w.giveBack(from),
   ),
   ...w.putWord(w.i32(SAID.end), at),
   ...w.putWord(w.i32(SAID.hash), w.get(HASH)),
   ...w.putWord(w.i32(SAID.slot), slot),
-  ...w.putWord(w.i32(SAID.tokens), w.get(OUT)),
+  ...w.putWord(w.i32(SAID.tokens), out),
   ...from,
 ]
 
 export function makeScanner(): Scanner {
-  const { I32, I64 } = w
-  const locals = [...Array.from({ length: 9 }, () => I32), I64, I64, I64, I64]
-  const parameters = [I32, I32, I32]
-  return w.assemble({ name: 'scan', parameters, results: [I32], locals, body: BODY }, PAGES)
+  const parameters = [w.I32, w.I32, w.I32]
+  const scanner = w.assemble<Scanner>(
+    { name: 'scan', parameters, results: [w.I32], locals: LOCALS, body: BODY },
+    PAGES,
+  )
+  const memory = new Uint8Array(scanner.memory.buffer)
+  memory.set(BYTES, BYTES_AT)
+  memory.fill(255, MASKS_AT, MASKS_AT + KEY_BYTES)
+  return scanner
 }

@@ -111,6 +111,23 @@ test('a stretch is taken for another one, or ends elsewhere than where text is c
   )
 })
 
+test('a text that ends, or goes on after what is not known, at some place is cut elsewhere', () => {
+  const { encoded, tokens } = counted()
+  // Of words that 64 bytes begin and end at each place of.
+  const long = Array.from({ length: 60 }, (_, i) => `w${'x'.repeat(i % 13)}`).join(' ')
+  for (let length = 0; length <= long.length; length++) {
+    const text = long.slice(0, length)
+    assert.deepEqual(tokens(text), unitsOf(text))
+  }
+  // Each is known by now, but for one at a time.
+  for (let at = long.indexOf(' '); at > 0; at = long.indexOf(' ', at + 1)) {
+    encoded.length = 0
+    const text = `${long.slice(0, at)} new${at}${long.slice(at)}`
+    assert.deepEqual(tokens(text), unitsOf(text))
+    assert.deepEqual(encoded, [` new${at}`])
+  }
+})
+
 test('what was encoded before is encoded again', () => {
   const { encoded, tokens } = counted()
   tokens('Why is the sky so blue, and so far?')

@@ -4,24 +4,27 @@
 import { randomFillSync } from 'node:crypto'
 import {
   ARENA_AT,
-  ARENA_WORDS,
+  ENTRY,
+  KEY_BYTES,
   makeScanner,
+  PLACE_BITS,
   SAID,
   SEED_AT,
-  SLOT_BYTES,
   SLOTS,
   STRETCH_MAX,
   TABLE_AT,
   TEXT_AT,
   TEXT_BYTES,
   TOKENS_AT,
+  UNIT_BITS,
 } from './chunks-wasm.ts'
 import type { TokenBuffer, TokenSink } from './words.ts'
 
 /** So many are remembered: half of the slots stay free. */
 const STRETCHES = SLOTS / 2
-/** A slot has so many bits for a token, or for a place in the arena. */
-const PLACES = 1 << 18
+
+/** An empty slot says 0: what lies there has no length, so that it is never what is looked for. */
+const FIRST_PLACE = (ENTRY.tokens >> UNIT_BITS) + 1
 
 const LINE_END = 10
 const SPACE = 32
@@ -35,7 +38,7 @@ const DELETE = 127
  * cut out first, all the spaces before them stay together. A slash may cling to line ends.
  * `scan` finds the same places.
  *
- * @param utf8 a text's, with 0 behind the last
+ * @param utf8 a whole text's
  */
 export function isWordCut(utf8: Uint8Array, at: number): boolean {
   const before = utf8[at - 1]!
@@ -57,14 +60,15 @@ function isLetter(byte: number): boolean {
   return lower > 96 && lower < 123
 }
 
-/** Remembers up to 65,536 stretches; when there is no more room it begins anew. 3.3 MB. */
+/** Remembers up to 65,536 stretches; when there is no more room it begins anew. 2.8 MB. */
 export class ChunkCache {
   readonly #encode: (stretch: string, out: TokenSink) => void
   readonly #scanner = makeScanner()
   readonly #words = new Int32Array(this.#scanner.memory.buffer)
   readonly #bytes = Buffer.from(this.#scanner.memory.buffer)
   #count = 0
-  #arenaUsed = 0
+  /** In units. */
+  #arenaUsed = FIRST_PLACE
 
   /** @param encode makes tokens of a stretch that is not known, whatever is around it */
   constructor(encode: (stretch: string, out: TokenSink) => void) {
@@ -76,16 +80,20 @@ export class ChunkCache {
   /** Appends a well-formed text's tokens. */
   encode(text: string, out: TokenBuffer): void {
     // A unit of 16 bits becomes 3 bytes at most.
-    if (3 * text.length <= TEXT_BYTES) {
-      this.#encodeBlock(this.#bytes.write(text, TEXT_AT, 'utf8'), out)
-      return
-    }
-    const utf8 = Buffer.from(`${text}\0`)
-    const end = utf8.length - 1
-    for (let from = 0; from < end;) {
-      const to = blockEnd(utf8, from, end)
-      if (to - from > TEXT_BYTES) this.#encode(utf8.toString('utf8', from, to), out)
-      else this.#encodeBlock(utf8.copy(this.#bytes, TEXT_AT, from, to), out)
+    if (3 * text.length > TEXT_BYTES) this.encodeUtf8(Buffer.from(text), out)
+    else this.#encodeBlock(this.#bytes.write(text, TEXT_AT, 'utf8'), out)
+  }
+
+  /** Appends the tokens of a text that is UTF-8. */
+  encodeUtf8(utf8: Uint8Array, out: TokenBuffer): void {
+    for (let from = 0; from < utf8.length;) {
+      const to = blockEnd(utf8, from, utf8.length)
+      const block = utf8.subarray(from, to)
+      if (to - from > TEXT_BYTES) this.#encode(Buffer.from(block).toString(), out)
+      else {
+        this.#bytes.set(block, TEXT_AT)
+        this.#encodeBlock(to - from, out)
+      }
       from = to
     }
   }
@@ -93,7 +101,7 @@ export class ChunkCache {
   /** What lies in the scanner's memory, so many bytes. */
   #encodeBlock(count: number, out: TokenBuffer): void {
     const end = TEXT_AT + count
-    this.#bytes.fill(0, end, end + 16)
+    this.#bytes[end] = 0
     let from = TEXT_AT
     for (;;) {
       from = this.#scanner.scan(from, end, TOKENS_AT)
@@ -112,35 +120,33 @@ export class ChunkCache {
   #keep(from: number, length: number, tokens: readonly number[]): void {
     const words = this.#words
     const slot = words[SAID.slot >> 2]! >> 2
-    // In a crowd.
-    if (slot === 0) return
-    const farBytes = length > 8 ? (length - 1) & ~7 : 0
-    const isNear = length <= 8 && tokens.length === 1
-    const needed = isNear ? 0 : (farBytes >> 2) + tokens.length
-    if (this.#count === STRETCHES || this.#arenaUsed + needed > ARENA_WORDS) {
+    // In a crowd; or more than there is room for when a text is full of them.
+    if (slot === 0 || tokens.length > length) return
+    const restBytes = length > KEY_BYTES ? (length - KEY_BYTES + 7) & ~7 : 0
+    const bytesUsed = ENTRY.tokens + 4 * tokens.length + restBytes
+    const units = ((bytesUsed - 1) >> UNIT_BITS) + 1
+    const place = this.#arenaUsed
+    if (this.#count === STRETCHES || place + units > 1 << PLACE_BITS) {
       this.#forget()
       return
     }
-    const place = isNear ? tokens[0]! : this.#arenaUsed
-    if (place >= PLACES) return
     const bytes = this.#bytes
-    const slotAt = slot * 4
-    words[slot] = words[SAID.hash >> 2]!
-    bytes.fill(0, slotAt + 8, slotAt + 16)
-    bytes.copy(bytes, slotAt + 8, from, from + Math.min(8, length))
-    words[slot + 1] = (place << 14) | (tokens.length << 7) | length
+    const at = ARENA_AT + (place << UNIT_BITS)
+    bytes.fill(0, at, at + (units << UNIT_BITS))
+    bytes.copy(bytes, at, from, from + Math.min(KEY_BYTES, length))
+    words[(at + ENTRY.sizes) >> 2] = (tokens.length << 7) | length
+    words.set(tokens, (at + ENTRY.tokens) >> 2)
+    const rest = at + ENTRY.tokens + 4 * tokens.length
+    bytes.copy(bytes, rest, from + KEY_BYTES, from + Math.max(KEY_BYTES, length))
+    words[slot] = (words[SAID.hash >> 2]! & (-1 << PLACE_BITS)) | place
     this.#count++
-    if (isNear) return
-    const far = ARENA_AT + this.#arenaUsed * 4
-    bytes.fill(0, far, far + farBytes)
-    bytes.copy(bytes, far, from + 8, from + length)
-    words.set(tokens, (far + farBytes) >> 2)
-    this.#arenaUsed += needed
+    this.#arenaUsed += units
   }
 
   #forget(): void {
-    this.#bytes.fill(0, TABLE_AT, TABLE_AT + SLOTS * SLOT_BYTES)
-    this.#count = this.#arenaUsed = 0
+    this.#bytes.fill(0, TABLE_AT, TABLE_AT + SLOTS * 4)
+    this.#count = 0
+    this.#arenaUsed = FIRST_PLACE
   }
 }
 

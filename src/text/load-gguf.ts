@@ -8,6 +8,7 @@ import { spelledBytes } from './byte-alphabet.ts'
 import { endTokens } from './end-tokens.ts'
 import { preTokenizerFamily } from './gguf-pretokenizers.ts'
 import { PairTable } from './merger.ts'
+import { asIs } from './normalize.ts'
 import { byteTokensOf, Spm } from './spm.ts'
 import { TextTokenizer } from './text-tokenizer.ts'
 import type { Tokenizer } from './tokenizer.ts'
@@ -56,7 +57,7 @@ function bytePairTokenizer(metadata: Metadata): Tokenizer {
     special,
     added: addedTokens(vocabulary, 'all'),
     addedNormalized: undefined,
-    normalize: form === undefined ? (text) => text : (text) => text.normalize(form),
+    normalize: form === undefined ? asIs : (text) => text.normalize(form),
     preTokenize: family.preTokenize,
     model: new Bpe({
       ids: entries,

@@ -6,6 +6,9 @@ import { type Json, kindOf, list, object, optionalBoolean, text } from './json.t
 
 export type Normalizer = (text: string) => string
 
+/** Where there is none. */
+export const asIs: Normalizer = (text) => text
+
 const COMBINING = /\p{M}/gv
 const SPACE_AT_START = /^\p{White_Space}+/v
 const SPACE_AT_END = /\p{White_Space}$/v
@@ -15,7 +18,7 @@ const SPACE_AT_END = /\p{White_Space}$/v
  * @throws LatticeError `model_unsupported` for a kind that is not known
  */
 export function readNormalizer(json: Json): Normalizer {
-  if (json === null || json === undefined) return (input) => input
+  if (json === null || json === undefined) return asIs
   const at = 'normalizer'
   const node = object(json, at)
   const kind = kindOf(node, at)

@@ -4,7 +4,7 @@
 import type { AddedTokenMatcher } from './added-tokens.ts'
 import { ChunkCache } from './chunks.ts'
 import { decodeUtf8, StreamingDetokenizer } from './detokenizer.ts'
-import type { Normalizer } from './normalize.ts'
+import { asIs, type Normalizer } from './normalize.ts'
 import type { PreTokenizer } from './pretokenize.ts'
 import type { Detokenizer, Tokenizer } from './tokenizer.ts'
 import { type PieceModel, TokenBuffer, type TokenSink } from './words.ts'
@@ -42,21 +42,25 @@ export class TextTokenizer implements Tokenizer {
   readonly #out = new TokenBuffer()
   /** Only if text may be cut where words begin. */
   readonly #chunks: ChunkCache | undefined
+  /** Text without special tokens is its stretches, one after the other. */
+  readonly #isPlain: boolean
 
   constructor(parts: TokenizerParts) {
     this.#parts = parts
     this.vocabSize = parts.tokens.length
     this.bosToken = parts.bosToken
     this.eosTokens = parts.eosTokens
+    const { added, addedNormalized, normalize } = parts
+    this.#isPlain = normalize === asIs && added.allSpecial && (addedNormalized?.allSpecial ?? true)
     if (parts.preTokenize.atWords !== 'cuts') return
     this.#chunks = new ChunkCache((stretch, out) => this.#encodePieces(stretch, false, out))
   }
 
   encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array {
-    const { added, addedNormalized, normalize, prefix, suffix } = this.#parts
+    const { added, addedNormalized, normalize, prefix } = this.#parts
     const { addSpecial, parseSpecial } = options
     const out = this.#out
-    out.count = 0
+    out.begin()
     if (addSpecial) for (const token of prefix) out.push(token)
     let atStart = true
     const encodeText = (segment: string): void => {
@@ -76,11 +80,18 @@ export class TextTokenizer implements Tokenizer {
         atStart = false
       }
     }
-    if (addSpecial) {
-      this.#dropSecondBos(out)
-      for (const token of suffix) out.push(token)
-    }
+    if (addSpecial) this.#end(out)
     return out.take()
+  }
+
+  encodeUtf8(utf8: Uint8Array, addSpecial: boolean): Int32Array | undefined {
+    if (!this.#chunks || !this.#isPlain) return undefined
+    const out = this.#out
+    out.begin()
+    if (addSpecial) for (const token of this.#parts.prefix) out.push(token)
+    this.#chunks.encodeUtf8(utf8, out)
+    if (addSpecial) this.#end(out)
+    return out.view()
   }
 
   #encodePieces(text: string, atStart: boolean, out: TokenSink): void {
@@ -88,11 +99,12 @@ export class TextTokenizer implements Tokenizer {
     for (const piece of preTokenize({ texts: [text], atStart }).texts) model.encode(piece, out)
   }
 
-  /** A rendered template often begins with the token that addSpecial adds. */
-  #dropSecondBos(out: TokenBuffer): void {
-    const { prefix, bosToken } = this.#parts
+  #end(out: TokenBuffer): void {
+    const { prefix, suffix, bosToken } = this.#parts
     const at = prefix.length
+    // A rendered template often begins with the token that addSpecial adds.
     if (at > 0 && prefix[at - 1] === bosToken && out.at(at) === bosToken) out.remove(at)
+    for (const token of suffix) out.push(token)
   }
 
   tokenBytes(token: number, skipSpecial: boolean): Uint8Array {

@@ -25,6 +25,9 @@ const names = readdirSync(folder).filter(
 )
 assert.ok(names.length >= 20, 'the golden files are here')
 
+/** Those that have nothing but words, which need no string to be found. */
+const FROM_BYTES = ['deepseek3', 'falcon', 'gpt2', 'gpt4o', 'llama3', 'smollm', 'tekken']
+
 for (const name of names) {
   const golden = read(name) as Golden
   const tokenizer = jsonTokenizer(golden.tokenizer, { bos: '<s>', eos: undefined, ends: [] })
@@ -33,6 +36,18 @@ for (const name of names) {
     strings.forEach((string, i) => {
       const ids = tokenizer.encode(string, { addSpecial: false, parseSpecial: false })
       assert.deepEqual([...ids], golden.plain[i], JSON.stringify(string))
+    })
+  })
+
+  test(`${name}: a token differs where text is given as bytes`, () => {
+    strings.forEach((string, i) => {
+      const utf8 = Buffer.from(string)
+      const ids = tokenizer.encodeUtf8?.(utf8, false)
+      if (FROM_BYTES.includes(name.replace('.json', ''))) assert.ok(ids)
+      if (!ids) return
+      assert.deepEqual([...ids], golden.plain[i], JSON.stringify(string))
+      const wanted = tokenizer.encode(string, { addSpecial: true, parseSpecial: false })
+      assert.deepEqual(tokenizer.encodeUtf8!(utf8, true), wanted, JSON.stringify(string))
     })
   })
 

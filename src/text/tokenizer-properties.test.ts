@@ -43,6 +43,19 @@ for (const name of BYTE_LEVEL) {
   })
 }
 
+for (const name of ['gpt2', 'llama3', 'tekken']) {
+  const tokenizer = load(name)
+  test(`${name}: bytes become other tokens than the text that they are`, () => {
+    fc.assert(
+      fc.property(anyText, fc.boolean(), (text, addSpecial) => {
+        const ids = [...tokenizer.encodeUtf8!(Buffer.from(text), addSpecial)!]
+        assert.deepEqual(ids, [...tokenizer.encode(text, { addSpecial, parseSpecial: false })])
+      }),
+      runs,
+    )
+  })
+}
+
 const drain = (detokenizer: Detokenizer, ids: Iterable<number>): string[] => {
   const pieces = Array.from(ids, (id) => detokenizer.push(id))
   return [...pieces, detokenizer.end()]

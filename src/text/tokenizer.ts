@@ -13,6 +13,13 @@ export interface Tokenizer {
    * @param options.parseSpecial recognises special tokens' text (templates: yes, user text: no).
    */
   encode(text: string, options: { addSpecial: boolean; parseSpecial: boolean }): Int32Array
+  /**
+   * As `encode` without `parseSpecial`, from bytes: no string is made of them, and no new array.
+   * @param utf8 nothing but UTF-8
+   * @returns a view of memory that the next call uses again; undefined if this model's tokens
+   *   cannot do without a string
+   */
+  encodeUtf8?(utf8: Uint8Array, addSpecial: boolean): Int32Array | undefined
   /** The bytes a token stands for; a special token's text, or nothing if `skipSpecial`. */
   tokenBytes(token: number, skipSpecial: boolean): Uint8Array
   /** Whole text; bytes that are not UTF-8 become U+FFFD. */

@@ -20,7 +20,12 @@ export class TokenBuffer implements TokenSink {
   append(words: Int32Array, from: number, to: number): void {
     const count = to - from
     if (this.count + count > this.#tokens.length) this.#reserve(2 * (this.count + count))
-    // A view for `set` costs more than the few tokens between two unknown words.
+    // For the few tokens between two unknown words a view costs more than it saves.
+    if (count > VIEWED) {
+      this.#tokens.set(words.subarray(from, to), this.count)
+      this.count += count
+      return
+    }
     for (let i = from; i < to; i++) this.#tokens[this.count++] = words[i]!
   }
 
@@ -32,12 +37,22 @@ export class TokenBuffer implements TokenSink {
     this.#tokens.copyWithin(index, index + 1, this.count--)
   }
 
+  /** Empties it. */
+  begin(): void {
+    this.count = 0
+    if (this.#tokens.length > TOKENS_KEPT) this.#tokens = new Int32Array(1024)
+  }
+
   /** All of them, as an array of their own; empty afterwards. */
   take(): Int32Array {
     const all = this.#tokens.slice(0, this.count)
-    this.count = 0
-    if (this.#tokens.length > TOKENS_KEPT) this.#tokens = new Int32Array(1024)
+    this.begin()
     return all
+  }
+
+  /** All of them, until something else is done here. */
+  view(): Int32Array {
+    return this.#tokens.subarray(0, this.count)
   }
 
   #reserve(count: number): void {
@@ -47,6 +62,8 @@ export class TokenBuffer implements TokenSink {
   }
 }
 
+/** From so many on, tokens are copied at once. */
+const VIEWED = 64
 /** One huge text must not hold memory for good. */
 const TOKENS_KEPT = 1 << 16
 

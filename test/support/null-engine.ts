@@ -80,7 +80,8 @@ export class Bench {
   }
 
   submit(id: number, request: SequenceRequest): void {
-    this.submitChoices([id], request, [request.sampling])
+    this.expect(id)
+    this.core.submit(id, request)
   }
 
   submitChoices(

@@ -18,7 +18,7 @@ import { startServer } from '../../server/server.ts'
 import { loadTokenizer } from '../../text/load.ts'
 import type { Tokenizer } from '../../text/tokenizer.ts'
 import { BenchEngine, BYTES } from './engine.ts'
-import { cpuTimes, napiThreads, QueueEngine } from './queue.ts'
+import { cpuTimes, cpuTimesBefore, napiThreads, QueueEngine } from './queue.ts'
 import { answerCalls } from '../remote-calls.ts'
 
 export const TENANT = { granted: 1, refused: 2 } as const
@@ -134,7 +134,7 @@ export const COMMANDS = {
   },
 
   /** CPU time of each thread so far, in ns, those of the interface included. */
-  times: () => cpuTimes(kernelThreads),
+  times: () => cpuTimesBefore(kernelThreads),
 
   /** The same, when so many prompts lie in the scheduler's queue. */
   async queued(count: number): Promise<Record<string, number>> {

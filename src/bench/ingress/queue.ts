@@ -21,8 +21,10 @@ import { EngineClient } from '../../engine/client.ts'
 
 /** A step of the sequence that has the place: long, so that it costs next to nothing. */
 const STEP_MS = 100
-/** How often it is looked whether all prompts are there: seldom, for it costs time as well. */
+/** How often it is looked whether all prompts are there, at most: it costs time as well. */
 const LOOK_MS = 20
+/** This thread sleeps so long that the kernel counts what it has done. */
+const SETTLE_MS = 2
 const CONTEXT = 1 << 14
 const MOST = 1 << 20
 const SILENT: SequenceSink = { onToken: () => {}, onFinish: () => {} }
@@ -73,8 +75,14 @@ export class QueueEngine implements Engine {
 
   /** Resolves when so many prompts lie in the scheduler's queue. */
   async queued(count: number): Promise<void> {
-    // Prompts that come past this thread tell it nothing.
-    while (MOST - this.queueRoom() <= count) await sleep(LOOK_MS)
+    const start = performance.now()
+    // Prompts that come past this thread tell it nothing; it looks when they may all be there.
+    for (;;) {
+      const arrived = MOST - this.queueRoom() - 1
+      if (arrived >= count) break
+      const restMs = ((performance.now() - start) * (count - arrived)) / Math.max(1, arrived)
+      await sleep(arrived > 0 ? Math.max(LOOK_MS, restMs) : LOOK_MS)
+    }
     // Whatever it is asked, it takes in first what it was sent before.
     await this.engine.ask({ kind: 'unpin', tenant: 'bench', id: '' })
   }
@@ -137,10 +145,27 @@ export class QueueEngine implements Engine {
   }
 }
 
-/** CPU time of each thread of this process, and of others by id, in ns, by name. */
+const TASKS = '/proc/self/task'
+
+/**
+ * CPU time of each thread of this process, and of others by id, in ns, by name. This thread's own
+ * is what it was when it last began to run.
+ */
 export function cpuTimes(others: readonly number[]): Record<string, number> {
+  const own = readdirSync(TASKS).map((task) => `${TASKS}/${task}`)
+  return timesOf([...own, ...others.map((id) => `/proc/${id}`)])
+}
+
+/** The same, but what it takes to look is no part of what comes after. */
+export async function cpuTimesBefore(others: readonly number[]): Promise<Record<string, number>> {
+  const times = cpuTimes(others)
+  await sleep(SETTLE_MS)
+  return { ...times, ...timesOf([`${TASKS}/${process.pid}`]) }
+}
+
+function timesOf(folders: readonly string[]): Record<string, number> {
   const times: Record<string, number> = {}
-  const add = (folder: string): void => {
+  for (const folder of folders) {
     try {
       const name = readFileSync(`${folder}/comm`, 'utf8').trim()
       const ns = Number(readFileSync(`${folder}/schedstat`, 'utf8').split(' ')[0])
@@ -149,8 +174,6 @@ export function cpuTimes(others: readonly number[]): Record<string, number> {
       // It has ended.
     }
   }
-  for (const task of readdirSync('/proc/self/task')) add(`/proc/self/task/${task}`)
-  for (const id of others) add(`/proc/${id}`)
   return times
 }
 
