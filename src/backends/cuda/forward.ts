@@ -152,6 +152,7 @@ export class CudaForward {
       attention: this.attention,
       state: this.state,
       layout: kv.layout,
+      kv,
       multiprocessors: info.multiprocessors,
       sharedBytes: info.sharedBytesPerBlock,
       // Attention is a part of it.

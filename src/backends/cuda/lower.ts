@@ -5,6 +5,7 @@ import { present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
+import { BatchSteps } from './batch-steps.ts'
 import { Buffers } from './buffers.ts'
 import {
   type GluNode,
@@ -38,6 +39,8 @@ export class Lowering {
   readonly buffers: Buffers
   private whole: readonly (NamedCommand[] | undefined)[] = []
   private wholeSteps: WholeSteps | undefined
+  batchSteps: BatchSteps | undefined
+  private embedding: Command | undefined
   private readonly context: LowerContext
   private readonly program: Program
   private readonly nodes: readonly Node[]
@@ -87,6 +90,7 @@ export class Lowering {
 
   close(): void {
     this.wholeSteps?.close()
+    this.batchSteps?.close()
   }
 
   /** Loads what launches would load when they are first needed. */
@@ -100,7 +104,7 @@ export class Lowering {
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
     const { skinny, hopper } = this.context
-    const whole = this.whole[tokens]
+    const whole = this.whole[tokens] ?? this.batch(tokens)
     if (whole) return whole
     if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
     return hopper === 'never' || tokens > HOPPER_TOKENS_MAX ? this.commands : this.hopper
@@ -109,6 +113,19 @@ export class Lowering {
   /** Queues the program, embedding to logits. */
   queue(step: StepShape): void {
     for (const { run } of this.commandsFor(step.tokens)) run(step)
+  }
+
+  /** The embedding, its norm, and one kernel for all the rest. */
+  private batch(tokens: number): NamedCommand[] | undefined {
+    const launch = this.batchSteps?.launch(tokens)
+    const [first] = this.nodes
+    if (!launch || first?.kind !== 'embed') return undefined
+    const { driver } = this.context
+    return [
+      { name: nameOf(first), run: this.embedding ??= this.lower(first) },
+      { name: 'norm', run: ({ stream }) => driver.launch(launch.norm, stream) },
+      { name: 'step', run: ({ stream }) => driver.launch(launch.step, stream) },
+    ]
   }
 
   /** By number of tokens: the embedding, and one kernel for all the rest. */
@@ -121,6 +138,13 @@ export class Lowering {
       this.place(value),
     )
     this.wholeSteps = steps
+    this.batchSteps = new BatchSteps(
+      this.context,
+      this.program.config,
+      this.nodes,
+      (value) => this.place(value),
+      this.room.tokens,
+    )
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
       const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
       return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]

@@ -1,0 +1,211 @@
+// Owns attention as a phase of a decode step of many tokens. Each warpgroup that multiplies takes a
+// stretch of the line of tiles (attention-tiles.cuh), from a sequence's oldest tokens to its newest:
+// only these have to wait for the phase before, and older ones fill the ring meanwhile.
+//
+// Before: -D HEADS KV_HEADS HEAD_DIM GROUP WARPS (4) and those of batch-phases.cuh
+#pragma once
+#include "attention-tiles.cuh"
+#include "batch-phases.cuh"
+
+constexpr int TILE_PAGES = 2 * PANELS;
+constexpr int WORKERS = CONSUMERS / (WARPS * 32);
+/** For what warps hand each other, and for what threads of products keep (batch-products.cuh). */
+constexpr int MERGE_BYTES = WORKERS * WARPS * WHOLE * 16, KEPT_BYTES = TOKENS * CONSUMERS * 2;
+constexpr int AREA_BYTES = MERGE_BYTES > KEPT_BYTES ? MERGE_BYTES : KEPT_BYTES;
+
+static_assert(PANEL == PAGE && HEAD_DIM % 64 == 0, "a panel is a page");
+
+/** What attention needs besides the table. */
+struct Attending {
+  const unsigned char *kv;
+  const int *slots, *lengths;
+  int rows;
+  u64 slotStride, tokenStride;
+  float scale;
+  float4 *partial;
+  u32 *arrivals;
+
+  __device__ __forceinline__ Arguments of(const Phase &p) const {
+    return {p.q, (bf16 *)p.out, p.in, kv, slots, lengths, rows, p.window, p.headRow, slotStride,
+            tokenStride, scale, 0.f, partial, arrivals};
+  }
+  __device__ __forceinline__ Walk walk(const Arguments &a, int worker) const {
+    return Walk(a, blockIdx.x * WORKERS + worker, gridDim.x * WORKERS);
+  }
+};
+
+/** Tiles of all workers of this block. */
+__device__ __forceinline__ int tilesOf(const Phase &p, const Attending &attending) {
+  const Arguments a = attending.of(p);
+  int tiles = 0;
+  for (int w = 0; w < WORKERS; w++) {
+    const Walk walk = attending.walk(a, w);
+    tiles += walk.end - walk.at;
+  }
+  return tiles;
+}
+
+/** A sequence that is shorter than a tile: reading beyond its ends would touch what is not mapped. */
+__device__ __forceinline__ void copyShort(const Arguments &a, const Piece &p, int token,
+                                          const Ring &ring, const Place &at) {
+  const int lane = threadIdx.x % 32, row = a.headRow + p.kvHead;
+  constexpr int CHUNKS = HEAD_DIM / 8;
+  const unsigned char *keys =
+      a.kv + (u64)a.slots[p.row] * a.slotStride + (u64)row * (HEAD_DIM * 2);
+  for (int i = 0; i < TILE_PAGES; i++) ring.awaitEmpty(at.after(i));
+  __syncwarp();
+  for (int i = lane; i < 2 * TILE * CHUNKS && p.length > 0; i += 32) {
+    const int chunk = i % CHUNKS, t = i / CHUNKS % TILE, values = i >= TILE * CHUNKS;
+    const u32 to = ring.at(at.after(values * PANELS + chunk / 8));
+    copy16(to + t * 128 + ((chunk ^ t) & 7) * 16,
+           keys + (u64)max(token + t, p.first) * a.tokenStride +
+               values * (KV_HEADS * HEAD_DIM * 2) + chunk * 16);
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+  if (lane < TILE_PAGES) barrierArrive(ring.fullOf(at.after(lane)));
+}
+
+/** Where a worker is on its stretch. */
+struct Stretch {
+  Walk walk;
+  Piece piece;
+  int tile;
+  bool some;
+
+  __device__ __forceinline__ Stretch(const Attending &attending, const Arguments &a, int worker)
+      : walk(attending.walk(a, worker)) {
+    some = walk.next(piece);
+    tile = some ? piece.tile : 0;
+  }
+  /** Tiles of a piece are counted from the oldest here, from the newest in `firstToken`. */
+  __device__ __forceinline__ int fromNewest() const { return piece.all - 1 - tile; }
+  __device__ __forceinline__ void advance() {
+    if (++tile < piece.tile + piece.tiles) return;
+    some = walk.next(piece);
+    tile = piece.tile;
+  }
+};
+
+/** Brings keys and values: a tile of each worker in turn. */
+template <typename Hold>
+__device__ __forceinline__ void feedKeys(const Phase &p, int n, bool first,
+                                         const Counters &counters, const Attending &attending,
+                                         const Ring &ring, Place &at, Hold &hold) {
+  const int lane = threadIdx.x % 32;
+  awaitInputs();
+  const Arguments a = attending.of(p);
+  Stretch stretch[WORKERS] = {Stretch(attending, a, 0), Stretch(attending, a, 1)};
+  bool all = first;
+  while (stretch[0].some || stretch[1].some) {
+#pragma unroll
+    for (int w = 0; w < WORKERS; w++) {
+      Stretch &s = stretch[w];
+      if (!s.some) continue;
+      const int token = firstToken(s.piece, s.fromNewest());
+      hold.take(TILE_PAGES);
+      if (s.fromNewest() == 0 && !all) {
+        if (lane == 0) counters.await(n - 1, p.arrivals);
+        __syncwarp();
+        all = true;
+      }
+      if (token < 0) {
+        copyShort(a, s.piece, token, ring, at);
+      } else if (lane < TILE_PAGES) {
+        const Place place = at.after(lane);
+        const int headRow = a.headRow + s.piece.kvHead + lane / PANELS * KV_HEADS;
+        ring.awaitEmpty(place);
+        barrierExpect(ring.fullOf(place), PAGE);
+        loadBox(ring.at(place), a.map, lane % PANELS * 64, headRow, token, a.slots[s.piece.row],
+                ring.fullOf(place));
+      }
+      __syncwarp();
+      at.advance(TILE_PAGES);
+      s.advance();
+    }
+  }
+}
+
+/** The warps of a worker wait for each other. */
+__device__ __forceinline__ void meetWorker(int worker) {
+  asm volatile("bar.sync %0, %1;" ::"r"(2 + worker), "n"(WARPS * 32) : "memory");
+}
+
+/** area: this worker's, of WARPS · WHOLE. The phase before is done; `at` moves on. */
+__device__ __forceinline__ void attendStretch(const Phase &p, const Attending &attending,
+                                              const Ring &ring, Place &at, float4 *area) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
+  const int worker = threadIdx.x / (32 * WARPS);
+  const Arguments a = attending.of(p);
+  const Walk theirs = attending.walk(a, 1 - worker);
+  Walk walk = attending.walk(a, worker);
+  const int tiles = walk.end - walk.at, others = theirs.end - theirs.at;
+  // Tiles of both take turns in the ring until one has no more.
+  auto placeOf = [&](int tile) {
+    const int before = worker == 0 ? min(tile, others) : min(tile + 1, others);
+    Place place = at;
+    place.advanceFar((tile + before) * TILE_PAGES);
+    return place;
+  };
+  int done = 0;
+  Piece piece;
+  while (walk.next(piece)) {
+    const u64 item = (u64)piece.row * KV_HEADS + piece.kvHead;
+    const u64 group = item * GROUP * HEAD_DIM;
+    u32 q[COLUMNS][STEPS][2];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      const int head = c * 8 + lane / 4;
+      const u32 *from = (const u32 *)(a.q + group + head * HEAD_DIM) + lane % 4;
+#pragma unroll
+      for (int k = 0; k < STEPS; k++)
+        for (int i = 0; i < 2; i++) q[c][k][i] = head < GROUP ? freshWord(from + k * 8 + i * 4) : 0;
+    }
+    Sums<STEPS> state;
+    state.clear();
+    for (int j = piece.tile; j < piece.tile + piece.tiles; j++, done++) {
+      const int tile = piece.all - 1 - j, from = firstToken(piece, tile);
+      const int begin = piece.first - from, end = piece.length - tile * TILE - from;
+      const Place place = placeOf(done);
+      u32 keys[PANELS], values[PANELS];
+#pragma unroll
+      for (int i = 0; i < PANELS; i++) {
+        ring.awaitFull(place.after(i));
+        keys[i] = ring.at(place.after(i));
+      }
+#pragma unroll
+      for (int i = 0; i < PANELS; i++) {
+        ring.awaitFull(place.after(PANELS + i));
+        values[i] = ring.at(place.after(PANELS + i));
+      }
+      attend(a, state, keys, values, warp * 16, q, begin, end);
+      __syncwarp();
+      // For the other worker's warps, too, who have no use for this page.
+      if (lane < TILE_PAGES) {
+        barrierArrive(ring.emptyOf(place.after(lane)));
+        barrierArrive(ring.emptyOf(place.after(lane)));
+      }
+    }
+    state.total();
+    // From here on a warp has all tokens, for its share of the dimensions.
+    Sums<SHARE> sums;
+    const int first = warp * SHARE;
+    state.store(area + warp * WHOLE);
+    meetWorker(worker);
+    sums.gather<STEPS>(WARPS, [&](int w) { return area + w * WHOLE; }, first);
+    meetWorker(worker);
+    if (piece.tiles < piece.all) {
+      const u32 from = walk.blockOf(piece.start), to = walk.blockOf(piece.start + piece.all - 1);
+      const auto part = [&](int i) {
+        // A worker has at most a part of what began before its stretch, and one of what goes on.
+        const u32 place = (from + i) * 2 + (i == 0);
+        return a.partial + (place * WARPS + warp) * PART;
+      };
+      sums.store(part(walk.worker - from));
+      if (!arriveLast(a.arrivals + item * WARPS + warp, to - from + 1)) continue;
+      sums.gather<SHARE>(to - from + 1, part, 0);
+    }
+    sums.output(a.out + group, first);
+  }
+  at.advanceFar((tiles + others) * TILE_PAGES);
+}

@@ -1,0 +1,412 @@
+// Owns the products of a decode step of many tokens: sums of a tile by warpgroups, their exchange
+// between the blocks that share its K, and what comes after: norm, sum, activation or rotation.
+//
+// A warpgroup has 64 rows of a page, a warp 16 of these, a group: the fragment that a lane holds
+// has row lane / 4 and its partner for tokens 8·i + lane % 4 · 2 and one more. Nothing has to go
+// through shared memory, but for 8 × 8 transpositions between lanes so that stores lie together.
+//
+// Blocks hand each other sums through L2 without a signal: a word that nobody has written yet is
+// NOTHING, which no sum is, and who reads it puts NOTHING there again.
+#pragma once
+#include "batch-attention.cuh"
+
+constexpr u32 NOTHING = 0xffffffffu;
+constexpr int FRAGMENTS = TOKENS / 8;
+constexpr int SCALE_PARTS = CONSUMERS / TOKENS;
+
+/** What a block's products need besides the table. */
+struct Products {
+  int tokens;
+  const int *positions;
+  const u64 *slots;
+  u64 tokenStride;
+  /** [tile, block of it, part of a sum, thread] */
+  uint4 *exchange;
+  /** [tile, TOKENS] */
+  float *squares;
+  /** [TOKENS, pairs of a head]: cosine and sine. */
+  const float2 *turns;
+  /** In shared memory: [SCALE_PARTS, TOKENS]; [warp, TOKENS]. */
+  float *scaleParts, *warpSquares;
+  /** [FRAGMENTS, thread]: a share of a tile's fragments and what they meet, or those of a page. */
+  uint4 *kept;
+};
+
+__device__ __forceinline__ void give(uint4 *to, const float *v) {
+  uint4 x;
+  u32 *const word = (u32 *)&x;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 bits = __float_as_uint(v[i]);
+    word[i] = bits == NOTHING ? 0x7fffffffu : bits;
+  }
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w) : "memory");
+}
+
+__device__ __forceinline__ uint4 look(const uint4 *from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  return v;
+}
+
+/** Waits for what another block gives; `v` is what was there at first. */
+__device__ __forceinline__ void receive(uint4 v, uint4 *from, float *into) {
+  for (u32 spins = 0; v.x == NOTHING || v.y == NOTHING || v.z == NOTHING || v.w == NOTHING;) {
+    v = look(from);
+    if (++spins == SPINS_MAX) __trap();
+  }
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(from), "r"(NOTHING)
+               : "memory");
+  into[0] = __uint_as_float(v.x), into[1] = __uint_as_float(v.y);
+  into[2] = __uint_as_float(v.z), into[3] = __uint_as_float(v.w);
+}
+
+/** Sums of squares of a token's row so far, by every SCALE_PARTS-th tile. */
+__device__ __forceinline__ void loadScales(const Phase &p, const Products &a) {
+  const int token = threadIdx.x % TOKENS, part = threadIdx.x / TOKENS;
+  float sum = 0.f;
+  for (int first = part; first < p.squares; first += 8 * SCALE_PARTS) {
+    u32 x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int tile = first + i * SCALE_PARTS;
+      x[i] = tile < p.squares ? freshWord(a.squares + tile * TOKENS + token) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += __uint_as_float(x[i]);
+  }
+  a.scaleParts[part * TOKENS + token] = sum;
+}
+
+/** What a token's products are multiplied by. */
+__device__ __forceinline__ float scaleOf(const Phase &p, const Products &a, int token) {
+  if (p.squares == 0) return 1.f;
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < SCALE_PARTS; i++) sum += a.scaleParts[i * TOKENS + token];
+  return rsqrtf(sum / p.k + p.eps);
+}
+
+/** A fragment: tokens t and t + 1 of row lane / 4, and of its partner. */
+struct Piece16 {
+  /** The group, the first of 8 tokens. */
+  int group, first;
+
+  __device__ __forceinline__ int token() const { return first + threadIdx.x % 4 * 2; }
+  __device__ __forceinline__ int row() const { return threadIdx.x % 32 / 4; }
+  /** After a transposition: which token, and the first of two rows among 8. */
+  __device__ __forceinline__ int ownToken() const { return first + threadIdx.x % 32 / 4; }
+  __device__ __forceinline__ int ownRow() const { return threadIdx.x % 4 * 2; }
+};
+
+/** What the end of a fragment needs: the old values, transposed, or both tokens' turns. */
+__device__ __forceinline__ uint4 loadBefore(const Phase &p, const Products &a, const Piece16 &at) {
+  if (p.kind == ADD && at.ownToken() < a.tokens) {
+    const bf16 *row = (const bf16 *)p.out + (u64)at.ownToken() * p.outStride + at.group * 16 +
+                      at.ownRow();
+    return make_uint4(freshWord(row), freshWord(row + 8), 0, 0);
+  }
+  if (p.kind == ROPE) {
+    const int pairs = p.headGroups * 8, pair = at.group % p.headGroups * 8 + at.row();
+    const float2 x = freshPair(a.turns + at.token() * pairs + pair);
+    const float2 y = freshPair(a.turns + (at.token() + 1) * pairs + pair);
+    return make_uint4(__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(y.x),
+                      __float_as_uint(y.y));
+  }
+  return make_uint4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ void storePair(bf16 *to, u32 x, bool real) {
+  const u32 mine = transpose(x);
+  if (real) *(u32 *)to = mine;
+}
+
+/** @param squares of the two tokens, added to */
+__device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, const Piece16 &at,
+                                          const float (&v)[4], uint4 before,
+                                          float (&squares)[2]) {
+  const bool real = at.ownToken() < a.tokens;
+  const u64 place = (u64)at.ownToken() * p.outStride + at.group * 16 + at.ownRow();
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const u32 old = transpose(half ? before.y : before.x);
+    const u32 sum = pack(v[2 * half] + low(old), v[2 * half + 1] + high(old));
+    const float x = low(sum), y = high(sum);
+    squares[0] += x * x, squares[1] += y * y;
+    const float weight = __ldg(p.norm + at.group * 16 + half * 8 + at.row());
+    storePair((bf16 *)p.out + place + half * 8, sum, real);
+    storePair(p.next + place + half * 8, pack(x * weight, y * weight), real);
+  }
+}
+
+__device__ __forceinline__ void finishGlu(const Phase &p, const Products &a, const Piece16 &at,
+                                          const float (&v)[4]) {
+  const u32 y = pack(activate(rounded(v[0]), p.gelu) * rounded(v[2]),
+                     activate(rounded(v[1]), p.gelu) * rounded(v[3]));
+  bf16 *to = (bf16 *)p.out + (u64)at.ownToken() * p.outStride + at.group * 8 + at.ownRow();
+  storePair(to, y, at.ownToken() < a.tokens);
+}
+
+template <int HEADS_Q, int HEADS_KV>
+__device__ __forceinline__ void finishRope(const Phase &p, const Products &a, const Piece16 &at,
+                                           const float (&v)[4], uint4 before) {
+  const int head = at.group / p.headGroups, half = p.headGroups * 8;
+  float x[2], y[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float left = rounded(v[i]), right = rounded(v[2 + i]);
+    const bool turns = head < HEADS_Q + HEADS_KV;
+    const float cosine = turns ? __uint_as_float(i ? before.z : before.x) : 1.f;
+    const float sine = turns ? __uint_as_float(i ? before.w : before.y) : 0.f;
+    x[i] = left * cosine - right * sine, y[i] = left * sine + right * cosine;
+  }
+  const int token = at.ownToken();
+  const u64 slot = token < a.tokens ? a.slots[token] : 0;
+  // K and V of a token lie one behind the other, as their rows do in W.
+  bf16 *to = head < HEADS_Q ? (bf16 *)p.out + (u64)token * p.outStride
+                            : (bf16 *)(slot + (slot ? a.positions[token] : 0) * a.tokenStride +
+                                       p.layerOffset) - HEADS_Q * half * 2;
+  to += head * half * 2 + at.group % p.headGroups * 8 + at.ownRow();
+  storePair(to, pack(x[0], x[1]), slot != 0);
+  storePair(to + half, pack(y[0], y[1]), slot != 0);
+}
+
+__device__ __forceinline__ void finishLogits(const Phase &p, const Products &a, const Piece16 &at,
+                                             const float (&v)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int token = at.token() + i % 2;
+    float *to = (float *)p.out + (u64)token * p.outStride + at.group * 16 + i / 2 * 8 + at.row();
+    if (token < a.tokens) *to = v[i];
+  }
+}
+
+/** Where a block's part of a product ends: its tile, the round's first group, its pages. */
+struct End {
+  const Share &share;
+  int group, pages;
+
+  /** Of a warpgroup's first and second page. */
+  __device__ __forceinline__ int page(int j) const { return threadIdx.x / 128 + 2 * j; }
+  __device__ __forceinline__ int groupOf(int j) const {
+    return group + page(j) * PAGE_GROUPS + threadIdx.x % 128 / 32;
+  }
+  __device__ __forceinline__ bool real(int j) const {
+    return page(j) < pages && groupOf(j) < share.to;
+  }
+};
+
+/** What each thread keeps for itself in shared memory: loops over it need not be unrolled. */
+struct Kept {
+  uint4 *own;
+
+  __device__ __forceinline__ void put(int i, uint4 x) const { own[i * CONSUMERS] = x; }
+  __device__ __forceinline__ uint4 get(int i) const { return own[i * CONSUMERS]; }
+};
+
+__device__ __forceinline__ uint4 bitsOf(const float *v) {
+  return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                    __float_as_uint(v[3]));
+}
+__device__ __forceinline__ void floatsOf(uint4 x, float (&v)[4]) {
+  v[0] = __uint_as_float(x.x), v[1] = __uint_as_float(x.y);
+  v[2] = __uint_as_float(x.z), v[3] = __uint_as_float(x.w);
+}
+
+/** Fragment u of page j, from token `first` on, is whole; before: see `loadBefore`. */
+__device__ __forceinline__ void finishPage(const Phase &p, const Products &a, const End &end,
+                                           int j, int u, int first, uint4 sums, uint4 before,
+                                           float (&squares)[2]) {
+  const Piece16 at = {end.groupOf(j), first + u * 8};
+  const float scale[2] = {scaleOf(p, a, at.token()), scaleOf(p, a, at.token() + 1)};
+  float x[4];
+  floatsOf(sums, x);
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] *= scale[i % 2];
+  if (p.kind == ADD) finishAdd(p, a, at, x, before, squares);
+  else if (p.kind == GLU) finishGlu(p, a, at, x);
+  else if (p.kind == ROPE) finishRope<HEADS, KV_HEADS>(p, a, at, x, before);
+  else finishLogits(p, a, at, x);
+}
+
+/** The end of a tile whose sums `d` [page of two, fragment, 4] this block has alone. */
+__device__ __forceinline__ void finishWhole(const Phase &p, const Products &a, const End &end,
+                                            const float (&d)[2][FRAGMENTS * 4]) {
+  const Kept kept = {a.kept + threadIdx.x};
+  float squares[2];
+#pragma unroll 1
+  for (int j = 0; j < 2; j++) {
+#pragma unroll
+    for (int u = 0; u < FRAGMENTS; u++) {
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] = j ? d[1][u * 4 + i] : d[0][u * 4 + i];
+      kept.put(u, bitsOf(x));
+    }
+    if (!end.real(j)) continue;
+#pragma unroll 1
+    for (int u = 0; u < FRAGMENTS; u++) {
+      const uint4 before = loadBefore(p, a, {end.groupOf(j), u * 8});
+      finishPage(p, a, end, j, u, 0, kept.get(u), before, squares);
+    }
+  }
+}
+
+/** Of whole rows: the squares of this block's tokens, over its warps. By all its threads. */
+__device__ __forceinline__ void addSquares(const Products &a, int tile, int first, int count) {
+  meet();
+  const int thread = threadIdx.x;
+  if (thread >= count) return;
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < CONSUMERS / 32; w++) sum += a.warpSquares[w * TOKENS + thread];
+  a.squares[tile * TOKENS + first + thread] = sum;
+}
+
+/**
+ * The end of a tile that SPLIT blocks share: this block's sums meet those of the others; of each
+ * warp's group it finishes an equal share of the fragments.
+ */
+template <int SPLIT>
+__device__ __forceinline__ void finishShared(const Phase &p, const Products &a, const End &end,
+                                             const float (&d)[2][FRAGMENTS * 4]) {
+  constexpr int OWN = FRAGMENTS / SPLIT;
+  const Kept sums = {a.kept + threadIdx.x}, ahead = {sums.own + 2 * OWN * CONSUMERS};
+  const int thread = threadIdx.x, peer = end.share.peer;
+  uint4 *const all = a.exchange + (u64)end.share.tile * SPLIT * (2 * FRAGMENTS * CONSUMERS);
+  auto place = [&](int from, int j, int fragment) {
+    return all + ((from * 2 + j) * FRAGMENTS + fragment) * CONSUMERS + thread;
+  };
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    if (end.page(j) >= end.pages) continue;
+#pragma unroll
+    for (int r = 0; r < SPLIT; r++) {
+#pragma unroll
+      for (int u = 0; u < OWN; u++) {
+        const float *v = d[j] + (r * OWN + u) * 4;
+        if (r == peer) sums.put(j * OWN + u, bitsOf(v));
+        else give(place(peer, j, r * OWN + u), v);
+      }
+    }
+  }
+  // All that is needed is asked for before the first is waited for.
+  uint4 seen[SPLIT - 1][2][OWN], before[2][OWN];
+  auto source = [&](int o, int j, int u) {
+    return place(o + (o >= peer), j, peer * OWN + u);
+  };
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+#pragma unroll
+    for (int u = 0; u < OWN; u++) {
+      if (end.page(j) >= end.pages) continue;
+      if (end.real(j)) before[j][u] = loadBefore(p, a, {end.groupOf(j), (peer * OWN + u) * 8});
+#pragma unroll
+      for (int o = 0; o < SPLIT - 1; o++) seen[o][j][u] = look(source(o, j, u));
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    if (end.page(j) >= end.pages) continue;
+#pragma unroll
+    for (int u = 0; u < OWN; u++) {
+      if (end.real(j)) ahead.put(j * OWN + u, before[j][u]);
+      float others[SPLIT - 1][4], own[4], sum[4] = {};
+#pragma unroll
+      for (int o = 0; o < SPLIT - 1; o++) receive(seen[o][j][u], source(o, j, u), others[o]);
+      floatsOf(sums.get(j * OWN + u), own);
+      // In the order of their parts of K, whoever adds them up.
+#pragma unroll
+      for (int r = 0; r < SPLIT; r++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float behind = r > 0 ? others[r > 0 ? r - 1 : 0][i] : 0.f;
+          const float ahead = r < SPLIT - 1 ? others[r < SPLIT - 1 ? r : 0][i] : 0.f;
+          sum[i] += r == peer ? own[i] : r > peer ? behind : ahead;
+        }
+      }
+      sums.put(j * OWN + u, bitsOf(sum));
+    }
+  }
+#pragma unroll 1
+  for (int u = 0; u < OWN; u++) {
+    float squares[2] = {};
+#pragma unroll 1
+    for (int j = 0; j < 2; j++) {
+      if (!end.real(j)) continue;
+      const int i = j * OWN + u;
+      finishPage(p, a, end, j, u, peer * OWN * 8, sums.get(i), ahead.get(i), squares);
+    }
+    if (p.kind != ADD) continue;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int by = 4; by < 32; by *= 2) squares[i] += __shfl_xor_sync(~0u, squares[i], by);
+      if (thread % 32 < 4) {
+        a.warpSquares[thread / 32 * TOKENS + u * 8 + thread % 4 * 2 + i] = squares[i];
+      }
+    }
+  }
+  if (p.kind == ADD) addSquares(a, end.share.tile, peer * OWN * 8, OWN * 8);
+}
+
+/**
+ * Sums of a tile's share of K. A warpgroup's first page is that of its number, its second, if TWO,
+ * two further on; what it has no page for it computes of something else, and nobody looks.
+ */
+template <bool TWO>
+__device__ __forceinline__ void multiplySteps(const Phase &p, const Products &a, const Ring &ring,
+                                              Place &at, const Share &share, bool scales,
+                                              int pages, float (&d)[2][FRAGMENTS * 4]) {
+  const int warpgroup = threadIdx.x / 128;
+  const int own = min(warpgroup, pages);
+#pragma unroll
+  for (int i = 0; i < FRAGMENTS * 4; i++) d[0][i] = d[1][i] = 0.f;
+  Place last = at;
+  for (int step = share.firstStep; step < share.endStep; step++) {
+    const Place x = at.after(pages), first = at.after(own);
+    const Place second = at.after(min(warpgroup + 2, pages));
+    ring.awaitFull(first);
+    if (TWO) ring.awaitFull(second);
+    ring.awaitFull(x);
+    productsBegin();
+#pragma unroll
+    for (int k = 0; k < STEP / 16; k++) {
+      const u64 right = descriptor(ring.at(x) + k * 32, 16);
+      productShared(d[0], descriptor(ring.at(first) + k * 32, 16), right, 1);
+      if (TWO) productShared(d[1], descriptor(ring.at(second) + k * 32, 16), right, 1);
+    }
+    productsCommit();
+    // The products of the step before are done: its pages are free.
+    productsWait<1>();
+    if (step > share.firstStep) release(ring, last, pages + 1);
+    else if (scales) loadScales(p, a);
+    last = at;
+    at.advance(pages + 1);
+  }
+  productsWait<0>();
+  release(ring, last, pages + 1);
+  settle(d[0]);
+  if (TWO) settle(d[1]);
+}
+
+/** This block's part of a product; `at` moves on by its pages. */
+__device__ __forceinline__ void multiplyShare(const Phase &p, const Products &a, const Ring &ring,
+                                              Place &at) {
+  const Share share(p);
+  for (int group = share.from; group < share.to; group += ROUND_GROUPS) {
+    const int groups = min(ROUND_GROUPS, share.to - group);
+    const int pages = (groups + PAGE_GROUPS - 1) / PAGE_GROUPS;
+    const bool scales = p.squares > 0 && group == share.from;
+    float d[2][FRAGMENTS * 4];
+    if (threadIdx.x / 128 + 2 < pages) multiplySteps<true>(p, a, ring, at, share, scales, pages, d);
+    else multiplySteps<false>(p, a, ring, at, share, scales, pages, d);
+    // Every thread's share of the scales is there.
+    if (p.squares > 0) meet();
+    const End end = {share, group, pages};
+    if (p.split == 1) finishWhole(p, a, end, d);
+    else finishShared<4>(p, a, end, d);
+  }
+}

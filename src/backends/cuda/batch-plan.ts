@@ -1,0 +1,182 @@
+// Owns the plan of a decode step of 5–64 rows in one kernel: which blocks share which part of each
+// matrix, how kernels/batch-step.cu is specialised, and why a model's steps cannot be so. Pure: it
+// knows no device.
+
+import { present } from '../../assert.ts'
+import type { ModelConfig } from '../../model/model.ts'
+import type { Phase, Unplanned } from './decode-step.ts'
+
+/** How a product's phase is shared; see batch-phases.cuh. */
+export interface Sharing {
+  /** Of 16 rows each. */
+  groups: number
+  /** Of 64 elements of K. */
+  steps: number
+  tiles: number
+  /** Blocks that share a tile's K. */
+  split: number
+}
+
+export interface BatchVariant {
+  defines: Readonly<Record<string, number>>
+  /** Columns of the products: the most tokens that a step may have. */
+  tokens: number
+  threads: number
+  /** Dynamic shared memory. */
+  sharedBytes: number
+  /** Attention's scratch, and what blocks hand each other. */
+  partialBytes: number
+  exchangeBytes: number
+  /** Counters that attention needs for each row. */
+  arrivalsOfRow: number
+}
+
+export interface BatchPlan {
+  phases: readonly Phase[]
+  /** By phase; undefined for attention. */
+  sharings: readonly (Sharing | undefined)[]
+}
+
+/** The most rows of a step. */
+export const BATCH_TOKENS_MAX = 64
+const COLUMNS = [32, BATCH_TOKENS_MAX]
+const GROUP_ROWS = 16
+const STEP = 64
+/** Of a round, which is all that a block's registers hold. */
+const ROUND_GROUPS = 16
+const SPLIT = 4
+/** What sharing a tile costs a block, as bytes that it could have read meanwhile. */
+const EXCHANGE_BYTES = 36 << 10
+/** What a byte from L2 costs beside one from memory. */
+const L2_COST = 0.35
+const PAGE_BYTES = 8 << 10
+const WORKERS = 2
+const WARPS = 4
+const CONSUMERS = 32 * WARPS * WORKERS
+const THREADS = CONSUMERS + 128
+/** Static shared memory and what the driver keeps. */
+const OTHER_BYTES = 2 << 10
+const PAGES_MIN = 12
+/** What is read ahead of a phase's end, in pages. */
+const HOLD = 8
+const GROUP_MAX = 16
+
+/** The kernel's columns for so many rows; undefined if they are too few or too many. */
+export function batchColumns(rows: number): number | undefined {
+  return rows <= 4 ? undefined : COLUMNS.find((count) => count >= rows)
+}
+
+/**
+ * @param phases as `planStep` makes them
+ * @param matrixOf rows and their elements of matrices that are side by side
+ * @param blocks one for each multiprocessor
+ */
+export function planBatch(
+  phases: readonly Phase[],
+  { heads, kvHeads, headDim }: Pick<ModelConfig, 'heads' | 'kvHeads' | 'headDim'>,
+  matrixOf: (weights: readonly string[]) => { rows: number; k: number },
+  blocks: number,
+): BatchPlan | Unplanned {
+  if ((headDim !== 64 && headDim !== 128) || heads / kvHeads > GROUP_MAX) {
+    return { reason: `attention has ${heads / kvHeads} heads of ${headDim} for each of its keys` }
+  }
+  const sharings: (Sharing | undefined)[] = []
+  for (const [i, phase] of phases.entries()) {
+    const reason = whyNot(phase, phases[i - 1], phases[i + 1], headDim)
+    if (reason !== undefined) return { reason }
+    if (phase.kind === 'attention') {
+      sharings.push(undefined)
+      continue
+    }
+    const { rows, k } = matrixOf(phase.weights)
+    if (rows % (2 * GROUP_ROWS) !== 0 || k % 8 !== 0) {
+      return { reason: `a matrix of ${rows} rows of ${k} is not made of whole groups` }
+    }
+    const sharing = sharingOf(rows, k, blocks, phase.kind === 'add')
+    if (!sharing) return { reason: `a matrix of ${rows} rows of ${k} is cut into no good parts` }
+    sharings.push(sharing)
+  }
+  return { phases, sharings }
+}
+
+/** Why the kernel cannot do a phase between its neighbours. */
+function whyNot(
+  phase: Phase,
+  before: Phase | undefined,
+  after: Phase | undefined,
+  headDim: number,
+): string | undefined {
+  const { kind, norm, rope } = phase
+  if (kind === 'store') return 'a product is stored as it is'
+  if (rope && (rope.pairing === 'interleaved' || rope.dimensions !== headDim)) {
+    return 'heads turn in parts'
+  }
+  if (norm && before && (before.kind !== 'add' || before.out !== phase.in)) {
+    return 'what is normed is no sum'
+  }
+  if (!before && !norm) return 'what is embedded is not normed'
+  if (kind === 'add' && !after?.norm) return 'a sum is not normed'
+  if (kind === 'add' && norm) return 'what is normed is added to'
+  return undefined
+}
+
+/**
+ * What lets the busiest block read least.
+ * @param squared whether sums of squares are wanted, for which a tile is one round
+ */
+function sharingOf(rows: number, k: number, blocks: number, squared: boolean): Sharing | undefined {
+  const groups = rows / GROUP_ROWS
+  const steps = Math.ceil(k / STEP)
+  const choices = (squared ? [SPLIT] : [1, SPLIT]).flatMap((split) => {
+    const most = Math.ceil(groups / Math.floor(blocks / split))
+    if (split > 1 && (most > ROUND_GROUPS || steps < split)) return []
+    const rounds = Math.ceil(most / ROUND_GROUPS)
+    const page = rounds * BATCH_TOKENS_MAX * STEP * 2 * L2_COST
+    const bytes = Math.ceil(steps / split) * (most * GROUP_ROWS * STEP * 2 + page)
+    const tiles = Math.ceil(groups / most)
+    return [{ groups, steps, tiles, split, bytes: bytes + (split > 1 ? EXCHANGE_BYTES : 0) }]
+  })
+  const best = choices.toSorted((a, b) => a.bytes - b.bytes)[0]
+  return best && { groups, steps, tiles: best.tiles, split: best.split }
+}
+
+/** @param room shared memory that a block may have */
+export function batchVariant(
+  { sharings }: BatchPlan,
+  { heads, kvHeads, headDim }: Pick<ModelConfig, 'heads' | 'kvHeads' | 'headDim'>,
+  tokens: number,
+  blocks: number,
+  room: number,
+): BatchVariant | Unplanned {
+  const group = heads / kvHeads
+  const columns = Math.ceil(group / 8)
+  const steps = headDim / 16
+  const fragments = tokens / 8
+  const area = Math.max(
+    CONSUMERS * columns * (steps + 1) * 16,
+    CONSUMERS * fragments * 16,
+  )
+  const scratch = 2 * (CONSUMERS / 32) * tokens * 4
+  const pages = Math.floor((room - OTHER_BYTES - area - scratch - 8) / (PAGE_BYTES + 16))
+  if (pages < PAGES_MIN) return { reason: `${room} bytes of shared memory are too few` }
+  const tiles = Math.max(...sharings.map((of) => (of && of.split > 1 ? of.tiles : 0)))
+  const share = Math.ceil(steps / WARPS)
+  return {
+    defines: {
+      ...{ TOKENS: tokens, PAGES: pages, HOLD, HEADS: heads, KV_HEADS: kvHeads },
+      ...{ HEAD_DIM: headDim, GROUP: group, WARPS },
+    },
+    tokens,
+    threads: THREADS,
+    sharedBytes: pages * PAGE_BYTES + area + scratch + (2 * pages + 1) * 8,
+    partialBytes: blocks * WORKERS * 2 * WARPS * columns * (share + 1) * 32 * 16,
+    exchangeBytes: tiles * SPLIT * 2 * fragments * CONSUMERS * 16,
+    arrivalsOfRow: kvHeads * WARPS,
+  }
+}
+
+/** Blocks that signal the end of phase `i`. */
+export function arrivalsOf({ sharings }: BatchPlan, i: number, blocks: number): number {
+  const sharing = present(sharings, 'a plan')[i]
+  return sharing ? sharing.tiles * sharing.split : blocks
+}

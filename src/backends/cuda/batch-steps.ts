@@ -1,0 +1,208 @@
+// Owns decode steps of 5–64 tokens as one cooperative kernel on Hopper: its table and tensor maps on
+// the device, its counters and scratch, and its launches. Which models it takes is batch-plan.ts's
+// to say.
+
+import { present } from '../../assert.ts'
+import { FUNCTION } from '../../ffi/cuda.ts'
+import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
+import { viewMemory } from '../../ffi/libc.ts'
+import type { ModelConfig } from '../../model/model.ts'
+import type { Value } from '../../model/program.ts'
+import {
+  BATCH_TOKENS_MAX,
+  batchColumns,
+  type BatchPlan,
+  type BatchVariant,
+  batchVariant,
+  planBatch,
+} from './batch-plan.ts'
+import { BatchTable, MAP_BYTES } from './batch-table.ts'
+import { planStep, type Unplanned } from './decode-step.ts'
+import { fuseSkinny, type Node } from './fuse.ts'
+import type { LowerContext } from './lower-context.ts'
+
+const KINDS: readonly ArgumentKind[] = [
+  ...(['u64', 'i32', 'i32', 'i32', 'u64', 'i32', 'u64', 'u64', 'u64', 'u64'] as const),
+  ...(['u64', 'u64', 'u64', 'f32', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32'] as const),
+]
+const ARGUMENT = { first: 1, end: 2, last: 3, tokens: 5 } as const
+const NORM_KINDS: readonly ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
+const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
+/** Tokens of a box of the KV memory. */
+const TILE = 64
+
+type Place = { address: number; stride: number; width: number }
+
+/** All that follows the embedding. */
+export interface BatchLaunch {
+  /** Of the first block: the only one that is not a part of the sum before. */
+  norm: KernelLaunch
+  step: KernelLaunch
+}
+
+export class BatchSteps {
+  /** Why there is no such kernel; undefined if there is. */
+  readonly reason: string | undefined
+  private readonly context: LowerContext
+  private readonly config: ModelConfig
+  private readonly place: (value: Value) => Place
+  /** Rows that buffers have. */
+  private readonly room: number
+  private readonly plan: BatchPlan | Unplanned
+  private readonly allocations: number[] = []
+  /** By columns. */
+  private readonly launches = new Map<number, BatchLaunch | undefined>()
+
+  constructor(
+    context: LowerContext,
+    config: ModelConfig,
+    nodes: readonly Node[],
+    place: (value: Value) => Place,
+    room: number,
+  ) {
+    this.context = context
+    this.config = config
+    this.place = place
+    this.room = room
+    this.plan = this.makePlan(nodes)
+    this.reason = 'reason' in this.plan ? this.plan.reason : undefined
+  }
+
+  /** Launches for a step of so many rows; undefined where there are none. */
+  launch(tokens: number): BatchLaunch | undefined {
+    const columns = batchColumns(tokens)
+    if ('reason' in this.plan || columns === undefined) return undefined
+    if (!this.launches.has(columns)) this.launches.set(columns, this.make(this.plan, columns))
+    const launch = this.launches.get(columns)
+    launch?.norm.grid(tokens)
+    launch?.step.set(ARGUMENT.tokens, tokens)
+    return launch
+  }
+
+  /** Phases of a step, for measurements. */
+  get phases(): number {
+    return 'reason' in this.plan ? 0 : this.plan.phases.length
+  }
+
+  /** Narrows a launch to phases first … end - 1. */
+  static part(step: KernelLaunch, first: number, end: number, last: boolean): KernelLaunch {
+    return step
+      .set(ARGUMENT.first, first)
+      .set(ARGUMENT.end, end)
+      .set(ARGUMENT.last, last ? 1 : 0)
+  }
+
+  /** Nothing that was launched may still be running. */
+  close(): void {
+    for (const address of this.allocations) this.context.driver.free(address)
+  }
+
+  private makePlan(nodes: readonly Node[]): BatchPlan | Unplanned {
+    const { wholeSteps, hopperRoom, hopper, weights, multiprocessors } = this.context
+    if (!wholeSteps || hopper === 'never') return { reason: 'it is switched off' }
+    if (hopperRoom === 0) return { reason: 'the GPU is no Hopper' }
+    const phases = planStep(fuseSkinny(nodes))
+    if ('reason' in phases) return phases
+    return planBatch(phases, this.config, (names) => weights.joined(names), multiprocessors)
+  }
+
+  private make(plan: BatchPlan, columns: number): BatchLaunch | undefined {
+    const { driver, find, multiprocessors, hopperRoom, state, layout, kv } = this.context
+    const variant = batchVariant(plan, this.config, columns, multiprocessors, hopperRoom)
+    if ('reason' in variant) return undefined
+    const kernel = find('batch-step.cu', 'batchStep', variant.defines)
+    driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
+    if (driver.blocksPerMultiprocessor(kernel, variant.threads, variant.sharedBytes) < 1) {
+      return undefined
+    }
+    const { phases } = plan
+    const first = present(phases[0], 'a phase')
+    const width = present(this.context.weights.joined(first.weights), 'a matrix').k
+    const normed = this.filled(columns * width * 2, 0)
+    const { positions, lengths, bases, regions } = state.rows.tokens
+    const rope = present(
+      phases.flatMap((phase) => phase.rope ?? [])[0],
+      'a rotation',
+    )
+    const turn = this.context.ropeTable(rope)
+    const { headDim } = this.config
+    const counters = this.filled(4 * (4 + phases.length + columns * variant.arrivalsOfRow), 0)
+    const step = new KernelLaunch(kernel, KINDS).cooperative()
+    if (this.context.overlap) step.programmatic()
+    step.grid(multiprocessors).threads(variant.threads).sharedBytes(variant.sharedBytes)
+    step.setAll(
+      ...[this.table(plan, variant, normed), 0, phases.length, 1, counters, columns],
+      ...[positions, lengths, bases, regions, kv.address, layout.slotBytes, layout.tokenStride],
+      ...[this.config.attentionScale, this.filled(variant.partialBytes, 0)],
+      ...[counters + 4 * (4 + phases.length), this.filled(variant.exchangeBytes, 0xff)],
+      ...[this.filled(multiprocessors * columns * 4, 0)],
+      ...[this.filled(columns * headDim * 4, 0), turn.address, turn.magnitude],
+    )
+    return { norm: this.norm(present(first.norm, 'a norm'), first.in, normed), step }
+  }
+
+  private norm({ weight, eps }: { weight: string; eps: number }, x: Value, out: number) {
+    const { find, weights, overlap } = this.context
+    const { address, width } = this.place(x)
+    const launch = new KernelLaunch(find('norm.cu', 'normRow'), NORM_KINDS)
+    launch.setAll(address, 0, 0, weights.vector(weight), out, width, eps)
+    launch.threads(Math.min(1024, Math.ceil(width / 8 / 32) * 32))
+    return overlap ? launch.programmatic() : launch
+  }
+
+  private table(plan: BatchPlan, { tokens }: BatchVariant, normed: number): number {
+    const { driver, weights, logits, layout, multiprocessors, state } = this.context
+    const table = new BatchTable(plan, {
+      blocks: multiprocessors,
+      config: this.config,
+      tokens,
+      room: this.room,
+      place: this.place,
+      matrix: (names) => weights.joined(names),
+      vector: (name) => weights.vector(name),
+      logits,
+      normed,
+      layerStride: layout.layerStride,
+      kvMap: this.kvMap(),
+    })
+    const mapBytes = table.maps.length * MAP_BYTES
+    const bytes = mapBytes + table.bytes
+    const staging = driver.allocateHost(bytes)
+    table.maps.forEach((map, i) => driver.encodeTensorMap(staging + i * MAP_BYTES, map))
+    const device = driver.allocate(bytes)
+    this.allocations.push(device)
+    table.write(new DataView(viewMemory(staging, bytes), mapBytes), device)
+    driver.copyToDevice(device, staging, bytes, state.stream)
+    driver.synchronizeStream(state.stream)
+    driver.freeHost(staging)
+    return device + mapBytes
+  }
+
+  /** The whole reservation; the copy engine reads only boxes that the kernel asks for. */
+  private kvMap() {
+    const { kv, layout } = this.context
+    const { headDim } = this.config
+    const headBytes = headDim * 2
+    const { tokenStride, slotBytes } = layout
+    return {
+      ...{ dataType: TENSOR_MAP.bfloat16, address: kv.address },
+      dimensions: [
+        ...[headDim, tokenStride / headBytes, Math.floor(slotBytes / tokenStride), kv.regions],
+      ],
+      ...{ strides: [headBytes, tokenStride, slotBytes], box: [64, 1, TILE, 1] },
+      ...{ swizzle: TENSOR_MAP.swizzle128, l2Promotion: TENSOR_MAP.promotion256 },
+    }
+  }
+
+  private filled(bytes: number, value: number): number {
+    const { driver, state } = this.context
+    const address = driver.allocate(Math.max(16, bytes))
+    this.allocations.push(address)
+    driver.fill8(address, value, Math.max(16, bytes), state.stream)
+    driver.synchronizeStream(state.stream)
+    return address
+  }
+}
+
+/** Numbers of rows that steps in one kernel are compiled for. */
+export const BATCH_ROWS: readonly number[] = [32, BATCH_TOKENS_MAX]
