@@ -9,9 +9,7 @@
 
 constexpr int TILE_PAGES = 2 * PANELS;
 constexpr int WORKERS = CONSUMERS / (WARPS * 32);
-/** For what warps hand each other, and for what threads of products keep (batch-products.cuh). */
-constexpr int MERGE_BYTES = WORKERS * WARPS * WHOLE * 16, KEPT_BYTES = TOKENS * CONSUMERS * 2;
-constexpr int AREA_BYTES = MERGE_BYTES > KEPT_BYTES ? MERGE_BYTES : KEPT_BYTES;
+constexpr int AREA_BYTES = WORKERS * WARPS * WHOLE * 16;
 
 static_assert(PANEL == PAGE && HEAD_DIM % 64 == 0, "a panel is a page");
 

@@ -12,6 +12,7 @@
 
 constexpr u32 NOTHING = 0xffffffffu;
 constexpr int FRAGMENTS = TOKENS / 8;
+constexpr int SPLIT = 4;  // blocks that share a tile, if any do
 constexpr int SCALE_PARTS = CONSUMERS / TOKENS;
 
 /** What a block's products need besides the table. */
@@ -26,10 +27,8 @@ struct Products {
   float *squares;
   /** [TOKENS, pairs of a head]: cosine and sine. */
   const float2 *turns;
-  /** In shared memory: [SCALE_PARTS, TOKENS]; [warp, TOKENS]. */
-  float *scaleParts, *warpSquares;
-  /** [FRAGMENTS, thread]: a share of a tile's fragments and what they meet, or those of a page. */
-  uint4 *kept;
+  /** In shared memory: [SCALE_PARTS, TOKENS]; [warp, TOKENS]; [TOKENS]. */
+  float *scaleParts, *warpSquares, *scales;
 };
 
 __device__ __forceinline__ void give(uint4 *to, const float *v) {
@@ -51,16 +50,13 @@ __device__ __forceinline__ uint4 look(const uint4 *from) {
   return v;
 }
 
-/** Waits for what another block gives; `v` is what was there at first. */
-__device__ __forceinline__ void receive(uint4 v, uint4 *from, float *into) {
-  for (u32 spins = 0; v.x == NOTHING || v.y == NOTHING || v.z == NOTHING || v.w == NOTHING;) {
-    v = look(from);
-    if (++spins == SPINS_MAX) __trap();
-  }
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(from), "r"(NOTHING)
+__device__ __forceinline__ bool isThere(uint4 v) {
+  return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING;
+}
+
+__device__ __forceinline__ void clear(uint4 *at) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(at), "r"(NOTHING)
                : "memory");
-  into[0] = __uint_as_float(v.x), into[1] = __uint_as_float(v.y);
-  into[2] = __uint_as_float(v.z), into[3] = __uint_as_float(v.w);
 }
 
 /** Sums of squares of a token's row so far, by every SCALE_PARTS-th tile. */
@@ -80,13 +76,19 @@ __device__ __forceinline__ void loadScales(const Phase &p, const Products &a) {
   a.scaleParts[part * TOKENS + token] = sum;
 }
 
-/** What a token's products are multiplied by. */
-__device__ __forceinline__ float scaleOf(const Phase &p, const Products &a, int token) {
-  if (p.squares == 0) return 1.f;
-  float sum = 0.f;
+/** What each token's products are multiplied by; for all threads that multiply. */
+__device__ __forceinline__ void computeScales(const Phase &p, const Products &a) {
+  const int thread = threadIdx.x;
+  if (p.squares > 0) meet();
+  if (thread < TOKENS) {
+    float sum = 0.f;
+    if (p.squares > 0) {
 #pragma unroll
-  for (int i = 0; i < SCALE_PARTS; i++) sum += a.scaleParts[i * TOKENS + token];
-  return rsqrtf(sum / p.k + p.eps);
+      for (int i = 0; i < SCALE_PARTS; i++) sum += a.scaleParts[i * TOKENS + thread];
+    }
+    a.scales[thread] = p.squares > 0 ? rsqrtf(sum / p.k + p.eps) : 1.f;
+  }
+  meet();
 }
 
 /** A fragment: tokens t and t + 1 of row lane / 4, and of its partner. */
@@ -101,22 +103,33 @@ struct Piece16 {
   __device__ __forceinline__ int ownRow() const { return threadIdx.x % 4 * 2; }
 };
 
-/** What the end of a fragment needs: the old values, transposed, or both tokens' turns. */
-__device__ __forceinline__ uint4 loadBefore(const Phase &p, const Products &a, const Piece16 &at) {
-  if (p.kind == ADD && at.ownToken() < a.tokens) {
-    const bf16 *row = (const bf16 *)p.out + (u64)at.ownToken() * p.outStride + at.group * 16 +
-                      at.ownRow();
-    return make_uint4(freshWord(row), freshWord(row + 8), 0, 0);
+/** What the end of a fragment needs, asked for early. */
+struct Ahead {
+  /** ADD: two old values, transposed, and the next norm's weights; ROPE: turns of both tokens. */
+  float word[4];
+  /** ROPE: where the token's keys are, or 0. */
+  u64 keys;
+
+  template <int KIND>
+  __device__ __forceinline__ void load(const Phase &p, const Products &a, const Piece16 &at) {
+    const bool real = at.ownToken() < a.tokens;
+    if (KIND == ADD) {
+      const bf16 *row = (const bf16 *)p.out + (u64)at.ownToken() * p.outStride + at.group * 16 +
+                        at.ownRow();
+      const float *weight = p.norm + at.group * 16 + at.row();
+      word[0] = __uint_as_float(real ? freshWord(row) : 0);
+      word[1] = __uint_as_float(real ? freshWord(row + 8) : 0);
+      word[2] = __ldg(weight), word[3] = __ldg(weight + 8);
+    } else if (KIND == ROPE) {
+      const int pairs = p.headGroups * 8, pair = at.group % p.headGroups * 8 + at.row();
+      const float2 x = freshPair(a.turns + at.token() * pairs + pair);
+      const float2 y = freshPair(a.turns + (at.token() + 1) * pairs + pair);
+      word[0] = x.x, word[1] = x.y, word[2] = y.x, word[3] = y.y;
+      keys = real ? a.slots[at.ownToken()] : 0;
+      if (keys) keys += a.positions[at.ownToken()] * a.tokenStride + p.layerOffset;
+    }
   }
-  if (p.kind == ROPE) {
-    const int pairs = p.headGroups * 8, pair = at.group % p.headGroups * 8 + at.row();
-    const float2 x = freshPair(a.turns + at.token() * pairs + pair);
-    const float2 y = freshPair(a.turns + (at.token() + 1) * pairs + pair);
-    return make_uint4(__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(y.x),
-                      __float_as_uint(y.y));
-  }
-  return make_uint4(0, 0, 0, 0);
-}
+};
 
 __device__ __forceinline__ void storePair(bf16 *to, u32 x, bool real) {
   const u32 mine = transpose(x);
@@ -125,17 +138,16 @@ __device__ __forceinline__ void storePair(bf16 *to, u32 x, bool real) {
 
 /** @param squares of the two tokens, added to */
 __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, const Piece16 &at,
-                                          const float (&v)[4], uint4 before,
+                                          const float (&v)[4], const Ahead &ahead,
                                           float (&squares)[2]) {
   const bool real = at.ownToken() < a.tokens;
   const u64 place = (u64)at.ownToken() * p.outStride + at.group * 16 + at.ownRow();
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const u32 old = transpose(half ? before.y : before.x);
+    const u32 old = transpose(__float_as_uint(ahead.word[half]));
     const u32 sum = pack(v[2 * half] + low(old), v[2 * half + 1] + high(old));
-    const float x = low(sum), y = high(sum);
+    const float x = low(sum), y = high(sum), weight = ahead.word[2 + half];
     squares[0] += x * x, squares[1] += y * y;
-    const float weight = __ldg(p.norm + at.group * 16 + half * 8 + at.row());
     storePair((bf16 *)p.out + place + half * 8, sum, real);
     storePair(p.next + place + half * 8, pack(x * weight, y * weight), real);
   }
@@ -149,28 +161,24 @@ __device__ __forceinline__ void finishGlu(const Phase &p, const Products &a, con
   storePair(to, y, at.ownToken() < a.tokens);
 }
 
-template <int HEADS_Q, int HEADS_KV>
 __device__ __forceinline__ void finishRope(const Phase &p, const Products &a, const Piece16 &at,
-                                           const float (&v)[4], uint4 before) {
+                                           const float (&v)[4], const Ahead &ahead) {
   const int head = at.group / p.headGroups, half = p.headGroups * 8;
+  const bool turns = head < HEADS + KV_HEADS;
   float x[2], y[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const float left = rounded(v[i]), right = rounded(v[2 + i]);
-    const bool turns = head < HEADS_Q + HEADS_KV;
-    const float cosine = turns ? __uint_as_float(i ? before.z : before.x) : 1.f;
-    const float sine = turns ? __uint_as_float(i ? before.w : before.y) : 0.f;
+    const float cosine = turns ? ahead.word[2 * i] : 1.f;
+    const float sine = turns ? ahead.word[2 * i + 1] : 0.f;
     x[i] = left * cosine - right * sine, y[i] = left * sine + right * cosine;
   }
-  const int token = at.ownToken();
-  const u64 slot = token < a.tokens ? a.slots[token] : 0;
   // K and V of a token lie one behind the other, as their rows do in W.
-  bf16 *to = head < HEADS_Q ? (bf16 *)p.out + (u64)token * p.outStride
-                            : (bf16 *)(slot + (slot ? a.positions[token] : 0) * a.tokenStride +
-                                       p.layerOffset) - HEADS_Q * half * 2;
+  bf16 *to = head < HEADS ? (bf16 *)p.out + (u64)at.ownToken() * p.outStride
+                          : (bf16 *)ahead.keys - HEADS * half * 2;
   to += head * half * 2 + at.group % p.headGroups * 8 + at.ownRow();
-  storePair(to, pack(x[0], x[1]), slot != 0);
-  storePair(to + half, pack(y[0], y[1]), slot != 0);
+  storePair(to, pack(x[0], x[1]), ahead.keys != 0);
+  storePair(to + half, pack(y[0], y[1]), ahead.keys != 0);
 }
 
 __device__ __forceinline__ void finishLogits(const Phase &p, const Products &a, const Piece16 &at,
@@ -198,58 +206,30 @@ struct End {
   }
 };
 
-/** What each thread keeps for itself in shared memory: loops over it need not be unrolled. */
-struct Kept {
-  uint4 *own;
+struct Scaled {
+  float x[4];
 
-  __device__ __forceinline__ void put(int i, uint4 x) const { own[i * CONSUMERS] = x; }
-  __device__ __forceinline__ uint4 get(int i) const { return own[i * CONSUMERS]; }
+  __device__ __forceinline__ Scaled(const Products &a, const Piece16 &at, const float *sums) {
+    const float2 scale = *(const float2 *)(a.scales + at.token());
+    x[0] = sums[0] * scale.x, x[1] = sums[1] * scale.y;
+    x[2] = sums[2] * scale.x, x[3] = sums[3] * scale.y;
+  }
 };
 
-__device__ __forceinline__ uint4 bitsOf(const float *v) {
-  return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-                    __float_as_uint(v[3]));
-}
-__device__ __forceinline__ void floatsOf(uint4 x, float (&v)[4]) {
-  v[0] = __uint_as_float(x.x), v[1] = __uint_as_float(x.y);
-  v[2] = __uint_as_float(x.z), v[3] = __uint_as_float(x.w);
-}
-
-/** Fragment u of page j, from token `first` on, is whole; before: see `loadBefore`. */
-__device__ __forceinline__ void finishPage(const Phase &p, const Products &a, const End &end,
-                                           int j, int u, int first, uint4 sums, uint4 before,
-                                           float (&squares)[2]) {
-  const Piece16 at = {end.groupOf(j), first + u * 8};
-  const float scale[2] = {scaleOf(p, a, at.token()), scaleOf(p, a, at.token() + 1)};
-  float x[4];
-  floatsOf(sums, x);
-#pragma unroll
-  for (int i = 0; i < 4; i++) x[i] *= scale[i % 2];
-  if (p.kind == ADD) finishAdd(p, a, at, x, before, squares);
-  else if (p.kind == GLU) finishGlu(p, a, at, x);
-  else if (p.kind == ROPE) finishRope<HEADS, KV_HEADS>(p, a, at, x, before);
-  else finishLogits(p, a, at, x);
-}
-
 /** The end of a tile whose sums `d` [page of two, fragment, 4] this block has alone. */
-__device__ __forceinline__ void finishWhole(const Phase &p, const Products &a, const End &end,
+template <int KIND>
+__device__ __forceinline__ void finishWhole(const Phase &phase, const Products &a, const End &end,
                                             const float (&d)[2][FRAGMENTS * 4]) {
-  const Kept kept = {a.kept + threadIdx.x};
-  float squares[2];
-#pragma unroll 1
+  const Phase p = phase;
+#pragma unroll
   for (int j = 0; j < 2; j++) {
-#pragma unroll
-    for (int u = 0; u < FRAGMENTS; u++) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = j ? d[1][u * 4 + i] : d[0][u * 4 + i];
-      kept.put(u, bitsOf(x));
-    }
     if (!end.real(j)) continue;
-#pragma unroll 1
+#pragma unroll
     for (int u = 0; u < FRAGMENTS; u++) {
-      const uint4 before = loadBefore(p, a, {end.groupOf(j), u * 8});
-      finishPage(p, a, end, j, u, 0, kept.get(u), before, squares);
+      const Piece16 at = {end.groupOf(j), u * 8};
+      const Scaled y(a, at, d[j] + u * 4);
+      if (KIND == GLU) finishGlu(p, a, at, y.x);
+      else finishLogits(p, a, at, y.x);
     }
   }
 }
@@ -269,16 +249,17 @@ __device__ __forceinline__ void addSquares(const Products &a, int tile, int firs
  * The end of a tile that SPLIT blocks share: this block's sums meet those of the others; of each
  * warp's group it finishes an equal share of the fragments.
  */
-template <int SPLIT>
-__device__ __forceinline__ void finishShared(const Phase &p, const Products &a, const End &end,
+template <int KIND>
+__device__ __forceinline__ void finishShared(const Phase &phase, const Products &a, const End &end,
                                              const float (&d)[2][FRAGMENTS * 4]) {
   constexpr int OWN = FRAGMENTS / SPLIT;
-  const Kept sums = {a.kept + threadIdx.x}, ahead = {sums.own + 2 * OWN * CONSUMERS};
+  const Phase p = phase;
   const int thread = threadIdx.x, peer = end.share.peer;
-  uint4 *const all = a.exchange + (u64)end.share.tile * SPLIT * (2 * FRAGMENTS * CONSUMERS);
+  uint4 *const sums = a.exchange + (u64)end.share.tile * SPLIT * (2 * FRAGMENTS * CONSUMERS);
   auto place = [&](int from, int j, int fragment) {
-    return all + ((from * 2 + j) * FRAGMENTS + fragment) * CONSUMERS + thread;
+    return sums + ((from * 2 + j) * FRAGMENTS + fragment) * CONSUMERS + thread;
   };
+  float own[2][OWN][4];
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     if (end.page(j) >= end.pages) continue;
@@ -287,69 +268,103 @@ __device__ __forceinline__ void finishShared(const Phase &p, const Products &a, 
 #pragma unroll
       for (int u = 0; u < OWN; u++) {
         const float *v = d[j] + (r * OWN + u) * 4;
-        if (r == peer) sums.put(j * OWN + u, bitsOf(v));
-        else give(place(peer, j, r * OWN + u), v);
+        if (r != peer) {
+          give(place(peer, j, r * OWN + u), v);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; i++) own[j][u][i] = v[i];
+        }
       }
     }
   }
-  // All that is needed is asked for before the first is waited for.
-  uint4 seen[SPLIT - 1][2][OWN], before[2][OWN];
-  auto source = [&](int o, int j, int u) {
-    return place(o + (o >= peer), j, peer * OWN + u);
-  };
+  Ahead ahead[2][OWN];
 #pragma unroll
   for (int j = 0; j < 2; j++) {
 #pragma unroll
     for (int u = 0; u < OWN; u++) {
-      if (end.page(j) >= end.pages) continue;
-      if (end.real(j)) before[j][u] = loadBefore(p, a, {end.groupOf(j), (peer * OWN + u) * 8});
-#pragma unroll
-      for (int o = 0; o < SPLIT - 1; o++) seen[o][j][u] = look(source(o, j, u));
+      if (end.real(j)) ahead[j][u].load<KIND>(p, a, {end.groupOf(j), (peer * OWN + u) * 8});
     }
   }
+  uint4 seen[SPLIT - 1][2][OWN];
+  auto source = [&](int o, int j, int u) {
+    return place(o + (o >= peer), j, peer * OWN + u);
+  };
+  // What a block gives last says when it is worth looking for all.
+  const int lastPage = end.page(1) < end.pages ? 1 : 0;
+  bool all = false;
+  for (u32 spins = 0; !all; spins++) {
+    all = true;
+#pragma unroll
+    for (int o = 0; o < SPLIT - 1; o++) {
+      all = isThere(look(source(o, lastPage, OWN - 1))) && all;
+    }
+    if (spins == SPINS_MAX) __trap();
+  }
+  for (all = false; !all;) {
+    all = true;
+#pragma unroll
+    for (int o = 0; o < SPLIT - 1; o++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int u = 0; u < OWN; u++) {
+          if (end.page(j) < end.pages) seen[o][j][u] = look(source(o, j, u));
+        }
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < SPLIT - 1; o++) {
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int u = 0; u < OWN; u++) {
+          if (end.page(j) < end.pages) all = isThere(seen[o][j][u]) && all;
+        }
+      }
+    }
+  }
+  float squares[OWN][2] = {};
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     if (end.page(j) >= end.pages) continue;
 #pragma unroll
     for (int u = 0; u < OWN; u++) {
-      if (end.real(j)) ahead.put(j * OWN + u, before[j][u]);
-      float others[SPLIT - 1][4], own[4], sum[4] = {};
-#pragma unroll
-      for (int o = 0; o < SPLIT - 1; o++) receive(seen[o][j][u], source(o, j, u), others[o]);
-      floatsOf(sums.get(j * OWN + u), own);
       // In the order of their parts of K, whoever adds them up.
+      float sum[4] = {};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
+        const uint4 behind = r > 0 ? seen[r > 0 ? r - 1 : 0][j][u] : make_uint4(0, 0, 0, 0);
+        const uint4 before = r < SPLIT - 1 ? seen[r < SPLIT - 1 ? r : 0][j][u] : behind;
+        const u32 other[4] = {r > peer ? behind.x : before.x, r > peer ? behind.y : before.y,
+                              r > peer ? behind.z : before.z, r > peer ? behind.w : before.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const float behind = r > 0 ? others[r > 0 ? r - 1 : 0][i] : 0.f;
-          const float ahead = r < SPLIT - 1 ? others[r < SPLIT - 1 ? r : 0][i] : 0.f;
-          sum[i] += r == peer ? own[i] : r > peer ? behind : ahead;
+          sum[i] += r == peer ? own[j][u][i] : __uint_as_float(other[i]);
         }
       }
-      sums.put(j * OWN + u, bitsOf(sum));
+#pragma unroll
+      for (int o = 0; o < SPLIT - 1; o++) clear(source(o, j, u));
+      if (!end.real(j)) continue;
+      const Piece16 at = {end.groupOf(j), (peer * OWN + u) * 8};
+      if (KIND == ADD) finishAdd(p, a, at, sum, ahead[j][u], squares[u]);
+      else finishRope(p, a, at, Scaled(a, at, sum).x, ahead[j][u]);
     }
   }
-#pragma unroll 1
+  if (KIND != ADD) return;
+#pragma unroll
   for (int u = 0; u < OWN; u++) {
-    float squares[2] = {};
-#pragma unroll 1
-    for (int j = 0; j < 2; j++) {
-      if (!end.real(j)) continue;
-      const int i = j * OWN + u;
-      finishPage(p, a, end, j, u, peer * OWN * 8, sums.get(i), ahead.get(i), squares);
-    }
-    if (p.kind != ADD) continue;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
-      for (int by = 4; by < 32; by *= 2) squares[i] += __shfl_xor_sync(~0u, squares[i], by);
+      for (int by = 4; by < 32; by *= 2) {
+        squares[u][i] += __shfl_xor_sync(~0u, squares[u][i], by);
+      }
       if (thread % 32 < 4) {
-        a.warpSquares[thread / 32 * TOKENS + u * 8 + thread % 4 * 2 + i] = squares[i];
+        a.warpSquares[thread / 32 * TOKENS + u * 8 + thread % 4 * 2 + i] = squares[u][i];
       }
     }
   }
-  if (p.kind == ADD) addSquares(a, end.share.tile, peer * OWN * 8, OWN * 8);
+  addSquares(a, end.share.tile, peer * OWN * 8, OWN * 8);
 }
 
 /**
@@ -403,10 +418,11 @@ __device__ __forceinline__ void multiplyShare(const Phase &p, const Products &a,
     float d[2][FRAGMENTS * 4];
     if (threadIdx.x / 128 + 2 < pages) multiplySteps<true>(p, a, ring, at, share, scales, pages, d);
     else multiplySteps<false>(p, a, ring, at, share, scales, pages, d);
-    // Every thread's share of the scales is there.
-    if (p.squares > 0) meet();
+    if (group == share.from) computeScales(p, a);
     const End end = {share, group, pages};
-    if (p.split == 1) finishWhole(p, a, end, d);
-    else finishShared<4>(p, a, end, d);
+    if (p.kind == ADD) finishShared<ADD>(p, a, end, d);
+    else if (p.kind == ROPE) finishShared<ROPE>(p, a, end, d);
+    else if (p.kind == GLU) finishWhole<GLU>(p, a, end, d);
+    else finishWhole<LOGITS>(p, a, end, d);
   }
 }

@@ -16,7 +16,7 @@
 #include "batch-feed.cuh"
 #include "batch-products.cuh"
 
-constexpr int SCRATCH = 2 * CONSUMERS / 32 * TOKENS;  // floats; SCALE_PARTS · TOKENS is less
+constexpr int SCRATCH = (2 * CONSUMERS / 32 + 1) * TOKENS;  // floats; SCALE_PARTS is less
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -105,7 +105,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     const Products products = {tokens, positions, bases, tokenStride, exchange, squares, turns,
-                               scratch, scratch + CONSUMERS / 32 * TOKENS, (uint4 *)area};
+                               scratch, scratch + CONSUMERS / 32 * TOKENS,
+                               scratch + 2 * (CONSUMERS / 32 * TOKENS)};
     awaitInputs();
     computeTurns(turns, products, {frequencies, HEAD_DIM, 0, magnitude});
     meet();

@@ -4,7 +4,7 @@
 
 import { present } from '../../assert.ts'
 import type { ModelConfig } from '../../model/model.ts'
-import type { Phase, Unplanned } from './decode-step.ts'
+import type { Phase, PhaseKind, Unplanned } from './decode-step.ts'
 
 /** How a product's phase is shared; see batch-phases.cuh. */
 export interface Sharing {
@@ -45,10 +45,6 @@ const STEP = 64
 /** Of a round, which is all that a block's registers hold. */
 const ROUND_GROUPS = 16
 const SPLIT = 4
-/** What sharing a tile costs a block, as bytes that it could have read meanwhile. */
-const EXCHANGE_BYTES = 36 << 10
-/** What a byte from L2 costs beside one from memory. */
-const L2_COST = 0.35
 const PAGE_BYTES = 8 << 10
 const WORKERS = 2
 const WARPS = 4
@@ -92,7 +88,7 @@ export function planBatch(
     if (rows % (2 * GROUP_ROWS) !== 0 || k % 8 !== 0) {
       return { reason: `a matrix of ${rows} rows of ${k} is not made of whole groups` }
     }
-    const sharing = sharingOf(rows, k, blocks, phase.kind === 'add')
+    const sharing = sharingOf(rows, k, blocks, phase.kind)
     if (!sharing) return { reason: `a matrix of ${rows} rows of ${k} is cut into no good parts` }
     sharings.push(sharing)
   }
@@ -120,24 +116,14 @@ function whyNot(
   return undefined
 }
 
-/**
- * What lets the busiest block read least.
- * @param squared whether sums of squares are wanted, for which a tile is one round
- */
-function sharingOf(rows: number, k: number, blocks: number, squared: boolean): Sharing | undefined {
+/** As evenly as whole groups allow; undefined if a tile that is shared does not fit in a round. */
+function sharingOf(rows: number, k: number, blocks: number, kind: PhaseKind): Sharing | undefined {
   const groups = rows / GROUP_ROWS
   const steps = Math.ceil(k / STEP)
-  const choices = (squared ? [SPLIT] : [1, SPLIT]).flatMap((split) => {
-    const most = Math.ceil(groups / Math.floor(blocks / split))
-    if (split > 1 && (most > ROUND_GROUPS || steps < split)) return []
-    const rounds = Math.ceil(most / ROUND_GROUPS)
-    const page = rounds * BATCH_TOKENS_MAX * STEP * 2 * L2_COST
-    const bytes = Math.ceil(steps / split) * (most * GROUP_ROWS * STEP * 2 + page)
-    const tiles = Math.ceil(groups / most)
-    return [{ groups, steps, tiles, split, bytes: bytes + (split > 1 ? EXCHANGE_BYTES : 0) }]
-  })
-  const best = choices.toSorted((a, b) => a.bytes - b.bytes)[0]
-  return best && { groups, steps, tiles: best.tiles, split: best.split }
+  const split = kind === 'glu' || kind === 'logits' ? 1 : SPLIT
+  const most = Math.ceil(groups / Math.floor(blocks / split))
+  if (split > 1 && (most > ROUND_GROUPS || steps < split)) return undefined
+  return { groups, steps, tiles: Math.ceil(groups / most), split }
 }
 
 /** @param room shared memory that a block may have */
@@ -152,11 +138,8 @@ export function batchVariant(
   const columns = Math.ceil(group / 8)
   const steps = headDim / 16
   const fragments = tokens / 8
-  const area = Math.max(
-    CONSUMERS * columns * (steps + 1) * 16,
-    CONSUMERS * fragments * 16,
-  )
-  const scratch = 2 * (CONSUMERS / 32) * tokens * 4
+  const area = CONSUMERS * columns * (steps + 1) * 16
+  const scratch = (2 * (CONSUMERS / 32) + 1) * tokens * 4
   const pages = Math.floor((room - OTHER_BYTES - area - scratch - 8) / (PAGE_BYTES + 16))
   if (pages < PAGES_MIN) return { reason: `${room} bytes of shared memory are too few` }
   const tiles = Math.max(...sharings.map((of) => (of && of.split > 1 ? of.tiles : 0)))

@@ -9,7 +9,6 @@ import { viewMemory } from '../../ffi/libc.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import {
-  BATCH_TOKENS_MAX,
   batchColumns,
   type BatchPlan,
   type BatchVariant,
@@ -204,5 +203,3 @@ export class BatchSteps {
   }
 }
 
-/** Numbers of rows that steps in one kernel are compiled for. */
-export const BATCH_ROWS: readonly number[] = [32, BATCH_TOKENS_MAX]
