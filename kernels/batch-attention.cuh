@@ -13,6 +13,19 @@ constexpr int AREA_BYTES = WORKERS * WARPS * WHOLE * 16;
 
 static_assert(PANEL == PAGE && HEAD_DIM % 64 == 0, "a panel is a page");
 
+/** Tokens that the copy engine brings at once: those of a warp. */
+constexpr int BOX_TOKENS = 16;
+
+/** Read once: it leaves L2 first, where what blocks hand each other has to stay. */
+constexpr u64 ONCE = 0x12F0000000000000ull;
+
+__device__ __forceinline__ void loadKeys(u32 to, const void *map, int x, int y, int z, int w,
+                                         u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+               ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to), "l"(map),
+               "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "l"(ONCE) : "memory");
+}
+
 /** What attention needs besides the table. */
 struct Attending {
   const unsigned char *kv;
@@ -88,13 +101,14 @@ struct Stretch {
 /** Brings keys and values: a tile of each worker in turn. */
 template <typename Hold>
 __device__ __forceinline__ void feedKeys(const Phase &p, int n, bool first,
-                                         const Counters &counters, const Attending &attending,
+                                         u32 *all, const Attending &attending,
                                          const Ring &ring, Place &at, Hold &hold) {
   const int lane = threadIdx.x % 32;
   awaitInputs();
+  const Counters counters(all);
   const Arguments a = attending.of(p);
   Stretch stretch[WORKERS] = {Stretch(attending, a, 0), Stretch(attending, a, 1)};
-  bool all = first;
+  bool appended = first;
   while (stretch[0].some || stretch[1].some) {
 #pragma unroll
     for (int w = 0; w < WORKERS; w++) {
@@ -102,20 +116,25 @@ __device__ __forceinline__ void feedKeys(const Phase &p, int n, bool first,
       if (!s.some) continue;
       const int token = firstToken(s.piece, s.fromNewest());
       hold.take(TILE_PAGES);
-      if (s.fromNewest() == 0 && !all) {
+      if (s.fromNewest() == 0 && !appended) {
         if (lane == 0) counters.await(n - 1, p.arrivals);
         __syncwarp();
-        all = true;
+        appended = true;
       }
       if (token < 0) {
         copyShort(a, s.piece, token, ring, at);
       } else if (lane < TILE_PAGES) {
         const Place place = at.after(lane);
         const int headRow = a.headRow + s.piece.kvHead + lane / PANELS * KV_HEADS;
+        // What comes before the sequence, or is the next tile's, is left out where whole boxes are.
+        const int seen = min(TILE, s.piece.length - s.fromNewest() * TILE);
+        const int boxes = (seen + BOX_TOKENS - 1) / BOX_TOKENS;
         ring.awaitEmpty(place);
-        barrierExpect(ring.fullOf(place), PAGE);
-        loadBox(ring.at(place), a.map, lane % PANELS * 64, headRow, token, a.slots[s.piece.row],
-                ring.fullOf(place));
+        barrierExpect(ring.fullOf(place), boxes * BOX_TOKENS * 128);
+        for (int i = 0; i < boxes; i++) {
+          loadKeys(ring.at(place) + i * BOX_TOKENS * 128, a.map, lane % PANELS * 64, headRow,
+                   token + i * BOX_TOKENS, a.slots[s.piece.row], ring.fullOf(place));
+        }
       }
       __syncwarp();
       at.advance(TILE_PAGES);
@@ -176,7 +195,8 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
         ring.awaitFull(place.after(PANELS + i));
         values[i] = ring.at(place.after(PANELS + i));
       }
-      attend(a, state, keys, values, warp * 16, q, begin, end);
+      // Tokens of a warp that sees none of them need not be there.
+      if (warp * 16 < end) attend(a, state, keys, values, warp * 16, q, begin, end);
       __syncwarp();
       // For the other worker's warps, too, who have no use for this page.
       if (lane < TILE_PAGES) {

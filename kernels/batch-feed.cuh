@@ -5,17 +5,18 @@
 #pragma once
 #include "batch-attention.cuh"
 
+/** How long L2 is to keep what the copy engine reads. */
+constexpr u64 OFTEN = 0x14F0000000000000ull;
+
 /** A box of 64 elements by 8 rows by both halves of groups. */
 __device__ __forceinline__ void loadGroups(u32 to, const void *map, int k, int group, int head,
                                            u32 barrier) {
-  constexpr u64 ONCE = 0x12F0000000000000ull;
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to), "l"(map),
                "r"(k), "r"(0), "r"(0), "r"(group), "r"(head), "r"(barrier), "l"(ONCE) : "memory");
 }
 
 __device__ __forceinline__ void loadTokens(u32 to, const void *map, int k, u32 barrier) {
-  constexpr u64 OFTEN = 0x14F0000000000000ull;
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(k),
                "r"(0), "r"(barrier), "l"(OFTEN) : "memory");
@@ -59,9 +60,9 @@ __device__ __forceinline__ void prefetchPhase(const Phase *p) {
 }
 
 /** done: a barrier whose phases end when the block has signalled. */
-__device__ __forceinline__ void feedWeights(const Phase *phases, int first, int end,
-                                            const Counters &counters, const Attending &attending,
-                                            const Ring &ring, u32 done) {
+__device__ __forceinline__ void feedWeights(const Phase *phases, int first, int end, u32 *counters,
+                                            const Attending &attending, const Ring &ring,
+                                            u32 done) {
   const int lane = threadIdx.x % 32;
   Place at;
   for (int n = first; n < end; n++) {

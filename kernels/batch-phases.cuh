@@ -61,8 +61,8 @@ struct Share {
   __device__ __forceinline__ explicit Share(const Phase &p) {
     tile = blockIdx.x / p.split, peer = blockIdx.x % p.split;
     some = tile < p.tiles;
-    from = (int)((long long)p.groups * tile / p.tiles);
-    to = some ? (int)((long long)p.groups * (tile + 1) / p.tiles) : from;
+    from = p.groups * tile / p.tiles;
+    to = some ? p.groups * (tile + 1) / p.tiles : from;
     firstStep = p.steps * peer / p.split;
     endStep = p.steps * (peer + 1) / p.split;
   }
@@ -74,6 +74,7 @@ struct Counters {
   u32 *all;
   u32 step;
 
+  /** After `awaitInputs`. */
   __device__ __forceinline__ explicit Counters(u32 *all) : all(all), step(*(volatile u32 *)all) {}
   __device__ __forceinline__ u32 *of(int phase) const { return all + 4 + phase; }
 

@@ -221,13 +221,16 @@ template <int KIND>
 __device__ __forceinline__ void finishWhole(const Phase &phase, const Products &a, const End &end,
                                             const float (&d)[2][FRAGMENTS * 4]) {
   const Phase p = phase;
-#pragma unroll
+#pragma unroll 1
   for (int j = 0; j < 2; j++) {
     if (!end.real(j)) continue;
 #pragma unroll
     for (int u = 0; u < FRAGMENTS; u++) {
       const Piece16 at = {end.groupOf(j), u * 8};
-      const Scaled y(a, at, d[j] + u * 4);
+      float sums[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[i] = j ? d[1][u * 4 + i] : d[0][u * 4 + i];
+      const Scaled y(a, at, sums);
       if (KIND == GLU) finishGlu(p, a, at, y.x);
       else finishLogits(p, a, at, y.x);
     }
@@ -252,102 +255,59 @@ __device__ __forceinline__ void addSquares(const Products &a, int tile, int firs
 template <int KIND>
 __device__ __forceinline__ void finishShared(const Phase &phase, const Products &a, const End &end,
                                              const float (&d)[2][FRAGMENTS * 4]) {
-  constexpr int OWN = FRAGMENTS / SPLIT;
+  constexpr int OWN = FRAGMENTS / SPLIT, ROUNDS = KIND == ADD ? 1 : 2;
   const Phase p = phase;
   const int thread = threadIdx.x, peer = end.share.peer;
   uint4 *const sums = a.exchange + (u64)end.share.tile * SPLIT * (2 * FRAGMENTS * CONSUMERS);
   auto place = [&](int from, int j, int fragment) {
     return sums + ((from * 2 + j) * FRAGMENTS + fragment) * CONSUMERS + thread;
   };
-  float own[2][OWN][4];
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < ROUNDS; j++) {
     if (end.page(j) >= end.pages) continue;
 #pragma unroll
-    for (int r = 0; r < SPLIT; r++) {
-#pragma unroll
-      for (int u = 0; u < OWN; u++) {
-        const float *v = d[j] + (r * OWN + u) * 4;
-        if (r != peer) {
-          give(place(peer, j, r * OWN + u), v);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; i++) own[j][u][i] = v[i];
-        }
-      }
-    }
-  }
-  Ahead ahead[2][OWN];
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-#pragma unroll
-    for (int u = 0; u < OWN; u++) {
-      if (end.real(j)) ahead[j][u].load<KIND>(p, a, {end.groupOf(j), (peer * OWN + u) * 8});
-    }
-  }
-  uint4 seen[SPLIT - 1][2][OWN];
-  auto source = [&](int o, int j, int u) {
-    return place(o + (o >= peer), j, peer * OWN + u);
-  };
-  // What a block gives last says when it is worth looking for all.
-  const int lastPage = end.page(1) < end.pages ? 1 : 0;
-  bool all = false;
-  for (u32 spins = 0; !all; spins++) {
-    all = true;
-#pragma unroll
-    for (int o = 0; o < SPLIT - 1; o++) {
-      all = isThere(look(source(o, lastPage, OWN - 1))) && all;
-    }
-    if (spins == SPINS_MAX) __trap();
-  }
-  for (all = false; !all;) {
-    all = true;
-#pragma unroll
-    for (int o = 0; o < SPLIT - 1; o++) {
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-#pragma unroll
-        for (int u = 0; u < OWN; u++) {
-          if (end.page(j) < end.pages) seen[o][j][u] = look(source(o, j, u));
-        }
-      }
-    }
-#pragma unroll
-    for (int o = 0; o < SPLIT - 1; o++) {
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-#pragma unroll
-        for (int u = 0; u < OWN; u++) {
-          if (end.page(j) < end.pages) all = isThere(seen[o][j][u]) && all;
-        }
-      }
-    }
+    for (int i = 0; i < FRAGMENTS; i++) give(place(peer, j, i), d[j] + i * 4);
   }
   float squares[OWN][2] = {};
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < ROUNDS; j++) {
     if (end.page(j) >= end.pages) continue;
+    Ahead ahead[OWN];
 #pragma unroll
     for (int u = 0; u < OWN; u++) {
-      // In the order of their parts of K, whoever adds them up.
+      if (end.real(j)) ahead[u].load<KIND>(p, a, {end.groupOf(j), (peer * OWN + u) * 8});
+    }
+    // Its own sums come back the same way: that is less to do than to keep them.
+    uint4 seen[SPLIT][OWN];
+    bool all = false;
+    for (u32 spins = 0; !all; spins++) {
+      all = true;
+#pragma unroll
+      for (int r = 0; r < SPLIT; r++) {
+#pragma unroll
+        for (int u = 0; u < OWN; u++) seen[r][u] = look(place(r, j, peer * OWN + u));
+      }
+#pragma unroll
+      for (int r = 0; r < SPLIT; r++) {
+#pragma unroll
+        for (int u = 0; u < OWN; u++) all = isThere(seen[r][u]) && all;
+      }
+      if (spins == SPINS_MAX) __trap();
+    }
+#pragma unroll
+    for (int u = 0; u < OWN; u++) {
+      // In the order of their parts of K.
       float sum[4] = {};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
-        const uint4 behind = r > 0 ? seen[r > 0 ? r - 1 : 0][j][u] : make_uint4(0, 0, 0, 0);
-        const uint4 before = r < SPLIT - 1 ? seen[r < SPLIT - 1 ? r : 0][j][u] : behind;
-        const u32 other[4] = {r > peer ? behind.x : before.x, r > peer ? behind.y : before.y,
-                              r > peer ? behind.z : before.z, r > peer ? behind.w : before.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          sum[i] += r == peer ? own[j][u][i] : __uint_as_float(other[i]);
-        }
+        clear(place(r, j, peer * OWN + u));
+        sum[0] += __uint_as_float(seen[r][u].x), sum[1] += __uint_as_float(seen[r][u].y);
+        sum[2] += __uint_as_float(seen[r][u].z), sum[3] += __uint_as_float(seen[r][u].w);
       }
-#pragma unroll
-      for (int o = 0; o < SPLIT - 1; o++) clear(source(o, j, u));
       if (!end.real(j)) continue;
       const Piece16 at = {end.groupOf(j), (peer * OWN + u) * 8};
-      if (KIND == ADD) finishAdd(p, a, at, sum, ahead[j][u], squares[u]);
-      else finishRope(p, a, at, Scaled(a, at, sum).x, ahead[j][u]);
+      if (KIND == ADD) finishAdd(p, a, at, sum, ahead[u], squares[u]);
+      else finishRope(p, a, at, Scaled(a, at, sum).x, ahead[u]);
     }
   }
   if (KIND != ADD) return;

@@ -88,8 +88,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrierInit(done, 1);
   }
   barriersReady();
-  // The last step's is there: whoever comes before this kernel in a step has waited for it.
-  const Counters counters(all);
   const Attending attending = {kv, slots, lengths, tokens, slotStride, tokenStride, scale, partial,
                                headArrivals};
   const int warp = threadIdx.x / 32;
@@ -97,10 +95,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // Registers go to those who multiply.
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     if (warp == CONSUMERS / 32) {
-      feedWeights(phases, first, end, counters, attending, ring, done);
+      feedWeights(phases, first, end, all, attending, ring, done);
     } else if (warp == CONSUMERS / 32 + 1) {
       awaitInputs();
-      feedTokens(phases, first, end, counters, attending, ring);
+      feedTokens(phases, first, end, Counters(all), attending, ring);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
@@ -108,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                scratch, scratch + CONSUMERS / 32 * TOKENS,
                                scratch + 2 * (CONSUMERS / 32 * TOKENS)};
     awaitInputs();
+    const Counters counters(all);
     computeTurns(turns, products, {frequencies, HEAD_DIM, 0, magnitude});
     meet();
     work(phases, first, end, counters, products, attending, ring, done, area);

@@ -44,6 +44,8 @@ const GROUP_ROWS = 16
 const STEP = 64
 /** Of a round, which is all that a block's registers hold. */
 const ROUND_GROUPS = 16
+/** Of a tile that is added to the residual stream. */
+const SUM_GROUPS = 8
 const SPLIT = 4
 const PAGE_BYTES = 8 << 10
 const WORKERS = 2
@@ -122,7 +124,8 @@ function sharingOf(rows: number, k: number, blocks: number, kind: PhaseKind): Sh
   const steps = Math.ceil(k / STEP)
   const split = kind === 'glu' || kind === 'logits' ? 1 : SPLIT
   const most = Math.ceil(groups / Math.floor(blocks / split))
-  if (split > 1 && (most > ROUND_GROUPS || steps < split)) return undefined
+  const room = kind === 'add' ? SUM_GROUPS : ROUND_GROUPS
+  if (split > 1 && (most > room || steps < split)) return undefined
   return { groups, steps, tiles: Math.ceil(groups / most), split }
 }
 

@@ -28,7 +28,7 @@ const ARGUMENT = { first: 1, end: 2, last: 3, tokens: 5 } as const
 const NORM_KINDS: readonly ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
 const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
 /** Tokens of a box of the KV memory. */
-const TILE = 64
+const BOX_TOKENS = 16
 
 type Place = { address: number; stride: number; width: number }
 
@@ -188,7 +188,7 @@ export class BatchSteps {
       dimensions: [
         ...[headDim, tokenStride / headBytes, Math.floor(slotBytes / tokenStride), kv.regions],
       ],
-      ...{ strides: [headBytes, tokenStride, slotBytes], box: [64, 1, TILE, 1] },
+      ...{ strides: [headBytes, tokenStride, slotBytes], box: [64, 1, BOX_TOKENS, 1] },
       ...{ swizzle: TENSOR_MAP.swizzle128, l2Promotion: TENSOR_MAP.promotion256 },
     }
   }
