@@ -258,15 +258,14 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
   constexpr int OWN = FRAGMENTS / SPLIT, ROUNDS = KIND == ADD ? 1 : 2;
   const Phase p = phase;
   const int thread = threadIdx.x, peer = end.share.peer;
-  uint4 *const sums = a.exchange + (u64)end.share.tile * SPLIT * (2 * FRAGMENTS * CONSUMERS);
-  auto place = [&](int from, int j, int fragment) {
-    return sums + ((from * 2 + j) * FRAGMENTS + fragment) * CONSUMERS + thread;
-  };
+  constexpr int OF_PEER = 2 * FRAGMENTS * CONSUMERS;
+  uint4 *const sums = a.exchange + (u64)end.share.tile * SPLIT * OF_PEER + thread;
+  uint4 *const given = sums + peer * OF_PEER, *const taken = sums + peer * OWN * CONSUMERS;
 #pragma unroll
   for (int j = 0; j < ROUNDS; j++) {
     if (end.page(j) >= end.pages) continue;
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; i++) give(place(peer, j, i), d[j] + i * 4);
+    for (int i = 0; i < FRAGMENTS; i++) give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4);
   }
   float squares[OWN][2] = {};
 #pragma unroll
@@ -277,6 +276,9 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
     for (int u = 0; u < OWN; u++) {
       if (end.real(j)) ahead[u].load<KIND>(p, a, {end.groupOf(j), (peer * OWN + u) * 8});
     }
+    auto source = [&](int r, int u) {
+      return taken + r * OF_PEER + (j * FRAGMENTS + u) * CONSUMERS;
+    };
     // Its own sums come back the same way: that is less to do than to keep them.
     uint4 seen[SPLIT][OWN];
     bool all = false;
@@ -285,7 +287,7 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
 #pragma unroll
-        for (int u = 0; u < OWN; u++) seen[r][u] = look(place(r, j, peer * OWN + u));
+        for (int u = 0; u < OWN; u++) seen[r][u] = look(source(r, u));
       }
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
@@ -300,7 +302,7 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
       float sum[4] = {};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
-        clear(place(r, j, peer * OWN + u));
+        clear(source(r, u));
         sum[0] += __uint_as_float(seen[r][u].x), sum[1] += __uint_as_float(seen[r][u].y);
         sum[2] += __uint_as_float(seen[r][u].z), sum[3] += __uint_as_float(seen[r][u].w);
       }

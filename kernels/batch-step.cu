@@ -91,17 +91,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const Attending attending = {kv, slots, lengths, tokens, slotStride, tokenStride, scale, partial,
                                headArrivals};
   const int warp = threadIdx.x / 32;
-  if (warp >= CONSUMERS / 32) {
-    // Registers go to those who multiply.
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    if (warp == CONSUMERS / 32) {
-      feedWeights(phases, first, end, all, attending, ring, done);
-    } else if (warp == CONSUMERS / 32 + 1) {
-      awaitInputs();
-      feedTokens(phases, first, end, Counters(all), attending, ring);
-    }
+  if (warp == CONSUMERS / 32) {
+    feedWeights(phases, first, end, all, attending, ring, done);
+  } else if (warp > CONSUMERS / 32) {
+    awaitInputs();
+    feedTokens(phases, first, end, Counters(all), attending, ring);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     const Products products = {tokens, positions, bases, tokenStride, exchange, squares, turns,
                                scratch, scratch + CONSUMERS / 32 * TOKENS,
                                scratch + 2 * (CONSUMERS / 32 * TOKENS)};

@@ -51,7 +51,7 @@ const PAGE_BYTES = 8 << 10
 const WORKERS = 2
 const WARPS = 4
 const CONSUMERS = 32 * WARPS * WORKERS
-const THREADS = CONSUMERS + 128
+const THREADS = CONSUMERS + 64
 /** Static shared memory and what the driver keeps. */
 const OTHER_BYTES = 2 << 10
 const PAGES_MIN = 12
