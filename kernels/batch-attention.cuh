@@ -156,15 +156,16 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
   const Arguments a = attending.of(p);
   const Walk theirs = attending.walk(a, 1 - worker);
   Walk walk = attending.walk(a, worker);
-  const int tiles = walk.end - walk.at, others = theirs.end - theirs.at;
+  const int others = theirs.end - theirs.at;
   // Tiles of both take turns in the ring until one has no more.
-  auto placeOf = [&](int tile) {
-    const int before = worker == 0 ? min(tile, others) : min(tile + 1, others);
-    Place place = at;
-    place.advanceFar((tile + before) * TILE_PAGES);
-    return place;
-  };
+  Place mine = at;
   int done = 0;
+  auto passOther = [&](bool some) {
+    if (!some) return;
+    awaitPages(ring, mine, TILE_PAGES);
+    release(ring, mine, TILE_PAGES);
+    mine.advance(TILE_PAGES);
+  };
   Piece piece;
   while (walk.next(piece)) {
     const u64 item = (u64)piece.row * KV_HEADS + piece.kvHead;
@@ -183,26 +184,19 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     for (int j = piece.tile; j < piece.tile + piece.tiles; j++, done++) {
       const int tile = piece.all - 1 - j, from = firstToken(piece, tile);
       const int begin = piece.first - from, end = piece.length - tile * TILE - from;
-      const Place place = placeOf(done);
+      if (worker > 0) passOther(done < others);
+      awaitPages(ring, mine, TILE_PAGES);
       u32 keys[PANELS], values[PANELS];
 #pragma unroll
       for (int i = 0; i < PANELS; i++) {
-        ring.awaitFull(place.after(i));
-        keys[i] = ring.at(place.after(i));
-      }
-#pragma unroll
-      for (int i = 0; i < PANELS; i++) {
-        ring.awaitFull(place.after(PANELS + i));
-        values[i] = ring.at(place.after(PANELS + i));
+        keys[i] = ring.at(mine.after(i));
+        values[i] = ring.at(mine.after(PANELS + i));
       }
       // Tokens of a warp that sees none of them need not be there.
       if (warp * 16 < end) attend(a, state, keys, values, warp * 16, q, begin, end);
-      __syncwarp();
-      // For the other worker's warps, too, who have no use for this page.
-      if (lane < TILE_PAGES) {
-        barrierArrive(ring.emptyOf(place.after(lane)));
-        barrierArrive(ring.emptyOf(place.after(lane)));
-      }
+      release(ring, mine, TILE_PAGES);
+      mine.advance(TILE_PAGES);
+      if (worker == 0) passOther(done < others);
     }
     state.total();
     // From here on a warp has all tokens, for its share of the dimensions.
@@ -225,5 +219,6 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     }
     sums.output(a.out + group, first);
   }
-  at.advanceFar((tiles + others) * TILE_PAGES);
+  for (; done < others; done++) passOther(true);
+  at = mine;
 }

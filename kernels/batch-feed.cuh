@@ -55,10 +55,6 @@ struct Hold {
   }
 };
 
-__device__ __forceinline__ void prefetchPhase(const Phase *p) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
-}
-
 /** done: a barrier whose phases end when the block has signalled. */
 __device__ __forceinline__ void feedWeights(const Phase *phases, int first, int end, u32 *counters,
                                             const Attending &attending, const Ring &ring,
@@ -68,7 +64,9 @@ __device__ __forceinline__ void feedWeights(const Phase *phases, int first, int 
   for (int n = first; n < end; n++) {
     const Phase p = phases[n];
     if (n + 1 < end && lane == 0) {
-      prefetchPhase(phases + n + 1);
+      prefetchMap(phases[n + 1].four);
+      prefetchMap(phases[n + 1].one);
+      prefetchMap(phases[n + 1].in);
     }
     Hold hold = {done, (u32)(n - first - 1) & 1, n == first ? -1 : HOLD};
     if (p.kind == ATTENTION) {
@@ -98,7 +96,6 @@ __device__ __forceinline__ void feedTokens(const Phase *phases, int first, int e
   Place at;
   for (int n = first; n < end; n++) {
     const Phase p = phases[n];
-    if (n + 1 < end) prefetchPhase(phases + n + 1);
     if (p.kind == ATTENTION) {
       at.advanceFar(tilesOf(p, attending) * TILE_PAGES);
       continue;

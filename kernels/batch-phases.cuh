@@ -49,7 +49,12 @@ struct __align__(16) Phase {
   float eps;
   /** ATTENTION: tokens that a query sees, itself included; the layer's first row of keys. */
   int window, headRow;
-  int unused[2];
+  /**
+   * Where sums are handed on, for first and second pages two bits each: how often in a step before
+   * this, and how often in a whole step, both as the last bit of that number.
+   */
+  u32 turns;
+  int unused;
 };
 static_assert(sizeof(Phase) == 128, "the host writes phases");
 
@@ -125,6 +130,17 @@ struct Ring {
     barrierWait(emptyOf(p), p.parity ^ 1);
   }
 };
+
+/**
+ * A warp waits for `count` pages from `place` on. Every warp that multiplies waits for every page,
+ * and releases it, whether it has a use for it or not: one that ran ahead by a turn of the ring
+ * would take the turn before for its own.
+ */
+__device__ __forceinline__ void awaitPages(const Ring &ring, const Place &place, int count) {
+  const int lane = threadIdx.x % 32;
+  if (lane < count) ring.awaitFull(place.after(lane));
+  __syncwarp();
+}
 
 /** A warp is done with `count` pages from `place` on. */
 __device__ __forceinline__ void release(const Ring &ring, const Place &place, int count) {

@@ -5,18 +5,18 @@
 // has row lane / 4 and its partner for tokens 8·i + lane % 4 · 2 and one more. Nothing has to go
 // through shared memory, but for 8 × 8 transpositions between lanes so that stores lie together.
 //
-// Blocks hand each other sums through L2 without a signal: a word that nobody has written yet is
-// NOTHING, which no sum is, and who reads it puts NOTHING there again.
+// Blocks hand each other sums through L2 without a signal: a sum's last bit says whose turn it is,
+// and who wants it looks until that bit has changed. (2^-24 of a part of a sum is lost.)
 #pragma once
 #include "batch-attention.cuh"
 
-constexpr u32 NOTHING = 0xffffffffu;
 constexpr int FRAGMENTS = TOKENS / 8;
 constexpr int SPLIT = 4;  // blocks that share a tile, if any do
 constexpr int SCALE_PARTS = CONSUMERS / TOKENS;
 
 /** What a block's products need besides the table. */
 struct Products {
+  u32 step;
   int tokens;
   const int *positions;
   const u64 *slots;
@@ -31,16 +31,12 @@ struct Products {
   float *scaleParts, *warpSquares, *scales;
 };
 
-__device__ __forceinline__ void give(uint4 *to, const float *v) {
-  uint4 x;
-  u32 *const word = (u32 *)&x;
+__device__ __forceinline__ void give(uint4 *to, const float *v, u32 turn) {
+  u32 x[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const u32 bits = __float_as_uint(v[i]);
-    word[i] = bits == NOTHING ? 0x7fffffffu : bits;
-  }
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y),
-               "r"(x.z), "r"(x.w) : "memory");
+  for (int i = 0; i < 4; i++) x[i] = (__float_as_uint(v[i]) & ~1u) | turn;
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
 __device__ __forceinline__ uint4 look(const uint4 *from) {
@@ -50,13 +46,9 @@ __device__ __forceinline__ uint4 look(const uint4 *from) {
   return v;
 }
 
-__device__ __forceinline__ bool isThere(uint4 v) {
-  return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING;
-}
-
-__device__ __forceinline__ void clear(uint4 *at) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(at), "r"(NOTHING)
-               : "memory");
+/** Of what was looked at last, whether it is all of this turn. */
+__device__ __forceinline__ bool isThere(uint4 v, u32 turn) {
+  return (((v.x ^ turn) | (v.y ^ turn) | (v.z ^ turn) | (v.w ^ turn)) & 1) == 0;
 }
 
 /** Sums of squares of a token's row so far, by every SCALE_PARTS-th tile. */
@@ -259,18 +251,20 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
   const Phase p = phase;
   const int thread = threadIdx.x, peer = end.share.peer;
   constexpr int OF_PEER = 2 * FRAGMENTS * CONSUMERS;
+  const u32 turn[2] = {(p.turns ^ (p.turns >> 1 & a.step)) & 1,
+                       (p.turns >> 2 ^ (p.turns >> 3 & a.step)) & 1};
   uint4 *const sums = a.exchange + (u64)end.share.tile * SPLIT * OF_PEER + thread;
   uint4 *const given = sums + peer * OF_PEER, *const taken = sums + peer * OWN * CONSUMERS;
 #pragma unroll
   for (int j = 0; j < ROUNDS; j++) {
-    if (end.page(j) >= end.pages) continue;
+    if (j > 0 && end.page(j) >= end.pages) continue;
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; i++) give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4);
+    for (int i = 0; i < FRAGMENTS; i++) give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
   }
   float squares[OWN][2] = {};
 #pragma unroll
   for (int j = 0; j < ROUNDS; j++) {
-    if (end.page(j) >= end.pages) continue;
+    if (j > 0 && end.page(j) >= end.pages) continue;
     Ahead ahead[OWN];
 #pragma unroll
     for (int u = 0; u < OWN; u++) {
@@ -292,7 +286,7 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
 #pragma unroll
-        for (int u = 0; u < OWN; u++) all = isThere(seen[r][u]) && all;
+        for (int u = 0; u < OWN; u++) all = isThere(seen[r][u], turn[j]) && all;
       }
       if (spins == SPINS_MAX) __trap();
     }
@@ -302,7 +296,6 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
       float sum[4] = {};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
-        clear(source(r, u));
         sum[0] += __uint_as_float(seen[r][u].x), sum[1] += __uint_as_float(seen[r][u].y);
         sum[2] += __uint_as_float(seen[r][u].z), sum[3] += __uint_as_float(seen[r][u].w);
       }
@@ -345,9 +338,7 @@ __device__ __forceinline__ void multiplySteps(const Phase &p, const Products &a,
   for (int step = share.firstStep; step < share.endStep; step++) {
     const Place x = at.after(pages), first = at.after(own);
     const Place second = at.after(min(warpgroup + 2, pages));
-    ring.awaitFull(first);
-    if (TWO) ring.awaitFull(second);
-    ring.awaitFull(x);
+    awaitPages(ring, at, pages + 1);
     productsBegin();
 #pragma unroll
     for (int k = 0; k < STEP / 16; k++) {

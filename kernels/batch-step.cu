@@ -37,11 +37,12 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
                                      float4 *area) {
   __shared__ Phase table[2];
   auto fetch = [&](int n) {
-    if (n < end && threadIdx.x < sizeof(Phase) / 16) {
-      ((uint4 *)&table[n & 1])[threadIdx.x] = __ldg((const uint4 *)(phases + n) + threadIdx.x);
-    }
+    if (n >= end || threadIdx.x >= sizeof(Phase) / 16) return;
+    copy16(address(&table[n & 1]) + threadIdx.x * 16, (const uint4 *)(phases + n) + threadIdx.x);
   };
+  auto fetched = [] { asm volatile("cp.async.wait_all;" ::: "memory"); };
   fetch(first);
+  fetched();
   meet();
   Place at;
   for (int n = first; n < end; n++) {
@@ -58,6 +59,7 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
       mine = false;
     }
     seeForCopies();
+    fetched();
     meet();
     if (threadIdx.x) continue;
     if (mine) arrive(counters.of(n));
@@ -66,7 +68,7 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
 }
 
 /**
- * Phases first … end - 1 of a step, whose last launch `last` is. exchange: all ones at first;
+ * Phases first … end - 1 of a step, whose last launch `last` is. exchange: odd words at first;
  * counters: four words and one a phase, headArrivals: zero before the first step.
  */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -97,11 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     awaitInputs();
     feedTokens(phases, first, end, Counters(all), attending, ring);
   } else {
-    const Products products = {tokens, positions, bases, tokenStride, exchange, squares, turns,
-                               scratch, scratch + CONSUMERS / 32 * TOKENS,
-                               scratch + 2 * (CONSUMERS / 32 * TOKENS)};
     awaitInputs();
     const Counters counters(all);
+    const Products products = {counters.step, tokens, positions, bases, tokenStride, exchange,
+                               squares, turns, scratch, scratch + CONSUMERS / 32 * TOKENS,
+                               scratch + 2 * (CONSUMERS / 32 * TOKENS)};
     computeTurns(turns, products, {frequencies, HEAD_DIM, 0, magnitude});
     meet();
     work(phases, first, end, counters, products, attending, ring, done, area);

@@ -94,6 +94,8 @@ export function planBatch(
     if (!sharing) return { reason: `a matrix of ${rows} rows of ${k} is cut into no good parts` }
     sharings.push(sharing)
   }
+  const shared = sharings.flatMap((sharing) => (sharing && sharing.split > 1 ? sharing.tiles : []))
+  if (new Set(shared).size > 1) return { reason: 'its matrices are cut into different numbers of tiles' }
   return { phases, sharings }
 }
 

@@ -54,7 +54,10 @@ export class BatchTable {
     this.plan = plan
     this.places = places
     this.mapsOfPhases = plan.phases.map((phase) => {
-      if (phase.kind === 'attention') return { in: this.mapOf('kv', () => places.kvMap), weights: 0 }
+      if (phase.kind === 'attention') {
+        const map = this.mapOf('kv', () => places.kvMap)
+        return { in: map, weights: map }
+      }
       const matrix = places.matrix(phase.weights)
       const weights = this.maps.length
       const { headDim } = places.config
@@ -87,7 +90,7 @@ export class BatchTable {
       const attends = phase.kind === 'attention'
       const next = phases[i + 1]?.norm
       const addresses = [
-        ...(attends ? [0, 0] : [mapAt(maps.weights), mapAt(maps.weights + 1)]),
+        ...[mapAt(maps.weights), mapAt(attends ? maps.weights : maps.weights + 1)],
         ...[mapAt(maps.in), out.address, adds ? places.normed : 0],
         ...[adds && next ? places.vector(next.weight) : 0],
         ...[attends ? places.place(phase.in).address : 0, phase.layer * places.layerStride],
@@ -100,7 +103,7 @@ export class BatchTable {
         ...[PHASE[phase.kind], groups, steps, tiles, split],
         ...[phase.kind === 'rope' ? headDim / 16 : 0, out.stride, phase.gelu ? 1 : 0],
         ...[i > 0 ? arrivalsOf(this.plan, i - 1, places.blocks) : 0, normed, matrix.k, 0],
-        ...[phase.window ?? NO_WINDOW, phase.layer * 2 * kvHeads],
+        ...[phase.window ?? NO_WINDOW, phase.layer * 2 * kvHeads, turnsOf(this.plan, i), 0],
       ]
       integers.forEach((value, j) => view.setInt32(at + 64 + j * 4, value, true))
       view.setFloat32(at + 108, phase.norm?.eps ?? 0, true)
@@ -117,6 +120,15 @@ export class BatchTable {
     this.known.set(key, this.maps.length)
     return this.maps.push(make()) - 1
   }
+}
+
+/** How often blocks have handed each other sums before, and do in a step; see batch-phases.cuh. */
+function turnsOf({ phases, sharings }: BatchPlan, i: number): number {
+  const shared = phases.filter((_, j) => (sharings[j]?.split ?? 1) > 1)
+  const ropes = shared.filter(({ kind }) => kind === 'rope')
+  const before = (of: readonly Phase[]) => of.filter((one) => phases.indexOf(one) < i).length
+  const bits = [before(shared), shared.length, before(ropes), ropes.length]
+  return bits.reduce((word, count, bit) => word | ((count & 1) << bit), 0)
 }
 
 const COMMON = {
