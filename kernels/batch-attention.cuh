@@ -148,24 +148,33 @@ __device__ __forceinline__ void meetWorker(int worker) {
   asm volatile("bar.sync %0, %1;" ::"r"(2 + worker), "n"(WARPS * 32) : "memory");
 }
 
-/** area: this worker's, of WARPS · WHOLE. The phase before is done; `at` moves on. */
+/**
+ * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first. The
+ * phase before is done; `at` moves on.
+ */
 __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &attending,
-                                              const Ring &ring, Place &at, float4 *area) {
+                                              const Ring &ring, Place &at, float4 *area,
+                                              volatile int *progress) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
   const int worker = threadIdx.x / (32 * WARPS);
   const Arguments a = attending.of(p);
   const Walk theirs = attending.walk(a, 1 - worker);
   Walk walk = attending.walk(a, worker);
-  const int others = theirs.end - theirs.at;
+  const int tiles = walk.end - walk.at, others = theirs.end - theirs.at;
   // Tiles of both take turns in the ring until one has no more.
-  Place mine = at;
-  int done = 0;
-  auto passOther = [&](bool some) {
-    if (!some) return;
-    awaitPages(ring, mine, TILE_PAGES);
-    release(ring, mine, TILE_PAGES);
-    mine.advance(TILE_PAGES);
+  auto placeOf = [&](int tile) {
+    const int before = worker == 0 ? min(tile, others) : min(tile + 1, others);
+    Place place = at;
+    place.advanceFar((tile + before) * TILE_PAGES);
+    return place;
   };
+  // The last of the other's tiles that had a page before this tile's has it.
+  auto seenByOther = [&](int tile) {
+    const int last = (2 * tile + worker + 1) * TILE_PAGES - 1 - PAGES;
+    const int first = (1 - worker) * TILE_PAGES;
+    return last < first ? 0 : min(others, (last - first) / (2 * TILE_PAGES) + 1);
+  };
+  int done = 0;
   Piece piece;
   while (walk.next(piece)) {
     const u64 item = (u64)piece.row * KV_HEADS + piece.kvHead;
@@ -184,19 +193,22 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     for (int j = piece.tile; j < piece.tile + piece.tiles; j++, done++) {
       const int tile = piece.all - 1 - j, from = firstToken(piece, tile);
       const int begin = piece.first - from, end = piece.length - tile * TILE - from;
-      if (worker > 0) passOther(done < others);
-      awaitPages(ring, mine, TILE_PAGES);
+      const Place place = placeOf(done);
+      // Otherwise what is in a page could be taken for what is to come.
+      while (progress[1 - worker] < seenByOther(done)) {}
+      awaitPages(ring, place, TILE_PAGES);
+      if (threadIdx.x % (32 * WARPS) == 0) progress[worker] = done + 1;
       u32 keys[PANELS], values[PANELS];
 #pragma unroll
       for (int i = 0; i < PANELS; i++) {
-        keys[i] = ring.at(mine.after(i));
-        values[i] = ring.at(mine.after(PANELS + i));
+        keys[i] = ring.at(place.after(i));
+        values[i] = ring.at(place.after(PANELS + i));
       }
       // Tokens of a warp that sees none of them need not be there.
       if (warp * 16 < end) attend(a, state, keys, values, warp * 16, q, begin, end);
-      release(ring, mine, TILE_PAGES);
-      mine.advance(TILE_PAGES);
-      if (worker == 0) passOther(done < others);
+      // For the other worker's warps, too, who have no use for this tile.
+      release(ring, place, TILE_PAGES);
+      release(ring, place, TILE_PAGES);
     }
     state.total();
     // From here on a warp has all tokens, for its share of the dimensions.
@@ -219,6 +231,5 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     }
     sums.output(a.out + group, first);
   }
-  for (; done < others; done++) passOther(true);
-  at = mine;
+  at.advanceFar((tiles + others) * TILE_PAGES);
 }

@@ -132,9 +132,9 @@ struct Ring {
 };
 
 /**
- * A warp waits for `count` pages from `place` on. Every warp that multiplies waits for every page,
- * and releases it, whether it has a use for it or not: one that ran ahead by a turn of the ring
- * would take the turn before for its own.
+ * A warp waits for `count` pages from `place` on. In a product every warp waits for every page, and
+ * releases it, whether it has a use for it or not: one that ran ahead by a turn of the ring would
+ * take a page of the turn before that for its own.
  */
 __device__ __forceinline__ void awaitPages(const Ring &ring, const Place &place, int count) {
   const int lane = threadIdx.x % 32;

@@ -41,6 +41,8 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
     copy16(address(&table[n & 1]) + threadIdx.x * 16, (const uint4 *)(phases + n) + threadIdx.x);
   };
   auto fetched = [] { asm volatile("cp.async.wait_all;" ::: "memory"); };
+  __shared__ volatile int progress[WORKERS];
+  if (threadIdx.x < WORKERS) progress[threadIdx.x] = 0;
   fetch(first);
   fetched();
   meet();
@@ -52,7 +54,7 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
     if (p.kind == ATTENTION) {
       if (threadIdx.x == 0 && n > first) counters.await(n - 1, p.arrivals);
       meet();
-      attendStretch(p, attending, ring, at, area + threadIdx.x / 128 * WARPS * WHOLE);
+      attendStretch(p, attending, ring, at, area + threadIdx.x / 128 * WARPS * WHOLE, progress);
     } else if (Share(p).some) {
       multiplyShare(p, products, ring, at);
     } else {
@@ -61,6 +63,7 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
     seeForCopies();
     fetched();
     meet();
+    if (threadIdx.x < WORKERS) progress[threadIdx.x] = 0;
     if (threadIdx.x) continue;
     if (mine) arrive(counters.of(n));
     barrierArrive(done);
