@@ -208,6 +208,28 @@ template <int N> struct Sums {
       o[c][s][0] *= even, o[c][s][1] *= odd, o[c][s][2] *= even, o[c][s][3] *= odd;
   }
 
+  /** Another part of the same result, of which each has seen a token. */
+  __device__ __forceinline__ void add(const Sums &other) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      float take[2], keep[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float top = fmaxf(m[c][i], other.m[c][i]);
+        take[i] = exp2(other.m[c][i] - top), keep[i] = exp2(m[c][i] - top);
+        m[c][i] = top;
+      }
+      scale(c, keep[0], keep[1]);
+#pragma unroll
+      for (int i = 0; i < 2; i++) l[c][i] += other.l[c][i] * take[i];
+#pragma unroll
+      for (int s = 0; s < N; s++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[c][s][i] += other.o[c][s][i] * take[i % 2];
+      }
+    }
+  }
+
   /** `to`: the group's first head. */
   __device__ __forceinline__ void output(bf16 *to, int first) const {
     const int lane = threadIdx.x % 32;

@@ -9,6 +9,8 @@
 
 constexpr int TILE_PAGES = 2 * PANELS;
 constexpr int WORKERS = CONSUMERS / (WARPS * 32);
+/** Of a column, and of all, in a lane that has a share of a result. */
+constexpr int WORDS = 4 + SHARE * 4, PART_WORDS = COLUMNS * WORDS;
 constexpr int AREA_BYTES = WORKERS * WARPS * WHOLE * 16;
 
 static_assert(PANEL == PAGE && HEAD_DIM % 64 == 0, "a panel is a page");
@@ -33,12 +35,12 @@ struct Attending {
   int rows;
   u64 slotStride, tokenStride;
   float scale;
-  float4 *partial;
-  u32 *arrivals;
+  /** [worker, warp, PART_WORDS / 2, lane]: parts of results, each word with its tag. */
+  ulonglong2 *parts;
 
   __device__ __forceinline__ Arguments of(const Phase &p) const {
     return {p.q, (bf16 *)p.out, p.in, kv, slots, lengths, rows, p.window, p.headRow, slotStride,
-            tokenStride, scale, 0.f, partial, arrivals};
+            tokenStride, scale, 0.f, nullptr, nullptr};
   }
   __device__ __forceinline__ Walk walk(const Arguments &a, int worker) const {
     return Walk(a, blockIdx.x * WORKERS + worker, gridDim.x * WORKERS);
@@ -143,18 +145,62 @@ __device__ __forceinline__ void feedKeys(const Phase &p, int n, bool first,
   }
 }
 
+/** A word and what says that it is of this phase: one store, so nobody sees one without the other. */
+__device__ __forceinline__ u64 tagged(float x, u32 tag) {
+  return (u64)tag << 32 | __float_as_uint(x);
+}
+
+/** Words of a warp's share of a result, in a lane: maxima, totals, sums. */
+template <typename Act> __device__ __forceinline__ void eachWord(Sums<SHARE> &sums, Act act) {
+#pragma unroll
+  for (int c = 0; c < COLUMNS; c++) {
+    act(c * WORDS, sums.m[c][0], sums.m[c][1]);
+    act(c * WORDS + 2, sums.l[c][0], sums.l[c][1]);
+#pragma unroll
+    for (int s = 0; s < SHARE; s++) {
+      act(c * WORDS + 4 + s * 4, sums.o[c][s][0], sums.o[c][s][1]);
+      act(c * WORDS + 6 + s * 4, sums.o[c][s][2], sums.o[c][s][3]);
+    }
+  }
+}
+
+__device__ __forceinline__ void give(ulonglong2 *to, Sums<SHARE> &sums, u32 tag) {
+  eachWord(sums, [&](int i, float x, float y) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to + i / 2 * 32),
+                 "l"(tagged(x, tag)), "l"(tagged(y, tag)) : "memory");
+  });
+}
+
+/** Waits for another worker's part, and adds it. */
+__device__ __forceinline__ void receive(const ulonglong2 *from, Sums<SHARE> &sums, u32 tag) {
+  Sums<SHARE> other;
+  bool all = false;
+  for (u32 spins = 0; !all; spins++) {
+    all = true;
+    eachWord(other, [&](int i, float &x, float &y) {
+      ulonglong2 v;
+      asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y)
+                   : "l"(from + i / 2 * 32) : "memory");
+      x = __uint_as_float((u32)v.x), y = __uint_as_float((u32)v.y);
+      all = all && v.x >> 32 == tag && v.y >> 32 == tag;
+    });
+    if (spins == SPINS_MAX) __trap();
+  }
+  sums.add(other);
+}
+
 /** The warps of a worker wait for each other. */
 __device__ __forceinline__ void meetWorker(int worker) {
   asm volatile("bar.sync %0, %1;" ::"r"(2 + worker), "n"(WARPS * 32) : "memory");
 }
 
 /**
- * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first. The
- * phase before is done; `at` moves on.
+ * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first; tag:
+ * of no other phase of any step. The phase before is done; `at` moves on.
  */
 __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &attending,
                                               const Ring &ring, Place &at, float4 *area,
-                                              volatile int *progress) {
+                                              volatile int *progress, u32 tag) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
   const int worker = threadIdx.x / (32 * WARPS);
   const Arguments a = attending.of(p);
@@ -173,6 +219,9 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     const int last = (2 * tile + worker + 1) * TILE_PAGES - 1 - PAGES;
     const int first = (1 - worker) * TILE_PAGES;
     return last < first ? 0 : min(others, (last - first) / (2 * TILE_PAGES) + 1);
+  };
+  auto partOf = [&](u32 of) {
+    return attending.parts + (of * WARPS + warp) * (PART_WORDS / 2 * 32) + lane;
   };
   int done = 0;
   Piece piece;
@@ -219,15 +268,13 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     sums.gather<STEPS>(WARPS, [&](int w) { return area + w * WHOLE; }, first);
     meetWorker(worker);
     if (piece.tiles < piece.all) {
-      const u32 from = walk.blockOf(piece.start), to = walk.blockOf(piece.start + piece.all - 1);
-      const auto part = [&](int i) {
-        // A worker has at most a part of what began before its stretch, and one of what goes on.
-        const u32 place = (from + i) * 2 + (i == 0);
-        return a.partial + (place * WARPS + warp) * PART;
-      };
-      sums.store(part(walk.worker - from));
-      if (!arriveLast(a.arrivals + item * WARPS + warp, to - from + 1)) continue;
-      sums.gather<SHARE>(to - from + 1, part, 0);
+      // Whoever has the first part has it at the end of its stretch, and the others' are there.
+      if (piece.tile > 0) {
+        give(partOf(walk.worker), sums, tag);
+        continue;
+      }
+      const u32 last = walk.blockOf(piece.start + piece.all - 1);
+      for (u32 w = walk.worker + 1; w <= last; w++) receive(partOf(w), sums, tag);
     }
     sums.output(a.out + group, first);
   }

@@ -20,6 +20,8 @@ constexpr int INPUT_BYTES = TOKENS * STEP * 2;
 /** Of 16 rows each: 8 and their partners (gate and up, halves of a head), or 16 neighbours. */
 constexpr int PAGE_GROUPS = 4, ROUND_GROUPS = 16;
 constexpr int GROUP_BYTES = PAGE / PAGE_GROUPS;
+/** More than a step has. */
+constexpr u32 PHASES_MAX = 1 << 12;
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 64;
 
 static_assert(TOKENS == 32 || TOKENS == 64, "tokens of a step are a page at most");

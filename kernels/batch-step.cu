@@ -54,7 +54,8 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
     if (p.kind == ATTENTION) {
       if (threadIdx.x == 0 && n > first) counters.await(n - 1, p.arrivals);
       meet();
-      attendStretch(p, attending, ring, at, area + threadIdx.x / 128 * WARPS * WHOLE, progress);
+      attendStretch(p, attending, ring, at, area + threadIdx.x / 128 * WARPS * WHOLE, progress,
+                    counters.step * PHASES_MAX + n + 1);
     } else if (Share(p).some) {
       multiplyShare(p, products, ring, at);
     } else {
@@ -72,13 +73,13 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
 
 /**
  * Phases first … end - 1 of a step, whose last launch `last` is. exchange: odd words at first;
- * counters: four words and one a phase, headArrivals: zero before the first step.
+ * counters (four words and one a phase), parts: zeros.
  */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     batchStep(const Phase *phases, int first, int end, int last, u32 *all, int tokens,
               const int *positions, const int *lengths, const u64 *bases, const int *slots,
               const unsigned char *kv, u64 slotStride, u64 tokenStride, float scale,
-              float4 *partial, u32 *headArrivals, uint4 *exchange, float *squares, float2 *turns,
+              ulonglong2 *parts, uint4 *exchange, float *squares, float2 *turns,
               const float *frequencies, float magnitude) {
   const Ring ring = {address(shared), address(shared) + PAGES * PAGE + AREA_BYTES + SCRATCH * 4,
                      address(shared) + PAGES * PAGE + AREA_BYTES + SCRATCH * 4 + PAGES * 8};
@@ -93,8 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrierInit(done, 1);
   }
   barriersReady();
-  const Attending attending = {kv, slots, lengths, tokens, slotStride, tokenStride, scale, partial,
-                               headArrivals};
+  const Attending attending = {kv, slots, lengths, tokens, slotStride, tokenStride, scale, parts};
   const int warp = threadIdx.x / 32;
   if (warp == CONSUMERS / 32) {
     feedWeights(phases, first, end, all, attending, ring, done);

@@ -24,11 +24,9 @@ export interface BatchVariant {
   threads: number
   /** Dynamic shared memory. */
   sharedBytes: number
-  /** Attention's scratch, and what blocks hand each other. */
-  partialBytes: number
+  /** Parts of attention's results, and of sums, that blocks hand each other. */
+  partBytes: number
   exchangeBytes: number
-  /** Counters that attention needs for each row. */
-  arrivalsOfRow: number
 }
 
 export interface BatchPlan {
@@ -157,9 +155,8 @@ export function batchVariant(
     tokens,
     threads: THREADS,
     sharedBytes: pages * PAGE_BYTES + area + scratch + (2 * pages + 1) * 8,
-    partialBytes: blocks * WORKERS * 2 * WARPS * columns * (share + 1) * 32 * 16,
+    partBytes: blocks * WORKERS * WARPS * columns * (share + 1) * 4 * 32 * 8,
     exchangeBytes: tiles * SPLIT * 2 * fragments * CONSUMERS * 16,
-    arrivalsOfRow: kvHeads * WARPS,
   }
 }
 

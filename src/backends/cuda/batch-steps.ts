@@ -22,7 +22,7 @@ import type { LowerContext } from './lower-context.ts'
 
 const KINDS: readonly ArgumentKind[] = [
   ...(['u64', 'i32', 'i32', 'i32', 'u64', 'i32', 'u64', 'u64', 'u64', 'u64'] as const),
-  ...(['u64', 'u64', 'u64', 'f32', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32'] as const),
+  ...(['u64', 'u64', 'u64', 'f32', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32'] as const),
 ]
 const ARGUMENT = { first: 1, end: 2, last: 3, tokens: 5 } as const
 const NORM_KINDS: readonly ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
@@ -125,16 +125,15 @@ export class BatchSteps {
     )
     const turn = this.context.ropeTable(rope)
     const { headDim } = this.config
-    const counters = this.filled(4 * (4 + phases.length + columns * variant.arrivalsOfRow), 0)
+    const counters = this.filled(4 * (4 + phases.length), 0)
     const step = new KernelLaunch(kernel, KINDS).cooperative()
     if (this.context.overlap) step.programmatic()
     step.grid(multiprocessors).threads(variant.threads).sharedBytes(variant.sharedBytes)
     step.setAll(
       ...[this.table(plan, variant, normed), 0, phases.length, 1, counters, columns],
       ...[positions, lengths, bases, regions, kv.address, layout.slotBytes, layout.tokenStride],
-      ...[this.config.attentionScale, this.filled(variant.partialBytes, 0)],
-      ...[counters + 4 * (4 + phases.length), this.filled(variant.exchangeBytes, 0xff)],
-      ...[this.filled(multiprocessors * columns * 4, 0)],
+      ...[this.config.attentionScale, this.filled(variant.partBytes, 0)],
+      ...[this.filled(variant.exchangeBytes, 0xff), this.filled(multiprocessors * columns * 4, 0)],
       ...[this.filled(columns * headDim * 4, 0), turn.address, turn.magnitude],
     )
     return { norm: this.norm(present(first.norm, 'a norm'), first.in, normed), step }
