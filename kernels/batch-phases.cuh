@@ -63,6 +63,8 @@ static_assert(sizeof(Phase) == 128, "the host writes phases");
 /** What a block does of a product: groups of a tile, in rounds, and steps of K. */
 struct Share {
   int tile, peer, from, to, firstStep, endStep;
+  /** Which of its steps comes first: tiles begin at different tokens' elements, read by all. */
+  int turned;
   bool some;
 
   __device__ __forceinline__ explicit Share(const Phase &p) {
@@ -72,6 +74,12 @@ struct Share {
     to = some ? p.groups * (tile + 1) / p.tiles : from;
     firstStep = p.steps * peer / p.split;
     endStep = p.steps * (peer + 1) / p.split;
+    turned = tile * 7 % (endStep - firstStep);
+  }
+
+  /** Where in K step `i` of firstStep … endStep - 1 is. */
+  __device__ __forceinline__ int stepAt(int i) const {
+    return i + turned < endStep ? i + turned : i + turned - (endStep - firstStep);
   }
 };
 

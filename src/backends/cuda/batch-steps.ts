@@ -2,13 +2,14 @@
 // the device, its counters and scratch, and its launches. Which models it takes is batch-plan.ts's
 // to say.
 
-import { present } from '../../assert.ts'
+import { assert, present } from '../../assert.ts'
 import { FUNCTION } from '../../ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import {
+  BATCH_TOKENS_MAX,
   batchColumns,
   type BatchPlan,
   type BatchVariant,
@@ -24,9 +25,12 @@ const KINDS: readonly ArgumentKind[] = [
   ...(['u64', 'i32', 'i32', 'i32', 'u64', 'i32', 'u64', 'u64', 'u64', 'u64'] as const),
   ...(['u64', 'u64', 'u64', 'f32', 'u64', 'u64', 'u64', 'u64', 'u64', 'f32'] as const),
 ]
-const ARGUMENT = { first: 1, end: 2, last: 3, tokens: 5 } as const
+const TOKENS_ARGUMENT = 5
 const NORM_KINDS: readonly ArgumentKind[] = ['u64', 'u64', 'u64', 'u64', 'u64', 'i32', 'f32']
 const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
+/** Of the GPU's large pages. */
+const PAGE_BYTES = 2 << 20
+const ALIGNMENT = 256
 /** Tokens of a box of the KV memory. */
 const BOX_TOKENS = 16
 
@@ -40,17 +44,16 @@ export interface BatchLaunch {
 }
 
 export class BatchSteps {
-  /** Why there is no such kernel; undefined if there is. */
-  readonly reason: string | undefined
   private readonly context: LowerContext
   private readonly config: ModelConfig
   private readonly place: (value: Value) => Place
   /** Rows that buffers have. */
   private readonly room: number
   private readonly plan: BatchPlan | Unplanned
-  private readonly allocations: number[] = []
   /** By columns. */
   private readonly launches = new Map<number, BatchLaunch | undefined>()
+  private refused: string | undefined
+  private readonly blocks: { address: number; free: number }[] = []
 
   constructor(
     context: LowerContext,
@@ -64,7 +67,12 @@ export class BatchSteps {
     this.place = place
     this.room = room
     this.plan = this.makePlan(nodes)
-    this.reason = 'reason' in this.plan ? this.plan.reason : undefined
+  }
+
+  /** Why steps of so many rows are more than one kernel; undefined if they are not. */
+  whyNot(tokens: number): string | undefined {
+    if (batchColumns(tokens) === undefined) return `steps are of up to ${BATCH_TOKENS_MAX} rows`
+    return 'reason' in this.plan ? this.plan.reason : this.refused
   }
 
   /** Launches for a step of so many rows; undefined where there are none. */
@@ -74,26 +82,13 @@ export class BatchSteps {
     if (!this.launches.has(columns)) this.launches.set(columns, this.make(this.plan, columns))
     const launch = this.launches.get(columns)
     launch?.norm.grid(tokens)
-    launch?.step.set(ARGUMENT.tokens, tokens)
+    launch?.step.set(TOKENS_ARGUMENT, tokens)
     return launch
-  }
-
-  /** Phases of a step, for measurements. */
-  get phases(): number {
-    return 'reason' in this.plan ? 0 : this.plan.phases.length
-  }
-
-  /** Narrows a launch to phases first … end - 1. */
-  static part(step: KernelLaunch, first: number, end: number, last: boolean): KernelLaunch {
-    return step
-      .set(ARGUMENT.first, first)
-      .set(ARGUMENT.end, end)
-      .set(ARGUMENT.last, last ? 1 : 0)
   }
 
   /** Nothing that was launched may still be running. */
   close(): void {
-    for (const address of this.allocations) this.context.driver.free(address)
+    for (const block of this.blocks) this.context.driver.free(block.address)
   }
 
   private makePlan(nodes: readonly Node[]): BatchPlan | Unplanned {
@@ -108,15 +103,23 @@ export class BatchSteps {
   private make(plan: BatchPlan, columns: number): BatchLaunch | undefined {
     const { driver, find, multiprocessors, hopperRoom, state, layout, kv } = this.context
     const variant = batchVariant(plan, this.config, columns, multiprocessors, hopperRoom)
-    if ('reason' in variant) return undefined
+    if ('reason' in variant) {
+      this.refused = variant.reason
+      return undefined
+    }
     const kernel = find('batch-step.cu', 'batchStep', variant.defines)
     driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, variant.sharedBytes)
     if (driver.blocksPerMultiprocessor(kernel, variant.threads, variant.sharedBytes) < 1) {
+      this.refused = 'a multiprocessor has no room for its block'
       return undefined
     }
     const { phases } = plan
     const first = present(phases[0], 'a phase')
     const width = present(this.context.weights.joined(first.weights), 'a matrix').k
+    const { partBytes, exchangeBytes } = variant
+    // A phase, its maps, its counter; turns and sums of squares; what is read of a row.
+    const rest = phases.length * 1024 + columns * (width * 2 + 1024 + multiprocessors * 4)
+    this.reserve(partBytes + exchangeBytes + rest + PAGE_BYTES)
     const normed = this.filled(columns * width * 2, 0)
     const { positions, lengths, bases, regions } = state.rows.tokens
     const rope = present(
@@ -167,8 +170,7 @@ export class BatchSteps {
     const bytes = mapBytes + table.bytes
     const staging = driver.allocateHost(bytes)
     table.maps.forEach((map, i) => driver.encodeTensorMap(staging + i * MAP_BYTES, map))
-    const device = driver.allocate(bytes)
-    this.allocations.push(device)
+    const device = this.take(bytes)
     table.write(new DataView(viewMemory(staging, bytes), mapBytes), device)
     driver.copyToDevice(device, staging, bytes, state.stream)
     driver.synchronizeStream(state.stream)
@@ -192,13 +194,25 @@ export class BatchSteps {
     }
   }
 
+  /** All that is not the model's lies in one block: small ones would have pages of their own. */
+  private reserve(bytes: number): void {
+    const whole = Math.ceil(bytes / PAGE_BYTES) * PAGE_BYTES
+    this.blocks.push({ address: this.context.driver.allocate(whole), free: whole })
+  }
+
+  /** From the end of the last block. */
+  private take(bytes: number): number {
+    const block = present(this.blocks.at(-1), 'a block')
+    block.free -= Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
+    assert(block.free >= 0, 'a block has room for all that is in it')
+    return block.address + block.free
+  }
+
   private filled(bytes: number, value: number): number {
     const { driver, state } = this.context
-    const address = driver.allocate(Math.max(16, bytes))
-    this.allocations.push(address)
-    driver.fill8(address, value, Math.max(16, bytes), state.stream)
+    const address = this.take(bytes)
+    driver.fill8(address, value, bytes, state.stream)
     driver.synchronizeStream(state.stream)
     return address
   }
 }
-

@@ -85,7 +85,8 @@ export class Lowering {
 
   /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
   whyNotWhole(tokens: number): string | undefined {
-    return this.wholeSteps?.reasons[tokens]
+    const { wholeSteps, batchSteps } = this
+    return tokens > GEMV_TOKENS_MAX ? batchSteps?.whyNot(tokens) : wholeSteps?.reasons[tokens]
   }
 
   close(): void {
