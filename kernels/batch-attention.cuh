@@ -1,6 +1,6 @@
 // Owns attention as a phase of a decode step of many tokens. Each warpgroup that multiplies takes a
-// stretch of the line of tiles (attention-tiles.cuh), from a sequence's oldest tokens to its newest:
-// only these have to wait for the phase before, and older ones fill the ring meanwhile.
+// stretch of the line of tiles (attention-tiles.cuh), from a sequence's oldest tokens to its
+// newest: only these have to wait for the phase before, and older ones fill the ring meanwhile.
 //
 // Before: -D HEADS KV_HEADS HEAD_DIM GROUP WARPS (4) and those of batch-phases.cuh
 #pragma once
@@ -58,7 +58,7 @@ __device__ __forceinline__ int tilesOf(const Phase &p, const Attending &attendin
   return tiles;
 }
 
-/** A sequence that is shorter than a tile: reading beyond its ends would touch what is not mapped. */
+/** A sequence that is shorter than a tile: beyond its ends may be what is not mapped. */
 __device__ __forceinline__ void copyShort(const Arguments &a, const Piece &p, int token,
                                           const Ring &ring, const Place &at) {
   const int lane = threadIdx.x % 32, row = a.headRow + p.kvHead;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void feedKeys(const Phase &p, int n, bool first,
   }
 }
 
-/** A word and what says that it is of this phase: one store, so nobody sees one without the other. */
+/** A word and what says of which phase it is: one store, so nobody sees only one of them. */
 __device__ __forceinline__ u64 tagged(float x, u32 tag) {
   return (u64)tag << 32 | __float_as_uint(x);
 }
@@ -195,8 +195,8 @@ __device__ __forceinline__ void meetWorker(int worker) {
 }
 
 /**
- * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first; tag:
- * of no other phase of any step. The phase before is done; `at` moves on.
+ * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first;
+ * tag: of no other phase of any step. The phase before is done; `at` moves on.
  */
 __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &attending,
                                               const Ring &ring, Place &at, float4 *area,

@@ -81,7 +81,7 @@ __device__ __forceinline__ void feedWeights(const Phase *phases, int first, int 
         hold.take(pages);
         const int mine = min(PAGE_GROUPS, groups - lane * PAGE_GROUPS);
         if (mine > 0) {
-          feedPage(p, ring, at.after(lane), group + lane * PAGE_GROUPS, mine, share.stepAt(step));
+          feedPage(p, ring, at.after(lane), group + lane * PAGE_GROUPS, mine, step);
         }
         __syncwarp();
         at.advance(pages + 1);
@@ -113,7 +113,7 @@ __device__ __forceinline__ void feedTokens(const Phase *phases, int first, int e
           const Place place = at.after(pages);
           ring.awaitEmpty(place);
           barrierExpect(ring.fullOf(place), INPUT_BYTES);
-          loadTokens(ring.at(place), p.in, share.stepAt(step) * STEP, ring.fullOf(place));
+          loadTokens(ring.at(place), p.in, step * STEP, ring.fullOf(place));
         }
         __syncwarp();
         at.advance(pages + 1);

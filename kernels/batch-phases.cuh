@@ -28,7 +28,7 @@ static_assert(TOKENS == 32 || TOKENS == 64, "tokens of a step are a page at most
 
 /** As src/backends/cuda/batch-table.ts writes it. */
 struct __align__(16) Phase {
-  /** Of the weights as [heads, groups, 2, 8, k], boxes of four groups and of one; of [tokens, k]. */
+  /** Weights as [heads, groups, 2, 8, k] in boxes of four groups, and of one; [tokens, k]. */
   const TensorMap *four, *one, *in;
   void *out;
   /** ADD: what the next product reads, and the float32 weights by row that are in it. */
@@ -63,8 +63,6 @@ static_assert(sizeof(Phase) == 128, "the host writes phases");
 /** What a block does of a product: groups of a tile, in rounds, and steps of K. */
 struct Share {
   int tile, peer, from, to, firstStep, endStep;
-  /** Which of its steps comes first: tiles begin at different tokens' elements, read by all. */
-  int turned;
   bool some;
 
   __device__ __forceinline__ explicit Share(const Phase &p) {
@@ -74,12 +72,6 @@ struct Share {
     to = some ? p.groups * (tile + 1) / p.tiles : from;
     firstStep = p.steps * peer / p.split;
     endStep = p.steps * (peer + 1) / p.split;
-    turned = tile * 7 % (endStep - firstStep);
-  }
-
-  /** Where in K step `i` of firstStep … endStep - 1 is. */
-  __device__ __forceinline__ int stepAt(int i) const {
-    return i + turned < endStep ? i + turned : i + turned - (endStep - firstStep);
   }
 };
 

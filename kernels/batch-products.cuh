@@ -259,7 +259,9 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
   for (int j = 0; j < ROUNDS; j++) {
     if (j > 0 && end.page(j) >= end.pages) continue;
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; i++) give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
+    for (int i = 0; i < FRAGMENTS; i++) {
+      give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
+    }
   }
   float squares[OWN][2] = {};
 #pragma unroll

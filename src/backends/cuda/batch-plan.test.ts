@@ -1,5 +1,5 @@
-// Catches a decode step of many tokens that is shared out unevenly, to blocks that are not there, or
-// in parts that the kernel cannot do; and a table that says something else than the plan.
+// Catches a decode step of many tokens that is shared out unevenly, to blocks that are not there,
+// or in parts that the kernel cannot do; and a table that says something else than the plan.
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
@@ -11,6 +11,7 @@ import {
   batchColumns,
   type BatchPlan,
   batchVariant,
+  columnsUpTo,
   planBatch,
 } from './batch-plan.ts'
 import { BatchTable } from './batch-table.ts'
@@ -72,6 +73,7 @@ test('a variant takes more shared memory than a block has', () => {
 test('numbers of rows have no columns, or too few', () => {
   const columns = [1, 4, 5, 8, 32, 33, 64, 65].map(batchColumns)
   assert.deepEqual(columns, [undefined, undefined, 32, 32, 32, 64, 64, undefined])
+  assert.deepEqual([4, 5, 32, 40, 512].map(columnsUpTo), [[], [32], [32], [32, 64], [32, 64]])
 })
 
 test('what the kernel cannot do is planned all the same', () => {
@@ -120,7 +122,11 @@ test('the table has other addresses, counts or maps than the plan', () => {
     const [four, one, input] = [mapOf(i, 0), mapOf(i, 1), mapOf(i, 2)]
     assert.deepEqual(four?.box, [64, 8, 2, 4, 1])
     assert.deepEqual(one?.box, [64, 8, 2, 1, 1])
-    assert.equal(four?.dimensions.reduce((a, b) => a * b), rows * k, 'every element once')
+    assert.equal(
+      four?.dimensions.reduce((a, b) => a * b),
+      rows * k,
+      'every element once',
+    )
     assert.equal(input?.dimensions[0], k)
     assert.equal(input?.address === 0x6000, phase.norm !== undefined, 'normed rows are read')
     // Of a norm: the sums of squares of the tiles that the sum before it had.

@@ -37,6 +37,8 @@ export interface BatchPlan {
 
 /** The most rows of a step. */
 export const BATCH_TOKENS_MAX = 64
+/** Fewer have decode-step.cu. */
+const FEWEST = 5
 const COLUMNS = [32, BATCH_TOKENS_MAX]
 const GROUP_ROWS = 16
 const STEP = 64
@@ -59,7 +61,13 @@ const GROUP_MAX = 16
 
 /** The kernel's columns for so many rows; undefined if they are too few or too many. */
 export function batchColumns(rows: number): number | undefined {
-  return rows <= 4 ? undefined : COLUMNS.find((count) => count >= rows)
+  return rows < FEWEST ? undefined : COLUMNS.find((count) => count >= rows)
+}
+
+/** Columns of the kernels that steps of up to so many rows need. */
+export function columnsUpTo(rowsMax: number): number[] {
+  const rows = [FEWEST, Math.min(rowsMax, BATCH_TOKENS_MAX)].filter((count) => count <= rowsMax)
+  return [...new Set(rows.flatMap((count) => batchColumns(count) ?? []))]
 }
 
 /**
@@ -93,7 +101,8 @@ export function planBatch(
     sharings.push(sharing)
   }
   const shared = sharings.flatMap((sharing) => (sharing && sharing.split > 1 ? sharing.tiles : []))
-  if (new Set(shared).size > 1) return { reason: 'its matrices are cut into different numbers of tiles' }
+  if (new Set(shared).size > 1)
+    return { reason: 'its matrices are cut into different numbers of tiles' }
   return { phases, sharings }
 }
 

@@ -1,6 +1,6 @@
-// Owns decode steps of 5–64 tokens as one cooperative kernel on Hopper: its table and tensor maps on
-// the device, its counters and scratch, and its launches. Which models it takes is batch-plan.ts's
-// to say.
+// Owns decode steps of 5–64 tokens as one cooperative kernel on Hopper: its table and tensor maps
+// on the device, its counters and scratch, and its launches. Which models it takes is
+// batch-plan.ts's to say.
 
 import { assert, present } from '../../assert.ts'
 import { FUNCTION } from '../../ffi/cuda.ts'
@@ -14,6 +14,7 @@ import {
   type BatchPlan,
   type BatchVariant,
   batchVariant,
+  columnsUpTo,
   planBatch,
 } from './batch-plan.ts'
 import { BatchTable, MAP_BYTES } from './batch-table.ts'
@@ -75,6 +76,11 @@ export class BatchSteps {
     return 'reason' in this.plan ? this.plan.reason : this.refused
   }
 
+  /** Makes all that steps of up to so many rows need: a step that is captured may not allocate. */
+  prepare(rowsMax: number): void {
+    for (const columns of columnsUpTo(rowsMax)) this.launch(columns)
+  }
+
   /** Launches for a step of so many rows; undefined where there are none. */
   launch(tokens: number): BatchLaunch | undefined {
     const columns = batchColumns(tokens)
@@ -122,10 +128,7 @@ export class BatchSteps {
     this.reserve(partBytes + exchangeBytes + rest + PAGE_BYTES)
     const normed = this.filled(columns * width * 2, 0)
     const { positions, lengths, bases, regions } = state.rows.tokens
-    const rope = present(
-      phases.flatMap((phase) => phase.rope ?? [])[0],
-      'a rotation',
-    )
+    const rope = present(phases.flatMap((phase) => phase.rope ?? [])[0], 'a rotation')
     const turn = this.context.ropeTable(rope)
     const { headDim } = this.config
     const counters = this.filled(4 * (4 + phases.length), 0)

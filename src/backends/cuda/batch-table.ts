@@ -1,5 +1,5 @@
-// Owns the table that kernels/batch-step.cu follows, with its tensor maps, as bytes: batch-phases.cuh
-// says what they mean.
+// Owns the table that kernels/batch-step.cu follows, with its tensor maps, as bytes:
+// batch-phases.cuh says what they mean.
 
 import { present } from '../../assert.ts'
 import type { TensorMapTiled } from '../../ffi/cuda.ts'
@@ -155,7 +155,12 @@ function weightMap(
     ...COMMON,
     address,
     dimensions: [k, 8, 2, shape.groups, shape.heads],
-    strides: [row, shape.half * row, shape.group * row, kind === 'rope' ? headDim * row : rows * row],
+    strides: [
+      row,
+      shape.half * row,
+      shape.group * row,
+      kind === 'rope' ? headDim * row : rows * row,
+    ],
     box: [STEP, 8, 2, boxGroups, 1],
   }
 }

@@ -6,7 +6,7 @@ import type { GpuDevice } from '../../ffi/cuda.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import { attentionVariants } from './attention-variants.ts'
-import { batchColumns, batchVariant, planBatch } from './batch-plan.ts'
+import { batchVariant, columnsUpTo, planBatch } from './batch-plan.ts'
 import { planStep, stepShape, stepVariant } from './decode-step.ts'
 import { BUCKETS, HOPPER } from './forward.ts'
 import { fuse, fuseSkinny, type Node, type SkinnyNode } from './fuse.ts'
@@ -100,9 +100,7 @@ function batchSteps(
   const { config } = programFor(model)
   const plan = planBatch(phases, config, (names) => matrixOf(model, names), multiprocessors)
   if ('reason' in plan) return []
-  const rows = BUCKETS.filter((b) => b <= paddedRows(maxSequences))
-  const columns = rows.flatMap((b) => batchColumns(Math.min(b, maxSequences)) ?? [])
-  return [...new Set(columns)].flatMap((tokens) => {
+  return columnsUpTo(maxSequences).flatMap((tokens) => {
     const variant = batchVariant(plan, config, tokens, multiprocessors, room)
     return 'reason' in variant ? [] : [{ file: 'batch-step.cu', defines: variant.defines }]
   })

@@ -36,6 +36,8 @@ export interface NamedCommand {
 export class Lowering {
   /** Rows that buffers have. */
   private readonly room: Readonly<Record<Rows, number>>
+  /** Tokens of the largest step. */
+  private readonly rowsMax: number
   readonly buffers: Buffers
   private whole: readonly (NamedCommand[] | undefined)[] = []
   private wholeSteps: WholeSteps | undefined
@@ -61,6 +63,7 @@ export class Lowering {
     this.program = program
     this.nodes = nodes
     this.context = context
+    this.rowsMax = rowsMax.tokens
     this.room = { tokens: paddedRows(rowsMax.tokens), outputs: paddedRows(rowsMax.outputs) }
     this.buffers = new Buffers(nodes, program, this.room)
     const place = (value: Value) => this.place(value)
@@ -123,7 +126,7 @@ export class Lowering {
     if (!launch || first?.kind !== 'embed') return undefined
     const { driver } = this.context
     return [
-      { name: nameOf(first), run: this.embedding ??= this.lower(first) },
+      { name: nameOf(first), run: (this.embedding ??= this.lower(first)) },
       { name: 'norm', run: ({ stream }) => driver.launch(launch.norm, stream) },
       { name: 'step', run: ({ stream }) => driver.launch(launch.step, stream) },
     ]
@@ -146,6 +149,7 @@ export class Lowering {
       (value) => this.place(value),
       this.room.tokens,
     )
+    this.batchSteps.prepare(this.rowsMax)
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
       const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
       return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
