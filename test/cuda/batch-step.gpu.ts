@@ -45,6 +45,8 @@ for (const { model: name, rows, padding } of CASES) {
       const forward = new CudaForward(model, {
         ...{ device, modules, kv: { address, layout, regions: rows } },
         ...{ maxSequences: rows, stepTokens: rows, tune: false, wholeSteps },
+        // Also of a model that is too small to gain by it.
+        hopperAlways: wholeSteps,
       })
       try {
         driver.fill16(address, NAN_BF16, (layout.slotBytes * rows) / 2, forward.stream)

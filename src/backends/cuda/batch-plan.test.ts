@@ -37,7 +37,7 @@ function modelOf(name: string) {
 
 function planOf(name: string): BatchPlan {
   const { config, phases, matrix } = modelOf(name)
-  const plan = planBatch(phases, config, matrix, BLOCKS)
+  const plan = planBatch(phases, config, matrix, BLOCKS, true)
   assert.ok(!('reason' in plan), name)
   return plan
 }
@@ -68,6 +68,12 @@ test('a variant takes more shared memory than a block has', () => {
   }
   const small = batchVariant(planOf('dummy:llama-3.1-8b'), config, 64, BLOCKS, 99 << 10)
   assert.ok('reason' in small)
+})
+
+test('a model whose blocks are small has steps of one kernel', () => {
+  const { config, phases, matrix } = modelOf('dummy:llama-3.2-1b')
+  const plan = planBatch(phases, config, matrix, BLOCKS)
+  assert.deepEqual(plan, { reason: 'its blocks have 116 MiB of weights only' })
 })
 
 test('numbers of rows have no columns, or too few', () => {

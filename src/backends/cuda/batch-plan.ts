@@ -35,6 +35,11 @@ export interface BatchPlan {
   sharings: readonly (Sharing | undefined)[]
 }
 
+/**
+ * Weights of a block of layers below which a kernel a product stays: with less to read between two
+ * waits the one kernel was not measured to be faster.
+ */
+const BLOCK_BYTES_MIN = 256 << 20
 /** The most rows of a step. */
 export const BATCH_TOKENS_MAX = 64
 /** Fewer have decode-step.cu. */
@@ -74,13 +79,24 @@ export function columnsUpTo(rowsMax: number): number[] {
  * @param phases as `planStep` makes them
  * @param matrixOf rows and their elements of matrices that are side by side
  * @param blocks one for each multiprocessor
+ * @param small also where there is nothing to be won; for tests
  */
 export function planBatch(
   phases: readonly Phase[],
   { heads, kvHeads, headDim }: Pick<ModelConfig, 'heads' | 'kvHeads' | 'headDim'>,
   matrixOf: (weights: readonly string[]) => { rows: number; k: number },
   blocks: number,
+  small = false,
 ): BatchPlan | Unplanned {
+  const bytes = phases.reduce((sum, { kind, weights }) => {
+    if (kind === 'attention' || kind === 'logits') return sum
+    const { rows, k } = matrixOf(weights)
+    return sum + rows * k * 2
+  }, 0)
+  const layers = phases.filter(({ kind }) => kind === 'attention').length
+  if (bytes / layers < BLOCK_BYTES_MIN && !small) {
+    return { reason: `its blocks have ${Math.round(bytes / layers / 2 ** 20)} MiB of weights only` }
+  }
   if ((headDim !== 64 && headDim !== 128) || heads / kvHeads > GROUP_MAX) {
     return { reason: `attention has ${heads / kvHeads} heads of ${headDim} for each of its keys` }
   }

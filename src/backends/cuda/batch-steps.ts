@@ -103,7 +103,8 @@ export class BatchSteps {
     if (hopperRoom === 0) return { reason: 'the GPU is no Hopper' }
     const phases = planStep(fuseSkinny(nodes))
     if ('reason' in phases) return phases
-    return planBatch(phases, this.config, (names) => weights.joined(names), multiprocessors)
+    const matrixOf = (names: readonly string[]) => weights.joined(names)
+    return planBatch(phases, this.config, matrixOf, multiprocessors, hopper === 'always')
   }
 
   private make(plan: BatchPlan, columns: number): BatchLaunch | undefined {

@@ -46,7 +46,7 @@ export interface ForwardOptions {
   skinny?: boolean
   /** Off only to measure or test what comes instead: a kernel a product. */
   wholeSteps?: boolean
-  /** Multiplies 5–128 tokens by skinny-hopper.cu wherever it fits, faster or not; for tests. */
+  /** Has 5–128 tokens done by our own kernels wherever they fit, faster or not; for tests. */
   hopperAlways?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
