@@ -12,7 +12,7 @@
 //
 // -D TOKENS 32|64, PAGES of the ring, HOLD of these, HEADS, KV_HEADS, HEAD_DIM, GROUP, WARPS of an
 // attention worker (4). Dynamic shared memory: the ring, AREA_BYTES, SCRATCH floats, barriers.
-// Oracle: test/cuda/families.gpu.ts.
+// Oracle: kernels one by one, test/cuda/batch-step.gpu.ts.
 #include "batch-feed.cuh"
 #include "batch-products.cuh"
 

@@ -121,14 +121,16 @@ export class Lowering {
 
   /** The embedding, its norm, and one kernel for all the rest. */
   private batch(tokens: number): NamedCommand[] | undefined {
-    const launch = this.batchSteps?.launch(tokens)
     const [first] = this.nodes
-    if (!launch || first?.kind !== 'embed') return undefined
+    const { batchSteps } = this
+    if (!batchSteps?.launch(tokens) || first?.kind !== 'embed') return undefined
     const { driver } = this.context
+    const launch = (part: 'norm' | 'step') => (step: StepShape) =>
+      driver.launch(present(batchSteps.launch(step.tokens), 'a launch')[part], step.stream)
     return [
       { name: nameOf(first), run: (this.embedding ??= this.lower(first)) },
-      { name: 'norm', run: ({ stream }) => driver.launch(launch.norm, stream) },
-      { name: 'step', run: ({ stream }) => driver.launch(launch.step, stream) },
+      { name: 'norm', run: launch('norm') },
+      { name: 'step', run: launch('step') },
     ]
   }
 
