@@ -75,9 +75,11 @@ __device__ __forceinline__ uint4 loadStream(const void* p) {
   return v;
 }
 
-/** Weight of a gate: silu is x·sigmoid(x); gelu is the tanh form (Hendrycks & Gimpel 2016). */
+/**
+ * Weight of a gate: silu is x·sigmoid(x); gelu is the tanh form (Hendrycks & Gimpel 2016), which is
+ * x·sigmoid of twice the tangent's argument.
+ */
 __device__ __forceinline__ float activate(float x, int gelu) {
-  if (!gelu) return x / (1.f + __expf(-x));
-  float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return 0.5f * x * (1.f + tanhf(inner));
+  float z = gelu ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x;
+  return __fdividef(x, 1.f + __expf(-z));
 }

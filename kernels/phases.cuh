@@ -4,6 +4,7 @@
 // Before: -D TOKENS WARPS HEADS KV_HEADS HEAD_DIM
 #pragma once
 #include "rope.cuh"
+#include "signals.cuh"
 #include "tensor-core.cuh"
 
 #define STORE 0      // out[t][row] = y, bf16
@@ -14,8 +15,6 @@
 #define ATTENTION 5  // of the queries `in`, over each token's slot; no weights
 
 #define THREADS (32 * WARPS)
-// About half a microsecond each.
-#define SPINS_MAX 8000000u
 
 /** As src/backends/cuda/decode-step.ts writes it: 80 bytes, read as 16 at a time. */
 struct __align__(16) Phase {
@@ -70,47 +69,13 @@ __device__ __forceinline__ u32* countersOf(u32* all, u32 step, int count) {
   return all + 4 + (step & 1) * 2 * count;
 }
 
-/** 16 bytes as they are in L2: another multiprocessor may have written them in this launch. */
-__device__ __forceinline__ uint4 loadFresh(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ float2 freshPair(const float2* p) {
-  float2 v;
-  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ bf16 freshBf16(const bf16* p) {
-  bf16 v;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
-  return v;
-}
-
-/** By one thread, after a barrier of its block: what the block wrote is there. */
-__device__ __forceinline__ void arrive(u32* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-/** As `arrive`, and what those before wrote is seen, too. @returns how many these are */
-__device__ __forceinline__ u32 arriveAfter(u32* counter) {
-  u32 before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-               : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
-
 /**
  * The block waits until `count` have arrived. All blocks run at once (the launch is cooperative),
  * so this ends; if it should not within seconds, the kernel fails and the driver says so.
  */
 __device__ __forceinline__ void await(const u32* counter, u32 count) {
   if (threadIdx.x == 0) {
-    u32 seen;
-    for (u32 spins = 0;; spins++) {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-      if (seen >= count) break;
+    for (u32 spins = 0; acquire(counter) < count; spins++) {
       if (spins == SPINS_MAX) __trap();
     }
   }

@@ -4,6 +4,7 @@ import assert from 'node:assert/strict'
 import { readdirSync } from 'node:fs'
 import { test } from 'node:test'
 import { attentionVariants } from '../src/backends/cuda/attention-variants.ts'
+import { batchVariant } from '../src/backends/cuda/batch-plan.ts'
 import { stepVariant } from '../src/backends/cuda/decode-step.ts'
 import { gemvVariant } from '../src/backends/cuda/gemv.ts'
 import { hopperVariants } from '../src/backends/cuda/hopper-products.ts'
@@ -46,8 +47,9 @@ function shaped(capability: number, room: number): Shaped[] {
     ).map(({ defines }) => ({ file: 'skinny-hopper.cu', defines })),
   )
   const skinny = new Map(fewTokens.map((one) => [JSON.stringify(one), one]))
+  const heads = { heads: 32, kvHeads: 8 }
   const llama = {
-    config: { heads: 32, kvHeads: 8, headDim: 128 },
+    config: { ...heads, headDim: 128 },
     inputs: [4096, 14336],
     normed: [4096],
   }
@@ -57,11 +59,20 @@ function shaped(capability: number, room: number): Shaped[] {
     stepVariant(llama, 4, 108, room),
     stepVariant(small, 1, 58, room),
   ].flatMap((variant) => ('reason' in variant ? [] : { file: 'decode-step.cu', ...variant }))
-  return [...products, ...attention, ...skinny.values(), ...steps]
+  const sharing = { groups: 256, steps: 64, tiles: 32, split: 4 }
+  const batches = [64, 128].flatMap((headDim) =>
+    [32, 64].map((tokens) =>
+      batchVariant({ phases: [], sharings: [sharing] }, { ...heads, headDim }, tokens, 132, room),
+    ),
+  )
+  const manyTokens = batches.flatMap((variant) =>
+    capability !== 90 || 'reason' in variant ? [] : { file: 'batch-step.cu', ...variant },
+  )
+  return [...products, ...attention, ...skinny.values(), ...steps, ...manyTokens]
 }
 
 const SHAPED = ['decode-step.cu', 'gemv.cu', 'attention-decode.cu', 'attention-prefill.cu']
-const HOPPER_ONLY = ['attention-prefill-hopper.cu', 'skinny-hopper.cu']
+const HOPPER_ONLY = ['attention-prefill-hopper.cu', 'batch-step.cu', 'skinny-hopper.cu']
 
 const skip = (await provideNvrtc()) ?? false
 

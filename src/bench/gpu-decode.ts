@@ -7,7 +7,7 @@ import { gpuKvLayout } from '../backends/cuda/kv-layout.ts'
 import type { CudaDevice } from '../backends/cuda/device.ts'
 import { e4m3Weights } from '../backends/cuda/e4m3.ts'
 import { CudaForward } from '../backends/cuda/forward.ts'
-import { GEMV_TOKENS_MAX } from '../backends/cuda/gemv.ts'
+import { BATCH_TOKENS_MAX } from '../backends/cuda/batch-plan.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import type { Quantization } from '../backends/cuda/quantization.ts'
@@ -76,7 +76,7 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
     row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
     for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
-    if (of.batch > GEMV_TOKENS_MAX) continue
+    if (of.batch > BATCH_TOKENS_MAX) continue
     const apart = benchDecode(device, modules, model, of, readGBs, { wholeSteps: false })
     row(`${name}: step, a kernel a product`, apart.stepUs, 'µs', apart.rooflineUs)
   }

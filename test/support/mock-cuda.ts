@@ -140,8 +140,16 @@ export class MockCuda extends MockGpuMemory implements CudaDriver {
     this.streams.delete(stream)
   }
 
+  /** As the driver: a stream that is captured may not be waited for, and nothing allocated. */
+  override allocate(bytes: number): number {
+    const captured = [...this.streams.values()].some((stream) => stream.captured)
+    if (captured) throw new Error('an allocation within a capture')
+    return super.allocate(bytes)
+  }
+
   synchronizeStream(stream: number): void {
     const of = this.stream(stream)
+    if (of.captured) throw new Error('a wait within a capture')
     for (let i = 0; of.queue.length > 0; i++) {
       let ran = 0
       for (const other of this.streams.keys()) ran += this.advance(other, Infinity)

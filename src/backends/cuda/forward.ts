@@ -50,7 +50,7 @@ export interface ForwardOptions {
   skinny?: boolean
   /** Off only to measure or test what comes instead: a kernel a product. */
   wholeSteps?: boolean
-  /** Multiplies 5–128 tokens by skinny-hopper.cu wherever it fits, faster or not; for tests. */
+  /** Has 5–128 tokens done by our own kernels wherever they fit, faster or not; for tests. */
   hopperAlways?: boolean
   /** Attention, if it is not the kernels made for speed. */
   attention?: (state: StepState, find: KernelFinder) => Attention
@@ -161,6 +161,7 @@ export class CudaForward {
       attention: this.attention,
       state: this.state,
       layout: kv.layout,
+      kv,
       multiprocessors: info.multiprocessors,
       sharedBytes: info.sharedBytesPerBlock,
       // Attention is a part of it.

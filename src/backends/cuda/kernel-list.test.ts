@@ -30,7 +30,7 @@ function askedFor(
   model: Model,
   quantization?: Quantization,
 ): { start: Set<string>; steps: Set<string> } {
-  const cuda = new MockCuda({ pageBytes: 1 << 16, totalBytes: 2 ** 33 })
+  const cuda = new MockCuda({ pageBytes: 1 << 16, totalBytes: 2 ** 36 })
   const device = CudaDevice.open(0, cuda)
   const asked = { start: new Set<string>(), steps: new Set<string>() }
   let now = asked.start
@@ -76,6 +76,7 @@ function askedFor(
 const MODELS = new Map<string, Model>([
   ...FAMILIES.map((family) => [family, new Golden(family).model] as const),
   ['a 1B model', dummyModel('dummy:llama-3.2-1b')],
+  ['an 8B model', dummyModel('dummy:llama-3.1-8b')],
 ])
 
 for (const [name, model] of MODELS) {

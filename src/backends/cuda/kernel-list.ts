@@ -6,6 +6,7 @@ import type { GpuDevice } from '../../ffi/cuda.ts'
 import { programFor } from '../../model/arch/programs.ts'
 import type { Model } from '../../model/model.ts'
 import { attentionVariants } from './attention-variants.ts'
+import { batchVariant, columnsUpTo, planBatch } from './batch-plan.ts'
 import { planStep, stepShape, stepVariant } from './decode-step.ts'
 import type { Quantization } from './quantization.ts'
 import { e4m3Weights } from './e4m3.ts'
@@ -59,9 +60,11 @@ export function kernelsOf(
   const own = quantization ? [] : nodes
   const [decoding = []] = own
   const steps = wholeSteps(decoding, model, info, maxSequences)
+  const batches = batchSteps(decoding, model, info, maxSequences)
   const tiles = hopperTiles(own, model, info, maxSequences)
   // The longest to compile come first: nobody waits for one that began last.
   const list = [
+    ...batches,
     ...steps,
     prefill,
     decode,
@@ -85,6 +88,24 @@ function wholeSteps(
   return SKINNY_TOKENS.filter((tokens) => tokens <= maxSequences).flatMap((tokens) => {
     const variant = stepVariant(shape, tokens, multiprocessors, sharedBytesPerBlock)
     return 'reason' in variant ? [] : [{ file: 'decode-step.cu', defines: variant.defines }]
+  })
+}
+
+/** Decode steps of more tokens as one kernel, where a model and the GPU allow that. */
+function batchSteps(
+  nodes: readonly Node[],
+  model: Model,
+  { capability, multiprocessors, sharedBytesPerBlock: room }: GpuDevice,
+  maxSequences: number,
+): KernelSource[] {
+  const phases = planStep(fuseSkinny(nodes))
+  if (capability !== HOPPER || 'reason' in phases) return []
+  const { config } = programFor(model)
+  const plan = planBatch(phases, config, (names) => matrixOf(model, names), multiprocessors)
+  if ('reason' in plan) return []
+  return columnsUpTo(maxSequences).flatMap((tokens) => {
+    const variant = batchVariant(plan, config, tokens, multiprocessors, room)
+    return 'reason' in variant ? [] : [{ file: 'batch-step.cu', defines: variant.defines }]
   })
 }
 

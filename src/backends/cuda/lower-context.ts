@@ -43,6 +43,8 @@ export interface LowerContext {
   attention: Attention
   state: StepState
   layout: KvLayout
+  /** Where region 0 of the KV memory lies, and how many there are. */
+  kv: { address: number; regions: number }
   multiprocessors: number
   /** Shared memory that a block may have. */
   sharedBytes: number

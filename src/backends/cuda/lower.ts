@@ -5,6 +5,7 @@ import { assert, present } from '../../assert.ts'
 import { LatticeError } from '../../errors.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
+import { BatchSteps } from './batch-steps.ts'
 import { Buffers } from './buffers.ts'
 import { E4m3Products, type Surroundings } from './e4m3-products.ts'
 import {
@@ -43,9 +44,13 @@ interface Operands {
 export class Lowering {
   /** Rows that buffers have. */
   private readonly room: Readonly<Record<Rows, number>>
+  /** Tokens of the largest step. */
+  private readonly rowsMax: number
   readonly buffers: Buffers
   private whole: readonly (NamedCommand[] | undefined)[] = []
   private wholeSteps: WholeSteps | undefined
+  batchSteps: BatchSteps | undefined
+  private embedding: Command | undefined
   private readonly context: LowerContext
   private readonly program: Program
   private readonly nodes: readonly Node[]
@@ -69,6 +74,7 @@ export class Lowering {
     this.program = program
     this.nodes = nodes
     this.context = context
+    this.rowsMax = rowsMax.tokens
     this.room = { tokens: paddedRows(rowsMax.tokens), outputs: paddedRows(rowsMax.outputs) }
     this.buffers = new Buffers(nodes, program, this.room)
     const place = (value: Value) => this.place(value)
@@ -100,11 +106,13 @@ export class Lowering {
   /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
   whyNotWhole(tokens: number): string | undefined {
     if (this.e4m3) return 'its weights are fp8'
-    return this.wholeSteps?.reasons[tokens]
+    const { wholeSteps, batchSteps } = this
+    return tokens > GEMV_TOKENS_MAX ? batchSteps?.whyNot(tokens) : wholeSteps?.reasons[tokens]
   }
 
   close(): void {
     this.wholeSteps?.close()
+    this.batchSteps?.close()
   }
 
   /** Loads what launches would load when they are first needed. */
@@ -122,7 +130,7 @@ export class Lowering {
   commandsFor(tokens: number): readonly NamedCommand[] {
     const { skinny, hopper } = this.context
     if (this.e4m3) return skinny && this.few[tokens] ? this.skinny : this.commands
-    const whole = this.whole[tokens]
+    const whole = this.whole[tokens] ?? this.batch(tokens)
     if (whole) return whole
     if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
     return hopper === 'never' || tokens > HOPPER_TOKENS_MAX ? this.commands : this.hopper
@@ -131,6 +139,21 @@ export class Lowering {
   /** Queues the program, embedding to logits. */
   queue(step: StepShape): void {
     for (const { run } of this.commandsFor(step.tokens)) run(step)
+  }
+
+  /** The embedding, its norm, and one kernel for all the rest. */
+  private batch(tokens: number): NamedCommand[] | undefined {
+    const [first] = this.nodes
+    const { batchSteps } = this
+    if (!batchSteps?.launch(tokens) || first?.kind !== 'embed') return undefined
+    const { driver } = this.context
+    const launch = (part: 'norm' | 'step') => (step: StepShape) =>
+      driver.launch(present(batchSteps.launch(step.tokens), 'a launch')[part], step.stream)
+    return [
+      { name: nameOf(first), run: (this.embedding ??= this.lower(first)) },
+      { name: 'norm', run: launch('norm') },
+      { name: 'step', run: launch('step') },
+    ]
   }
 
   /** By number of tokens: the embedding, and one kernel for all the rest. */
@@ -143,6 +166,14 @@ export class Lowering {
       this.place(value),
     )
     this.wholeSteps = steps
+    this.batchSteps = new BatchSteps(
+      this.context,
+      this.program.config,
+      this.nodes,
+      (value) => this.place(value),
+      this.room.tokens,
+    )
+    this.batchSteps.prepare(this.rowsMax)
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
       const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
       return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]

@@ -1,0 +1,143 @@
+// Catches a decode step of many tokens that is shared out unevenly, to blocks that are not there,
+// or in parts that the kernel cannot do; and a table that says something else than the plan.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { present } from '../../assert.ts'
+import { programFor } from '../../model/arch/programs.ts'
+import { dummyModel } from '../../model/dummy.ts'
+import {
+  arrivalsOf,
+  batchColumns,
+  type BatchPlan,
+  batchVariant,
+  columnsUpTo,
+  planBatch,
+} from './batch-plan.ts'
+import { BatchTable } from './batch-table.ts'
+import { type Phase, planStep } from './decode-step.ts'
+import { fuse, fuseSkinny } from './fuse.ts'
+
+const BLOCKS = 132
+const ROOM = 227 << 10
+
+function modelOf(name: string) {
+  const model = dummyModel(name)
+  const phases = planStep(fuseSkinny(fuse(programFor(model), true)))
+  assert.ok(!('reason' in phases), name)
+  const matrix = (names: readonly string[]) => {
+    const shapes = names.map((one) => present(model.tensors.get(one)?.shape, one))
+    return {
+      rows: shapes.reduce((sum, [, count = 0]) => sum + count, 0),
+      k: present(shapes[0]?.[0], 'a row'),
+    }
+  }
+  return { config: model.config, phases, matrix }
+}
+
+function planOf(name: string): BatchPlan {
+  const { config, phases, matrix } = modelOf(name)
+  const plan = planBatch(phases, config, matrix, BLOCKS, true)
+  assert.ok(!('reason' in plan), name)
+  return plan
+}
+
+for (const name of ['dummy:llama-3.1-8b', 'dummy:llama-3.2-1b']) {
+  test(`${name}: blocks read unequal parts, or parts that the kernel has no room for`, () => {
+    const { phases, sharings } = planOf(name)
+    sharings.forEach((sharing, i) => {
+      const { kind } = present(phases[i], 'a phase')
+      if (!sharing) return assert.equal(kind, 'attention')
+      const { groups, steps, tiles, split } = sharing
+      assert.ok(tiles * split <= BLOCKS && tiles <= groups && steps >= split, kind)
+      const busiest = Math.ceil(groups / tiles) * Math.ceil(steps / split)
+      assert.ok((groups * steps) / BLOCKS / busiest > 0.94, `${kind}: ${busiest} for the busiest`)
+      if (split > 1) assert.ok(Math.ceil(groups / tiles) <= (kind === 'add' ? 8 : 16), kind)
+    })
+  })
+}
+
+test('a variant takes more shared memory than a block has', () => {
+  const { config } = modelOf('dummy:llama-3.1-8b')
+  for (const tokens of [32, 64]) {
+    const variant = batchVariant(planOf('dummy:llama-3.1-8b'), config, tokens, BLOCKS, ROOM)
+    assert.ok(!('reason' in variant))
+    // A kilobyte of it is static.
+    assert.ok(variant.sharedBytes + 1024 <= ROOM)
+    assert.ok(present(variant.defines['PAGES'], 'pages') >= 20)
+  }
+  const small = batchVariant(planOf('dummy:llama-3.1-8b'), config, 64, BLOCKS, 99 << 10)
+  assert.ok('reason' in small)
+})
+
+test('a model whose blocks are small has steps of one kernel', () => {
+  const { config, phases, matrix } = modelOf('dummy:llama-3.2-1b')
+  const plan = planBatch(phases, config, matrix, BLOCKS)
+  assert.deepEqual(plan, { reason: 'its blocks have 116 MiB of weights only' })
+})
+
+test('numbers of rows have no columns, or too few', () => {
+  const columns = [1, 4, 5, 8, 32, 33, 64, 65].map(batchColumns)
+  assert.deepEqual(columns, [undefined, undefined, 32, 32, 32, 64, 64, undefined])
+  assert.deepEqual([4, 5, 32, 40, 512].map(columnsUpTo), [[], [32], [32], [32, 64], [32, 64]])
+})
+
+test('what the kernel cannot do is planned all the same', () => {
+  const { config, phases, matrix } = modelOf('dummy:llama-3.1-8b')
+  const plan = (change: (phase: Phase) => Phase, heads = config) =>
+    planBatch(phases.map(change), heads, matrix, BLOCKS)
+  assert.ok(!('reason' in plan((phase) => phase)))
+  const broken: [string, (phase: Phase) => Phase][] = [
+    ['stored', (phase) => (phase.kind === 'add' ? { ...phase, kind: 'store' } : phase)],
+    ['no norm', (phase) => (phase.kind === 'glu' ? { ...phase, norm: undefined } : phase)],
+    ['another sum', (phase) => (phase.kind === 'glu' ? { ...phase, in: 12345 } : phase)],
+    [
+      'half of a head',
+      (phase) => (phase.rope ? { ...phase, rope: { ...phase.rope, dimensions: 64 } } : phase),
+    ],
+  ]
+  for (const [what, change] of broken) assert.ok('reason' in plan(change), what)
+  assert.ok('reason' in plan((phase) => phase, { ...config, headDim: 96 }), 'heads of 96')
+})
+
+test('the table has other addresses, counts or maps than the plan', () => {
+  const { config, matrix } = modelOf('dummy:llama-3.1-8b')
+  const plan = planOf('dummy:llama-3.1-8b')
+  const table = new BatchTable(plan, {
+    ...{ blocks: BLOCKS, config, tokens: 64, room: 64, logits: 0x7000, normed: 0x6000 },
+    place: (value) => ({ address: 0x100000 * (value + 1), stride: 4096, width: 4096 }),
+    matrix: (names) => ({ address: 0x5000, ...matrix(names) }),
+    vector: () => 0x4000,
+    layerStride: 4096,
+    kvMap: { dataType: 9, address: 0x3000, dimensions: [128], strides: [], box: [64] },
+  })
+  const view = new DataView(new ArrayBuffer(table.bytes))
+  const mapsAt = 0x900000
+  table.write(view, mapsAt)
+  const address = (phase: number, i: number) => Number(view.getBigUint64(phase * 128 + i * 8, true))
+  const integer = (phase: number, i: number) => view.getInt32(phase * 128 + 64 + i * 4, true)
+  const mapOf = (phase: number, i: number) => table.maps[(address(phase, i) - mapsAt) / 128]
+  plan.phases.forEach((phase, i) => {
+    const sharing = plan.sharings[i]
+    assert.equal(integer(i, 8), i === 0 ? 0 : arrivalsOf(plan, i - 1, BLOCKS))
+    if (!sharing) {
+      assert.equal(integer(i, 13), phase.layer * 16)
+      return assert.equal(mapOf(i, 2)?.address, 0x3000)
+    }
+    const { rows, k } = matrix(phase.weights)
+    const [four, one, input] = [mapOf(i, 0), mapOf(i, 1), mapOf(i, 2)]
+    assert.deepEqual(four?.box, [64, 8, 2, 4, 1])
+    assert.deepEqual(one?.box, [64, 8, 2, 1, 1])
+    assert.equal(
+      four?.dimensions.reduce((a, b) => a * b),
+      rows * k,
+      'every element once',
+    )
+    assert.equal(input?.dimensions[0], k)
+    assert.equal(input?.address === 0x6000, phase.norm !== undefined, 'normed rows are read')
+    // Of a norm: the sums of squares of the tiles that the sum before it had.
+    const squares = phase.norm && i > 0 ? present(plan.sharings[i - 1], 'a sum').tiles : 0
+    assert.deepEqual([integer(i, 9), integer(i, 3)], [squares, sharing.tiles])
+    assert.equal(address(i, 4) !== 0, phase.kind === 'add')
+  })
+})

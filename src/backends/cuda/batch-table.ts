@@ -1,0 +1,181 @@
+// Owns the table that kernels/batch-step.cu follows, with its tensor maps, as bytes:
+// batch-phases.cuh says what they mean.
+
+import { present } from '../../assert.ts'
+import type { TensorMapTiled } from '../../ffi/cuda.ts'
+import type { ModelConfig } from '../../model/model.ts'
+import type { Value } from '../../model/program.ts'
+import { arrivalsOf, type BatchPlan } from './batch-plan.ts'
+import { PHASE, type Phase } from './decode-step.ts'
+
+/** sizeof(Phase) in batch-phases.cuh, and of a tensor map. */
+const PHASE_BYTES = 128
+export const MAP_BYTES = 128
+const NO_WINDOW = 0x7fffffff
+
+/** cuTensorMapEncodeTiled's numbers (cuda.h). */
+const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
+const BF16 = 2
+const STEP = 64
+const BOX_GROUPS = [4, 1]
+
+export interface Matrix {
+  address: number
+  rows: number
+  k: number
+}
+
+/** What the table refers to, on the device. */
+export interface BatchPlaces {
+  blocks: number
+  config: Pick<ModelConfig, 'kvHeads' | 'headDim'>
+  /** Columns of the kernel's products, and rows that buffers have. */
+  tokens: number
+  room: number
+  place: (value: Value) => { address: number; stride: number; width: number }
+  matrix: (weights: readonly string[]) => Matrix
+  vector: (name: string) => number
+  logits: number
+  /** What the next norm's weights are multiplied into: [tokens, elements of a row] bf16. */
+  normed: number
+  layerStride: number
+  kvMap: TensorMapTiled
+}
+
+/** Tensor maps in their order, and the table's bytes for a device address of the first map. */
+export class BatchTable {
+  readonly maps: TensorMapTiled[] = []
+  private readonly plan: BatchPlan
+  private readonly places: BatchPlaces
+  private readonly mapsOfPhases: { in: number; weights: number }[]
+  private readonly known = new Map<string, number>()
+
+  constructor(plan: BatchPlan, places: BatchPlaces) {
+    this.plan = plan
+    this.places = places
+    this.mapsOfPhases = plan.phases.map((phase) => {
+      if (phase.kind === 'attention') {
+        const map = this.mapOf('kv', () => places.kvMap)
+        return { in: map, weights: map }
+      }
+      const matrix = places.matrix(phase.weights)
+      const weights = this.maps.length
+      const { headDim } = places.config
+      this.maps.push(...BOX_GROUPS.map((groups) => weightMap(phase, matrix, headDim, groups)))
+      const { address, stride } = this.inputOf(phase, matrix.k)
+      const input = () => tokenMap(address, matrix.k, stride, places)
+      return { in: this.mapOf(`${address} ${matrix.k}`, input), weights }
+    })
+  }
+
+  get bytes(): number {
+    return this.plan.phases.length * PHASE_BYTES
+  }
+
+  /** @param mapsAt where the first tensor map lies on the device */
+  write(view: DataView, mapsAt: number): void {
+    const { phases, sharings } = this.plan
+    const { places } = this
+    phases.forEach((phase, i) => {
+      const at = i * PHASE_BYTES
+      const maps = present(this.mapsOfPhases[i], 'maps')
+      const mapAt = (map: number) => mapsAt + map * MAP_BYTES
+      const sharing = sharings[i]
+      const matrix = sharing ? places.matrix(phase.weights) : { rows: 0, k: 0 }
+      const logits = phase.kind === 'logits'
+      const out = logits
+        ? { address: places.logits, stride: matrix.rows }
+        : places.place(present(phase.out, 'what a phase makes'))
+      const adds = phase.kind === 'add'
+      const attends = phase.kind === 'attention'
+      const next = phases[i + 1]?.norm
+      const addresses = [
+        ...[mapAt(maps.weights), mapAt(attends ? maps.weights : maps.weights + 1)],
+        ...[mapAt(maps.in), out.address, adds ? places.normed : 0],
+        ...[adds && next ? places.vector(next.weight) : 0],
+        ...[attends ? places.place(phase.in).address : 0, phase.layer * places.layerStride],
+      ]
+      addresses.forEach((value, j) => view.setBigUint64(at + j * 8, BigInt(value), true))
+      const { groups, steps, tiles, split } = sharing ?? { groups: 0, steps: 0, tiles: 0, split: 1 }
+      const { kvHeads, headDim } = places.config
+      const normed = phase.norm && i > 0 ? present(sharings[i - 1], 'a sum').tiles : 0
+      const integers = [
+        ...[PHASE[phase.kind], groups, steps, tiles, split],
+        ...[phase.kind === 'rope' ? headDim / 16 : 0, out.stride, phase.gelu ? 1 : 0],
+        ...[i > 0 ? arrivalsOf(this.plan, i - 1, places.blocks) : 0, normed, matrix.k, 0],
+        ...[phase.window ?? NO_WINDOW, phase.layer * 2 * kvHeads, turnsOf(this.plan, i), 0],
+      ]
+      integers.forEach((value, j) => view.setInt32(at + 64 + j * 4, value, true))
+      view.setFloat32(at + 108, phase.norm?.eps ?? 0, true)
+    })
+  }
+
+  private inputOf(phase: Phase, k: number): { address: number; stride: number } {
+    return phase.norm ? { address: this.places.normed, stride: k } : this.places.place(phase.in)
+  }
+
+  private mapOf(key: string, make: () => TensorMapTiled): number {
+    const known = this.known.get(key)
+    if (known !== undefined) return known
+    this.known.set(key, this.maps.length)
+    return this.maps.push(make()) - 1
+  }
+}
+
+/** How often blocks have handed each other sums before, and do in a step; see batch-phases.cuh. */
+function turnsOf({ phases, sharings }: BatchPlan, i: number): number {
+  const shared = phases.filter((_, j) => (sharings[j]?.split ?? 1) > 1)
+  const ropes = shared.filter(({ kind }) => kind === 'rope')
+  const before = (of: readonly Phase[]) => of.filter((one) => phases.indexOf(one) < i).length
+  const bits = [before(shared), shared.length, before(ropes), ropes.length]
+  return bits.reduce((word, count, bit) => word | ((count & 1) << bit), 0)
+}
+
+const COMMON = {
+  dataType: TENSOR_MAP.bfloat16,
+  swizzle: TENSOR_MAP.swizzle128,
+  l2Promotion: TENSOR_MAP.promotion256,
+} as const
+
+/** [heads, groups, 2, 8, k]: rows of a group and their partners, whatever lies between them. */
+function weightMap(
+  { kind }: Phase,
+  { address, rows, k }: Matrix,
+  headDim: number,
+  boxGroups: number,
+): TensorMapTiled {
+  const row = k * BF16
+  const shape =
+    kind === 'rope'
+      ? { half: headDim / 2, group: 8, groups: headDim / 16, heads: rows / headDim }
+      : kind === 'glu'
+        ? { half: rows / 2, group: 8, groups: rows / 16, heads: 1 }
+        : { half: 8, group: 16, groups: rows / 16, heads: 1 }
+  return {
+    ...COMMON,
+    address,
+    dimensions: [k, 8, 2, shape.groups, shape.heads],
+    strides: [
+      row,
+      shape.half * row,
+      shape.group * row,
+      kind === 'rope' ? headDim * row : rows * row,
+    ],
+    box: [STEP, 8, 2, boxGroups, 1],
+  }
+}
+
+function tokenMap(
+  address: number,
+  k: number,
+  stride: number,
+  { tokens, room }: Pick<BatchPlaces, 'tokens' | 'room'>,
+): TensorMapTiled {
+  return {
+    ...COMMON,
+    address,
+    dimensions: [k, Math.min(tokens, room)],
+    strides: [stride * BF16],
+    box: [STEP, tokens],
+  }
+}
