@@ -3,6 +3,7 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
+import { openIntake, without } from '../../test/support/intakes.ts'
 import { frame, type FrameShape } from '../../test/support/packets.ts'
 import { Random } from '../../test/support/random.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
@@ -16,12 +17,15 @@ import {
   readHeader,
   writeHeader,
 } from './protocol.ts'
-import { Replica, REPLICA_LIMITS } from './replica.ts'
+import { Replica } from './replica.ts'
+import { NET_RINGS, type NetRing } from './ring-source.ts'
 import { sipKey } from './siphash.ts'
 
 const DATAGRAMS = 20_000
 const SEED = Number(process.env['LATTICE_FUZZ_SEED'] ?? 1)
-const KEY = sipKey(new Uint8Array(16).fill(5))
+const SECRET = new Uint8Array(16).fill(5)
+const KEY = sipKey(SECRET)
+const KEYS = new Map([0, 1, 2, 3].map((tenant) => [tenant, [SECRET, SECRET] as const]))
 const SHAPES: FrameShape[] = [{}, { vlans: 2 }, { options: 40 }, { ip: 6 }]
 const CODES: MessageCode[] = ['ok', 'length', 'failed', 'context']
 const EDGES = [0n, 1n, 2n, 63n, 64n, 65n, 255n, 65535n, 2n ** 31n, 2n ** 32n - 1n, 2n ** 53n]
@@ -41,28 +45,29 @@ class World {
   readonly replica: Replica
   private readonly random: Random
 
-  constructor(random: Random) {
+  constructor(random: Random, ring: NetRing) {
     this.random = random
-    this.replica = new Replica((tenant) => (tenant < 4 ? KEY : undefined), {
+    const world = {
       now: () => this.nowMs,
       timeUs: () => 5n,
-      claimed: (tenant, request) => {
+      claimed: (tenant: number, request: bigint) => {
         const id = `${tenant}:${request}`
         assert.ok(!this.places.has(id), `${id} is claimed twice`)
         this.places.add(id)
       },
-      finished: (tenant, request, used) => {
+      finished: (tenant: number, request: bigint, used: number) => {
         assert.ok(this.places.delete(`${tenant}:${request}`), 'what has no place is finished')
         assert.ok(used >= 0 && used < 2 ** 26, `${used} tokens`)
       },
-      start: (wire, answer) => this.start(wire, answer),
-      send: (write) => {
+      start: (wire: WireRequest, answer: WireAnswer) => this.start(wire, answer),
+      send: (write: (bytes: Uint8Array) => number) => {
         const bytes = new Uint8Array(2048)
         const length = write(bytes)
         assert.ok(length > 0 && length <= 1500, `a frame of ${length} bytes`)
         this.sent++
       },
-    })
+    }
+    this.replica = new Replica((events) => openIntake(ring, KEYS, world, events), world)
   }
 
   /** Says something in every running answer, or nothing, or its end. */
@@ -133,9 +138,15 @@ function change(header: Partial<Header>, random: Random): void {
   random.pick(changes)()
 }
 
-test(`signed nonsense ends the thread, or keeps a place (seed ${SEED})`, () => {
+for (const ring of NET_RINGS) {
+  test(`${ring}: signed nonsense keeps a place (seed ${SEED})`, { skip: without(ring) }, () =>
+    fuzz(ring),
+  )
+}
+
+function fuzz(ring: NetRing): void {
   const random = new Random(SEED)
-  const world = new World(random)
+  const world = new World(random, ring)
   for (let i = 0; i < DATAGRAMS; i++) {
     const packet = frame(datagram(random), random.pick(SHAPES))
     // Cut off, or with bytes behind it.
@@ -157,14 +168,7 @@ test(`signed nonsense ends the thread, or keeps a place (seed ${SEED})`, () => {
   }
   assert.equal(world.places.size, 0, 'a place is kept')
   assert.equal(world.replica.size, 0, 'an exchange is kept')
-  assert.equal(arriving(world.replica), 0, 'memory for prompts is kept')
-})
-
-/** Bytes that unfinished prompts have. */
-function arriving(replica: Replica): number {
-  const { arrivingBytes } = replica as unknown as { arrivingBytes: number }
-  assert.ok(arrivingBytes <= REPLICA_LIMITS.arrivingBytes)
-  return arrivingBytes
+  assert.equal(world.replica.arrivingBytes, 0, 'memory for prompts is kept')
 }
 
 test('what is signed is refused to be read (an oracle of the test itself)', () => {

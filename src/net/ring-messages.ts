@@ -5,12 +5,17 @@ import type { LatticeErrorJson } from '../errors.ts'
 import type { DirectNews, DirectOptions, DirectReport } from './direct-answers.ts'
 import type { WireRequest } from './exchange.ts'
 import type { MessageCode, WireUsage } from './protocol.ts'
+import type { NetRing } from './ring-source.ts'
 
 export interface RingThreadOptions {
   ifindex: number
   /** Receive queues of the interface: a socket for each. */
   queues: readonly number[]
   mode: 'copy' | 'zerocopy'
+  /** What puts prompts together. */
+  ring: NetRing
+  /** Requests that may be known at once. */
+  flows: number
   /** Packets at a time that are taken from the driver by asking it again and again; 0 sleeps. */
   busyPollBudget: number
   /** Two words that both threads see: SAID and ASLEEP. */
