@@ -11,6 +11,7 @@ const STATUS: DatagramStatus = {
   interface: 'eth1',
   attached: { mode: 'native', id: 71, name: 'ingress' },
   zeroCopy: false,
+  ring: { ring: 'native' },
   queues: [0, 1],
   port: 7411,
   addresses: 2,
