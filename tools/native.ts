@@ -1,5 +1,5 @@
-// Owns compiling native/*.c: the object beside them is committed, so that nobody needs a compiler to
-// run it, and a test compiles it again and compares.
+// Owns compiling native/*.c: the object beside them is committed, so that nobody needs a compiler
+// to run it, and a test compiles it again and compares.
 //
 //   node tools/native.ts [FOLDER]
 

@@ -31,7 +31,7 @@ const STATUS: DatagramStatus = {
 test('what a count is part of cannot be seen, or one that is none is shown', () => {
   assert.equal(
     netPage(STATUS),
-    `Datagrams on eth1, UDP port 7411: native XDP (program 71), AF_XDP copy, 2 queues
+    `Datagrams on eth1, UDP port 7411: native XDP (program 71), AF_XDP copy, native ring, 2 queues
 1 running
 
 PACKETS     COUNT

@@ -29,7 +29,7 @@ import {
 } from './interface.ts'
 import { Ring } from './ring.ts'
 import type { RingLosses } from './ring-messages.ts'
-import { chooseRing, type NetRing, type RingChoice } from './ring-source.ts'
+import { chooseRing, type NetRing, type RingChoice } from './ring-choice.ts'
 import type { DatagramTenant } from './tenants.ts'
 
 /** What answers prompts: an engine here, or another process that has joined. */

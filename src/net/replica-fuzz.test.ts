@@ -18,7 +18,7 @@ import {
   writeHeader,
 } from './protocol.ts'
 import { Replica } from './replica.ts'
-import { NET_RINGS, type NetRing } from './ring-source.ts'
+import { NET_RINGS, type NetRing } from './ring-choice.ts'
 import { sipKey } from './siphash.ts'
 
 const DATAGRAMS = 20_000

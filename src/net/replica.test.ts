@@ -22,7 +22,7 @@ import {
 } from './protocol.ts'
 import type { IntakeLimits } from './intake.ts'
 import { Replica } from './replica.ts'
-import { NET_RINGS, type NetRing } from './ring-source.ts'
+import { NET_RINGS, type NetRing } from './ring-choice.ts'
 import { sipKey } from './siphash.ts'
 
 const SECRET = new Uint8Array(16).fill(5)

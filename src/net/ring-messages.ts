@@ -5,7 +5,7 @@ import type { LatticeErrorJson } from '../errors.ts'
 import type { DirectNews, DirectOptions, DirectReport } from './direct-answers.ts'
 import type { WireRequest } from './exchange.ts'
 import type { MessageCode, WireUsage } from './protocol.ts'
-import type { NetRing } from './ring-source.ts'
+import type { NetRing } from './ring-choice.ts'
 
 export interface RingThreadOptions {
   ifindex: number

@@ -2,34 +2,13 @@
 // in TypeScript.
 
 import type { Bell } from '../ffi/bell.ts'
-import { NEWS, whyNotNative } from '../ffi/native-ring.ts'
+import { NEWS } from '../ffi/native-ring.ts'
 import type { PacketSocket } from '../ffi/packet-socket.ts'
 import type { XdpSocket } from '../ffi/xdp-socket.ts'
 import { type Intake, type IntakeEvents, TypeScriptIntake } from './intake.ts'
-import { refused } from './interface.ts'
 import { NativeIntake } from './native-intake.ts'
+import type { NetRing } from './ring-choice.ts'
 import { type SipKey, sipKey } from './siphash.ts'
-
-export const NET_RINGS = ['native', 'typescript'] as const
-export type NetRing = (typeof NET_RINGS)[number]
-
-export interface RingChoice {
-  ring: NetRing
-  /** Why it is not the native one, if nobody asked for the other. */
-  why?: string
-}
-
-/**
- * @param asked undefined: the native one if it can be loaded here
- * @throws LatticeError `net_refused` if it is asked for and cannot
- */
-export function chooseRing(asked: NetRing | undefined): RingChoice {
-  if (asked === 'typescript') return { ring: asked }
-  const why = whyNotNative()
-  if (why === undefined) return { ring: 'native' }
-  if (asked === undefined) return { ring: 'typescript', why }
-  throw refused(`The native ring cannot be loaded: ${why}`, 'Take --net-ring typescript.')
-}
 
 export interface RingSource {
   readonly intake: Intake

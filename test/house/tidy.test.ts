@@ -61,7 +61,7 @@ test('no file is dead', { skip: UNTIL_BUILT }, () => {
     ...[...exported].map((match) => match[1]!),
     ...sources.map(({ path }) => path).filter((path) => /\.(test|gpu)\.ts$/.test(path)),
     ...sources.map(({ path }) => path).filter(isNamedKernel),
-    ...sources.map(({ path }) => path).filter((path) => /^(tools|bench|test\/soak)\//.test(path)),
+    ...sources.map(({ path }) => path).filter((path) => /^(tools|bench|native|test\/soak)\//.test(path)),
   ]
   // x.test.ts does not vouch for the x.ts beside it: code that only its test runs is dead.
   const alive = reachable(roots, (importer, { target }) => {

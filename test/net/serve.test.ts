@@ -20,7 +20,7 @@ test('serve --net does not answer, or stays attached', { skip }, async (t) => {
     flags: ['--net', 'veth-s', '--net-sample', '1'],
   })
   const { server, client } = two
-  assert.match(said(), /Datagrams on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, queue 0/)
+  assert.match(said(), /on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, native ring, queue 0/)
   assert.ok(!said().includes(KEY))
   const [first, again] = [
     await lattice(client.namespace, [...ASK, '--temperature', '0', '--json'], AS_TENANT),

@@ -9,7 +9,7 @@ import {
   TypeScriptIntake,
 } from '../../src/net/intake.ts'
 import { NativeIntake } from '../../src/net/native-intake.ts'
-import type { NetRing } from '../../src/net/ring-source.ts'
+import type { NetRing } from '../../src/net/ring-choice.ts'
 import { sipKey } from '../../src/net/siphash.ts'
 
 const FLOWS = 4096

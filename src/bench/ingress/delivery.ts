@@ -4,7 +4,7 @@
 import { globSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { PROTOCOL_PORT } from '../../net/protocol.ts'
-import { NET_RINGS, type NetRing } from '../../net/ring-source.ts'
+import { NET_RINGS, type NetRing } from '../../net/ring-choice.ts'
 import { KEY, QUEUE_PORT, TENANT } from './host.ts'
 import type { World } from './world.ts'
 
@@ -97,7 +97,13 @@ async function deliver(
   const isHttp = kind === 'http'
   const key = Buffer.from(KEY).toString('hex')
   const delivering = await world.deliver(
-    ...[isHttp ? kind : 'datagram', server.address, isHttp ? QUEUE_PORT : PROTOCOL_PORT, count, rate],
+    ...[
+      isHttp ? kind : 'datagram',
+      server.address,
+      isHttp ? QUEUE_PORT : PROTOCOL_PORT,
+      count,
+      rate,
+    ],
     ...[isHttp ? count : WINDOW, file, TENANT.granted, key],
   )
   const before = await server.call('times')
