@@ -485,11 +485,12 @@ LT_API void lattice_intake_linger(struct lt_intake *in, uint32_t id, double unti
 }
 
 /** A frame by hand; with none, time passes. Frames to send are in their place afterwards. */
-LT_API void lattice_intake_step(struct lt_intake *in, double now_ms, const uint8_t *frame,
-                                uint32_t bytes) {
+LT_API void lattice_intake_step(struct lt_intake *in, double now_ms, double time_us,
+                                const uint8_t *frame, uint32_t bytes) {
   lt_intake_heard(in);
   in->news->out = 0;
   in->news->now_ms = now_ms;
+  in->time_us = time_us;
   if (bytes > 0) lt_intake_take(in, frame, bytes);
   else lt_intake_turn(in);
   in->news->next_ms = in->waiting > 0 ? in->heap[0].at_ms : NEVER;

@@ -83,7 +83,7 @@ interface Library {
   places(intake: number, places: BigUint64Array): void
   read(intake: number, flow: number, to: Uint8Array): void
   linger(intake: number, flow: number, untilMs: number): void
-  step(intake: number, nowMs: number, frame: Uint8Array, bytes: number): void
+  step(intake: number, nowMs: number, timeUs: number, frame: Uint8Array, bytes: number): void
   openRing(intake: number, bell: number, out: number, isBusy: number): number
   closeRing(ring: number): void
   add(ring: number, socket: SocketWords): number
@@ -121,7 +121,7 @@ function declare(): Library {
     places: func('intake_places', 'void', [intake, 'void *']),
     read: func('intake_read', 'void', [intake, flow, 'void *']),
     linger: func('intake_linger', 'void', [intake, flow, 'double']),
-    step: func('intake_step', 'void', [intake, 'double', 'const void *', 'uint32_t']),
+    step: func('intake_step', 'void', [intake, 'double', 'double', 'const void *', 'uint32_t']),
     openRing: func('ring_open', ring, [intake, 'int', 'int', 'int']),
     closeRing: func('ring_close', 'void', [ring]),
     add: func('ring_add', 'bool', [ring, 'const void *']),
@@ -179,8 +179,8 @@ export class NativeFlows {
   }
 
   /** Takes in a frame; with none, time passes. What is to be sent lies in `out`. */
-  step(nowMs: number, frame: Uint8Array): void {
-    this.native.step(this.address, nowMs, frame, frame.length)
+  step(nowMs: number, timeUs: bigint, frame: Uint8Array): void {
+    this.native.step(this.address, nowMs, Number(timeUs), frame, frame.length)
   }
 
   /**

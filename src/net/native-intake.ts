@@ -95,7 +95,7 @@ export class NativeIntake implements Intake {
   private step(frame: Uint8Array): void {
     const { native, byHand } = this
     if (!byHand) return
-    native.step(byHand.now(), frame)
+    native.step(byHand.now(), byHand.timeUs(), frame)
     const out = native.news.getUint32(NEWS.out, true)
     for (let i = 0; i < out; i++) {
       const bytes = native.news.getUint32(NEWS.outBytes + 4 * i, true)
