@@ -12,6 +12,8 @@
 #define LT_API __attribute__((visibility("default")))
 
 #define LT_NONE UINT32_MAX
+/** Flows are numbered from 1, so that tables begin as memory does. */
+#define LT_NOBODY 0
 #define LT_EVENTS 1024
 /** Frames that wait to be sent: one system call takes them all. */
 #define LT_OUT 64
@@ -92,7 +94,8 @@ struct lt_due {
 struct lt_intake {
   struct lt_news *news;
   struct lt_flow *flows;
-  uint32_t most, free, mask;
+  /** Flows there may be, and have been at once; those that are free again. */
+  uint32_t most, used, free, mask;
   uint32_t *buckets;
   /** A binary heap by time of the flows that wait for one. */
   struct lt_due *heap;

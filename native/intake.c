@@ -133,7 +133,7 @@ static uint32_t *bucket_of(struct lt_intake *in, uint32_t tenant, uint64_t reque
 
 static uint32_t find(struct lt_intake *in, uint32_t tenant, uint64_t request) {
   uint32_t id = *bucket_of(in, tenant, request);
-  while (id != LT_NONE) {
+  while (id != LT_NOBODY) {
     struct lt_flow *f = &in->flows[id];
     if (f->request == request && f->tenant == tenant) break;
     id = f->next;
@@ -141,22 +141,23 @@ static uint32_t find(struct lt_intake *in, uint32_t tenant, uint64_t request) {
   return id;
 }
 
-/** LT_NONE for what comes late after the end, or answers nothing. */
+/** LT_NOBODY for what comes late after the end, or answers nothing. */
 static uint32_t open(struct lt_intake *in, const uint8_t *frame, const struct lt_layout *layout) {
   const uint8_t *data = frame + layout->data;
   uint32_t type = FIELD(data, type), bytes = FIELD(data, prompt_bytes);
   uint32_t tenant = FIELD(data, tenant), key = FIELD(data, key);
   // CANCEL may come before any DATA.
-  if (type != LT_DATA && type != LT_CANCEL) return LT_NONE;
-  if (bytes == 0 || bytes > LT_PROMPT_BYTES_MAX) return LT_NONE;
-  if (tenant >= LT_TENANTS || key > 1 || !in->keys[tenant][key].is_known) return LT_NONE;
+  if (type != LT_DATA && type != LT_CANCEL) return LT_NOBODY;
+  if (bytes == 0 || bytes > LT_PROMPT_BYTES_MAX) return LT_NOBODY;
+  if (tenant >= LT_TENANTS || key > 1 || !in->keys[tenant][key].is_known) return LT_NOBODY;
   uint32_t id = in->free;
-  if (id == LT_NONE) {
+  if (id != LT_NOBODY) in->free = in->flows[id].next;
+  else if (in->used < in->most) id = ++in->used;
+  else {
     in->news->refused++;
-    return LT_NONE;
+    return LT_NOBODY;
   }
   struct lt_flow *f = &in->flows[id];
-  in->free = f->next;
   uint32_t deadline_ms = FIELD(data, deadline_ms);
   uint64_t request = FIELD(data, request);
   uint32_t *bucket = bucket_of(in, tenant, request);
@@ -342,8 +343,8 @@ void lt_intake_take(struct lt_intake *in, const uint8_t *frame, uint32_t bytes) 
   if (FIELD(data, magic) != LT_MAGIC) return;
   if (layout.data_bytes != sizeof(struct lt_header) + FIELD(data, payload_bytes)) return;
   uint32_t id = find(in, FIELD(data, tenant), FIELD(data, request));
-  if (id == LT_NONE) id = open(in, frame, &layout);
-  if (id == LT_NONE) return;
+  if (id == LT_NOBODY) id = open(in, frame, &layout);
+  if (id == LT_NOBODY) return;
   struct lt_flow *f = &in->flows[id];
   f->heard_ms = in->news->now_ms;
   uint32_t type = FIELD(data, type);
@@ -406,12 +407,12 @@ static size_t buckets_for(uint32_t flows) {
 }
 
 LT_API void lattice_intake_close(struct lt_intake *in) {
-  for (uint32_t i = 0; in->flows && i < in->most; i++) {
+  for (uint32_t i = 1; i <= in->used; i++) {
     uint8_t *prompt = in->flows[i].prompt;
     if (prompt && !is_in_slot(in, prompt)) free(prompt);
   }
   if (in->news) munmap(in->news, sizeof *in->news);
-  if (in->flows) munmap(in->flows, (size_t)in->most * sizeof *in->flows);
+  if (in->flows) munmap(in->flows, ((size_t)in->most + 1) * sizeof *in->flows);
   if (in->buckets) munmap(in->buckets, ((size_t)in->mask + 1) * sizeof *in->buckets);
   if (in->heap) munmap(in->heap, (size_t)in->most * sizeof *in->heap);
   if (in->slots) munmap(in->slots, (size_t)in->slot_count * LT_SLOT_BYTES);
@@ -431,7 +432,7 @@ LT_API struct lt_intake *lattice_intake_open(uint32_t flows, uint32_t slots, dou
   in->bytes_max = bytes_max;
   in->bytes_max_of_tenant = bytes_max_of_tenant;
   in->news = map(sizeof *in->news);
-  in->flows = map((size_t)flows * sizeof *in->flows);
+  in->flows = map(((size_t)flows + 1) * sizeof *in->flows);
   in->buckets = map(((size_t)in->mask + 1) * sizeof *in->buckets);
   in->heap = map((size_t)flows * sizeof *in->heap);
   in->slots = map((size_t)slots * LT_SLOT_BYTES);
@@ -441,12 +442,6 @@ LT_API struct lt_intake *lattice_intake_open(uint32_t flows, uint32_t slots, dou
       !in->free_slots) {
     lattice_intake_close(in);
     return NULL;
-  }
-  memset(in->buckets, 0xff, ((size_t)in->mask + 1) * sizeof *in->buckets);
-  in->free = LT_NONE;
-  for (uint32_t i = flows; i-- > 0;) {
-    in->flows[i].next = in->free;
-    in->free = i;
   }
   for (uint32_t i = slots; i-- > 0;) in->free_slots[in->free_count++] = i;
   return in;

@@ -3,6 +3,7 @@
 
 import { fileURLToPath } from 'node:url'
 import koffi from 'koffi'
+import { assert } from '../assert.ts'
 import { LatticeError, toLatticeError } from '../errors.ts'
 import { viewMemory } from './libc.ts'
 
@@ -86,7 +87,7 @@ interface Library {
   step(intake: number, nowMs: number, timeUs: number, frame: Uint8Array, bytes: number): void
   openRing(intake: number, bell: number, out: number, isBusy: number): number
   closeRing(ring: number): void
-  add(ring: number, socket: SocketWords): number
+  add(ring: number, socket: SocketWords): boolean
   now(): number
   wait(ring: number, untilMs: number): void
 }
@@ -159,7 +160,7 @@ export class NativeFlows {
     this.native.places(this.address, places)
     const [news, flow, slot, out] = [...places].map(Number) as [number, number, number, number]
     this.news = new DataView(viewMemory(news, NEWS.bytes))
-    this.flows = new DataView(viewMemory(flow, flows * FLOW.bytes))
+    this.flows = new DataView(viewMemory(flow, (flows + 1) * FLOW.bytes))
     this.slots = viewMemory(slot, slots * SLOT_BYTES)
     this.out = viewMemory(out, OUT_FRAMES * OUT_BYTES)
   }
@@ -185,11 +186,15 @@ export class NativeFlows {
 
   /**
    * From now on frames come from sockets; `wait` takes them.
+   * @throws LatticeError `os_call_failed` if there is no memory
    * @param out descriptor of a packet socket
    */
   connect(sockets: readonly SocketWords[], bell: number, out: number, isBusy: boolean): void {
     this.ring = this.native.openRing(this.address, bell, out, isBusy ? 1 : 0)
-    for (const socket of sockets) this.native.add(this.ring, socket)
+    if (this.ring === 0) throw new LatticeError('os_call_failed', 'No memory for a ring.')
+    for (const socket of sockets) {
+      assert(this.native.add(this.ring, socket), 'a socket for each queue has room')
+    }
   }
 
   /** The clock that `wait` has; milliseconds. */
