@@ -63,8 +63,11 @@ test('what goes wrong is not shown', () => {
     losses: { received: 4, sent: 0 },
     tenants: [{ ...TENANT, sent }],
     syn: { port: 8080, source: { perSecond: 20, burst: 100 }, total: { perSecond: 0.5, burst: 1 } },
+    ring: { ring: 'typescript', why: 'no such file' },
     failure: 'The ring thread has ended.',
   })
+  assert.match(page, /AF_XDP copy, ring in TypeScript, 2 queues$/m)
+  assert.match(page, /^The native ring cannot be loaded: no such file$/m)
   assert.match(page, /NOT ATTACHED/)
   assert.match(page, /^It answers for any address/m)
   assert.match(page, /^FAILED: The ring thread has ended\.$/m)

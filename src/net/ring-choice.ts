@@ -14,11 +14,12 @@ export interface RingChoice {
 
 /**
  * @param asked undefined: the native one if it can be loaded here
+ * @param whyNot says why it cannot
  * @throws LatticeError `net_refused` if it is asked for and cannot
  */
-export function chooseRing(asked: NetRing | undefined): RingChoice {
+export function chooseRing(asked: NetRing | undefined, whyNot = whyNotNative): RingChoice {
   if (asked === 'typescript') return { ring: asked }
-  const why = whyNotNative()
+  const why = whyNot()
   if (why === undefined) return { ring: 'native' }
   if (asked === undefined) return { ring: 'typescript', why }
   throw refused(`The native ring cannot be loaded: ${why}`, 'Take --net-ring typescript.')
