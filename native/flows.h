@@ -104,6 +104,8 @@ struct lt_intake {
   uint32_t slot_count, free_count, *free_slots;
   uint64_t bytes_max, bytes_max_of_tenant;
   uint64_t time_us;
+  /** Somebody waits for what is to be sent: it is not only that a prompt is complete. */
+  bool is_awaited;
   uint8_t (*out)[LT_OUT_BYTES];
   uint64_t bytes_of[LT_TENANTS];
   struct lt_key keys[LT_TENANTS][2];

@@ -299,6 +299,7 @@ static void take_data(struct lt_intake *in, uint32_t id, const uint8_t *data, ui
   memcpy(f->prompt + from, payload, payload_bytes);
   f->arrived_bytes += payload_bytes;
   if (f->first_missing < f->fragments) return;
+  if (f->is_urgent) in->is_awaited = true;
   acknowledge(in, f);
   bool is_seen = is_in_slot(in, f->prompt);
   hand_over(in, id, LT_ARRIVED)->value = is_seen ? f->prompt - in->slots : LT_NONE;
@@ -366,7 +367,10 @@ bool lt_intake_turn(struct lt_intake *in) {
       forget(in, id);
       continue;
     }
-    if (ack_ms(f) <= now) acknowledge(in, f);
+    if (ack_ms(f) <= now) {
+      in->is_awaited = true;
+      acknowledge(in, f);
+    }
     bool is_late = now >= f->due_ms;
     double silent_ms = now - f->heard_ms;
     if (f->state == LT_HANDED && is_late) stop(in, id, CODE_TIMED_OUT);

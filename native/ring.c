@@ -21,6 +21,15 @@
 #define BUSY_MS 2
 /** Whatever comes in, others are heard so often. */
 #define HOLD_MS 2
+/**
+ * That a prompt is complete need not be said at once: the protocol lets it wait for 10 ms or 16
+ * datagrams. So it waits for others where prompts follow each other so closely, and costs a third.
+ */
+#define CLOSE_MS 4
+#define GATHER_MS 5
+#define GATHER_MS_MAX 8
+#define GATHER_FRAMES 12
+#define NEVER __builtin_inf()
 
 struct lt_socket {
   uint64_t fd, frames, frame_bytes;
@@ -37,6 +46,8 @@ struct lt_ring {
   int out_fd, busy;
   uint32_t sockets;
   double busy_until_ms;
+  /** When the first of what is to be sent was written, and the last of all. */
+  double gathered_ms, written_ms;
   struct lt_socket socket[SOCKETS_MAX];
   /** The bell first. */
   struct pollfd polled[1 + SOCKETS_MAX];
@@ -66,6 +77,25 @@ static void flush(struct lt_ring *r) {
     from += sent > 0 ? sent : 1;
   }
   news->out = 0;
+  r->in->is_awaited = false;
+  r->gathered_ms = NEVER;
+}
+
+/**
+ * Sends, unless more is likely to come.
+ * @param before how much there was to send before this turn
+ */
+static void flush_or_gather(struct lt_ring *r, uint32_t before) {
+  uint32_t out = r->in->news->out;
+  double now = r->in->news->now_ms;
+  if (out == 0) return;
+  if (r->gathered_ms == NEVER) r->gathered_ms = now;
+  if (out != before) {
+    if (now - r->written_ms > CLOSE_MS) r->in->is_awaited = true;
+    r->written_ms = now;
+  }
+  bool is_enough = out >= GATHER_FRAMES || now - r->gathered_ms >= GATHER_MS;
+  if (is_enough || r->in->is_awaited) flush(r);
 }
 
 static void wake(const struct lt_socket *s) {
@@ -98,12 +128,12 @@ static uint32_t receive(struct lt_ring *r, struct lt_socket *s) {
 }
 
 static uint32_t receive_all(struct lt_ring *r) {
-  uint32_t taken = 0;
+  uint32_t taken = 0, before = r->in->news->out;
   r->in->news->now_ms = clock_ms();
   r->in->time_us = clock_us();
   for (uint32_t i = 0; i < r->sockets; i++) taken += receive(r, &r->socket[i]);
   while (!lt_intake_turn(r->in)) flush(r);
-  if (r->in->news->out > 0) flush(r);
+  flush_or_gather(r, before);
   return taken;
 }
 
@@ -128,6 +158,7 @@ LT_API struct lt_ring *lattice_ring_open(struct lt_intake *in, int bell, int out
   r->in = in;
   r->out_fd = out_fd;
   r->busy = busy;
+  r->gathered_ms = NEVER;
   r->polled[0] = (struct pollfd){.fd = bell, .events = POLLIN};
   for (int i = 0; i < LT_OUT; i++) {
     r->part[i].iov_base = in->out[i];
@@ -173,6 +204,7 @@ LT_API void lattice_ring_wait(struct lt_ring *r, double until_ms) {
     }
     bool is_busy = r->busy && now < r->busy_until_ms;
     double next = news->next_ms < until_ms ? news->next_ms : until_ms;
+    if (r->gathered_ms + GATHER_MS_MAX < next) next = r->gathered_ms + GATHER_MS_MAX;
     if (is_busy) for (uint32_t i = 0; i < r->sockets; i++) wake(&r->socket[i]);
     if (sleep_until(r, is_busy ? now : next)) return;
   }
