@@ -51,7 +51,8 @@ export type FromRing =
   /** A socket's descriptor for each queue; `bell` of an eventfd that wakes the thread. */
   | { kind: 'ready'; fds: number[]; bell: number; zeroCopy: boolean }
   | { kind: 'failed'; error: LatticeErrorJson }
-  | { kind: 'claimed'; tenant: number; request: bigint }
+  /** Requests of tenants, each at the same place; told before anything else of them. */
+  | { kind: 'claimed'; tenants: readonly number[]; requests: BigUint64Array }
   | { kind: 'start'; id: number; wire: WireRequest }
   | { kind: 'abort'; id: number }
   | { kind: 'finished'; tenant: number; request: bigint; usedTokens: number }

@@ -53,6 +53,8 @@ let heard = 0
 /** What is to be told at the end of this turn. */
 let news: FromRing[] = []
 let given: ArrayBuffer[] = []
+/** One message for all: each of its own would cost more than all else that is told of a prompt. */
+let claims: { tenants: number[]; requests: bigint[] } = { tenants: [], requests: [] }
 
 let tellMs = Infinity
 
@@ -67,9 +69,18 @@ function say(message: FromRing, withinMs = 0, transfer?: ArrayBuffer): void {
   tellMs = Math.min(tellMs, nowMs + withinMs)
 }
 
+function claim(tenant: number, request: bigint): void {
+  claims.tenants.push(tenant)
+  claims.requests.push(request)
+  tellMs = Math.min(tellMs, nowMs + CLAIM_MS)
+}
+
 function tell(): void {
   if (nowMs < tellMs) return
-  port.postMessage(news, given)
+  const { tenants, requests } = claims
+  const claimed: FromRing = { kind: 'claimed', tenants, requests: BigUint64Array.from(requests) }
+  port.postMessage(tenants.length > 0 ? [claimed, ...news] : news, given)
+  claims = { tenants: [], requests: [] }
   news = []
   given = []
   tellMs = Infinity
@@ -79,7 +90,7 @@ function makeReplica(open: (events: IntakeEvents) => Intake): Replica {
   return new Replica(open, {
     now: () => nowMs,
     timeUs: () => BigInt(Date.now()) * 1000n,
-    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }, CLAIM_MS),
+    claimed: claim,
     start(lent, answer) {
       const abort = direct?.start(options.direct?.publishes ? owned(lent) : lent, answer)
       if (abort) return abort
