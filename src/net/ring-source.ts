@@ -113,18 +113,17 @@ class TypeScriptSource implements RingSource {
 
   wait(untilMs: number): void {
     const { busyPollBudget, sockets, bell } = this.options
-    // There may be more already.
-    if (this.taken > 0) return
-    if (busyPollBudget > 0 && this.nowMs < this.busyUntilMs) {
-      for (const socket of sockets) socket.poll()
-      return
+    // If something came there may be more already.
+    if (this.taken === 0) {
+      const waitMs = Math.ceil(untilMs - performance.now())
+      if (busyPollBudget > 0 && this.nowMs < this.busyUntilMs) {
+        for (const socket of sockets) socket.poll()
+      } else if (waitMs > 0) bell.wait(waitMs)
     }
-    const waitMs = Math.ceil(untilMs - performance.now())
-    if (waitMs > 0) bell.wait(waitMs)
+    this.nowMs = performance.now()
   }
 
   take(): void {
-    this.nowMs = performance.now()
     this.taken = 0
     for (const socket of this.options.sockets) this.taken += socket.receive(this.frame, BURST)
     if (this.taken > 0) this.busyUntilMs = this.nowMs + BUSY_MS

@@ -139,11 +139,12 @@ function hear(): boolean {
 function run(source: RingSource, replica: Replica): void {
   let countedMs = nowMs
   let next: number | undefined
-  while (hear()) {
+  for (;;) {
     wait(source, Math.min(next ?? Infinity, tellMs, nowMs + SLEEP_MS))
     nowMs = source.nowMs
+    // Before the turn: whoever has something to say wants one.
+    if (!hear()) return
     source.take()
-    nowMs = source.nowMs
     direct?.tell()
     next = replica.turn()
     out?.flush()
