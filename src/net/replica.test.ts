@@ -134,6 +134,27 @@ testBoth('a fragment that lies about itself is believed', (ring) => {
   assert.deepEqual(world.started[0]?.wire.prompt, whole)
 })
 
+testBoth('every datagram is acknowledged, or one that waits for it is not', (ring) => {
+  const world = new World(ring)
+  const whole = prompt(40 * FRAGMENT_BYTES)
+  for (let fragment = 0; fragment < 40; fragment++) {
+    world.data(whole, fragment)
+    world.replica.turn()
+  }
+  const said = () => world.sent.map(({ header }) => Number(header.words[1]))
+  assert.deepEqual(said(), [16, 32, 40])
+  world.data(whole, 0, { request: 10n })
+  world.pass(9)
+  assert.equal(said().length, 3)
+  world.pass(1)
+  assert.deepEqual(said(), [16, 32, 40, 1])
+  // One that is missing is asked for at once.
+  world.data(whole, 2, { request: 10n })
+  world.pass(0)
+  assert.deepEqual(said(), [16, 32, 40, 1, 1])
+  assert.equal(world.sent.at(-1)?.header.words[2], 1n)
+})
+
 testBoth('a prompt that is only announced takes memory', (ring) => {
   const limits = { arrivingBytes: 300_000, arrivingBytesOfTenant: 200_000 }
   const world = new World(ring, limits)
