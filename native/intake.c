@@ -454,6 +454,7 @@ LT_API struct lt_intake *lattice_intake_open(uint32_t flows, uint32_t slots, dou
 /** @param bytes 16 of them */
 LT_API void lattice_intake_key(struct lt_intake *in, uint32_t tenant, uint32_t which,
                                const uint8_t *bytes) {
+  if (tenant >= LT_TENANTS || which > 1) return;
   struct lt_key *key = &in->keys[tenant][which];
   memcpy(&key->k0, bytes, 8);
   memcpy(&key->k1, bytes + 8, 8);

@@ -128,7 +128,6 @@ export class Exchange implements WireAnswer, Turned {
   /** @param abort of what answers, if it has not ended at once */
   started(abort: () => void): void {
     if (this.endedMs === Infinity) this.abort = abort
-    this.world.touch(this)
   }
 
   /** What the client says of what was sent. */
