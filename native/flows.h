@@ -14,6 +14,7 @@
 #define LT_NONE UINT32_MAX
 /** Flows are numbered from 1, so that tables begin as memory does. */
 #define LT_NOBODY 0
+#define LT_NEVER __builtin_inf()
 #define LT_EVENTS 1024
 /** Frames that wait to be sent: one system call takes them all. */
 #define LT_OUT 64
@@ -132,6 +133,9 @@ void lt_keep_head(struct lt_flow *flow, const uint8_t *frame, const struct lt_la
 /** Completes a frame whose datagram lies behind the head. Returns its bytes. */
 uint32_t lt_seal(const struct lt_flow *flow, uint8_t *frame, uint32_t data_bytes);
 uint64_t lt_sip(const struct lt_key *key, const uint8_t *data, size_t bytes);
+
+/** @param at_ms when it is a flow's turn; LT_NEVER if it waits for nothing */
+void lt_await(struct lt_intake *in, uint32_t id, double at_ms);
 
 void lt_intake_take(struct lt_intake *in, const uint8_t *frame, uint32_t bytes);
 /** What is due; false if frames have to be sent first, because there is no room for more. */

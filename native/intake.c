@@ -19,7 +19,6 @@
 #define CLAIM_MS 500
 #define FIRST_BYTES (64 * LT_FRAGMENT_BYTES)
 #define FLAG_RETRY 4
-#define NEVER __builtin_inf()
 /** Said by END besides those that the program says. */
 #define CODE_CANCELLED 2
 #define CODE_TIMED_OUT 3
@@ -32,48 +31,6 @@
 
 static double least(double a, double b) {
   return a < b ? a : b;
-}
-
-// --- Who waits for when --------------------------------------------------------------------------
-
-static void place(struct lt_intake *in, uint32_t at, struct lt_due due) {
-  in->heap[at] = due;
-  in->flows[due.flow].heap_at = at;
-}
-
-static void sift_up(struct lt_intake *in, uint32_t at, struct lt_due due) {
-  for (; at > 0 && in->heap[(at - 1) / 2].at_ms > due.at_ms; at = (at - 1) / 2) {
-    place(in, at, in->heap[(at - 1) / 2]);
-  }
-  place(in, at, due);
-}
-
-static void sift_down(struct lt_intake *in, uint32_t at, struct lt_due due) {
-  for (;;) {
-    uint32_t child = 2 * at + 1;
-    if (child >= in->waiting) break;
-    if (child + 1 < in->waiting && in->heap[child + 1].at_ms < in->heap[child].at_ms) child++;
-    if (in->heap[child].at_ms >= due.at_ms) break;
-    place(in, at, in->heap[child]);
-    at = child;
-  }
-  place(in, at, due);
-}
-
-/** @param at_ms when it is its turn; NEVER if nothing is awaited */
-static void await(struct lt_intake *in, uint32_t id, double at_ms) {
-  uint32_t at = in->flows[id].heap_at;
-  struct lt_due due = {at_ms, id};
-  if (at_ms == NEVER) {
-    if (at == LT_NONE) return;
-    in->flows[id].heap_at = LT_NONE;
-    struct lt_due last = in->heap[--in->waiting];
-    if (at == in->waiting) return;
-    due = last;
-  } else if (at == LT_NONE) at = in->waiting++;
-  else if (in->heap[at].at_ms == at_ms) return;
-  if (at > 0 && in->heap[(at - 1) / 2].at_ms > due.at_ms) sift_up(in, at, due);
-  else sift_down(in, at, due);
 }
 
 // --- Memory --------------------------------------------------------------------------------------
@@ -168,7 +125,7 @@ static uint32_t open(struct lt_intake *in, const uint8_t *frame, const struct lt
       .sampling = WORD(data, 2),
       .seed = WORD(data, 3),
       .heard_ms = now,
-      .due_ms = deadline_ms == 0 ? NEVER : now + deadline_ms,
+      .due_ms = deadline_ms == 0 ? LT_NEVER : now + deadline_ms,
       .tenant = tenant,
       .route = FIELD(data, route),
       .max_tokens = FIELD(data, max_tokens),
@@ -191,7 +148,7 @@ static uint32_t open(struct lt_intake *in, const uint8_t *frame, const struct lt
 
 static void forget(struct lt_intake *in, uint32_t id) {
   struct lt_flow *f = &in->flows[id];
-  await(in, id, NEVER);
+  lt_await(in, id, LT_NEVER);
   drop_prompt(in, f);
   uint32_t *at = bucket_of(in, f->tenant, f->request);
   while (*at != id) at = &in->flows[*at].next;
@@ -234,7 +191,7 @@ static void stop(struct lt_intake *in, uint32_t id, uint32_t code) {
 // --- What is said of what has arrived ------------------------------------------------------------
 
 static double ack_ms(const struct lt_flow *f) {
-  if (f->unsaid == 0) return NEVER;
+  if (f->unsaid == 0) return LT_NEVER;
   return f->is_urgent || f->unsaid >= ACK_EVERY ? f->unsaid_ms : f->unsaid_ms + ACK_MS;
 }
 
@@ -333,7 +290,7 @@ static void go_on(struct lt_intake *in, uint32_t id) {
   } else if (f->state == LT_LINGERING) {
     next = least(next, least(f->until_ms + 1, f->heard_ms + LINGER_MS + 1));
   }
-  await(in, id, next);
+  lt_await(in, id, next);
 }
 
 /** There is room for a frame to send and an event. */
@@ -384,7 +341,7 @@ bool lt_intake_turn(struct lt_intake *in) {
     }
     go_on(in, id);
   }
-  news->next_ms = in->waiting > 0 ? in->heap[0].at_ms : NEVER;
+  news->next_ms = in->waiting > 0 ? in->heap[0].at_ms : LT_NEVER;
   return news->out < LT_OUT || news->next_ms > news->now_ms;
 }
 
@@ -493,5 +450,5 @@ LT_API void lattice_intake_step(struct lt_intake *in, double now_ms, double time
   in->time_us = time_us;
   if (bytes > 0) lt_intake_take(in, frame, bytes);
   else lt_intake_turn(in);
-  in->news->next_ms = in->waiting > 0 ? in->heap[0].at_ms : NEVER;
+  in->news->next_ms = in->waiting > 0 ? in->heap[0].at_ms : LT_NEVER;
 }

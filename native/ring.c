@@ -29,7 +29,6 @@
 #define GATHER_MS 5
 #define GATHER_MS_MAX 8
 #define GATHER_FRAMES 12
-#define NEVER __builtin_inf()
 
 struct lt_socket {
   uint64_t fd, frames, frame_bytes;
@@ -78,7 +77,7 @@ static void flush(struct lt_ring *r) {
   }
   news->out = 0;
   r->in->is_awaited = false;
-  r->gathered_ms = NEVER;
+  r->gathered_ms = LT_NEVER;
 }
 
 /**
@@ -89,7 +88,7 @@ static void flush_or_gather(struct lt_ring *r, uint32_t before) {
   uint32_t out = r->in->news->out;
   double now = r->in->news->now_ms;
   if (out == 0) return;
-  if (r->gathered_ms == NEVER) r->gathered_ms = now;
+  if (r->gathered_ms == LT_NEVER) r->gathered_ms = now;
   if (out != before) {
     if (now - r->written_ms > CLOSE_MS) r->in->is_awaited = true;
     r->written_ms = now;
@@ -158,7 +157,7 @@ LT_API struct lt_ring *lattice_ring_open(struct lt_intake *in, int bell, int out
   r->in = in;
   r->out_fd = out_fd;
   r->busy = busy;
-  r->gathered_ms = NEVER;
+  r->gathered_ms = LT_NEVER;
   r->polled[0] = (struct pollfd){.fd = bell, .events = POLLIN};
   for (int i = 0; i < LT_OUT; i++) {
     r->part[i].iov_base = in->out[i];

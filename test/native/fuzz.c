@@ -1,7 +1,7 @@
 // Owns frames of signed nonsense for the native intake under the sanitizers: each lies in memory of
 // exactly its size, so that a byte beyond it is noticed. In the end nothing may be left.
 //
-//   clang-19 -g -O1 -fsanitize=address,undefined test/native/fuzz.c native/intake.c native/frames.c
+//   clang-19 -g -O1 -fsanitize=address,undefined test/native/fuzz.c native/{intake,frames,waiting}.c
 //   ./a.out SEED FRAMES
 
 #include "../../native/flows.h"

@@ -9,7 +9,10 @@ import { test } from 'node:test'
 import { temporaryDirectory } from '../support/temporary.ts'
 
 const ROOT = fileURLToPath(new URL('../../', import.meta.url))
-const SOURCES = ['test/native/fuzz.c', 'native/intake.c', 'native/frames.c']
+const SOURCES = [
+  'test/native/fuzz.c',
+  ...['intake', 'frames', 'waiting'].map((name) => `native/${name}.c`),
+]
 const SANITIZERS = ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
 const FRAMES = 200_000
 const SEED = process.env['LATTICE_FUZZ_SEED'] ?? '1'
