@@ -40,6 +40,12 @@ export function benchIngressCommand(): Command {
     })
 }
 
+const WAYS = {
+  native: 'datagrams (native ring)',
+  typescript: 'datagrams (ring in TypeScript)',
+  http: 'HTTP',
+} as const
+
 function text(report: IngressBenchReport): string {
   const { round_trips: trips, flood, streams, first_token: first, delivery } = report
   const rows = trips.map((trip) => [
@@ -70,7 +76,7 @@ function text(report: IngressBenchReport): string {
       const parts = Object.entries(threads).map(([name, us]) => `${name} ${us.toFixed(1)}`)
       const load = rate === 0 ? 'as fast as it goes' : `${rate}/s`
       return (
-        `4 KiB to the scheduler's queue by ${kind}, ${load}: ${cpu.toFixed(0)} µs of CPU, ` +
+        `4 KiB to the scheduler's queue by ${WAYS[kind]}, ${load}: ${cpu.toFixed(0)} µs of CPU, ` +
         `at least ${least.toFixed(0)} (${parts.join(', ')})`
       )
     }),

@@ -7,6 +7,7 @@ import { NET_REQUESTS_DEFAULT, NET_REQUESTS_MAX } from '../limits.ts'
 import { NET_MODES, type NetMode } from '../net/interface.ts'
 import type { SynRate } from '../net/ingress.ts'
 import type { AttachOptions } from '../net/net-service.ts'
+import { NET_RINGS, type NetRing } from '../net/ring-choice.ts'
 import { PROTOCOL_PORT } from '../net/protocol.ts'
 import type { DatagramTenant } from '../net/tenants.ts'
 import { parseCount, parseRate } from './parse.ts'
@@ -20,6 +21,7 @@ export interface NetOptions {
   netMode?: NetMode
   netPort?: number
   netBusyPoll?: number
+  netRing?: NetRing
   netSample?: number
   netRequests?: number
   netForce?: boolean
@@ -51,6 +53,12 @@ export function addAttachOptions(command: Command, prefix: '' | 'net-'): Command
       `--${prefix}busy-poll <N>`,
       'ask the driver for up to N packets until 2 ms after the last (default: sleep)',
       parseCount(1, 65535),
+    )
+    .addOption(
+      new Option(
+        `--${prefix}ring <RING>`,
+        'what puts prompts together (default: native where its object can be loaded)',
+      ).choices(NET_RINGS),
     )
     .option(
       `--${prefix}requests <N>`,
@@ -149,6 +157,7 @@ export async function chooseNet(
     mode: options.netMode ?? 'native',
     port: options.netPort ?? PROTOCOL_PORT,
     busyPollBudget: options.netBusyPoll ?? 0,
+    ring: options.netRing,
     sampleEvery: options.netSample ?? 0,
     requests: options.netRequests ?? NET_REQUESTS_DEFAULT,
     force: options.netForce ?? false,

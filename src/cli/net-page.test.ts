@@ -11,6 +11,7 @@ const STATUS: DatagramStatus = {
   interface: 'eth1',
   attached: { mode: 'native', id: 71, name: 'ingress' },
   zeroCopy: false,
+  ring: { ring: 'native' },
   queues: [0, 1],
   port: 7411,
   addresses: 2,
@@ -30,7 +31,7 @@ const STATUS: DatagramStatus = {
 test('what a count is part of cannot be seen, or one that is none is shown', () => {
   assert.equal(
     netPage(STATUS),
-    `Datagrams on eth1, UDP port 7411: native XDP (program 71), AF_XDP copy, 2 queues
+    `Datagrams on eth1, UDP port 7411: native XDP (program 71), AF_XDP copy, native ring, 2 queues
 1 running
 
 PACKETS     COUNT
@@ -62,8 +63,11 @@ test('what goes wrong is not shown', () => {
     losses: { received: 4, sent: 0 },
     tenants: [{ ...TENANT, sent }],
     syn: { port: 8080, source: { perSecond: 20, burst: 100 }, total: { perSecond: 0.5, burst: 1 } },
+    ring: { ring: 'typescript', why: 'no such file' },
     failure: 'The ring thread has ended.',
   })
+  assert.match(page, /AF_XDP copy, ring in TypeScript, 2 queues$/m)
+  assert.match(page, /^The native ring cannot be loaded: no such file$/m)
   assert.match(page, /NOT ATTACHED/)
   assert.match(page, /^It answers for any address/m)
   assert.match(page, /^FAILED: The ring thread has ended\.$/m)

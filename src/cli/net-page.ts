@@ -19,11 +19,13 @@ export interface NetRates {
 function netLines(status: DatagramStatus): string[] {
   const { interface: name, attached, zeroCopy, syn } = status
   const mode = attached ? `${attached.mode} XDP (program ${attached.id})` : 'NOT ATTACHED'
-  const rings = zeroCopy ? 'AF_XDP zero-copy' : 'AF_XDP copy'
+  const { ring, why } = status.ring
+  const rings = `AF_XDP ${zeroCopy ? 'zero-copy' : 'copy'}, ${RINGS[ring]}`
   const queues =
     status.queues.length === 1 ? `queue ${status.queues[0]}` : `${status.queues.length} queues`
   return [
     `Datagrams on ${name}, UDP port ${status.port}: ${mode}, ${rings}, ${queues}`,
+    ...(why === undefined ? [] : [`The native ring cannot be loaded: ${why}`]),
     ...(status.addresses === 0 ? [ANY_ADDRESS] : []),
     ...(syn ? [synLine(syn)] : []),
   ]
@@ -34,6 +36,8 @@ export function attachedLines(status: DatagramStatus): string {
   const isPair = status.isPair && status.attached?.mode === 'native'
   return [...netLines(status), ...(isPair ? [PAIR] : [])].join('\n')
 }
+
+const RINGS = { native: 'native ring', typescript: 'ring in TypeScript' } as const
 
 const ANY_ADDRESS =
   'It answers for any address, also of other machines: the interface has none, or over ' +

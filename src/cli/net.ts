@@ -6,6 +6,7 @@ import { LatticeError } from '../errors.ts'
 import type { DatagramStatus } from '../net/datagram-server.ts'
 import type { SynRate } from '../net/ingress.ts'
 import type { NetMode } from '../net/interface.ts'
+import type { NetRing } from '../net/ring-choice.ts'
 import { eventsCommand } from './net-events.ts'
 import { addAttachOptions } from './net-options.ts'
 import { attachedLines, netPage } from './net-page.ts'
@@ -18,6 +19,7 @@ interface AttachFlags extends ServerAddress {
   mode?: NetMode
   port?: number
   busyPoll?: number
+  ring?: NetRing
   requests?: number
   sample?: number
   force?: boolean
@@ -69,20 +71,20 @@ function attachCommand(): Command {
 }
 
 async function attach(name: string, flags: AttachFlags): Promise<void> {
-  const { queue, mode, port, busyPoll, requests, sample, force, allowGeneric, syn, synTotal } =
-    flags
+  const { queue, mode, port, busyPoll, ring, requests, sample, force, allowGeneric } = flags
   const body = {
     interface: name,
     queue,
     mode,
     port,
     busy_poll: busyPoll,
+    ring,
     requests,
     sample_every: sample,
     force,
     allow_generic: allowGeneric,
-    syn: rateBody(syn),
-    syn_total: rateBody(synTotal),
+    syn: rateBody(flags.syn),
+    syn_total: rateBody(flags.synTotal),
   }
   print(attachedLines(statusOf(await askServer(flags, PATH, { body }), flags)))
 }

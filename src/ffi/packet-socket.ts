@@ -35,7 +35,7 @@ const native = {
 export class PacketSocket {
   /** Frames that the kernel had no room for; what they carried is sent again when it is missed. */
   lost = 0
-  private readonly fd: number
+  readonly fd: number
   private readonly memory: number
   private readonly bytes: Uint8Array
   private readonly view: DataView

@@ -89,6 +89,7 @@ export interface XdpStatistics {
 }
 
 interface Ring {
+  address: number
   /** Both indices, and whether the kernel sleeps, by their offsets in 32-bit words. */
   words: Int32Array
   producer: number
@@ -168,6 +169,18 @@ export class XdpSocket {
   /** Takes packets from the driver on this core, if it was opened for busy-polling. */
   poll(): void {
     this.#wakeReceive()
+  }
+
+  /** Where its frames and its rings for receiving lie, for who takes frames himself. */
+  get words(): BigUint64Array {
+    const { rx, fill } = this.rings
+    const { frames, frameBytes } = this.options
+    const memory = this.mapped[0]?.address ?? 0
+    const wordAt = ({ address }: Ring, word: number): number => address + 4 * word
+    const entriesOf = ({ address, entries }: Ring): number => address + entries.byteOffset
+    const ofRx = [wordAt(rx, rx.producer), wordAt(rx, rx.consumer), entriesOf(rx)]
+    const ofFill = [wordAt(fill, fill.producer), wordAt(fill, fill.flags), entriesOf(fill)]
+    return BigUint64Array.from([this.fd, frames, frameBytes, memory, ...ofRx, ...ofFill], BigInt)
   }
 
   /**
@@ -284,6 +297,7 @@ export class XdpSocket {
       this.mapped.push({ address, bytes })
       const buffer = viewMemory(address, bytes)
       return {
+        address,
         words: new Int32Array(buffer, 0, bytes >> 2),
         producer: producer >> 2,
         consumer: consumer >> 2,

@@ -29,6 +29,7 @@ import {
 } from './interface.ts'
 import { Ring } from './ring.ts'
 import type { RingLosses } from './ring-messages.ts'
+import { chooseRing, type NetRing, type RingChoice } from './ring-choice.ts'
 import type { DatagramTenant } from './tenants.ts'
 
 /** What answers prompts: an engine here, or another process that has joined. */
@@ -46,6 +47,8 @@ export interface DatagramOptions extends InterfaceChoice {
   /** Take the next best mode where the driver cannot do this one, instead of refusing. */
   allowGeneric: boolean
   busyPollBudget: number
+  /** What puts prompts together; the native one if it can be loaded, unless given. */
+  ring?: NetRing | undefined
   tenants: readonly DatagramTenant[]
   /** Requests at once, of all tenants together. */
   maxRunning: number
@@ -71,6 +74,7 @@ export interface DatagramStatus {
   attached: AttachedXdp | undefined
   /** Whether the driver writes into our memory itself, asked of the kernel at the start. */
   zeroCopy: boolean
+  ring: RingChoice
   queues: readonly number[]
   port: number
   /** It answers for so many; 0 is for any, since it has none or more than the program knows. */
@@ -127,6 +131,7 @@ export class DatagramServer {
   private timers: readonly NodeJS.Timeout[] = []
   private failure: LatticeError | undefined
   private addresses = 0
+  private readonly how: RingChoice
   private readonly names: ReadonlyMap<number, string>
   private readonly replicas: (DatagramReplica | undefined)[] = []
   /** By index, also of those that are gone. */
@@ -141,6 +146,7 @@ export class DatagramServer {
   private constructor(options: DatagramOptions, link: CheckedInterface) {
     this.options = options
     this.link = link
+    this.how = chooseRing(options.ring)
     this.names = new Map(options.tenants.map(({ index, name }) => [index, name]))
     const { port, sampleEvery = 0, onEvent, requests = INGRESS_DEFAULTS.requests, syn } = options
     this.ingress = Ingress.load({ port, sampleEvery, requests, syn })
@@ -234,6 +240,7 @@ export class DatagramServer {
       interface: link.name,
       attached: attachedXdp(link.index),
       zeroCopy: ring.zeroCopy,
+      ring: this.how,
       queues: link.queues,
       port: options.port,
       addresses: this.addresses,
@@ -324,10 +331,10 @@ export class DatagramServer {
       }
       const { index: ifindex, queues } = link
       const copy = mode === 'zerocopy' ? mode : 'copy'
-      const { busyPollBudget, onDirect } = options
+      const { busyPollBudget, onDirect, requests: flows = INGRESS_DEFAULTS.requests } = options
       const direct = options.direct && { ...options.direct, route: 1, names: this.names }
       const ring = await Ring.open(
-        { ifindex, queues, mode: copy, busyPollBudget, keys, direct },
+        { ifindex, queues, mode: copy, busyPollBudget, keys, direct, flows, ring: this.how.ring },
         {
           start: (wire, answer) => this.run(wire, answer),
           claimed: (tenant, request) => void this.claimed.add(`${tenant}:${request}`),

@@ -37,25 +37,29 @@ export function layoutOf(view: DataView, at: number, bytes: number): FrameLayout
 /** What precedes a datagram to a peer: everything up to the UDP header, filled in but for sums. */
 export class ReturnPath {
   private readonly template: Uint8Array
-  private readonly view: DataView
   private readonly ip: number
   private readonly version: 4 | 6
   private readonly udp: number
 
-  /** @param from a frame of the peer's; it is copied */
-  constructor(view: DataView, at: number, layout: FrameLayout) {
-    const udp = layout.udp - at
-    const frame = new Uint8Array(view.buffer, view.byteOffset + at, udp + UDP_BYTES)
-    this.template = frame.slice()
-    this.view = new DataView(this.template.buffer)
-    this.ip = layout.ip - at
-    this.udp = udp
-    this.version = layout.version
-    swap(this.template, 0, 6, 6)
-    const [address, bytes] = this.version === 4 ? [this.ip + 12, 4] : [this.ip + 8, 16]
-    swap(this.template, address, address + bytes, bytes)
-    swap(this.template, udp, udp + 2, 2)
-    this.view.setUint8(this.ip + (this.version === 4 ? 8 : 7), 64)
+  /** @param template what precedes a datagram, its ends exchanged already; kept */
+  constructor(template: Uint8Array, ip: number, version: 4 | 6) {
+    this.template = template
+    this.ip = ip
+    this.version = version
+    this.udp = template.length - UDP_BYTES
+  }
+
+  /** To where a frame came from; it is copied. */
+  static of(view: DataView, at: number, layout: FrameLayout): ReturnPath {
+    const { version } = layout
+    const [ip, udp] = [layout.ip - at, layout.udp - at]
+    const template = new Uint8Array(view.buffer, view.byteOffset + at, udp + UDP_BYTES).slice()
+    swap(template, 0, 6, 6)
+    const [address, bytes] = version === 4 ? [ip + 12, 4] : [ip + 8, 16]
+    swap(template, address, address + bytes, bytes)
+    swap(template, udp, udp + 2, 2)
+    template[ip + (version === 4 ? 8 : 7)] = 64
+    return new ReturnPath(template, ip, version)
   }
 
   /** Bytes of a frame before the datagram. */

@@ -46,6 +46,7 @@ export type AttachOptions = Pick<
   | 'mode'
   | 'allowGeneric'
   | 'busyPollBudget'
+  | 'ring'
   | 'port'
   | 'syn'
   | 'sampleEvery'

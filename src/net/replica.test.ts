@@ -3,6 +3,7 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
+import { openIntake, without } from '../../test/support/intakes.ts'
 import { frame } from '../../test/support/packets.ts'
 import type { WireAnswer, WireRequest } from './exchange.ts'
 import {
@@ -19,10 +20,14 @@ import {
   writeHeader,
   writeSampling,
 } from './protocol.ts'
-import { Replica, type ReplicaLimits } from './replica.ts'
+import type { IntakeLimits } from './intake.ts'
+import { Replica } from './replica.ts'
+import { NET_RINGS, type NetRing } from './ring-choice.ts'
 import { sipKey } from './siphash.ts'
 
-const KEY = sipKey(new Uint8Array(16).fill(5))
+const SECRET = new Uint8Array(16).fill(5)
+const KEY = sipKey(SECRET)
+const KEYS = new Map([0, 1, 2, 3].map((tenant) => [tenant, [SECRET, SECRET] as const]))
 const COOKIE = 77n
 const SAMPLING = writeSampling({ temperature: 0, topP: 1, seed: 1n })
 
@@ -36,7 +41,7 @@ class World {
   aborts = 0
   readonly replica: Replica
 
-  constructor(limits?: ReplicaLimits) {
+  constructor(ring: NetRing, limits?: IntakeLimits) {
     const world = {
       now: () => this.nowMs,
       timeUs: () => 5n,
@@ -55,7 +60,7 @@ class World {
         this.sent.push({ header, payload: bytes.slice(42 + HEADER_BYTES, length) })
       },
     }
-    this.replica = new Replica((tenant) => (tenant < 4 ? KEY : undefined), world, limits)
+    this.replica = new Replica((events) => openIntake(ring, KEYS, world, events, limits), world)
   }
 
   hear(change: Partial<Header>, payload: Uint8Array = new Uint8Array()): void {
@@ -98,10 +103,14 @@ class World {
   }
 }
 
+function testBoth(name: string, body: (ring: NetRing) => void): void {
+  for (const ring of NET_RINGS) test(`${ring}: ${name}`, { skip: without(ring) }, () => body(ring))
+}
+
 const prompt = (bytes: number) => Uint8Array.from({ length: bytes }, (_, i) => i * 7)
 
-test('a prompt arrives in another order, or twice, and is another prompt', () => {
-  const world = new World()
+testBoth('a prompt arrives in another order, or twice, and is another prompt', (ring) => {
+  const world = new World(ring)
   const whole = prompt(100_000)
   const order = Array.from({ length: fragmentsOf(whole.length) }, (_, i) => i ^ 3)
   const inside = order.filter((fragment) => fragment < order.length)
@@ -112,8 +121,8 @@ test('a prompt arrives in another order, or twice, and is another prompt', () =>
   assert.deepEqual(world.claimed, [9n])
 })
 
-test('a fragment that lies about itself is believed', () => {
-  const world = new World()
+testBoth('a fragment that lies about itself is believed', (ring) => {
+  const world = new World(ring)
   const whole = prompt(2400)
   world.data(whole, 0, { words: [COOKIE, 1n, ...SAMPLING] })
   world.data(whole, 2)
@@ -125,9 +134,30 @@ test('a fragment that lies about itself is believed', () => {
   assert.deepEqual(world.started[0]?.wire.prompt, whole)
 })
 
-test('a prompt that is only announced takes memory', () => {
+testBoth('every datagram is acknowledged, or one that waits for it is not', (ring) => {
+  const world = new World(ring)
+  const whole = prompt(40 * FRAGMENT_BYTES)
+  for (let fragment = 0; fragment < 40; fragment++) {
+    world.data(whole, fragment)
+    world.replica.turn()
+  }
+  const said = () => world.sent.map(({ header }) => Number(header.words[1]))
+  assert.deepEqual(said(), [16, 32, 40])
+  world.data(whole, 0, { request: 10n })
+  world.pass(9)
+  assert.equal(said().length, 3)
+  world.pass(1)
+  assert.deepEqual(said(), [16, 32, 40, 1])
+  // One that is missing is asked for at once.
+  world.data(whole, 2, { request: 10n })
+  world.pass(0)
+  assert.deepEqual(said(), [16, 32, 40, 1, 1])
+  assert.equal(world.sent.at(-1)?.header.words[2], 1n)
+})
+
+testBoth('a prompt that is only announced takes memory', (ring) => {
   const limits = { arrivingBytes: 300_000, arrivingBytesOfTenant: 200_000 }
-  const world = new World(limits)
+  const world = new World(ring, limits)
   const huge = prompt(200_001)
   // Each takes memory for 64 fragments.
   for (let request = 1n; request <= 2n; request++) world.data(huge, 0, { request })
@@ -152,8 +182,8 @@ test('a prompt that is only announced takes memory', () => {
   assert.equal(late.length, 0)
 })
 
-test('an answer is cut, doubled or counted wrongly', () => {
-  const world = new World()
+testBoth('an answer is cut, doubled or counted wrongly', (ring) => {
+  const world = new World(ring)
   world.data(prompt(10), 0)
   const { answer } = world.started[0]!
   const text = '🙂é'.repeat(3000)
@@ -184,8 +214,8 @@ test('an answer is cut, doubled or counted wrongly', () => {
   assert.deepEqual(world.finished, [[1, 9n, 3 + 1001]])
 })
 
-test('END is said once, and a client that lost it never ends', () => {
-  const world = new World()
+testBoth('END is said once, and a client that lost it never ends', (ring) => {
+  const world = new World(ring)
   world.data(prompt(10), 0)
   world.started[0]!.answer.end('ok', { promptTokens: 1, cachedTokens: 0, outputTokens: 0 })
   world.pass(200)
@@ -199,8 +229,8 @@ test('END is said once, and a client that lost it never ends', () => {
   assert.equal(world.replica.size, 0)
 })
 
-test('a client that only says that it hears nothing is kept for ever', () => {
-  const world = new World()
+testBoth('a client that only says that it hears nothing is kept for ever', (ring) => {
+  const world = new World(ring)
   world.data(prompt(10), 0)
   world.started[0]!.answer.end('ok', { promptTokens: 1, cachedTokens: 0, outputTokens: 0 })
   for (let i = 0; i < 40; i++) {
@@ -210,8 +240,8 @@ test('a client that only says that it hears nothing is kept for ever', () => {
   assert.equal(world.replica.size, 0)
 })
 
-test('a silent client’s request goes on, or a client that asks gets no answer', () => {
-  const world = new World()
+testBoth('a silent client’s request goes on, or a client that asks gets no answer', (ring) => {
+  const world = new World(ring)
   world.data(prompt(10), 0)
   for (let i = 0; i < 10; i++) {
     world.pass(2000)
@@ -228,8 +258,8 @@ test('a silent client’s request goes on, or a client that asks gets no answer'
   assert.equal(world.finished.length, 1)
 })
 
-test('a prompt that stops half way, or a deadline, is waited for', () => {
-  const world = new World()
+testBoth('a prompt that stops half way, or a deadline, is waited for', (ring) => {
+  const world = new World(ring)
   world.data(prompt(5000), 0)
   world.pass(10_001)
   assert.equal(world.ends()[0]?.code, MESSAGE_CODES.timed_out)
@@ -242,8 +272,8 @@ test('a prompt that stops half way, or a deadline, is waited for', () => {
   assert.equal(world.ends().at(-1)?.code, MESSAGE_CODES.timed_out)
 })
 
-test('an ACK or CANCEL of nothing makes something', () => {
-  const world = new World()
+testBoth('an ACK or CANCEL of nothing makes something', (ring) => {
+  const world = new World(ring)
   world.ack(0)
   world.hear({ type: MESSAGE_TYPES.cancel, words: [COOKIE, 0n, 0n, 0n] })
   world.hear({ type: MESSAGE_TYPES.data, tenant: 4, promptBytes: 1 }, prompt(1))

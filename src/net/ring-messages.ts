@@ -5,12 +5,17 @@ import type { LatticeErrorJson } from '../errors.ts'
 import type { DirectNews, DirectOptions, DirectReport } from './direct-answers.ts'
 import type { WireRequest } from './exchange.ts'
 import type { MessageCode, WireUsage } from './protocol.ts'
+import type { NetRing } from './ring-choice.ts'
 
 export interface RingThreadOptions {
   ifindex: number
   /** Receive queues of the interface: a socket for each. */
   queues: readonly number[]
   mode: 'copy' | 'zerocopy'
+  /** What puts prompts together. */
+  ring: NetRing
+  /** Requests that may be known at once. */
+  flows: number
   /** Packets at a time that are taken from the driver by asking it again and again; 0 sleeps. */
   busyPollBudget: number
   /** Two words that both threads see: SAID and ASLEEP. */
@@ -46,7 +51,8 @@ export type FromRing =
   /** A socket's descriptor for each queue; `bell` of an eventfd that wakes the thread. */
   | { kind: 'ready'; fds: number[]; bell: number; zeroCopy: boolean }
   | { kind: 'failed'; error: LatticeErrorJson }
-  | { kind: 'claimed'; tenant: number; request: bigint }
+  /** Requests of tenants, each at the same place; told before anything else of them. */
+  | { kind: 'claimed'; tenants: readonly number[]; requests: BigUint64Array }
   | { kind: 'start'; id: number; wire: WireRequest }
   | { kind: 'abort'; id: number }
   | { kind: 'finished'; tenant: number; request: bigint; usedTokens: number }

@@ -1,17 +1,18 @@
-// Owns the thread that an interface's datagrams reach first: it takes frames from AF_XDP rings,
+// Owns the thread that an interface's datagrams reach first: it takes prompts from AF_XDP rings,
 // runs the replica's end of the protocol, and sleeps in one place for the rings and for news from
 // the main thread. Entry point of a worker.
 
 import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
 import { present } from '../assert.ts'
 import { toLatticeError } from '../errors.ts'
-import { type Bell, openBell } from '../ffi/bell.ts'
+import { openBell } from '../ffi/bell.ts'
 import { PacketSocket } from '../ffi/packet-socket.ts'
 import { XdpSocket } from '../ffi/xdp-socket.ts'
 import { openModel } from '../model/load.ts'
 import { loadTokenizer } from '../text/load.ts'
 import { DirectAnswers } from './direct-answers.ts'
-import type { WireAnswer } from './exchange.ts'
+import type { WireAnswer, WireRequest } from './exchange.ts'
+import type { Intake, IntakeEvents } from './intake.ts'
 import { Replica } from './replica.ts'
 import {
   ASLEEP,
@@ -21,11 +22,11 @@ import {
   SAID,
   type ToRing,
 } from './ring-messages.ts'
-import { type SipKey, sipKey } from './siphash.ts'
+import { openSource, type RingSource } from './ring-source.ts'
 
 const port = present(parentPort, 'the parent thread')
 const options = workerData as RingThreadOptions
-const { mode, busyPollBudget } = options
+const { mode, busyPollBudget, keys, flows } = options
 
 /** How long a sleep lasts at most, and how often lost frames are counted. */
 const SLEEP_MS = 1000
@@ -33,10 +34,6 @@ const SLEEP_MS = 1000
 const CLAIM_MS = 1000
 /** A place is free again so much later at most. */
 const FINISH_MS = 2
-/** With busy-polling: so long after the last frame the driver is asked again and again. */
-const BUSY_MS = 2
-/** Frames of a queue before what they ask for is sent. */
-const BURST = 256
 
 const sockets: XdpSocket[] = []
 /** Answers leave through the kernel's stack, where the egress program accounts for them. */
@@ -45,8 +42,9 @@ let out: PacketSocket | undefined
 let direct: DirectAnswers | undefined
 const answers = new Map<number, WireAnswer>()
 const losses: RingLosses = { received: 0, sent: 0 }
-/** The time of this turn: asking for it costs as much as a short hash. */
-let nowMs = performance.now()
+let source: RingSource | undefined
+/** The time of this turn. */
+let nowMs = 0
 let nextId = 1
 let draining = false
 const signal = new Int32Array(options.signal)
@@ -55,6 +53,8 @@ let heard = 0
 /** What is to be told at the end of this turn. */
 let news: FromRing[] = []
 let given: ArrayBuffer[] = []
+/** One message for all: each of its own would cost more than all else that is told of a prompt. */
+let claims: { tenants: number[]; requests: bigint[] } = { tenants: [], requests: [] }
 
 let tellMs = Infinity
 
@@ -69,28 +69,32 @@ function say(message: FromRing, withinMs = 0, transfer?: ArrayBuffer): void {
   tellMs = Math.min(tellMs, nowMs + withinMs)
 }
 
+function claim(tenant: number, request: bigint): void {
+  claims.tenants.push(tenant)
+  claims.requests.push(request)
+  tellMs = Math.min(tellMs, nowMs + CLAIM_MS)
+}
+
 function tell(): void {
   if (nowMs < tellMs) return
-  port.postMessage(news, given)
+  const { tenants, requests } = claims
+  const claimed: FromRing = { kind: 'claimed', tenants, requests: BigUint64Array.from(requests) }
+  port.postMessage(tenants.length > 0 ? [claimed, ...news] : news, given)
+  claims = { tenants: [], requests: [] }
   news = []
   given = []
   tellMs = Infinity
 }
 
-function makeReplica(): Replica {
-  const keys = new Map<number, SipKey>()
-  for (const [tenant, pair] of options.keys) {
-    pair.forEach((key, index) => keys.set(2 * tenant + index, sipKey(key)))
-  }
-  const known = (tenant: number, index: number) =>
-    index < 2 ? keys.get(2 * tenant + index) : undefined
-  return new Replica(known, {
+function makeReplica(open: (events: IntakeEvents) => Intake): Replica {
+  return new Replica(open, {
     now: () => nowMs,
     timeUs: () => BigInt(Date.now()) * 1000n,
-    claimed: (tenant, request) => say({ kind: 'claimed', tenant, request }, CLAIM_MS),
-    start(wire, answer) {
-      const abort = direct?.start(wire, answer)
+    claimed: claim,
+    start(lent, answer) {
+      const abort = direct?.start(options.direct?.publishes ? owned(lent) : lent, answer)
       if (abort) return abort
+      const wire = owned(lent)
       const id = nextId++
       answers.set(id, answer)
       say({ kind: 'start', id, wire }, 0, wire.prompt.buffer as ArrayBuffer)
@@ -103,6 +107,12 @@ function makeReplica(): Replica {
     },
     send: (write) => out?.send(write),
   })
+}
+
+/** Of a prompt that is kept: a part of what is somebody else's will be another's. */
+function owned(wire: WireRequest): WireRequest {
+  const { prompt } = wire
+  return prompt.length === prompt.buffer.byteLength ? wire : { ...wire, prompt: prompt.slice() }
 }
 
 /** Returns false when the thread is to end. */
@@ -126,16 +136,17 @@ function hear(): boolean {
   return true
 }
 
-function run(replica: Replica, bell: Bell): void {
-  const take = (view: DataView, at: number, bytes: number) => replica.take(view, at, bytes)
+function run(source: RingSource, replica: Replica): void {
   let countedMs = nowMs
-  let busyUntilMs = nowMs
-  while (hear()) {
-    nowMs = performance.now()
-    let taken = 0
-    for (const socket of sockets) taken += socket.receive(take, BURST)
+  let next: number | undefined
+  for (;;) {
+    wait(source, Math.min(next ?? Infinity, tellMs, nowMs + SLEEP_MS))
+    nowMs = source.nowMs
+    // Before the turn: whoever has something to say wants one.
+    if (!hear()) return
+    source.take()
     direct?.tell()
-    const next = replica.turn()
+    next = replica.turn()
     out?.flush()
     if (draining && replica.settled) {
       draining = false
@@ -143,33 +154,22 @@ function run(replica: Replica, bell: Bell): void {
     }
     if (nowMs - countedMs >= SLEEP_MS) {
       countedMs = nowMs
-      tellLosses()
+      tellLosses(source)
     }
     tell()
-    if (taken > 0) {
-      busyUntilMs = nowMs + BUSY_MS
-      continue
-    }
-    if (busyPollBudget > 0 && nowMs < busyUntilMs) {
-      for (const socket of sockets) socket.poll()
-      continue
-    }
-    const until = Math.min(next ?? Infinity, tellMs, nowMs + SLEEP_MS)
-    const waitMs = Math.ceil(until - performance.now())
-    if (waitMs > 0) sleep(bell, waitMs)
   }
 }
 
 /** Who says something afterwards rings the bell; what was said before is seen here. */
-function sleep(bell: Bell, waitMs: number): void {
+function wait(source: RingSource, untilMs: number): void {
   Atomics.store(signal, ASLEEP, 1)
-  if (Atomics.load(signal, SAID) === heard) bell.wait(waitMs)
+  source.wait(Atomics.load(signal, SAID) === heard ? untilMs : 0)
   Atomics.store(signal, ASLEEP, 0)
 }
 
-function tellLosses(): void {
-  const received = sockets.reduce((sum, socket) => sum + lostBy(socket), 0)
-  const sent = out?.lost ?? 0
+function tellLosses({ lost }: RingSource): void {
+  const received = sockets.reduce((sum, socket) => sum + lostBy(socket), lost.received)
+  const { sent } = lost
   if (received === losses.received && sent === losses.sent) return
   losses.received = received
   losses.sent = sent
@@ -193,13 +193,20 @@ try {
   const fds = sockets.map(({ fd }) => fd)
   const bell = openBell(fds)
   const zeroCopy = sockets.every((socket) => socket.zeroCopy)
+  const how = { sockets, out, bell, busyPollBudget, keys, flows }
+  const replica = makeReplica((events) => {
+    source = openSource(options.ring, how, events)
+    return source.intake
+  })
+  nowMs = present(source, 'the source').nowMs
   say({ kind: 'ready', fds, bell: bell.fd, zeroCopy })
   tell()
-  run(makeReplica(), bell)
+  run(present(source, 'the source'), replica)
 } catch (thrown) {
   say({ kind: 'failed', error: toLatticeError(thrown).toJSON() })
   tell()
 }
+source?.close()
 for (const socket of sockets) socket.close()
 out?.close()
 port.close()

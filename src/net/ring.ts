@@ -114,8 +114,10 @@ export class Ring {
       const abort = this.aborts.get(message.id)
       this.aborts.delete(message.id)
       abort?.()
-    } else if (message.kind === 'claimed') this.events.claimed(message.tenant, message.request)
-    else if (message.kind === 'finished') {
+    } else if (message.kind === 'claimed') {
+      const { tenants, requests } = message
+      tenants.forEach((tenant, i) => this.events.claimed(tenant, requests[i]!))
+    } else if (message.kind === 'finished') {
       this.events.finished(message.tenant, message.request, message.usedTokens)
     } else if (message.kind === 'lost') this.losses = message.losses
     else if (message.kind === 'drained') for (const resolve of this.drained.splice(0)) resolve()

@@ -8,6 +8,7 @@ import type { SynRate } from '../net/ingress.ts'
 import { NET_MODES } from '../net/interface.ts'
 import type { NetService } from '../net/net-service.ts'
 import { PROTOCOL_PORT } from '../net/protocol.ts'
+import { NET_RINGS } from '../net/ring-choice.ts'
 import { readJson } from './body.ts'
 import type { RouteContext, ServerContext } from './context.ts'
 import { boolean, choice, integer, number, optional, parseParameters, string } from './validate.ts'
@@ -23,6 +24,7 @@ const attachment = z.strictObject({
   mode: optional(choice(...NET_MODES)),
   port: optional(integer(1, 65535)),
   busy_poll: optional(integer(0, 65535)),
+  ring: optional(choice(...NET_RINGS)),
   requests: optional(integer(1, NET_REQUESTS_MAX)),
   sample_every: optional(integer(0, 1 << 30)),
   force: optional(boolean),
@@ -68,6 +70,7 @@ export function netAttach(context: ServerContext) {
       mode: how.mode ?? 'native',
       port: how.port ?? PROTOCOL_PORT,
       busyPollBudget: how.busy_poll ?? 0,
+      ring: how.ring,
       sampleEvery: how.sample_every ?? 0,
       requests: how.requests ?? NET_REQUESTS_DEFAULT,
       force: how.force ?? false,

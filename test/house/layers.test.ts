@@ -13,6 +13,7 @@ const PURE_NET = new Set(
     'exchange',
     'frame',
     'ingress-maps',
+    'intake',
     'join-frames',
     'numbered',
     'protocol',
@@ -71,7 +72,7 @@ test('the packages that the product imports are run-time dependencies', async ()
   })) as { default: { dependencies: Record<string, string> } }
   complain(
     (_source, { target }) =>
-      !/^(src|bpf|node:|\.\.|\/)/.test(target) &&
+      !/^(src|bpf|native|node:|\.\.|\/)/.test(target) &&
       !target.endsWith('.json') &&
       !Object.keys(manifest.dependencies).some(
         (name) => target === name || target.startsWith(`${name}/`),

@@ -22,9 +22,9 @@ export interface Import {
   lazy: boolean
 }
 
-/** All code: src, test, tools, bench, kernels. */
+/** All code: src, test, tools, bench, kernels, native. */
 export const sources: readonly Source[] = globSync(
-  ['{src,test,tools,bench}/**/*.{ts,mjs}', 'kernels/*.{cu,cuh}'],
+  ['{src,test,tools,bench}/**/*.{ts,mjs}', 'kernels/*.{cu,cuh}', 'native/*.{c,h}'],
   {
     cwd: ROOT,
   },

@@ -6,6 +6,8 @@ import { isTest, read, reachable, ROOT, sources, textFiles, UNTIL_BUILT } from '
 
 const LINES_MAX = 500
 const COLUMNS_MAX = 100
+/** What nothing of the product imports: a command each, or compiled. */
+const OUTSIDE = /^(tools|bench|native|test\/soak)\//
 
 test(`no file is longer than ${LINES_MAX} lines`, () => {
   complain(
@@ -61,7 +63,7 @@ test('no file is dead', { skip: UNTIL_BUILT }, () => {
     ...[...exported].map((match) => match[1]!),
     ...sources.map(({ path }) => path).filter((path) => /\.(test|gpu)\.ts$/.test(path)),
     ...sources.map(({ path }) => path).filter(isNamedKernel),
-    ...sources.map(({ path }) => path).filter((path) => /^(tools|bench|test\/soak)\//.test(path)),
+    ...sources.map(({ path }) => path).filter((path) => OUTSIDE.test(path)),
   ]
   // x.test.ts does not vouch for the x.ts beside it: code that only its test runs is dead.
   const alive = reachable(roots, (importer, { target }) => {

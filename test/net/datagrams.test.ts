@@ -5,6 +5,8 @@ import assert from 'node:assert/strict'
 import { createHash } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { test, type TestContext } from 'node:test'
+import { NET_RINGS, type NetRing } from '../../src/net/ring-choice.ts'
+import { without } from '../support/intakes.ts'
 import type { ServeOptions } from './host.ts'
 import { Host, ip, type TwoHosts, twoHosts, WITHOUT_ROOT } from './namespaces.ts'
 
@@ -32,7 +34,15 @@ async function hosts(t: TestContext, options: Partial<ServeOptions> = {}): Promi
     ...options,
   })
   assert.equal(status.attached?.mode, options.mode ?? 'native')
+  assert.equal(status.ring.ring, options.ring ?? 'native')
   return two
+}
+
+/** With each of the two that put prompts together. */
+function testBoth(name: string, body: (t: TestContext, ring: NetRing) => Promise<void>): void {
+  for (const ring of NET_RINGS) {
+    test(`${ring}: ${name}`, { skip: skip || without(ring) }, (t) => body(t, ring))
+  }
 }
 
 /** What the fake engine answers to a prompt of so many bytes: a token a byte, and a begin token. */
@@ -40,8 +50,8 @@ function answerTo(bytes: number): string {
   return REPLY.text.repeat(REPLY.times) + (bytes + 1)
 }
 
-test('an answer is not the engine’s, or usage is not what was used', { skip }, async (t) => {
-  const { client, server } = await hosts(t)
+testBoth('an answer is not the engine’s, or usage is not what was used', async (t, ring) => {
+  const { client, server } = await hosts(t, { ring })
   for (const size of [1, 1199, 1200, 1201, 100_000]) {
     const asked = await client.call('ask', CLIENT, { prompt: 'a'.repeat(size), maxTokens: 5000 })
     assert.equal(asked.text, answerTo(size))
@@ -71,8 +81,8 @@ async function allPlacesAreFree(server: TwoHosts['server']): Promise<void> {
   })
 }
 
-test('loss, repeats and disorder reach the text', { skip }, async (t) => {
-  const { client, server } = await hosts(t)
+testBoth('loss, repeats and disorder reach the text', async (t, ring) => {
+  const { client, server } = await hosts(t, { ring })
   for (const seed of [1, 2, 3]) {
     const world = { seed, loss: 0.15, repeats: 0.15, late: 0.2, lateMs: 15 }
     const port = await client.call('relay', world, SERVER, 7411)
@@ -92,8 +102,8 @@ test('loss, repeats and disorder reach the text', { skip }, async (t) => {
   assert.equal(status?.tenants[0]?.granted, 9, 'a repeat is another request')
 })
 
-test('a network that is bad in one way and one direction reaches the text', { skip }, async (t) => {
-  const { client, server } = await hosts(t)
+testBoth('a network that is bad in one way and one direction reaches the text', async (t, ring) => {
+  const { client, server } = await hosts(t, { ring })
   const good = { loss: 0, repeats: 0, late: 0, lateMs: 15 }
   const fates = [{ loss: 0.3 }, { repeats: 0.6 }, { late: 0.5 }]
   const worlds = (['there', 'back'] as const).flatMap((only) =>
@@ -112,8 +122,8 @@ test('a network that is bad in one way and one direction reaches the text', { sk
   assert.equal((await server.call('status'))?.tenants[0]?.granted, worlds.length)
 })
 
-test('a cancelled request goes on, or keeps its place', { skip }, async (t) => {
-  const { client, server } = await hosts(t, { stepMs: 5 })
+testBoth('a cancelled request goes on, or keeps its place', async (t, ring) => {
+  const { client, server } = await hosts(t, { ring, stepMs: 5 })
   const asked = await client.call('ask', CLIENT, { prompt: 'hi', maxTokens: 5000 }, 20)
   assert.equal(asked.reason, 'abort')
   assert.ok(asked.text.length >= 20 && asked.text.length < 1000, `${asked.text.length}`)
@@ -122,8 +132,8 @@ test('a cancelled request goes on, or keeps its place', { skip }, async (t) => {
   assert.equal((await server.call('engine')).aborts, 1)
 })
 
-test('a deadline passes unnoticed', { skip }, async (t) => {
-  const { client, server } = await hosts(t, { stepMs: 50 })
+testBoth('a deadline passes unnoticed', async (t, ring) => {
+  const { client, server } = await hosts(t, { ring, stepMs: 50 })
   const request = { prompt: 'hi', maxTokens: 5000, deadlineMs: 400 }
   const asked = await client.call('ask', CLIENT, request)
   assert.equal(asked.code, 'timed_out')
@@ -215,11 +225,11 @@ test('a prefix in memory is not published, or one that has gone stays', { skip }
   })
 })
 
-test('a request that comes in on another queue is lost', { skip }, async (t) => {
+testBoth('a request that comes in on another queue is lost', async (t, ring) => {
   const two = await twoHosts(4)
   t.after(() => two.remove())
   const { client, server } = two
-  const options = { interface: server.link, tenants: [TENANT], reply: REPLY }
+  const options = { interface: server.link, tenants: [TENANT], reply: REPLY, ring }
   assert.deepEqual((await server.call('serve', options)).queues, [0, 1, 2, 3])
   const answers = await Promise.all(
     Array.from({ length: 24 }, () => {

@@ -23,6 +23,7 @@ import { answerCalls } from '../../src/bench/remote-calls.ts'
 import { Ingress } from '../../src/net/ingress.ts'
 import { JoinedReplica } from '../../src/net/joined-replica.ts'
 import { NetService } from '../../src/net/net-service.ts'
+import type { NetRing } from '../../src/net/ring-choice.ts'
 import type { DatagramTenant } from '../../src/net/tenants.ts'
 import { FakeEngine } from '../support/fake-engine.ts'
 import { fakeTokenizer } from '../support/fake-tokenizer.ts'
@@ -64,6 +65,7 @@ export interface ServeOptions extends EngineChoice {
   maxRunning?: number
   force?: boolean
   allowGeneric?: boolean
+  ring?: NetRing
 }
 
 /** A token is a byte and has 64 bytes in memory: a prompt of 4 KiB has 256 KiB in the cache. */
@@ -138,6 +140,7 @@ export const COMMANDS = {
       force: options.force ?? false,
       mode: options.mode ?? 'native',
       allowGeneric: options.allowGeneric ?? false,
+      ring: options.ring,
     })
   },
 

@@ -7,6 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { canCompile, CLANG, compile } from '../../tools/bpf.ts'
+import { compile as compileNative, missing as cannotLink, OBJECT } from '../../tools/native.ts'
 import { BpfObject } from '../../src/ffi/libbpf.ts'
 import { Ingress } from '../../src/net/ingress.ts'
 import { BUCKET, CONTROL, REQUEST, TENANT, TENANT_USE } from '../../src/net/ingress-maps.ts'
@@ -31,6 +32,18 @@ test('a committed object is not what its source compiles to', { skip: noClang },
     const [now, then] = [readFileSync(join(folder, name)), readFileSync(new URL(name, committed))]
     assert.ok(now.equals(then), `bpf/${name} is out of date: node tools/bpf.ts`)
   }
+})
+
+const lacking = cannotLink()
+const noLinker = lacking === undefined ? false : `SKIPPED: ${lacking} is not installed`
+
+test('the native ring is not what its source compiles to', { skip: noLinker }, (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'lattice-objects-'))
+  t.after(() => rmSync(folder, { recursive: true }))
+  compileNative(folder)
+  const then = readFileSync(new URL(`../../native/${OBJECT}`, import.meta.url))
+  const isSame = readFileSync(join(folder, OBJECT)).equals(then)
+  assert.ok(isSame, `native/${OBJECT} is out of date: node tools/native.ts`)
 })
 
 test('the verifier has too much to follow', { skip: WITHOUT_ROOT }, (t) => {

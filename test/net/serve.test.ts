@@ -20,7 +20,7 @@ test('serve --net does not answer, or stays attached', { skip }, async (t) => {
     flags: ['--net', 'veth-s', '--net-sample', '1'],
   })
   const { server, client } = two
-  assert.match(said(), /Datagrams on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, queue 0/)
+  assert.match(said(), /on veth-s, UDP port 7411: native XDP .*, AF_XDP copy, native ring, queue 0/)
   assert.ok(!said().includes(KEY))
   const [first, again] = [
     await lattice(client.namespace, [...ASK, '--temperature', '0', '--json'], AS_TENANT),
@@ -66,9 +66,10 @@ test('lattice net does not attach, detach or say why not', { skip }, async (t) =
   assert.match((await net('detach')).stderr, /attached to no interface/)
   assert.match((await net('attach', 'eth9')).stderr, /no interface 'eth9'/)
   assert.match((await net('attach', 'veth-s', '--mode', 'zerocopy')).stderr, /cannot do zerocopy/)
-  const attached = await net('attach', 'veth-s', '--mode', 'generic', '--port', '9000')
+  const how = ['--mode', 'generic', '--port', '9000', '--ring', 'typescript']
+  const attached = await net('attach', 'veth-s', ...how)
   assert.equal(attached.code, 0, attached.stderr)
-  assert.match(attached.stdout, /veth-s, UDP port 9000: generic XDP/)
+  assert.match(attached.stdout, /veth-s, UDP port 9000: generic XDP .*, ring in TypeScript,/)
   assert.match(two.server.details(), /xdpgeneric/)
   assert.match((await net('attach', 'veth-s')).stderr, /attached to veth-s already/)
   assert.match((await net('events')).stderr, /sampling is off/)

@@ -4,6 +4,7 @@
 import { globSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { PROTOCOL_PORT } from '../../net/protocol.ts'
+import { NET_RINGS, type NetRing } from '../../net/ring-choice.ts'
 import { KEY, QUEUE_PORT, TENANT } from './host.ts'
 import type { World } from './world.ts'
 
@@ -15,11 +16,14 @@ export interface DeliveryOptions {
   rounds: number
   /** Requests a second of the steady load; beside it, as fast as they go. */
   rate: number
+  /** Both unless told. */
+  rings?: readonly NetRing[]
   onProgress: (line: string) => void
 }
 
 export interface Delivery {
-  kind: 'datagram' | 'http'
+  /** Datagrams by what puts prompts together. */
+  kind: NetRing | 'http'
   /** Requests a second; 0 is as fast as they go. */
   rate: number
   /** A prompt, all threads and the kernel's of the interface; the median over rounds. */
@@ -36,22 +40,34 @@ const WARM_ROUNDS = 6
 /** Datagrams: prompts on their way at once. Over HTTP each has a connection of its own. */
 const WINDOW = 32
 
-/** Needs the server's host to itself: what it served before is detached. */
+interface Load extends Pick<Delivery, 'kind' | 'rate'> {
+  /** µs a prompt, by thread. */
+  rounds: Record<string, number>[]
+}
+
+/**
+ * Needs the server's host to itself: what it served before is detached. An interface has one ring
+ * at a time, so HTTP takes turns with each of them in half of the rounds.
+ */
 export async function runDelivery(world: World, options: DeliveryOptions): Promise<Delivery[]> {
   const { server, client } = world
-  const { rounds, rate, onProgress } = options
+  const { rounds, rate, rings = NET_RINGS, onProgress } = options
   const file = join(world.folder, 'prompts')
   writeFileSync(file, prompts())
-  await server.call('queue', server.link, server.cpu, options.model ?? '')
-  await client.call('pass', client.link, client.cpu)
-  const loads = [rate, 0].flatMap((at) => [
-    { kind: 'datagram' as const, rate: at, rounds: [] as Record<string, number>[] },
-    { kind: 'http' as const, rate: at, rounds: [] as Record<string, number>[] },
-  ])
-  for (let round = -WARM_ROUNDS; round < rounds; round++) {
-    for (const load of loads) {
-      const times = await deliver(world, file, load.kind, load.rate, options.prompts)
-      if (round >= 0) load.rounds.push(times)
+  const loads: Load[] = [rate, 0].flatMap((at) =>
+    [...rings, 'http' as const].map((kind) => ({ kind, rate: at, rounds: [] })),
+  )
+  for (const ring of rings) {
+    await client.call('detach')
+    await server.call('queue', server.link, server.cpu, options.model ?? '', ring)
+    await client.call('pass', client.link, client.cpu)
+    const turns = loads.filter(({ kind }) => kind === ring || kind === 'http')
+    for (let round = -WARM_ROUNDS; round < rounds; round++) {
+      for (const load of turns) {
+        if (load.kind === 'http' && round >= rounds / rings.length) continue
+        const times = await deliver(world, file, load, options.prompts)
+        if (round >= 0) load.rounds.push(times)
+      }
     }
   }
   return loads.map(({ kind, rate: at, rounds: all }) => {
@@ -74,15 +90,20 @@ export async function runDelivery(world: World, options: DeliveryOptions): Promi
 async function deliver(
   world: World,
   file: string,
-  kind: 'datagram' | 'http',
-  rate: number,
+  { kind, rate }: Load,
   count: number,
 ): Promise<Record<string, number>> {
   const { server } = world
   const isHttp = kind === 'http'
   const key = Buffer.from(KEY).toString('hex')
   const delivering = await world.deliver(
-    ...[kind, server.address, isHttp ? QUEUE_PORT : PROTOCOL_PORT, count, rate],
+    ...[
+      isHttp ? kind : 'datagram',
+      server.address,
+      isHttp ? QUEUE_PORT : PROTOCOL_PORT,
+      count,
+      rate,
+    ],
     ...[isHttp ? count : WINDOW, file, TENANT.granted, key],
   )
   const before = await server.call('times')

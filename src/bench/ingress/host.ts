@@ -12,6 +12,7 @@ import { LatticeClient } from '../../net/client.ts'
 import { Ingress } from '../../net/ingress.ts'
 import { NetService } from '../../net/net-service.ts'
 import { PROTOCOL_PORT } from '../../net/protocol.ts'
+import type { NetRing } from '../../net/ring-choice.ts'
 import type { Engine } from '../../engine/api.ts'
 import { openModel } from '../../model/load.ts'
 import { startServer } from '../../server/server.ts'
@@ -106,22 +107,19 @@ export const COMMANDS = {
    * @param cpu where the interface's kernel threads run
    * @param model a file whose tokenizer it is; '' is none
    */
-  async queue(name: string, cpu: number, model: string): Promise<void> {
+  async queue(name: string, cpu: number, model: string, ring: NetRing): Promise<void> {
     detach?.()
     detach = undefined
     await service?.close()
     const tokenizer = model === '' ? BYTES : loadTokenizer(openModel(model))
-    queue = await QueueEngine.start(tokenizer.vocabSize)
-    await startServer({
-      engine: queue,
-      tokenizer,
-      template: undefined,
-      host: '0.0.0.0',
-      port: QUEUE_PORT,
-    })
+    if (!queue) {
+      queue = await QueueEngine.start(tokenizer.vocabSize)
+      const at = { host: '0.0.0.0', port: QUEUE_PORT }
+      await startServer({ engine: queue, tokenizer, template: undefined, ...at })
+    }
     service = serviceFor(queue, tokenizer, model === '' ? undefined : model)
     const before = napiThreads(name)
-    await attach(name)
+    await attach(name, 0, ring)
     kernelThreads = inThreads(name, cpu, before)
   },
 
@@ -222,9 +220,9 @@ function serviceFor(answering: Engine, tokenizer: Tokenizer, modelPath?: string)
   })
 }
 
-async function attach(name: string, busyPollBudget = 0): Promise<void> {
+async function attach(name: string, busyPollBudget = 0, ring?: NetRing): Promise<void> {
   const how = { name, queue: undefined, force: false, mode: 'native', port: PROTOCOL_PORT } as const
-  await service?.attach({ ...how, allowGeneric: false, busyPollBudget })
+  await service?.attach({ ...how, allowGeneric: false, busyPollBudget, ring })
 }
 
 async function overHttp(agent: Agent, host: string, prompt: string, from: number): Promise<number> {
