@@ -108,7 +108,8 @@ function compare(
 ): void {
   const { config } = dummyModel(MODEL)
   const peer = askPython<{ tokensPerSecond: number[] }>('generate-batch.py', 'transformers', {
-    ...{ sequences, promptTokens, outputTokens: OUTPUT_TOKENS, runs: 2 },
+    // One that counts, after one that warms up: each takes 20 s.
+    ...{ sequences, promptTokens, outputTokens: OUTPUT_TOKENS, runs: 1 },
     config: {
       ...{ hidden_size: config.hidden, intermediate_size: config.feedForward },
       ...{ num_hidden_layers: config.layers, num_attention_heads: config.heads },
