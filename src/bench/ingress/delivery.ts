@@ -36,7 +36,8 @@ export interface Delivery {
 
 const PROMPT_BYTES = 4096
 const PROMPTS = 256
-const WARM_ROUNDS = 6
+/** Compilers of the runtime are through with a server that has run for some seconds. */
+const WARM_ROUNDS = 30
 /** Datagrams: prompts on their way at once. Over HTTP each has a connection of its own. */
 const WINDOW = 32
 
