@@ -127,6 +127,8 @@ export class Matmuls {
   private load(product: Product, rows: number, weight: number, x: number, out: number): void {
     const stream = this.driver.createStream()
     this.run({ ...product, accumulate: false }, rows, paddedRows(rows), weight, x, out, stream)
+    // The workspace serves one product at a time: its kernels count and sum there.
+    this.driver.synchronizeStream(stream)
     this.driver.destroyStream(stream)
   }
 

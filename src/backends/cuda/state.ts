@@ -3,6 +3,7 @@
 // any copy or wait; how far the GPU has come is a number in host memory.
 
 import { assert } from '../../assert.ts'
+import { LatticeError } from '../../errors.ts'
 import type { CudaDriver } from '../../ffi/cuda.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 
@@ -176,12 +177,17 @@ export class StepState {
     return ((low >>> 0) + high * 2 ** 32) / 1e6
   }
 
-  /** Waits for step `step` (the first is 0) by looking: the GPU writes as soon as it is done. */
+  /**
+   * Waits for step `step` (the first is 0) by looking: the GPU writes as soon as it is done.
+   * @throws LatticeError `backend_failed` if it is not within a minute; what a failed kernel left
+   */
   wait(step: number): void {
     const start = performance.now()
     for (let looks = 1; this.finished <= step; looks++) {
+      if (looks % LOOKS_PER_ASK !== 0) continue
       // A failed kernel never says that it is done; asking the driver throws its error.
-      if (looks % LOOKS_PER_ASK === 0) this.driver.streamDone(this.stream)
+      this.driver.streamDone(this.stream)
+      if (performance.now() - start > STUCK_MS) throw stuck(step)
     }
     this.waitedMs += performance.now() - start
   }
@@ -204,3 +210,11 @@ export class StepState {
 }
 
 const LOOKS_PER_ASK = 1 << 20
+/** The longest steps take some seconds: 8,192 tokens of a large model. */
+const STUCK_MS = 60_000
+
+function stuck(step: number): LatticeError {
+  return new LatticeError('backend_failed', `The GPU has not finished step ${step} for a minute.`, {
+    todo: 'Restart. If it comes back, report it with what `lattice inspect gpu` prints.',
+  })
+}
