@@ -64,6 +64,7 @@ const BUSY_POLL_BUDGET = 64
 /** @throws LatticeError `backend_unavailable` without root or gcc */
 export async function runIngressBench(options: IngressBenchOptions): Promise<IngressBenchReport> {
   using world = new World()
+  using _interrupted = onInterrupt(() => world[Symbol.dispose]())
   await world.client.call('detach')
   await world.server.call('set', { full: true })
   await world.server.call('http')
@@ -80,6 +81,16 @@ export async function runIngressBench(options: IngressBenchOptions): Promise<Ing
   const how = { model, onProgress, prompts: 200, rounds: 8, rate: 500 }
   const delivery = await runDelivery(world, how)
   return { round_trips: trips, flood, streams, first_token: first, delivery }
+}
+
+/** Who presses Ctrl-C finds the machine as it was; exit code 130, as docs/cli.md has it. */
+function onInterrupt(clean: () => void): Disposable {
+  const interrupt = (): void => {
+    clean()
+    process.exit(130)
+  }
+  process.once('SIGINT', interrupt)
+  return { [Symbol.dispose]: () => process.off('SIGINT', interrupt) }
 }
 
 class Bench {

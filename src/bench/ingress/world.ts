@@ -89,6 +89,7 @@ export class World implements Disposable {
   readonly client: End
   readonly server: End
   readonly folder: string
+  private readonly children = new Set<ChildProcess>()
 
   /** @throws LatticeError `backend_unavailable` without root, gcc or two cores */
   constructor() {
@@ -126,7 +127,7 @@ export class World implements Disposable {
   /** Runs a C client to its end. */
   async measure(...args: (string | number)[]): Promise<Measured> {
     const [command, rest] = this.client.inside(this.program('clients'), ...args.map(String))
-    const child = spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] })
+    const child = this.own(spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] }))
     let output = ''
     child.stdout.on('data', (chunk) => (output += String(chunk)))
     const [code] = (await once(child, 'close')) as [number]
@@ -137,7 +138,7 @@ export class World implements Disposable {
   /** Starts the client that brings prompts; it begins when it is told to. */
   async deliver(...args: (string | number)[]): Promise<Delivering> {
     const [command, rest] = this.client.inside(this.program('deliver'), ...args.map(String))
-    const child = spawn(command, rest, { stdio: ['pipe', 'pipe', 'inherit'] })
+    const child = this.own(spawn(command, rest, { stdio: ['pipe', 'pipe', 'inherit'] }))
     let output = ''
     const ready = new Promise<void>((resolve) => {
       child.stdout.on('data', (chunk) => {
@@ -153,6 +154,13 @@ export class World implements Disposable {
     return { begin: () => child.stdin.end('\n'), done }
   }
 
+  /** It ends with the world at the latest. */
+  private own<Child extends ChildProcess>(child: Child): Child {
+    this.children.add(child)
+    child.once('exit', () => this.children.delete(child))
+    return child
+  }
+
   private program(name: (typeof SOURCES)[number]): string {
     return join(this.folder, name)
   }
@@ -160,7 +168,7 @@ export class World implements Disposable {
   /** Starts a C peer on the server's core; the function ends it. */
   async peer(kind: string, port: number): Promise<() => Promise<void>> {
     const [command, rest] = this.server.inside(this.program('clients'), 'serve', kind, String(port))
-    const child = spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] })
+    const child = this.own(spawn(command, rest, { stdio: ['ignore', 'pipe', 'inherit'] }))
     await once(child.stdout, 'data')
     return async () => {
       child.kill('SIGTERM')
@@ -169,6 +177,7 @@ export class World implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    for (const child of this.children) child.kill('SIGKILL')
     for (const end of [this.client, this.server]) {
       end.end()
       try {
