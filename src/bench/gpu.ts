@@ -37,25 +37,23 @@ export async function runGpuBench(
   const stream = driver.createStream()
   const modules = new ModuleCache()
   const rows: GpuRow[] = []
-  try {
-    for (const part of parts) {
-      await GPU_PARTS[part]?.({
-        device,
-        modules,
-        pager: () => new ThreadPager(device),
-        stream,
-        row(name, value, unit, reference, against) {
-          const row: GpuRow = { part, name, value, unit }
-          if (reference !== undefined) row.reference = reference
-          if (against !== undefined) row.against = against
-          rows.push(row)
-          onRow(row)
-        },
-      })
-    }
-  } finally {
-    driver.destroyStream(stream)
-    device.close()
+  for (const part of parts) {
+    await GPU_PARTS[part]?.({
+      device,
+      modules,
+      pager: () => new ThreadPager(device),
+      stream,
+      row(name, value, unit, reference, against) {
+        const row: GpuRow = { part, name, value, unit }
+        if (reference !== undefined) row.reference = reference
+        if (against !== undefined) row.against = against
+        rows.push(row)
+        onRow(row)
+      },
+    })
   }
+  // Not after an error: a GPU that does not go on would hold up the error's report.
+  driver.destroyStream(stream)
+  device.close()
   return { device: device.info.name, driver_version: driver.version, rows }
 }
