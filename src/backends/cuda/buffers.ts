@@ -1,6 +1,8 @@
 // Owns where activations live on the GPU: what a node makes gets a place in one arena, and places
 // are used again once nobody reads them (linear scan; Poletto & Sarkar 1999). Values of one joined
-// product lie side by side in one row.
+// product lie side by side in one row. A product may be done in one go with what follows it
+// (fuse.ts): its blocks then write results while others still read the input, so these two never
+// share a place.
 
 import { present } from '../../assert.ts'
 import type { Program, Rows, Value } from '../../model/program.ts'
@@ -26,6 +28,8 @@ export class Buffers {
     const lastUse = new Map<Value, number>()
     nodes.forEach((node, i) => {
       for (const value of [...readsOf(node), ...makes(node)]) lastUse.set(value, i)
+      const before = nodes[i - 1]
+      if (before?.kind === 'linear' && ridesAlong(node)) lastUse.set(before.in, i)
     })
     const { heads, headDim } = program.config
     // Values beyond the program's are rotated queries.
@@ -66,6 +70,11 @@ export class Buffers {
   place(value: Value): Place {
     return present(this.places.get(value), `the place of value ${value}`)
   }
+}
+
+/** Whether a product before it may do it, too. */
+function ridesAlong({ kind }: Node): boolean {
+  return kind === 'rope' || kind === 'glu'
 }
 
 /** Joins neighbouring free spaces, so that a later larger value fits. */
