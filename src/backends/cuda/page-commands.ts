@@ -18,12 +18,13 @@ export class PageCommands {
   private runStart = 0
   private runEnd = 0
 
-  constructor(driver: CudaDriver, device: number) {
+  /** @param sink as `createSink` makes it; released with `close` */
+  constructor(driver: CudaDriver, device: number, sink: number) {
     this.driver = driver
     this.device = device
     this.location = { kind: 'device', device }
     this.sinkBytes = driver.pageBytes(this.location)
-    this.sink = driver.createPages(this.sinkBytes, this.location)
+    this.sink = sink
   }
 
   create(frame: number, bytes: number): void {
@@ -86,6 +87,12 @@ export class PageCommands {
   close(): void {
     this.driver.releasePages(this.sink)
   }
+}
+
+/** The memory that stands in for memory that is refused: there before any can be. */
+export function createSink(driver: CudaDriver, device: number): number {
+  const location: PageLocation = { kind: 'device', device }
+  return driver.createPages(driver.pageBytes(location), location)
 }
 
 function isOutOfMemory(thrown: unknown): boolean {

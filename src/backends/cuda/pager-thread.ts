@@ -9,7 +9,7 @@ import { COMMAND, COMMAND_NUMBERS, type PagerThreadData, STATE } from './pager.t
 /** Commands after which a waiting engine hears of them: a run of maps is allowed in one call. */
 const BATCH = 16
 
-const { ring, device, context } = workerData as PagerThreadData
+const { ring, device, context, sink } = workerData as PagerThreadData
 const { state, commands, error } = ring
 const length = commands.length / COMMAND_NUMBERS
 
@@ -44,7 +44,7 @@ function carryOut(pages: PageCommands, index: number): void {
 function run(): void {
   const driver = new NativeCuda()
   driver.setContext(context)
-  const pages = new PageCommands(driver, device)
+  const pages = new PageCommands(driver, device, sink)
   for (let done = 0; ;) {
     const given = Atomics.load(state, STATE.given)
     if (given === done) {

@@ -7,7 +7,7 @@
 import { Worker } from 'node:worker_threads'
 import { LatticeError, type LatticeErrorJson } from '../../errors.ts'
 import type { CudaDevice } from './device.ts'
-import { PageCommands } from './page-commands.ts'
+import { createSink, PageCommands } from './page-commands.ts'
 
 /** Frames are physical memory, numbered by whoever creates them. Commands run in order. */
 export interface Pager {
@@ -80,6 +80,7 @@ export interface PagerThreadData {
   ring: PagerRing
   device: number
   context: number
+  sink: number
 }
 
 /** Carries commands out on a thread of its own. */
@@ -94,11 +95,9 @@ export class ThreadPager implements Pager {
   }
 
   constructor(device: CudaDevice) {
-    const workerData: PagerThreadData = {
-      ring: this.ring,
-      device: device.info.index,
-      context: device.context,
-    }
+    const { driver, context, info } = device
+    const sink = createSink(driver, info.index)
+    const workerData: PagerThreadData = { ring: this.ring, device: info.index, context, sink }
     const worker = new Worker(new URL('pager-thread.ts', import.meta.url), { workerData })
     worker.unref()
     worker.on('error', () => {})
@@ -215,7 +214,8 @@ export class InlinePager implements Pager {
   private readonly pending: (() => void)[] = []
 
   constructor(device: CudaDevice, late = false) {
-    this.commands = new PageCommands(device.driver, device.info.index)
+    const { driver, info } = device
+    this.commands = new PageCommands(driver, info.index, createSink(driver, info.index))
     this.late = late
   }
 
