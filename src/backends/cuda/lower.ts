@@ -304,6 +304,7 @@ export class Lowering {
       : this.kernel('rope-append.cu', 'ropeAppend', kinds)
     const { address, magnitude } = this.context.ropeTable(rope)
     const { positions, bases } = state.rows[rows]
+    checkTurning(rope.dimensions)
     launch.setAll(
       ...[this.addressOf(q?.value), this.addressOf(k?.value), this.addressOf(v)],
       ...[q ? this.place(q.value).stride : 0, k ? this.place(k.value).stride : 0],
@@ -316,9 +317,12 @@ export class Lowering {
     )
     const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
     launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
-    const blocks = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
+    const few = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
     return (step) => {
-      if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows], blocks), step.stream)
+      const count = step[rows]
+      if (count === 0) return
+      launch.grid(count, count > MANY_ROWS ? Math.min(few, BLOCKS_OF_MANY) : few)
+      this.context.driver.launch(launch, step.stream)
     }
   }
 
@@ -455,8 +459,10 @@ export class Lowering {
 /** Rows that fill a device by themselves: each has fewer threads, which do more one by one. */
 const MANY_ROWS = 256
 
-/** Of the rotation: enough to fill a device with few tokens, too. */
+/** Of the rotation: a warp a head, enough to fill a device with few tokens, too. */
 const WARPS_OF_BLOCK = 8
+/** Blocks of each of many rows. */
+const BLOCKS_OF_MANY = 2
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
 
@@ -474,5 +480,14 @@ function checkWidth(width: number): void {
   if (width % 8 === 0) return
   throw new LatticeError('model_unsupported', `Rows of ${width} elements do not suit the GPU.`, {
     todo: 'Use --device cpu; the GPU takes rows of a multiple of 8 elements.',
+  })
+}
+
+/** A lane turns two pairs. */
+function checkTurning(dimensions: number): void {
+  if (dimensions % 4 === 0) return
+  const what = `Rotations of ${dimensions} dimensions do not suit the GPU.`
+  throw new LatticeError('model_unsupported', what, {
+    todo: 'Use --device cpu; the GPU turns a multiple of 4 dimensions.',
   })
 }
