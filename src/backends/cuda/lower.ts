@@ -304,7 +304,7 @@ export class Lowering {
       : this.kernel('rope-append.cu', 'ropeAppend', kinds)
     const { address, magnitude } = this.context.ropeTable(rope)
     const { positions, bases } = state.rows[rows]
-    checkTurning(rope.dimensions)
+    checkTurning(rope.dimensions, headDim)
     launch.setAll(
       ...[this.addressOf(q?.value), this.addressOf(k?.value), this.addressOf(v)],
       ...[q ? this.place(q.value).stride : 0, k ? this.place(k.value).stride : 0],
@@ -315,13 +315,13 @@ export class Lowering {
       ...[layout.tokenStride, layer * layout.layerStride],
       ...(around ? [around.rowScales, around.tokenScales] : []),
     )
-    const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
-    launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
-    const few = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
+    const lanes =
+      ((q ? heads : 0) + (k ? 2 * kvHeads : 0)) * 2 ** Math.ceil(Math.log2(headDim / 16))
     return (step) => {
       const count = step[rows]
       if (count === 0) return
-      launch.grid(count, count > MANY_ROWS ? Math.min(few, BLOCKS_OF_MANY) : few)
+      const threads = Math.min(warps(lanes), count > MANY_ROWS ? THREADS_OF_MANY : THREADS_OF_FEW)
+      launch.threads(threads).grid(count, Math.ceil(lanes / threads))
       this.context.driver.launch(launch, step.stream)
     }
   }
@@ -459,10 +459,9 @@ export class Lowering {
 /** Rows that fill a device by themselves: each has fewer threads, which do more one by one. */
 const MANY_ROWS = 256
 
-/** Of the rotation: a warp a head, enough to fill a device with few tokens, too. */
-const WARPS_OF_BLOCK = 8
-/** Blocks of each of many rows. */
-const BLOCKS_OF_MANY = 2
+/** Of a block of the rotation: enough blocks to fill a device with few tokens, too. */
+const THREADS_OF_FEW = 128
+const THREADS_OF_MANY = 384
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
 
@@ -483,11 +482,11 @@ function checkWidth(width: number): void {
   })
 }
 
-/** A lane turns two pairs. */
-function checkTurning(dimensions: number): void {
-  if (dimensions % 4 === 0) return
-  const what = `Rotations of ${dimensions} dimensions do not suit the GPU.`
+/** A lane turns eight pairs. */
+function checkTurning(dimensions: number, headDim: number): void {
+  if (dimensions % 16 === 0 && headDim % 16 === 0) return
+  const what = `Heads of ${headDim}, of which ${dimensions} turn, do not suit the GPU.`
   throw new LatticeError('model_unsupported', what, {
-    todo: 'Use --device cpu; the GPU turns a multiple of 4 dimensions.',
+    todo: 'Use --device cpu; the GPU takes multiples of 16.',
   })
 }
