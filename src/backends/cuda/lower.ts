@@ -317,12 +317,10 @@ export class Lowering {
     )
     const lanes =
       ((q ? heads : 0) + (k ? 2 * kvHeads : 0)) * 2 ** Math.ceil(Math.log2(headDim / 16))
+    launch.threads(Math.min(warps(lanes), TURNING_THREADS))
+    const blocks = Math.ceil(lanes / TURNING_THREADS)
     return (step) => {
-      const count = step[rows]
-      if (count === 0) return
-      const threads = Math.min(warps(lanes), count > MANY_ROWS ? THREADS_OF_MANY : THREADS_OF_FEW)
-      launch.threads(threads).grid(count, Math.ceil(lanes / threads))
-      this.context.driver.launch(launch, step.stream)
+      if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows], blocks), step.stream)
     }
   }
 
@@ -459,9 +457,8 @@ export class Lowering {
 /** Rows that fill a device by themselves: each has fewer threads, which do more one by one. */
 const MANY_ROWS = 256
 
-/** Of a block of the rotation: enough blocks to fill a device with few tokens, too. */
-const THREADS_OF_FEW = 128
-const THREADS_OF_MANY = 384
+/** Of a block of the rotation: best for 64, 512 and 2,048 rows of 48 heads of 128. */
+const TURNING_THREADS = 128
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
 
