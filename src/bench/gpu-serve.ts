@@ -73,7 +73,7 @@ export function benchServe(bench: GpuBench): void {
   compare(load, { bf16: present(rates[0], 'a rate'), fp8: fp8Rate(bench, load) }, row)
 }
 
-/** Output tokens a second of the same load with weights of 8 bits; undefined where there are none. */
+/** Output tokens a second of the load with weights of 8 bits; undefined where there are none. */
 function fp8Rate(bench: GpuBench, [sequences, promptTokens]: Requests): number | undefined {
   if (whyNotFp8(bench.device.info) !== undefined) return undefined
   const gpu = openModel(bench, 'fp8')
