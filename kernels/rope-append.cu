@@ -1,7 +1,7 @@
 // Owns the step from a row of projections to attention's inputs: each head of q and k is normed
 // (if its family does that) and rotated, q goes to rows of its own, k and v to the token's place
 // in its slot. A lane turns eight pairs, loaded and stored 16 bytes at a time; a row's sines are
-// made once and serve all of its heads. Reads 2·(heads + 2·kvHeads)·headDim bytes a token and writes
+// made once and serve all its heads. Reads 2·(heads + 2·kvHeads)·headDim bytes a token and writes
 // as many: 24 KiB for an 8B model, 50 MB or 17 µs for 2,048 tokens, launch-bound for few. One
 // rounding (two with a head norm). Oracle: test/cuda/rope.gpu.ts.
 #include "fp8.cuh"
