@@ -85,20 +85,28 @@ function argumentKinds(kinds: string): ArgumentKind[] {
 }
 
 export function toBf16(values: ArrayLike<number>): Uint16Array {
-  const bits = new Uint32Array(Float32Array.from(values).buffer)
-  return Uint16Array.from(bits, (b) => (b + 0x7fff + ((b >>> 16) & 1)) >>> 16)
+  const bits = new Uint32Array(new Float32Array(values).buffer)
+  const narrow = new Uint16Array(bits.length)
+  for (let i = 0; i < bits.length; i++) {
+    const b = bits[i]!
+    narrow[i] = (b + 0x7fff + ((b >>> 16) & 1)) >>> 16
+  }
+  return narrow
 }
 
 export function fromBf16(values: Uint16Array): Float32Array {
-  return new Float32Array(Uint32Array.from(values, (v) => v << 16).buffer)
+  const bits = new Uint32Array(values.length)
+  for (let i = 0; i < bits.length; i++) bits[i] = values[i]! << 16
+  return new Float32Array(bits.buffer)
 }
 
 /** Numbers about normally distributed, as bf16 has them. */
 export function randomBf16(random: Random, count: number, scale = 1): Float32Array {
-  const values = Float32Array.from({ length: count }, () => {
+  const values = new Float32Array(count)
+  for (let i = 0; i < count; i++) {
     const sum = random.next() + random.next() + random.next() + random.next() - 2
-    return sum * 1.732 * scale
-  })
+    values[i] = sum * 1.732 * scale
+  }
   return fromBf16(toBf16(values))
 }
 
