@@ -30,7 +30,7 @@ after(() => gpu[Symbol.dispose]())
 /** As served, but for what measurements would choose. */
 const SERVED = { tune: false, hopperAlways: true } as const
 /** Of bf16 over few blocks; and where a number next to a border of e4m3 takes another step. */
-const TOLERANCE = { bf16: 2.5e-2, fp8: 0.12 }
+const TOLERANCE = { bf16: 4e-2, fp8: 0.25 }
 /** bf16 of 16 bits. */
 const NAN = 0x7fc0
 const ONE = 0x3f80
@@ -112,6 +112,8 @@ class Side {
     const arenaBytes = Math.max(forward.decoding.buffers.bytes, forward.mixed.buffers.bytes)
     driver.fill16(forward['arena'], before, arenaBytes / 2, stream)
     driver.fill8(forward.logits, 0xff, SLOTS * vocab * 4, stream)
+    const e4m3 = forward['e4m3']
+    if (e4m3) driver.fill16(e4m3.raw, before, (e4m3.scales - e4m3.raw) / 2, stream)
     batch.clear()
     let outputs = 0
     for (const { slot, start, tokens, wants } of parts) {
@@ -199,8 +201,20 @@ class Schedule {
   }
 }
 
-const worst: Record<string, Record<string, string>> = {}
-after(() => console.log('largest relative errors:', JSON.stringify(worst)))
+/** Largest relative errors, by test and kind of step. */
+const worst: Record<string, Record<string, number>> = {}
+after(() => {
+  const short = (_: string, value: unknown) =>
+    typeof value === 'number' ? value.toExponential(1) : value
+  console.log('largest relative errors:', JSON.stringify(worst, short))
+})
+
+/** Fails unless a step's result is near that of the reference. */
+function near(of: string, kind: string, error: number, tolerance: number, what: string): void {
+  const kinds = (worst[of] ??= {})
+  if (!(error <= (kinds[kind] ?? 0))) kinds[kind] = error
+  assert.ok(error <= tolerance, `${kind}: ${what} is off by ${error}`)
+}
 
 /** Runs a schedule; `apart` is how the reference computes a step. */
 function compare(
@@ -211,7 +225,6 @@ function compare(
 ): void {
   const { vocab } = served.backend
   const random = new Random(7)
-  const largest = new Map<string, number>()
   for (const { name, parts } of new Schedule(19, vocab, [served, reference]).steps()) {
     const got = served.step(parts)
     for (let again = 1 + random.below(2); again > 0; again--) {
@@ -227,13 +240,11 @@ function compare(
           got.subarray(row * vocab, (row + 1) * vocab),
           logits.subarray(at, at + vocab),
         )
-        largest.set(name, Math.max(largest.get(name) ?? 0, error))
         const shape = parts.map(({ start, tokens }) => `${start}+${tokens.length}`).join(' ')
-        assert.ok(error <= tolerance, `${name}: output ${row} is off by ${error}: ${shape}`)
+        near(what, name, error, tolerance, `output ${row} of ${shape}`)
       }
     }
   }
-  worst[what] = Object.fromEntries([...largest].map(([name, e]) => [name, e.toExponential(1)]))
 }
 
 for (const [name, sharper] of [
@@ -257,7 +268,7 @@ for (const [name, sharper] of [
 test('steps in fp8 are not what their parts are one by one', (t) => {
   const problem = whyNotFp8(gpu.device.info)
   if (problem !== undefined) return t.skip(problem)
-  const model = shallow('dummy:llama-3.1-8b', 4, 4)
+  const model = shallow('dummy:llama-3.1-8b', 4, 1)
   const quantization = 'fp8'
   const served = new Side(model, () => ({ ...SERVED, quantization }))
   const reference = new Side(model, (layout) => ({ ...library(model, layout), quantization }))
@@ -319,7 +330,7 @@ test('tokens far out are not where they should be', (t) => {
         if (count > 1) state.setSegment(0, row, start, count, slot)
         for (let i = 0; i < count; i++, row++) {
           const wanted = i === count - 1 ? output : -1
-          state.setRow(row, 1000 + 37 * (start + i), start + i, slot, wanted, slot)
+          state.setRow(row, (37 * (start + i)) % vocab, start + i, slot, wanted, slot)
         }
       })
       const shape = { tokens: row, outputs: parts.length, singles, segments: prompt > 0 ? 1 : 0 }
@@ -338,16 +349,14 @@ test('tokens far out are not where they should be', (t) => {
     const want = run(reference)
     const got = run(served)
     parts.forEach(({ slot, start, count }, i) => {
-      const what = `${singles} rows and ${prompt}: ${count} tokens from ${start} on`
       const { vocab } = served
       const of = (logits: Float32Array) => logits.subarray(i * vocab, (i + 1) * vocab)
-      const errors = [
-        relativeError(of(got.logits), of(want.logits)),
-        relativeError(got.kept[i]!, want.kept[i]!),
-      ]
-      const far = (worst['far'] ??= {})
-      far[`${singles}+${prompt}`] = errors.map((e) => e.toExponential(1)).join(' ')
-      for (const error of errors) assert.ok(error <= TOLERANCE.bf16, `${what}: ${errors.join()}`)
+      const kind = `${singles} rows and ${prompt}`
+      const where = `${count} tokens from ${start} on`
+      const ofLogits = relativeError(of(got.logits), of(want.logits))
+      near('far out', kind, ofLogits, TOLERANCE.bf16, `logits of ${where}`)
+      const ofKept = relativeError(got.kept[i]!, want.kept[i]!)
+      near('far out, keys and values', kind, ofKept, TOLERANCE.bf16, `KV of ${where}`)
       if (count === 1) used[slot] = start + 1
     })
   }
