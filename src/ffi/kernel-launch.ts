@@ -120,6 +120,10 @@ export class KernelLaunch {
     this.block.setNumber(CONFIG.stream, stream)
   }
 
+  get dynamicSharedBytes(): number {
+    return this.block.u32[CONFIG.shared / 4] ?? 0
+  }
+
   /** Blocks in each dimension, then threads of a block in each. */
   get shape(): readonly number[] {
     return [...this.block.u32.subarray(0, 6)]
