@@ -167,7 +167,7 @@ for (const name of ['SmolLM2 135M', 'Llama 3.1 8B', 'Qwen3 8B']) {
       [256, 2048],
       [512, 8192],
     ] as const) {
-      const how = `${maxSequences} sequences, ${stepTokens} tokens a step, ${quantization ?? 'bf16'}`
+      const how = `${maxSequences} sequences, steps of ${stepTokens}, ${quantization ?? 'bf16'}`
       test(`${name} does not run: ${how}`, () =>
         run(name, 'H100', { maxSequences, stepTokens }, quantization))
     }

@@ -1,7 +1,7 @@
-// Catches what only the sizes of real models show: a step whose logits are not the matrix library's,
-// whatever steps came before it, of however many rows, with and without prompts; one whose bits
-// depend on what lay in memory before; tokens far out, or far from the memory's first address. All
-// memory is NaN but where tokens are.
+// Catches what only the sizes of real models show: a step whose logits are not those of the matrix
+// library, whatever steps came before it, of however many rows, with and without prompts; one whose
+// bits depend on what lay in memory before; tokens far out, or far from the memory's first address.
+// All memory is NaN but where tokens are.
 
 import assert from 'node:assert/strict'
 import { after, test } from 'node:test'

@@ -1,5 +1,6 @@
-// Owns a GPU that refuses launches as a real one does, and also those that touch memory which nobody
-// has allocated. Kernels do nothing: only where they read and write is known, by their arguments.
+// Owns a GPU that refuses launches as a real one does, and also those that touch memory that nobody
+// has allocated, or write over what others still read. Kernels do nothing: only where they read and
+// write is known, by their arguments.
 
 import assert from 'node:assert/strict'
 import type { KernelSource, ModuleCache } from '../../src/backends/cuda/module-cache.ts'
@@ -14,6 +15,8 @@ import { MockCuda } from './mock-cuda.ts'
 import type { Range } from './mock-gpu-memory.ts'
 
 const UNASKED_BYTES = 48 << 10
+/** A tensor map's type; others here are of two bytes. */
+const BYTES = 0
 
 interface Loaded {
   name: string
@@ -218,7 +221,8 @@ export class CheckedCuda extends MockCuda {
   }
 
   override encodeTensorMap(into: number, map: TensorMapTiled): void {
-    const { address, dimensions, strides, box } = map
+    const { address, dataType, dimensions, strides, box } = map
+    const element = dataType === BYTES ? 1 : 2
     assert.equal(address % 16, 0)
     assert.ok(
       dimensions.every((n) => Number.isInteger(n) && n > 0 && n <= 2 ** 32),
@@ -228,9 +232,9 @@ export class CheckedCuda extends MockCuda {
       strides.every((n) => n % 16 === 0 && n < 2 ** 40),
       `strides ${strides}`,
     )
-    assert.ok(box.every((n) => n > 0 && n <= 256) && box[0]! * 2 <= 128, `box ${box}`)
+    assert.ok(box.every((n) => n > 0 && n <= 256) && box[0]! * element <= 128, `box ${box}`)
     const last = strides.reduce((sum, bytes, i) => sum + (dimensions[i + 1]! - 1) * bytes, 0)
-    this.within({ address, bytes: last + dimensions[0]! * 2 }, `a map of ${dimensions}`)
+    this.within({ address, bytes: last + dimensions[0]! * element }, `a map of ${dimensions}`)
     super.encodeTensorMap(into, map)
   }
 
