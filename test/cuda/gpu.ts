@@ -6,11 +6,15 @@ import { CudaDevice } from '../../src/backends/cuda/device.ts'
 import { Kernels } from '../../src/backends/cuda/kernels.ts'
 import { ModuleCache } from '../../src/backends/cuda/module-cache.ts'
 import { addressOf } from '../../src/ffi/block.ts'
+import { FUNCTION } from '../../src/ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../src/ffi/kernel-launch.ts'
 import { Random } from '../support/random.ts'
 
 /** Relative error, root mean square, that bf16 explains. */
 export const BF16_ERROR = 1e-2
+
+/** Shared memory that a block has without asking, but for what may be static. */
+const UNASKED_BYTES = 40 << 10
 
 export class Gpu implements Disposable {
   readonly device = CudaDevice.open()
@@ -63,10 +67,14 @@ export class Gpu implements Disposable {
   ): void {
     const kernel = this.kernels.find(file, name, options.defines ?? {})
     const launch = new KernelLaunch(kernel, argumentKinds(kinds))
+    const { shared = 0 } = options
+    if (shared > UNASKED_BYTES) {
+      this.driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, shared)
+    }
     launch
       .grid(...grid)
       .threads(threads)
-      .sharedBytes(options.shared ?? 0)
+      .sharedBytes(shared)
     this.driver.launch(launch.setAll(...args), this.stream)
     this.driver.synchronizeStream(this.stream)
   }

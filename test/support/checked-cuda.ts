@@ -200,6 +200,7 @@ export class CheckedCuda extends MockCuda {
     assert.ok(x > 0 && x < 2 ** 31 && y > 0 && y < 2 ** 16 && z === 1, `${what}: ${x} × ${y}`)
     const count = threads.reduce((product, n) => product * n, 1)
     assert.ok(count > 0 && count <= 1024, `${what}: ${count} threads`)
+    assert.ok(!launch.isProgrammatic || this.info.capability >= 90, `${what} may not begin early`)
     const dynamic = launch.dynamicSharedBytes
     const unasked = UNASKED_BYTES - staticBytes(loaded)
     assert.ok(

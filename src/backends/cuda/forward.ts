@@ -77,7 +77,7 @@ export const RELEASE_ROUNDS = 0
 /** Of which the fastest counts. */
 const TIMED_GRAPHS = 4
 
-/** Compute capability 9.0, with products of warpgroups. */
+/** Compute capability 9.0, with products of warpgroups; launches may overlap from here on. */
 export const HOPPER = 90
 
 /**
@@ -103,6 +103,8 @@ export class CudaForward {
   readonly logits: number
   readonly matmuls: Matmuls
   private readonly options: ForwardOptions
+  /** Whether kernels may start while the one before them ends. */
+  private readonly overlap: boolean
   private readonly kernels: Kernels
   private readonly attention: Attention
   private readonly choices: Choices
@@ -123,6 +125,7 @@ export class CudaForward {
     const { device, modules, kv, maxSequences, stepTokens } = options
     const { driver, info } = device
     const { config } = model
+    this.overlap = (options.overlap ?? true) && info.capability >= HOPPER
     this.vocab = config.vocab
     this.stream = driver.createStream()
     this.kernels = new Kernels(device, modules)
@@ -170,7 +173,7 @@ export class CudaForward {
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
-      overlap: options.overlap ?? true,
+      overlap: this.overlap,
       skinny: options.skinny ?? true,
       hopperRoom: info.capability === HOPPER ? info.sharedBytesPerBlock : 0,
       hopper: this.hopper,
@@ -187,6 +190,9 @@ export class CudaForward {
     this.fetchLaunch = this.makeFetch()
     this.sampleLaunch = this.makeSample()
     this.publishLaunch = this.makePublish()
+    for (const launch of [this.fetchLaunch, this.sampleLaunch, this.publishLaunch]) {
+      if (this.overlap) launch.programmatic()
+    }
     this.decoding.prepare()
     this.mixed.prepare()
     options.times?.done('loading kernels')
@@ -321,7 +327,6 @@ export class CudaForward {
         ...[s.firstRows, s.starts, s.counts, s.regions],
       )
       .threads(256)
-      .programmatic()
   }
 
   private makeSample(): KernelLaunch {
@@ -338,7 +343,6 @@ export class CudaForward {
         ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
       )
       .threads(1024)
-      .programmatic()
   }
 
   private makePublish(): KernelLaunch {
@@ -351,7 +355,6 @@ export class CudaForward {
         ...[state.counter, state.done],
       )
       .threads(256)
-      .programmatic()
   }
 
   private ropeTable(rope: RopeConfig): { address: number; magnitude: number } {
