@@ -6,6 +6,7 @@ import assert from 'node:assert/strict'
 import type { KernelSource, ModuleCache } from '../../src/backends/cuda/module-cache.ts'
 import type { CublasLt, MatrixLayout } from '../../src/ffi/cublaslt.ts'
 import { MATRIX } from '../../src/ffi/cublaslt.ts'
+import { NativeBlock } from '../../src/ffi/block.ts'
 import { FUNCTION, type GpuDevice, type TensorMapTiled } from '../../src/ffi/cuda.ts'
 import type { KernelLaunch } from '../../src/ffi/kernel-launch.ts'
 import { viewMemory } from '../../src/ffi/libc.ts'
@@ -17,6 +18,11 @@ import type { Range } from './mock-gpu-memory.ts'
 const UNASKED_BYTES = 48 << 10
 /** A tensor map's type; others here are of two bytes. */
 const BYTES = 0
+
+const LARGE_BYTES = 32 << 20
+/** All that is large of the host's memory. */
+const HOST_BYTES = 512 << 20
+const HOST = new NativeBlock(HOST_BYTES)
 
 interface Loaded {
   name: string
@@ -166,6 +172,24 @@ export class CheckedCuda extends MockCuda {
     super({ pageBytes: 1 << 16, totalBytes: 2 ** 38 })
     this.info = { ...super.devices()[0]!, ...gpu }
     this.behaviours.get = () => () => ({ touches: [], run: () => {} })
+  }
+
+  /** What is large is nobody's to look at: it has addresses only. */
+  override allocate(bytes: number): number {
+    if (bytes < LARGE_BYTES) return super.allocate(bytes)
+    const address = this.reserve(Math.ceil(bytes / this.page) * this.page)
+    this.allocations.set(address, { length: bytes } as Uint8Array)
+    return address
+  }
+
+  override allocateHost(bytes: number): number {
+    if (bytes < LARGE_BYTES) return super.allocateHost(bytes)
+    assert.ok(bytes <= HOST_BYTES)
+    return HOST.address
+  }
+
+  override freeHost(address: number): void {
+    if (address !== HOST.address) super.freeHost(address)
   }
 
   override devices(): GpuDevice[] {
