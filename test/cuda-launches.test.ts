@@ -30,6 +30,8 @@ const MODELS: Readonly<Record<string, readonly [Architecture, Sizes]>> = {
   'Mistral 7B': ['llama', [4096, 32, 8, 128, 14_336, 32_768]],
   'Mistral Nemo 12B': ['llama', [5120, 32, 8, 128, 14_336, 131_072]],
   'TinyLlama 1.1B': ['llama', [2048, 32, 4, 64, 5632, 32_000]],
+  'Granite 3 2B': ['llama', [2048, 32, 8, 64, 8192, 49_155]],
+  'Phi 3 mini': ['llama', [3072, 32, 32, 96, 8192, 32_064]],
   'Qwen2.5 0.5B': ['qwen2', [896, 14, 2, 64, 4864, 151_936]],
   'Qwen2.5 1.5B': ['qwen2', [1536, 12, 2, 128, 8960, 151_936]],
   'Qwen2.5 7B': ['qwen2', [3584, 28, 4, 128, 18_944, 152_064]],
