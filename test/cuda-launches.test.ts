@@ -1,6 +1,6 @@
 // Catches a model that a GPU does not run: a launch with more threads or shared memory than there
-// are, memory that is touched beyond its end. Of well-known models, by their widths, on GPUs of all
-// kinds, in steps of all sizes.
+// are, memory that is touched beyond its end, steps that nobody thought of. Of well-known models, by
+// their widths, on GPUs of all kinds, in steps of all sizes.
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
@@ -125,6 +125,7 @@ function run(name: string, gpu: string, limits = LIMITS, quantization?: Quantiza
   })
   const { state, stream } = backend.forward
   Object.defineProperty(state, 'finished', { get: () => state.steps })
+  const { captures } = cuda
   const batch = new StepBatch(stepTokens, maxSequences)
   const tokens = new Int32Array(stepTokens)
   const all = Array<number>(maxSequences).fill(1)
@@ -142,6 +143,7 @@ function run(name: string, gpu: string, limits = LIMITS, quantization?: Quantiza
     }
   }
   backend.close()
+  assert.equal(cuda.captures, captures, 'graphs are there before the first step')
   assert.ok(cuda.launches.get('sample')! > 0 && cuda.launches.get('embed')! > fitting.length)
 }
 
@@ -168,6 +170,8 @@ for (const name of ['SmolLM2 135M', 'Llama 3.1 8B', 'Qwen3 8B']) {
       [129, 1000],
       [256, 2048],
       [512, 8192],
+      [513, 2048],
+      [1000, 1024],
     ] as const) {
       const how = `${maxSequences} sequences, steps of ${stepTokens}, ${quantization ?? 'bf16'}`
       test(`${name} does not run: ${how}`, () =>

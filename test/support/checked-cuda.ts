@@ -21,7 +21,7 @@ const BYTES = 0
 
 const LARGE_BYTES = 32 << 20
 /** All that is large of the host's memory. */
-const HOST_BYTES = 512 << 20
+const HOST_BYTES = 2 ** 30
 const HOST = new NativeBlock(HOST_BYTES)
 
 interface Loaded {
@@ -164,6 +164,7 @@ function staticBytes({ name, defines: d }: Loaded): number {
 export class CheckedCuda extends MockCuda {
   /** By name of a kernel, how often it was launched. */
   readonly launches = new Map<string, number>()
+  captures = 0
   private readonly info: GpuDevice
   private readonly sources = new Map<number, Defines>()
   private readonly loaded = new Map<number, Loaded>()
@@ -243,6 +244,11 @@ export class CheckedCuda extends MockCuda {
     }
     this.launches.set(name, (this.launches.get(name) ?? 0) + 1)
     super.launch(launch, stream)
+  }
+
+  override beginCapture(stream: number): void {
+    this.captures++
+    super.beginCapture(stream)
   }
 
   override encodeTensorMap(into: number, map: TensorMapTiled): void {

@@ -64,6 +64,23 @@ export interface ForwardOptions {
 
 /** Decoding sequences that a graph is captured for; a step takes the next larger one. */
 export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
+/** Beyond them, multiples of this. */
+const COARSE_BUCKET = 256
+
+function coarseBucket(rows: number): number {
+  return Math.ceil(rows / COARSE_BUCKET) * COARSE_BUCKET
+}
+
+/** Numbers of rows that products of decode steps are measured for. */
+function bucketsUpTo(rowsMax: number): number[] {
+  const padded = paddedRows(rowsMax)
+  const buckets = BUCKETS.filter((b) => b <= padded)
+  const last = present(BUCKETS.at(-1), 'a bucket')
+  for (let rows = last + 1; rows <= padded; rows = coarseBucket(rows) + 1) {
+    buckets.push(Math.min(coarseBucket(rows), padded))
+  }
+  return buckets
+}
 
 /**
  * What gemv.cu brings into L2 ahead of its turn, and how many rounds of loads before its last the
@@ -201,13 +218,7 @@ export class CudaForward {
 
   /** The bucket that a number of decoding sequences falls into. */
   bucketOf(rows: number): number {
-    return Math.min(
-      present(
-        BUCKETS.find((b) => b >= rows),
-        'a bucket',
-      ),
-      this.rowsMax,
-    )
+    return Math.min(BUCKETS.find((b) => b >= rows) ?? coarseBucket(rows), this.rowsMax)
   }
 
   /**
@@ -384,7 +395,7 @@ export class CudaForward {
   /** Measures every product of decode steps of any bucket, and of a step full of prompts. */
   private tune(): void {
     const { times, say, stepTokens } = this.options
-    const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
+    const buckets = bucketsUpTo(this.rowsMax)
     const prompts = promptRows(stepTokens).filter((rows) => rows > this.rowsMax)
     const ofPrompts = ({ float32 }: Product) => !float32
     const unknown =
@@ -400,7 +411,9 @@ export class CudaForward {
     if (this.hopper === 'measured') this.tuneHopper(few)
     times?.done('matrix products', unknown > 0 ? `${unknown} measured` : undefined)
     // No request is to wait for what can be done now.
-    for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
+    for (const bucket of new Set(
+      [...buckets, this.rowsMax].map((b) => Math.min(b, this.rowsMax)),
+    )) {
       this.capture(bucket)
     }
     times?.done('graphs')
