@@ -90,13 +90,14 @@ interface Part {
 class Side {
   readonly backend: CudaBackend
   private readonly kv: PlainKv
-  private readonly batch = new StepBatch(STEP_TOKENS, SLOTS)
+  private readonly batch: StepBatch
 
-  constructor(model: Model, optionsOf: (layout: KvLayout) => Options) {
+  constructor(model: Model, optionsOf: (layout: KvLayout) => Options, maxSequences = SLOTS) {
     const { device, modules, driver, stream } = gpu
-    this.kv = new PlainKv(driver, gpuKvLayout(model.config, SLOT_TOKENS), SLOTS)
+    this.kv = new PlainKv(driver, gpuKvLayout(model.config, SLOT_TOKENS), maxSequences)
     this.kv.fill(NAN, stream)
-    const limits = { maxSequences: SLOTS, stepTokens: STEP_TOKENS }
+    this.batch = new StepBatch(STEP_TOKENS, maxSequences)
+    const limits = { maxSequences, stepTokens: STEP_TOKENS }
     const options = { ...limits, ...optionsOf(this.kv.layout) }
     this.backend = new CudaBackend(model, { device, modules, kv: this.kv, ...options })
   }
@@ -111,7 +112,7 @@ class Side {
     const { driver, stream } = { driver: gpu.driver, stream: forward.stream }
     const arenaBytes = Math.max(forward.decoding.buffers.bytes, forward.mixed.buffers.bytes)
     driver.fill16(forward['arena'], before, arenaBytes / 2, stream)
-    driver.fill8(forward.logits, 0xff, SLOTS * vocab * 4, stream)
+    driver.fill8(forward.logits, 0xff, this.kv.slots * vocab * 4, stream)
     const e4m3 = forward['e4m3']
     if (e4m3) driver.fill16(e4m3.raw, before, (e4m3.scales - e4m3.raw) / 2, stream)
     batch.clear()
@@ -216,34 +217,58 @@ function near(of: string, kind: string, error: number, tolerance: number, what: 
   assert.ok(error <= tolerance, `${kind}: ${what} is off by ${error}`)
 }
 
+interface Sides {
+  served: Side
+  reference: Side
+}
+
+/**
+ * Computes a step in both ways.
+ * @param again how often it is repeated: each time with the same bits
+ * @param apart what the reference computes by itself
+ */
+function compareStep(
+  { served, reference }: Sides,
+  parts: readonly Part[],
+  again: number,
+  apart: (parts: readonly Part[]) => readonly (readonly Part[])[],
+  check: (error: number, output: number) => void,
+): void {
+  const { vocab } = served.backend
+  const got = served.step(parts)
+  for (let i = 0; i < again; i++) {
+    const bits = served.step(parts, ONE)
+    const same = Buffer.compare(new Uint8Array(bits.buffer), new Uint8Array(got.buffer)) === 0
+    assert.ok(same, 'other bits the next time')
+  }
+  const want = apart(parts).map((some) => reference.step(some))
+  let output = 0
+  for (const logits of want) {
+    for (let at = 0; at < logits.length; at += vocab, output++) {
+      const own = got.subarray(output * vocab, (output + 1) * vocab)
+      check(relativeError(own, logits.subarray(at, at + vocab)), output)
+    }
+  }
+}
+
+const together = (parts: readonly Part[]) => [parts]
+const oneByOne = (parts: readonly Part[]) => parts.map((part) => [part])
+
 /** Runs a schedule; `apart` is how the reference computes a step. */
 function compare(
   what: string,
-  { served, reference }: { served: Side; reference: Side },
+  sides: Sides,
   tolerance: number,
-  apart: (parts: readonly Part[]) => readonly (readonly Part[])[],
+  apart: typeof together | typeof oneByOne,
 ): void {
-  const { vocab } = served.backend
   const random = new Random(7)
-  for (const { name, parts } of new Schedule(19, vocab, [served, reference]).steps()) {
-    const got = served.step(parts)
-    for (let again = 1 + random.below(2); again > 0; again--) {
-      const bits = served.step(parts, ONE)
-      const same = Buffer.compare(new Uint8Array(bits.buffer), new Uint8Array(got.buffer)) === 0
-      assert.ok(same, `${name}: other bits the next time`)
-    }
-    const want = apart(parts).map((some) => reference.step(some))
-    let row = 0
-    for (const logits of want) {
-      for (let at = 0; at < logits.length; at += vocab, row++) {
-        const error = relativeError(
-          got.subarray(row * vocab, (row + 1) * vocab),
-          logits.subarray(at, at + vocab),
-        )
-        const shape = parts.map(({ start, tokens }) => `${start}+${tokens.length}`).join(' ')
-        near(what, name, error, tolerance, `output ${row} of ${shape}`)
-      }
-    }
+  const { served, reference } = sides
+  const schedule = new Schedule(19, served.backend.vocab, [served, reference])
+  for (const { name, parts } of schedule.steps()) {
+    const shape = parts.map(({ start, tokens }) => `${start}+${tokens.length}`).join(' ')
+    compareStep(sides, parts, 1 + random.below(2), apart, (error, output) =>
+      near(what, name, error, tolerance, `output ${output} of ${shape}`),
+    )
   }
 }
 
@@ -259,7 +284,7 @@ for (const [name, sharper] of [
     const { decoding } = served.backend.forward
     const whole = name.includes('llama') ? [1, 2, 4, 5, 64] : []
     for (const rows of whole) assert.equal(decoding.whyNotWhole(rows), undefined)
-    compare(name, { served, reference }, TOLERANCE.bf16, (parts) => [parts])
+    compare(name, { served, reference }, TOLERANCE.bf16, together)
     served.backend.close()
     reference.backend.close()
   })
@@ -272,7 +297,26 @@ test('steps in fp8 are not what their parts are one by one', (t) => {
   const quantization = 'fp8'
   const served = new Side(model, () => ({ ...SERVED, quantization }))
   const reference = new Side(model, (layout) => ({ ...library(model, layout), quantization }))
-  compare('fp8', { served, reference }, TOLERANCE.fp8, (parts) => parts.map((part) => [part]))
+  compare('fp8', { served, reference }, TOLERANCE.fp8, oneByOne)
+  served.backend.close()
+  reference.backend.close()
+})
+
+test('more sequences than graphs were thought of are not decoded as the library does', () => {
+  const model = shallow('dummy:llama-3.1-8b', 2, 4)
+  const most = 600
+  const served = new Side(model, () => SERVED, most)
+  const reference = new Side(model, (layout) => library(model, layout), most)
+  const random = new Random(29)
+  const counts = [most, most - 1, 513]
+  counts.forEach((count, start) => {
+    const parts = Array.from({ length: count }, (_, slot) => {
+      return { slot, start, tokens: [random.below(served.backend.vocab)], wants: true }
+    })
+    compareStep({ served, reference }, parts, 1, together, (error, output) =>
+      near('many', `${count} rows`, error, TOLERANCE.bf16, `output ${output}`),
+    )
+  })
   served.backend.close()
   reference.backend.close()
 })
