@@ -1,6 +1,6 @@
 // Catches a model that a GPU does not run: a launch with more threads or shared memory than there
-// are, memory that is touched beyond its end, steps that nobody thought of. Of well-known models, by
-// their widths, on GPUs of all kinds, in steps of all sizes.
+// are, memory that is touched beyond its end, steps that nobody thought of. Of well-known models,
+// by their widths, on GPUs of all kinds, in steps of all sizes.
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
@@ -179,3 +179,12 @@ for (const name of ['SmolLM2 135M', 'Llama 3.1 8B', 'Qwen3 8B']) {
     }
   }
 }
+
+test('steps of more tokens than a launch has rows are begun', () => {
+  const limits = { maxSequences: 1, stepTokens: 65_535 }
+  run('SmolLM2 135M', 'H100', limits)
+  assert.throws(() => run('SmolLM2 135M', 'H100', { ...limits, stepTokens: 65_536 }), {
+    code: 'usage',
+    todo: 'Give --step-tokens 65535 or fewer.',
+  })
+})
