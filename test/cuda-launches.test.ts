@@ -7,6 +7,8 @@ import { test } from 'node:test'
 import { CudaBackend } from '../src/backends/cuda/backend.ts'
 import { StepBatch } from '../src/backends/backend.ts'
 import { CudaDevice } from '../src/backends/cuda/device.ts'
+import { RELEASE_ROUNDS } from '../src/backends/cuda/forward.ts'
+import { kernelsOf, keyOf } from '../src/backends/cuda/kernel-list.ts'
 import { gpuKvLayout } from '../src/backends/cuda/kv-layout.ts'
 import { type Quantization, whyNotFp8 } from '../src/backends/cuda/quantization.ts'
 import { dummyModel } from '../src/model/dummy.ts'
@@ -126,6 +128,14 @@ function run(name: string, gpu: string, limits = LIMITS, quantization?: Quantiza
   const { state, stream } = backend.forward
   Object.defineProperty(state, 'finished', { get: () => state.steps })
   const { captures } = cuda
+  const list = kernelsOf(model, cuda.devices()[0]!, RELEASE_ROUNDS, maxSequences, quantization)
+  const known = new Set(list.map(keyOf))
+  assert.deepEqual(
+    [...cuda.wanted].filter((kernel) => !known.has(kernel)),
+    [],
+    'not in the list',
+  )
+  const loaded = cuda.wanted.size
   const batch = new StepBatch(stepTokens, maxSequences)
   const tokens = new Int32Array(stepTokens)
   const all = Array<number>(maxSequences).fill(1)
@@ -144,6 +154,7 @@ function run(name: string, gpu: string, limits = LIMITS, quantization?: Quantiza
   }
   backend.close()
   assert.equal(cuda.captures, captures, 'graphs are there before the first step')
+  assert.equal(cuda.wanted.size, loaded, 'and so are kernels')
   assert.ok(cuda.launches.get('sample')! > 0 && cuda.launches.get('embed')! > fitting.length)
 }
 

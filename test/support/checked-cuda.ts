@@ -3,6 +3,7 @@
 // write is known, by their arguments.
 
 import assert from 'node:assert/strict'
+import { keyOf } from '../../src/backends/cuda/kernel-list.ts'
 import type { KernelSource, ModuleCache } from '../../src/backends/cuda/module-cache.ts'
 import type { CublasLt, MatrixLayout } from '../../src/ffi/cublaslt.ts'
 import { MATRIX } from '../../src/ffi/cublaslt.ts'
@@ -165,6 +166,8 @@ export class CheckedCuda extends MockCuda {
   /** By name of a kernel, how often it was launched. */
   readonly launches = new Map<string, number>()
   captures = 0
+  /** Images that were asked for, as `keyOf` names them. */
+  readonly wanted = new Set<string>()
   private readonly info: GpuDevice
   private readonly sources = new Map<number, Defines>()
   private readonly loaded = new Map<number, Loaded>()
@@ -316,9 +319,10 @@ export class CheckedCuda extends MockCuda {
 
   /** Images that say what they are specialised for. */
   images(folder: string): ModuleCache {
-    const get = ({ defines = {} }: KernelSource) => ({
-      image: Buffer.from(JSON.stringify(defines)),
-    })
+    const get = (kernel: KernelSource) => {
+      this.wanted.add(keyOf(kernel))
+      return { image: Buffer.from(JSON.stringify(kernel.defines ?? {})) }
+    }
     return { folder, get } as unknown as ModuleCache
   }
 
