@@ -64,6 +64,23 @@ export interface ForwardOptions {
 
 /** Decoding sequences that a graph is captured for; a step takes the next larger one. */
 export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
+/** Beyond them, multiples of this. */
+const COARSE_BUCKET = 256
+
+function coarseBucket(rows: number): number {
+  return Math.ceil(rows / COARSE_BUCKET) * COARSE_BUCKET
+}
+
+/** Numbers of rows that products of decode steps are measured for. */
+function bucketsUpTo(rowsMax: number): number[] {
+  const padded = paddedRows(rowsMax)
+  const buckets = BUCKETS.filter((b) => b <= padded)
+  const last = present(BUCKETS.at(-1), 'a bucket')
+  for (let rows = last + 1; rows <= padded; rows = coarseBucket(rows) + 1) {
+    buckets.push(Math.min(coarseBucket(rows), padded))
+  }
+  return buckets
+}
 
 /**
  * What gemv.cu brings into L2 ahead of its turn, and how many rounds of loads before its last the
@@ -77,7 +94,7 @@ export const RELEASE_ROUNDS = 0
 /** Of which the fastest counts. */
 const TIMED_GRAPHS = 4
 
-/** Compute capability 9.0, with products of warpgroups. */
+/** Compute capability 9.0, with products of warpgroups; launches may overlap from here on. */
 export const HOPPER = 90
 
 /**
@@ -103,6 +120,8 @@ export class CudaForward {
   readonly logits: number
   readonly matmuls: Matmuls
   private readonly options: ForwardOptions
+  /** Whether kernels may start while the one before them ends. */
+  private readonly overlap: boolean
   private readonly kernels: Kernels
   private readonly attention: Attention
   private readonly choices: Choices
@@ -123,6 +142,7 @@ export class CudaForward {
     const { device, modules, kv, maxSequences, stepTokens } = options
     const { driver, info } = device
     const { config } = model
+    this.overlap = (options.overlap ?? true) && info.capability >= HOPPER
     this.vocab = config.vocab
     this.stream = driver.createStream()
     this.kernels = new Kernels(device, modules)
@@ -170,7 +190,7 @@ export class CudaForward {
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
-      overlap: options.overlap ?? true,
+      overlap: this.overlap,
       skinny: options.skinny ?? true,
       hopperRoom: info.capability === HOPPER ? info.sharedBytesPerBlock : 0,
       hopper: this.hopper,
@@ -187,6 +207,9 @@ export class CudaForward {
     this.fetchLaunch = this.makeFetch()
     this.sampleLaunch = this.makeSample()
     this.publishLaunch = this.makePublish()
+    for (const launch of [this.fetchLaunch, this.sampleLaunch, this.publishLaunch]) {
+      if (this.overlap) launch.programmatic()
+    }
     this.decoding.prepare()
     this.mixed.prepare()
     options.times?.done('loading kernels')
@@ -195,13 +218,7 @@ export class CudaForward {
 
   /** The bucket that a number of decoding sequences falls into. */
   bucketOf(rows: number): number {
-    return Math.min(
-      present(
-        BUCKETS.find((b) => b >= rows),
-        'a bucket',
-      ),
-      this.rowsMax,
-    )
+    return Math.min(BUCKETS.find((b) => b >= rows) ?? coarseBucket(rows), this.rowsMax)
   }
 
   /**
@@ -321,7 +338,6 @@ export class CudaForward {
         ...[s.firstRows, s.starts, s.counts, s.regions],
       )
       .threads(256)
-      .programmatic()
   }
 
   private makeSample(): KernelLaunch {
@@ -338,7 +354,6 @@ export class CudaForward {
         ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
       )
       .threads(1024)
-      .programmatic()
   }
 
   private makePublish(): KernelLaunch {
@@ -351,7 +366,6 @@ export class CudaForward {
         ...[state.counter, state.done],
       )
       .threads(256)
-      .programmatic()
   }
 
   private ropeTable(rope: RopeConfig): { address: number; magnitude: number } {
@@ -381,7 +395,7 @@ export class CudaForward {
   /** Measures every product of decode steps of any bucket, and of a step full of prompts. */
   private tune(): void {
     const { times, say, stepTokens } = this.options
-    const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
+    const buckets = bucketsUpTo(this.rowsMax)
     const prompts = promptRows(stepTokens).filter((rows) => rows > this.rowsMax)
     const ofPrompts = ({ float32 }: Product) => !float32
     const unknown =
@@ -397,7 +411,9 @@ export class CudaForward {
     if (this.hopper === 'measured') this.tuneHopper(few)
     times?.done('matrix products', unknown > 0 ? `${unknown} measured` : undefined)
     // No request is to wait for what can be done now.
-    for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
+    for (const bucket of new Set(
+      [...buckets, this.rowsMax].map((b) => Math.min(b, this.rowsMax)),
+    )) {
       this.capture(bucket)
     }
     times?.done('graphs')

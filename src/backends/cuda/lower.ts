@@ -175,7 +175,7 @@ export class Lowering {
     )
     this.batchSteps.prepare(this.rowsMax)
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
-      const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
+      const launch = tokens <= this.rowsMax ? steps.launch(tokens) : undefined
       return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
     })
   }
