@@ -226,8 +226,8 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
   int done = 0;
   Piece piece;
   while (walk.next(piece)) {
-    const u64 item = (u64)piece.row * KV_HEADS + piece.kvHead;
-    const u64 group = item * GROUP * HEAD_DIM;
+    const int firstK = piece.kvHead * GROUP * HEAD_DIM;
+    const u64 group = (u64)piece.row * (HEADS * HEAD_DIM) + firstK;
     u32 q[COLUMNS][STEPS][2];
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
@@ -276,7 +276,7 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
       const u32 last = walk.blockOf(piece.start + piece.all - 1);
       for (u32 w = walk.worker + 1; w <= last; w++) receive(partOf(w), sums, tag);
     }
-    sums.output(a.out + group, first);
+    sums.output(a.out + inputPlace(piece.row, firstK), first, TOKENS * STEP);
   }
   at.advanceFar((tiles + others) * TILE_PAGES);
 }

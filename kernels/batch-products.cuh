@@ -134,6 +134,7 @@ __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, con
                                           float (&squares)[2]) {
   const bool real = at.ownToken() < a.tokens;
   const u64 place = (u64)at.ownToken() * p.outStride + at.group * 16 + at.ownRow();
+  bf16 *const next = p.next + inputPlace(at.ownToken(), at.group * 16 + at.ownRow());
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u32 old = transpose(__float_as_uint(ahead.word[half]));
@@ -141,7 +142,7 @@ __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, con
     const float x = low(sum), y = high(sum), weight = ahead.word[2 + half];
     squares[0] += x * x, squares[1] += y * y;
     storePair((bf16 *)p.out + place + half * 8, sum, real);
-    storePair(p.next + place + half * 8, pack(x * weight, y * weight), real);
+    storePair(next + half * 8, pack(x * weight, y * weight), real);
   }
 }
 
@@ -149,7 +150,7 @@ __device__ __forceinline__ void finishGlu(const Phase &p, const Products &a, con
                                           const float (&v)[4]) {
   const u32 y = pack(activate(rounded(v[0]), p.gelu) * rounded(v[2]),
                      activate(rounded(v[1]), p.gelu) * rounded(v[3]));
-  bf16 *to = (bf16 *)p.out + (u64)at.ownToken() * p.outStride + at.group * 8 + at.ownRow();
+  bf16 *to = (bf16 *)p.out + inputPlace(at.ownToken(), at.group * 8 + at.ownRow());
   storePair(to, y, at.ownToken() < a.tokens);
 }
 
