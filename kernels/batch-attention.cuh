@@ -196,11 +196,13 @@ __device__ __forceinline__ void meetWorker(int worker) {
 
 /**
  * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first;
- * tag: of no other phase of any step. The phase before is done; `at` moves on.
+ * tag: of no other phase of any step; awaitBefore: until the phase before is done. `at` moves on.
  */
+template <typename AwaitBefore>
 __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &attending,
                                               const Ring &ring, Place &at, float4 *area,
-                                              volatile int *progress, u32 tag) {
+                                              volatile int *progress, u32 tag,
+                                              AwaitBefore awaitBefore) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
   const int worker = threadIdx.x / (32 * WARPS);
   const Arguments a = attending.of(p);
@@ -224,6 +226,7 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     return attending.parts + (of * WARPS + warp) * (PART_WORDS / 2 * 32) + lane;
   };
   int done = 0;
+  awaitBefore();
   Piece piece;
   while (walk.next(piece)) {
     const int firstK = piece.kvHead * GROUP * HEAD_DIM;
