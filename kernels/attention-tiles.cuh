@@ -230,8 +230,8 @@ template <int N> struct Sums {
     }
   }
 
-  /** `to`: the group's first head. */
-  __device__ __forceinline__ void output(bf16 *to, int first) const {
+  /** `to`: the group's first head; from 64 of its elements to the next 64 are `stride`. */
+  __device__ __forceinline__ void output(bf16 *to, int first, int stride = 64) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
@@ -244,7 +244,8 @@ template <int N> struct Sums {
         const u32 low = transpose(pack(x0, x1)), high = transpose(pack(x2, x3));
         const int head = c * 8 + lane / 4;
         if (head >= GROUP || first + s >= STEPS) continue;
-        u32 *const at = (u32 *)(to + head * HEAD_DIM + (first + s) * 16 + lane % 4 * 2);
+        const int place = head * HEAD_DIM + (first + s) * 16;
+        u32 *const at = (u32 *)(to + place / 64 * stride + place % 64 + lane % 4 * 2);
         at[0] = low;
         at[4] = high;
       }

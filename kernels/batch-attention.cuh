@@ -196,11 +196,13 @@ __device__ __forceinline__ void meetWorker(int worker) {
 
 /**
  * area: this worker's, of WARPS · WHOLE; progress: tiles that each worker has seen, 0 at first;
- * tag: of no other phase of any step. The phase before is done; `at` moves on.
+ * tag: of no other phase of any step; awaitBefore: until the phase before is done. `at` moves on.
  */
+template <typename AwaitBefore>
 __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &attending,
                                               const Ring &ring, Place &at, float4 *area,
-                                              volatile int *progress, u32 tag) {
+                                              volatile int *progress, u32 tag,
+                                              AwaitBefore awaitBefore) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
   const int worker = threadIdx.x / (32 * WARPS);
   const Arguments a = attending.of(p);
@@ -224,10 +226,11 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
     return attending.parts + (of * WARPS + warp) * (PART_WORDS / 2 * 32) + lane;
   };
   int done = 0;
+  awaitBefore();
   Piece piece;
   while (walk.next(piece)) {
-    const u64 item = (u64)piece.row * KV_HEADS + piece.kvHead;
-    const u64 group = item * GROUP * HEAD_DIM;
+    const int firstK = piece.kvHead * GROUP * HEAD_DIM;
+    const u64 group = (u64)piece.row * (HEADS * HEAD_DIM) + firstK;
     u32 q[COLUMNS][STEPS][2];
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
@@ -276,7 +279,7 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
       const u32 last = walk.blockOf(piece.start + piece.all - 1);
       for (u32 w = walk.worker + 1; w <= last; w++) receive(partOf(w), sums, tag);
     }
-    sums.output(a.out + group, first);
+    sums.output(a.out + inputPlace(piece.row, firstK), first, TOKENS * STEP);
   }
   at.advanceFar((tiles + others) * TILE_PAGES);
 }

@@ -16,10 +16,10 @@ __device__ __forceinline__ void loadGroups(u32 to, const void *map, int k, int g
                "r"(k), "r"(0), "r"(0), "r"(group), "r"(head), "r"(barrier), "l"(ONCE) : "memory");
 }
 
-__device__ __forceinline__ void loadTokens(u32 to, const void *map, int k, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-               ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(k),
-               "r"(0), "r"(barrier), "l"(OFTEN) : "memory");
+__device__ __forceinline__ void loadTokens(u32 to, const void *map, int step, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+               ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to), "l"(map), "r"(0),
+               "r"(0), "r"(step), "r"(barrier), "l"(OFTEN) : "memory");
 }
 
 /** Lane i brings page i of a step: groups from 4·i on. */
@@ -113,7 +113,7 @@ __device__ __forceinline__ void feedTokens(const Phase *phases, int first, int e
           const Place place = at.after(pages);
           ring.awaitEmpty(place);
           barrierExpect(ring.fullOf(place), INPUT_BYTES);
-          loadTokens(ring.at(place), p.in, step * STEP, ring.fullOf(place));
+          loadTokens(ring.at(place), p.in, step, ring.fullOf(place));
         }
         __syncwarp();
         at.advance(pages + 1);

@@ -28,10 +28,11 @@ static_assert(TOKENS == 32 || TOKENS == 64, "tokens of a step are a page at most
 
 /** As src/backends/cuda/batch-table.ts writes it. */
 struct __align__(16) Phase {
-  /** Weights as [heads, groups, 2, 8, k] in boxes of four groups, and of one; [tokens, k]. */
+  /** Weights as [heads, groups, 2, 8, k] in boxes of four groups, and of one; the input. */
   const TensorMap *four, *one, *in;
+  /** ATTENTION, GLU: as `inputPlace` says. */
   void *out;
-  /** ADD: what the next product reads, and the float32 weights by row that are in it. */
+  /** ADD: the next product's input, as `inputPlace` says; float32 weights by row that are in it. */
   bf16 *next;
   const float *norm;
   /** ATTENTION */
@@ -59,6 +60,14 @@ struct __align__(16) Phase {
   int unused;
 };
 static_assert(sizeof(Phase) == 128, "the host writes phases");
+
+/**
+ * Where an element of a product's input lies: as [K / 64, TOKENS, 64]. A page of it, which many
+ * blocks read at about the same time, is one piece of memory.
+ */
+__device__ __forceinline__ int inputPlace(int token, int k) {
+  return (k / STEP * TOKENS + token) * STEP + k % STEP;
+}
 
 /** What a block does of a product: groups of a tile, in rounds, and steps of K. */
 struct Share {

@@ -134,6 +134,7 @@ __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, con
                                           float (&squares)[2]) {
   const bool real = at.ownToken() < a.tokens;
   const u64 place = (u64)at.ownToken() * p.outStride + at.group * 16 + at.ownRow();
+  bf16 *const next = p.next + inputPlace(at.ownToken(), at.group * 16 + at.ownRow());
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u32 old = transpose(__float_as_uint(ahead.word[half]));
@@ -141,7 +142,7 @@ __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, con
     const float x = low(sum), y = high(sum), weight = ahead.word[2 + half];
     squares[0] += x * x, squares[1] += y * y;
     storePair((bf16 *)p.out + place + half * 8, sum, real);
-    storePair(p.next + place + half * 8, pack(x * weight, y * weight), real);
+    storePair(next + half * 8, pack(x * weight, y * weight), real);
   }
 }
 
@@ -149,7 +150,7 @@ __device__ __forceinline__ void finishGlu(const Phase &p, const Products &a, con
                                           const float (&v)[4]) {
   const u32 y = pack(activate(rounded(v[0]), p.gelu) * rounded(v[2]),
                      activate(rounded(v[1]), p.gelu) * rounded(v[3]));
-  bf16 *to = (bf16 *)p.out + (u64)at.ownToken() * p.outStride + at.group * 8 + at.ownRow();
+  bf16 *to = (bf16 *)p.out + inputPlace(at.ownToken(), at.group * 8 + at.ownRow());
   storePair(to, y, at.ownToken() < a.tokens);
 }
 
@@ -260,7 +261,18 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
     if (j > 0 && end.page(j) >= end.pages) continue;
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; i++) {
-      give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
+      if (i / OWN != peer) give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
+    }
+  }
+  float own[ROUNDS][OWN][4];
+#pragma unroll
+  for (int j = 0; j < ROUNDS; j++) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; i++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        own[j][i % OWN][k] = i < OWN || i / OWN == peer ? d[j][i * 4 + k] : own[j][i % OWN][k];
+      }
     }
   }
   float squares[OWN][2] = {};
@@ -275,7 +287,6 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
     auto source = [&](int r, int u) {
       return taken + r * OF_PEER + (j * FRAGMENTS + u) * CONSUMERS;
     };
-    // Its own sums come back the same way: that is less to do than to keep them.
     uint4 seen[SPLIT][OWN];
     bool all = false;
     for (u32 spins = 0; !all; spins++) {
@@ -283,12 +294,14 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
 #pragma unroll
-        for (int u = 0; u < OWN; u++) seen[r][u] = look(source(r, u));
+        for (int u = 0; u < OWN; u++) {
+          if (r != peer) seen[r][u] = look(source(r, u));
+        }
       }
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
 #pragma unroll
-        for (int u = 0; u < OWN; u++) all = isThere(seen[r][u], turn[j]) && all;
+        for (int u = 0; u < OWN; u++) all = (r == peer || isThere(seen[r][u], turn[j])) && all;
       }
       if (spins == SPINS_MAX) __trap();
     }
@@ -298,8 +311,11 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
       float sum[4] = {};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
-        sum[0] += __uint_as_float(seen[r][u].x), sum[1] += __uint_as_float(seen[r][u].y);
-        sum[2] += __uint_as_float(seen[r][u].z), sum[3] += __uint_as_float(seen[r][u].w);
+        const bool mine = r == peer;
+        sum[0] += mine ? own[j][u][0] : __uint_as_float(seen[r][u].x);
+        sum[1] += mine ? own[j][u][1] : __uint_as_float(seen[r][u].y);
+        sum[2] += mine ? own[j][u][2] : __uint_as_float(seen[r][u].z);
+        sum[3] += mine ? own[j][u][3] : __uint_as_float(seen[r][u].w);
       }
       if (!end.real(j)) continue;
       const Piece16 at = {end.groupOf(j), (peer * OWN + u) * 8};

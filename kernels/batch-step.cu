@@ -52,10 +52,11 @@ __device__ __forceinline__ void work(const Phase *phases, int first, int end,
     fetch(n + 1);
     bool mine = true;
     if (p.kind == ATTENTION) {
-      if (threadIdx.x == 0 && n > first) counters.await(n - 1, p.arrivals);
-      meet();
       attendStretch(p, attending, ring, at, area + threadIdx.x / 128 * WARPS * WHOLE, progress,
-                    counters.step * PHASES_MAX + n + 1);
+                    counters.step * PHASES_MAX + n + 1, [&] {
+                      if (threadIdx.x == 0 && n > first) counters.await(n - 1, p.arrivals);
+                      meet();
+                    });
     } else if (Share(p).some) {
       multiplyShare(p, products, ring, at);
     } else {

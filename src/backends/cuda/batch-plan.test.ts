@@ -90,6 +90,7 @@ test('what the kernel cannot do is planned all the same', () => {
   const broken: [string, (phase: Phase) => Phase][] = [
     ['stored', (phase) => (phase.kind === 'add' ? { ...phase, kind: 'store' } : phase)],
     ['no norm', (phase) => (phase.kind === 'glu' ? { ...phase, norm: undefined } : phase)],
+    ['another product', (phase) => (phase.kind === 'add' ? { ...phase, in: 12345 } : phase)],
     ['another sum', (phase) => (phase.kind === 'glu' ? { ...phase, in: 12345 } : phase)],
     [
       'half of a head',
@@ -100,11 +101,13 @@ test('what the kernel cannot do is planned all the same', () => {
   assert.ok('reason' in plan((phase) => phase, { ...config, headDim: 96 }), 'heads of 96')
 })
 
+const INPUTS = { first: 0x6000, add: 0x6001, attention: 0x6002, glu: 0x6003 }
+
 test('the table has other addresses, counts or maps than the plan', () => {
   const { config, matrix } = modelOf('dummy:llama-3.1-8b')
   const plan = planOf('dummy:llama-3.1-8b')
   const table = new BatchTable(plan, {
-    ...{ blocks: BLOCKS, config, tokens: 64, room: 64, logits: 0x7000, normed: 0x6000 },
+    ...{ blocks: BLOCKS, config, tokens: 64, logits: 0x7000, inputs: INPUTS },
     place: (value) => ({ address: 0x100000 * (value + 1), stride: 4096, width: 4096 }),
     matrix: (names) => ({ address: 0x5000, ...matrix(names) }),
     vector: () => 0x4000,
@@ -120,6 +123,10 @@ test('the table has other addresses, counts or maps than the plan', () => {
   plan.phases.forEach((phase, i) => {
     const sharing = plan.sharings[i]
     assert.equal(integer(i, 8), i === 0 ? 0 : arrivalsOf(plan, i - 1, BLOCKS))
+    const { kind } = phase
+    const written = kind === 'attention' || kind === 'glu' ? address(i, 3) : undefined
+    assert.equal(written, kind === 'attention' || kind === 'glu' ? INPUTS[kind] : undefined)
+    if (kind === 'add') assert.equal(address(i, 4), INPUTS.add)
     if (!sharing) {
       assert.equal(integer(i, 13), phase.layer * 16)
       return assert.equal(mapOf(i, 2)?.address, 0x3000)
@@ -133,8 +140,13 @@ test('the table has other addresses, counts or maps than the plan', () => {
       rows * k,
       'every element once',
     )
-    assert.equal(input?.dimensions[0], k)
-    assert.equal(input?.address === 0x6000, phase.norm !== undefined, 'normed rows are read')
+    // What one phase writes the next one reads: 64 elements of all tokens lie together.
+    const before = plan.phases[i - 1]?.kind
+    const maker = before === 'attention' || before === 'glu' || before === 'add' ? before : 'first'
+    assert.equal(input?.address, INPUTS[maker])
+    assert.deepEqual(input?.dimensions, [64, 64, k / 64])
+    assert.deepEqual(input?.strides, maker === 'first' ? [2 * k, 128] : [128, 8192])
+    assert.equal(maker === 'add' || maker === 'first', phase.norm !== undefined, 'normed rows')
     // Of a norm: the sums of squares of the tiles that the sum before it had.
     const squares = phase.norm && i > 0 ? present(plan.sharings[i - 1], 'a sum').tiles : 0
     assert.deepEqual([integer(i, 9), integer(i, 3)], [squares, sharing.tiles])

@@ -109,7 +109,7 @@ export function planBatch(
       continue
     }
     const { rows, k } = matrixOf(phase.weights)
-    if (rows % (2 * GROUP_ROWS) !== 0 || k % 8 !== 0) {
+    if (rows % (2 * GROUP_ROWS) !== 0 || k % STEP !== 0) {
       return { reason: `a matrix of ${rows} rows of ${k} is not made of whole groups` }
     }
     const sharing = sharingOf(rows, k, blocks, phase.kind)
@@ -140,6 +140,10 @@ function whyNot(
   if (!before && !norm) return 'what is embedded is not normed'
   if (kind === 'add' && !after?.norm) return 'a sum is not normed'
   if (kind === 'add' && norm) return 'what is normed is added to'
+  const made = before?.kind === 'attention' || before?.kind === 'glu'
+  if (kind === 'add' && (!made || before.out !== phase.in)) {
+    return 'what is multiplied is no result of attention or of an activation'
+  }
   return undefined
 }
 
@@ -183,6 +187,18 @@ export function batchVariant(
     partBytes: blocks * WORKERS * WARPS * columns * (share + 1) * 4 * 32 * 8,
     exchangeBytes: tiles * SPLIT * 2 * fragments * CONSUMERS * 16,
   }
+}
+
+/** Elements that products read of a row that such a phase makes; of the first product's without. */
+export function widthAfter(
+  { phases }: Pick<BatchPlan, 'phases'>,
+  maker: PhaseKind | undefined,
+  kOf: (weights: readonly string[]) => number,
+): number {
+  const readers = phases.filter(
+    ({ kind }, i) => phases[i - 1]?.kind === maker && kind !== 'attention',
+  )
+  return Math.max(0, ...readers.map(({ weights }) => kOf(weights)))
 }
 
 /** Blocks that signal the end of phase `i`. */

@@ -16,9 +16,10 @@ import {
   batchVariant,
   columnsUpTo,
   planBatch,
+  widthAfter,
 } from './batch-plan.ts'
-import { BatchTable, MAP_BYTES } from './batch-table.ts'
-import { planStep, type Unplanned } from './decode-step.ts'
+import { type BatchPlaces, BatchTable, MAP_BYTES } from './batch-table.ts'
+import { type PhaseKind, planStep, type Unplanned } from './decode-step.ts'
 import { fuseSkinny, type Node } from './fuse.ts'
 import type { LowerContext } from './lower-context.ts'
 
@@ -48,8 +49,6 @@ export class BatchSteps {
   private readonly context: LowerContext
   private readonly config: ModelConfig
   private readonly place: (value: Value) => Place
-  /** Rows that buffers have. */
-  private readonly room: number
   private readonly plan: BatchPlan | Unplanned
   /** By columns. */
   private readonly launches = new Map<number, BatchLaunch | undefined>()
@@ -61,12 +60,10 @@ export class BatchSteps {
     config: ModelConfig,
     nodes: readonly Node[],
     place: (value: Value) => Place,
-    room: number,
   ) {
     this.context = context
     this.config = config
     this.place = place
-    this.room = room
     this.plan = this.makePlan(nodes)
   }
 
@@ -97,6 +94,8 @@ export class BatchSteps {
     for (const block of this.blocks) this.context.driver.free(block.address)
   }
 
+  private readonly k = (names: readonly string[]): number => this.context.weights.joined(names).k
+
   private makePlan(nodes: readonly Node[]): BatchPlan | Unplanned {
     const { wholeSteps, hopperRoom, hopper, weights, multiprocessors } = this.context
     if (!wholeSteps || hopper === 'never') return { reason: 'it is switched off' }
@@ -122,12 +121,20 @@ export class BatchSteps {
     }
     const { phases } = plan
     const first = present(phases[0], 'a phase')
-    const width = present(this.context.weights.joined(first.weights), 'a matrix').k
     const { partBytes, exchangeBytes } = variant
-    // A phase, its maps, its counter; turns and sums of squares; what is read of a row.
-    const rest = phases.length * 1024 + columns * (width * 2 + 1024 + multiprocessors * 4)
+    const inputBytes = (after: PhaseKind | undefined) =>
+      columns * widthAfter(plan, after, this.k) * 2
+    const kinds = [undefined, 'add', 'attention', 'glu'] as const
+    const inputsBytes = kinds.reduce((sum, kind) => sum + inputBytes(kind), 0)
+    // A phase, its maps, its counter; turns and sums of squares; what products read.
+    const rest = phases.length * 1024 + columns * (1024 + multiprocessors * 4) + inputsBytes
     this.reserve(partBytes + exchangeBytes + rest + PAGE_BYTES)
-    const normed = this.filled(columns * width * 2, 0)
+    const inputs = {
+      first: this.filled(inputBytes(undefined), 0),
+      add: this.filled(inputBytes('add'), 0),
+      attention: this.filled(inputBytes('attention'), 0),
+      glu: this.filled(inputBytes('glu'), 0),
+    }
     const { positions, lengths, bases, regions } = state.rows.tokens
     const rope = present(phases.flatMap((phase) => phase.rope ?? [])[0], 'a rotation')
     const turn = this.context.ropeTable(rope)
@@ -137,13 +144,13 @@ export class BatchSteps {
     if (this.context.overlap) step.programmatic()
     step.grid(multiprocessors).threads(variant.threads).sharedBytes(variant.sharedBytes)
     step.setAll(
-      ...[this.table(plan, variant, normed), 0, phases.length, 1, counters, columns],
+      ...[this.table(plan, variant, inputs), 0, phases.length, 1, counters, columns],
       ...[positions, lengths, bases, regions, kv.address, layout.slotBytes, layout.tokenStride],
       ...[this.config.attentionScale, this.filled(variant.partBytes, 0)],
       ...[this.filled(variant.exchangeBytes, 0xff), this.filled(multiprocessors * columns * 4, 0)],
       ...[this.filled(columns * headDim * 4, 0), turn.address, turn.magnitude],
     )
-    return { norm: this.norm(present(first.norm, 'a norm'), first.in, normed), step }
+    return { norm: this.norm(present(first.norm, 'a norm'), first.in, inputs.first), step }
   }
 
   private norm({ weight, eps }: { weight: string; eps: number }, x: Value, out: number) {
@@ -155,18 +162,17 @@ export class BatchSteps {
     return overlap ? launch.programmatic() : launch
   }
 
-  private table(plan: BatchPlan, { tokens }: BatchVariant, normed: number): number {
+  private table(plan: BatchPlan, { tokens }: BatchVariant, inputs: BatchPlaces['inputs']): number {
     const { driver, weights, logits, layout, multiprocessors, state } = this.context
     const table = new BatchTable(plan, {
       blocks: multiprocessors,
       config: this.config,
       tokens,
-      room: this.room,
       place: this.place,
       matrix: (names) => weights.joined(names),
       vector: (name) => weights.vector(name),
       logits,
-      normed,
+      inputs,
       layerStride: layout.layerStride,
       kvMap: this.kvMap(),
     })

@@ -6,7 +6,7 @@ import type { TensorMapTiled } from '../../ffi/cuda.ts'
 import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import { arrivalsOf, type BatchPlan } from './batch-plan.ts'
-import { PHASE, type Phase } from './decode-step.ts'
+import { PHASE, type Phase, type PhaseKind } from './decode-step.ts'
 
 /** sizeof(Phase) in batch-phases.cuh, and of a tensor map. */
 const PHASE_BYTES = 128
@@ -29,15 +29,17 @@ export interface Matrix {
 export interface BatchPlaces {
   blocks: number
   config: Pick<ModelConfig, 'kvHeads' | 'headDim'>
-  /** Columns of the kernel's products, and rows that buffers have. */
+  /** Columns of the kernel's products. */
   tokens: number
-  room: number
   place: (value: Value) => { address: number; stride: number; width: number }
   matrix: (weights: readonly string[]) => Matrix
   vector: (name: string) => number
   logits: number
-  /** What the next norm's weights are multiplied into: [tokens, elements of a row] bf16. */
-  normed: number
+  /**
+   * What products read, bf16: the first one [tokens, k], others [k / 64, tokens, 64], by the phase
+   * that makes it.
+   */
+  inputs: Readonly<Record<'first' | 'add' | 'attention' | 'glu', number>>
   layerStride: number
   kvMap: TensorMapTiled
 }
@@ -62,9 +64,13 @@ export class BatchTable {
       const weights = this.maps.length
       const { headDim } = places.config
       this.maps.push(...BOX_GROUPS.map((groups) => weightMap(phase, matrix, headDim, groups)))
-      const { address, stride } = this.inputOf(phase, matrix.k)
-      const input = () => tokenMap(address, matrix.k, stride, places)
-      return { in: this.mapOf(`${address} ${matrix.k}`, input), weights }
+      const { k } = matrix
+      const before = plan.phases[plan.phases.indexOf(phase) - 1]?.kind
+      const { first } = places.inputs
+      const address = isMaker(before) ? places.inputs[before] : first
+      const strides = address === first ? [k, STEP] : [STEP, places.tokens * STEP]
+      const input = () => tokenMap(address, k, strides, places.tokens)
+      return { in: this.mapOf(`${address} ${k}`, input), weights }
     })
   }
 
@@ -82,16 +88,13 @@ export class BatchTable {
       const mapAt = (map: number) => mapsAt + map * MAP_BYTES
       const sharing = sharings[i]
       const matrix = sharing ? places.matrix(phase.weights) : { rows: 0, k: 0 }
-      const logits = phase.kind === 'logits'
-      const out = logits
-        ? { address: places.logits, stride: matrix.rows }
-        : places.place(present(phase.out, 'what a phase makes'))
+      const out = this.outOf(phase, matrix)
       const adds = phase.kind === 'add'
       const attends = phase.kind === 'attention'
       const next = phases[i + 1]?.norm
       const addresses = [
         ...[mapAt(maps.weights), mapAt(attends ? maps.weights : maps.weights + 1)],
-        ...[mapAt(maps.in), out.address, adds ? places.normed : 0],
+        ...[mapAt(maps.in), out.address, adds ? places.inputs.add : 0],
         ...[adds && next ? places.vector(next.weight) : 0],
         ...[attends ? places.place(phase.in).address : 0, phase.layer * places.layerStride],
       ]
@@ -110,8 +113,11 @@ export class BatchTable {
     })
   }
 
-  private inputOf(phase: Phase, k: number): { address: number; stride: number } {
-    return phase.norm ? { address: this.places.normed, stride: k } : this.places.place(phase.in)
+  private outOf({ kind, out }: Phase, { rows }: { rows: number }) {
+    const { logits, inputs, place } = this.places
+    if (kind === 'logits') return { address: logits, stride: rows }
+    if (kind === 'attention' || kind === 'glu') return { address: inputs[kind], stride: 0 }
+    return place(present(out, 'what a phase makes'))
   }
 
   private mapOf(key: string, make: () => TensorMapTiled): number {
@@ -165,17 +171,23 @@ function weightMap(
   }
 }
 
+/** @param strides of tokens, and of 64 elements of each, in elements */
 function tokenMap(
   address: number,
   k: number,
-  stride: number,
-  { tokens, room }: Pick<BatchPlaces, 'tokens' | 'room'>,
+  strides: readonly number[],
+  tokens: number,
 ): TensorMapTiled {
   return {
     ...COMMON,
     address,
-    dimensions: [k, Math.min(tokens, room)],
-    strides: [stride * BF16],
-    box: [STEP, tokens],
+    dimensions: [STEP, tokens, k / STEP],
+    strides: strides.map((stride) => stride * BF16),
+    box: [STEP, tokens, 1],
   }
+}
+
+/** Whether what a phase makes is what the next one's weights are multiplied by. */
+function isMaker(kind: PhaseKind | undefined): kind is 'add' | 'attention' | 'glu' {
+  return kind === 'add' || kind === 'attention' || kind === 'glu'
 }

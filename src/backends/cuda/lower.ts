@@ -166,12 +166,8 @@ export class Lowering {
       this.place(value),
     )
     this.wholeSteps = steps
-    this.batchSteps = new BatchSteps(
-      this.context,
-      this.program.config,
-      this.nodes,
-      (value) => this.place(value),
-      this.room.tokens,
+    this.batchSteps = new BatchSteps(this.context, this.program.config, this.nodes, (value) =>
+      this.place(value),
     )
     this.batchSteps.prepare(this.rowsMax)
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
