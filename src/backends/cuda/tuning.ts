@@ -4,7 +4,7 @@
 import type { CudaDriver } from '../../ffi/cuda.ts'
 import { bucketsUpTo, promptRows } from './buckets.ts'
 import type { Choices } from './choices.ts'
-import type { E4m3 } from './e4m3-products.ts'
+import type { E4m3 } from './e4m3-rows.ts'
 import { GEMV_TOKENS_MAX } from './gemv.ts'
 import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import type { Lowering } from './lower.ts'
