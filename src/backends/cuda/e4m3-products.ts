@@ -1,5 +1,5 @@
-// Owns the launches around products of e4m3: what the kernels before and after one are given so that
-// they quantise and scale on their way.
+// Owns the launches around products of e4m3: what the kernels before and after one are given, so
+// that they quantise and scale on their way.
 
 import { present } from '../../assert.ts'
 import { KernelLaunch } from '../../ffi/kernel-launch.ts'
