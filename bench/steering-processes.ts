@@ -8,7 +8,7 @@ import { Random } from '../test/support/random.ts'
 import { temporaryDirectory } from '../test/support/temporary.ts'
 import { cacheBytes, makeTrace, type Turn } from './steering-trace.ts'
 
-/** Requests that run at once when it is measured. */
+/** Requests that run at once, over all replicas. */
 const RUNNING = 16
 /** The longest prompt, and an answer. */
 const CONTEXT = 49_152
@@ -103,21 +103,21 @@ export async function measureProcesses(
 
 /**
  * @param cache bytes of text that each engine's cache holds
- * @param atOnce requests that run at once, over all replicas; with one, every run of a trace is the
- *   same
+ * @param inRounds all that may run are admitted before one of them runs, and end before the next
+ *   are: whose turn comes when, and beside whom, does not depend on the machine
  */
 export async function replay(
   processes: number,
   cache: number,
   trace: readonly Turn[],
   chooser: keyof typeof CHOOSERS,
-  atOnce = RUNNING,
+  inRounds = false,
 ): Promise<Row> {
   const two = await twoHosts()
   const stage: Stage = { two, engines: [two.server] }
   try {
     await open(stage, processes, cache * TOKEN_BYTES)
-    const { told, given } = await drive(stage, trace, CHOOSERS[chooser](), atOnce)
+    const { told, given } = await drive(stage, trace, CHOOSERS[chooser](), inRounds)
     const counts = await Promise.all(stage.engines.map((engine) => engine.call('engine')))
     const hits = counts.reduce((sum, { prefixHits = 0 }) => sum + prefixHits, 0)
     const queries = counts.reduce((sum, { prefixQueries = 0 }) => sum + prefixQueries, 0)
@@ -148,7 +148,7 @@ async function drive(
   stage: Stage,
   trace: readonly Turn[],
   choose: Chooser,
-  atOnce: number,
+  inRounds: boolean,
 ): Promise<{ told: number; given: number[] }> {
   const { two, engines } = stage
   const { client, server } = two
@@ -157,6 +157,10 @@ async function drive(
   const rest = [...trace]
   const busy = new Set<number>()
   const running = new Set<Promise<void>>()
+  const admitted: (() => void)[] = []
+  const run = (): void => {
+    for (const begin of admitted.splice(0)) begin()
+  }
   let told = 0
   const finish = async (id: number, chat: number, replica: number): Promise<void> => {
     const { cachedTokens } = await client.call('finish', id)
@@ -166,8 +170,9 @@ async function drive(
   }
   while (rest.length > 0) {
     const next = rest.findIndex(({ chat }) => !busy.has(chat))
-    if (running.size >= atOnce || next < 0) {
-      await Promise.race(running)
+    if (running.size + admitted.length >= RUNNING || next < 0) {
+      run()
+      await (inRounds ? Promise.all(running) : Promise.race(running))
       continue
     }
     const [{ chat, prompt }] = rest.splice(next, 1) as [Turn]
@@ -180,9 +185,13 @@ async function drive(
     given[replica]!++
     load[replica]!++
     busy.add(chat)
-    const run = finish(id, chat, replica).finally(() => running.delete(run))
-    running.add(run)
+    admitted.push(() => {
+      const done = finish(id, chat, replica).finally(() => running.delete(done))
+      running.add(done)
+    })
+    if (!inRounds) run()
   }
+  run()
   await Promise.all(running)
   return { told, given }
 }

@@ -20,8 +20,7 @@ test(
     const trace = makeTrace(CHATS, new Random(SEED))
     const rates: number[] = []
     for (const chooser of ['program', 'round robin'] as const) {
-      // One at a time: with more, whose next turn comes first is up to the machine.
-      const row = await replay(PROCESSES, CACHE, trace, chooser, 1)
+      const row = await replay(PROCESSES, CACHE, trace, chooser, true)
       const { hits, queries, told, requests } = row
       t.diagnostic(`${chooser}: ${hits} of ${queries} tokens, seed ${SEED}`)
       assert.equal(requests, trace.length)
@@ -30,8 +29,8 @@ test(
     }
     const [program = 0, inTurn = 0] = rates
     const followed = followedShare(trace)
-    // 0.81 and 0.54 when this was written, of 0.78 without what chats share. What an engine holds
-    // is known a moment after its answer, so that now and then a turn goes elsewhere.
+    // 0.78 and 0.56 when this was written, and 0.57 to 0.59 if no engine says what it holds. That is
+    // known a moment after an answer, so that now and then a turn goes elsewhere.
     assert.ok(program > (followed + inTurn) / 2, `${program} against ${inTurn} of ${followed}`)
   },
 )
