@@ -29,8 +29,8 @@ test(
     }
     const [program = 0, inTurn = 0] = rates
     const followed = followedShare(trace)
-    // 0.78 and 0.56 when this was written, and 0.57 to 0.59 if no engine says what it holds. That is
-    // known a moment after an answer, so that now and then a turn goes elsewhere.
+    // 0.78 and 0.56 when this was written, and 0.57 to 0.59 if no engine says what it holds. That
+    // is known a moment after an answer, so that now and then a turn goes elsewhere.
     assert.ok(program > (followed + inTurn) / 2, `${program} against ${inTurn} of ${followed}`)
   },
 )
