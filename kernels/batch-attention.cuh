@@ -276,7 +276,7 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
       const u32 last = walk.blockOf(piece.start + piece.all - 1);
       for (u32 w = walk.worker + 1; w <= last; w++) receive(partOf(w), sums, tag);
     }
-    sums.output(a.out + group, first);
+    sums.output<E4M3>(a.out + group, first);
   }
   at.advanceFar((tiles + others) * TILE_PAGES);
 }
