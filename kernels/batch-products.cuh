@@ -9,6 +9,7 @@
 // and who wants it looks until that bit has changed. (2^-24 of a part of a sum is lost.)
 #pragma once
 #include "batch-attention.cuh"
+#include "batch-e4m3.cuh"
 
 constexpr int FRAGMENTS = TOKENS / 8;
 constexpr int SPLIT = 4;  // blocks that share a tile, if any do
@@ -29,6 +30,8 @@ struct Products {
   const float2 *turns;
   /** In shared memory: [SCALE_PARTS, TOKENS]; [warp, TOKENS]; [TOKENS]. */
   float *scaleParts, *warpSquares, *scales;
+  /** Of a round's rows in their groups, in shared memory; see fetchScales. */
+  bf16 *rowScales;
 };
 
 __device__ __forceinline__ void give(uint4 *to, const float *v, u32 turn) {
@@ -128,13 +131,19 @@ __device__ __forceinline__ void storePair(bf16 *to, u32 x, bool real) {
   if (real) *(u32 *)to = mine;
 }
 
+/** The same for an input of e4m3's products: `to` is the 16 that it is the first or second 8 of. */
+__device__ __forceinline__ void storeEvens(bf16 *to, int half, u32 x, bool real) {
+  const u32 mine = evensApart(transpose(x));
+  if (real) *((u32 *)to + half * 2 + evensPlace()) = mine;
+}
+
 /** @param squares of the two tokens, added to */
 __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, const Piece16 &at,
                                           const float (&v)[4], const Ahead &ahead,
                                           float (&squares)[2]) {
   const bool real = at.ownToken() < a.tokens;
   const u64 place = (u64)at.ownToken() * p.outStride + at.group * 16 + at.ownRow();
-  bf16 *const next = p.next + inputPlace(at.ownToken(), at.group * 16 + at.ownRow());
+  bf16 *const next = p.next + inputPlace(at.ownToken(), at.group * 16);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u32 old = transpose(__float_as_uint(ahead.word[half]));
@@ -142,7 +151,9 @@ __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, con
     const float x = low(sum), y = high(sum), weight = ahead.word[2 + half];
     squares[0] += x * x, squares[1] += y * y;
     storePair((bf16 *)p.out + place + half * 8, sum, real);
-    storePair(next + half * 8, pack(x * weight, y * weight), real);
+    const u32 input = pack(x * weight, y * weight);
+    if (E4M3 && p.evens) storeEvens(next, half, input, real);
+    else storePair(next + at.ownRow() + half * 8, input, real);
   }
 }
 
@@ -150,8 +161,13 @@ __device__ __forceinline__ void finishGlu(const Phase &p, const Products &a, con
                                           const float (&v)[4]) {
   const u32 y = pack(activate(rounded(v[0]), p.gelu) * rounded(v[2]),
                      activate(rounded(v[1]), p.gelu) * rounded(v[3]));
-  bf16 *to = (bf16 *)p.out + inputPlace(at.ownToken(), at.group * 8 + at.ownRow());
-  storePair(to, y, at.ownToken() < a.tokens);
+  const bool real = at.ownToken() < a.tokens;
+  if (E4M3) {
+    bf16 *to = (bf16 *)p.out + inputPlace(at.ownToken(), at.group / 2 * 16);
+    storeEvens(to, at.group % 2, y, real);
+  } else {
+    storePair((bf16 *)p.out + inputPlace(at.ownToken(), at.group * 8 + at.ownRow()), y, real);
+  }
 }
 
 __device__ __forceinline__ void finishRope(const Phase &p, const Products &a, const Piece16 &at,
@@ -209,6 +225,15 @@ struct Scaled {
   }
 };
 
+/** What products of e4m3 are multiplied by, in a fragment of a page. */
+__device__ __forceinline__ void scaleRows(const Products &a, const End &end, int j,
+                                          float (&v)[4]) {
+  if (!E4M3) return;
+  const bf16 *at = a.rowScales + (end.groupOf(j) - end.group) * 16 + threadIdx.x % 32 / 4;
+  const float row = widen(at[0]), partner = widen(at[8]);
+  v[0] *= row, v[1] *= row, v[2] *= partner, v[3] *= partner;
+}
+
 /** The end of a tile whose sums `d` [page of two, fragment, 4] this block has alone. */
 template <int KIND>
 __device__ __forceinline__ void finishWhole(const Phase &phase, const Products &a, const End &end,
@@ -223,6 +248,7 @@ __device__ __forceinline__ void finishWhole(const Phase &phase, const Products &
       float sums[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[i] = j ? d[1][u * 4 + i] : d[0][u * 4 + i];
+      if (KIND == GLU) scaleRows(a, end, j, sums);
       const Scaled y(a, at, sums);
       if (KIND == GLU) finishGlu(p, a, at, y.x);
       else finishLogits(p, a, at, y.x);
@@ -318,6 +344,7 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
         sum[3] += mine ? own[j][u][3] : __uint_as_float(seen[r][u].w);
       }
       if (!end.real(j)) continue;
+      scaleRows(a, end, j, sum);
       const Piece16 at = {end.groupOf(j), (peer * OWN + u) * 8};
       if (KIND == ADD) finishAdd(p, a, at, sum, ahead[u], squares[u]);
       else finishRope(p, a, at, Scaled(a, at, sum).x, ahead[u]);
@@ -387,8 +414,22 @@ __device__ __forceinline__ void multiplyShare(const Phase &p, const Products &a,
     const int pages = (groups + PAGE_GROUPS - 1) / PAGE_GROUPS;
     const bool scales = p.squares > 0 && group == share.from;
     float d[2][FRAGMENTS * 4];
-    if (threadIdx.x / 128 + 2 < pages) multiplySteps<true>(p, a, ring, at, share, scales, pages, d);
-    else multiplySteps<false>(p, a, ring, at, share, scales, pages, d);
+    const bool two = threadIdx.x / 128 + 2 < pages;
+    if (p.narrow()) {
+      if (group > share.from) meet();
+      fetchScales(p, a.rowScales, group, groups);
+      auto begun = [&] {
+        if (scales) loadScales(p, a);
+      };
+      if (two) multiplyNarrow<true>(ring, at, share, pages, d, begun);
+      else multiplyNarrow<false>(ring, at, share, pages, d, begun);
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      if (group > share.from) meet();
+    } else if (two) {
+      multiplySteps<true>(p, a, ring, at, share, scales, pages, d);
+    } else {
+      multiplySteps<false>(p, a, ring, at, share, scales, pages, d);
+    }
     if (group == share.from) computeScales(p, a);
     const End end = {share, group, pages};
     if (p.kind == ADD) finishShared<ADD>(p, a, end, d);

@@ -80,6 +80,12 @@ __device__ __forceinline__ void publishShared() {
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##COUNT \
                  "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", 1, 1, 1, 1;" \
                  : SUMS_##COUNT(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  } \
+  /** d [64, COLUMNS] += a [64, 16] · bᵀ, a from registers, b rows of 16. */ \
+  __device__ __forceinline__ void productHalf(float (&d)[COUNT], const u32 (&a)[4], u64 b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##COUNT \
+                 "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", 1, 1, 1, 0;" \
+                 : SUMS_##COUNT(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
 
 PRODUCTS(8, 4, 4, 5, 6, 7, 8)
