@@ -17,8 +17,8 @@
 #include "batch-feed.cuh"
 #include "batch-products.cuh"
 
-// In floats; SCALE_PARTS is less than warps.
-constexpr int ROW_SCALES = (2 * CONSUMERS / 32 + 1) * TOKENS;
+// In floats.
+constexpr int ROW_SCALES = (CONSUMERS / 32 + 1) * TOKENS;
 constexpr int SCRATCH = ROW_SCALES + SCALES_BYTES / 4;
 
 extern __shared__ __align__(1024) unsigned char shared[];
@@ -108,9 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     awaitInputs();
     const Counters counters(all);
     const Products products = {counters.step, tokens, positions, bases, tokenStride, exchange,
-                               squares, turns, scratch, scratch + CONSUMERS / 32 * TOKENS,
-                               scratch + 2 * (CONSUMERS / 32 * TOKENS),
-                               (bf16 *)(scratch + ROW_SCALES)};
+                               squares, turns, (float *)area, scratch,
+                               scratch + CONSUMERS / 32 * TOKENS, (bf16 *)(scratch + ROW_SCALES)};
     computeTurns(turns, products, {frequencies, HEAD_DIM, 0, magnitude});
     meet();
     work(phases, first, end, counters, products, attending, ring, done, area);
