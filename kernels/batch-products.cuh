@@ -219,7 +219,7 @@ struct Scaled {
   }
 };
 
-/** What sums of products of e4m3 are multiplied by: of a page's fragments the row's, its partner's. */
+/** What sums of products of e4m3 are multiplied by, in the fragments of a page. */
 struct RowScales {
   float row = 1.f, partner = 1.f;
 

@@ -12,7 +12,8 @@
 //
 // -D TOKENS 32|64, PAGES of the ring, HOLD of these, HEADS, KV_HEADS, HEAD_DIM, GROUP, WARPS of an
 // attention worker (4); E4M3 1: weights of blocks are of 8 bits (batch-e4m3.cuh), the first norm's
-// output lies as evens.cuh says. Dynamic shared memory: the ring, AREA_BYTES, SCRATCH floats, barriers.
+// output lies as evens.cuh says. Dynamic shared memory: the ring, AREA_BYTES, SCRATCH floats,
+// barriers.
 // Oracle: kernels one by one, test/cuda/batch-step.gpu.ts.
 #include "batch-feed.cuh"
 #include "batch-products.cuh"

@@ -1,8 +1,8 @@
 // Catches a decode step of many rows, in one kernel or with a kernel a product, that computes
 // something else than the matrix library and what comes between its products do, or in fp8 than
-// steps of one row: whatever the rows' lengths, with rows that pad, for heads of 64 and 128. KV memory is NaN but where tokens are, so a
-// key that is read too early, too late or elsewhere shows; matrices are large enough for a block to
-// write before another has read.
+// steps of one row: whatever the rows' lengths, with rows that pad, for heads of 64 and 128. KV
+// memory is NaN but where tokens are, so a key that is read too early, too late or elsewhere shows;
+// matrices are large enough for a block to write before another has read.
 
 import assert from 'node:assert/strict'
 import { after, test, type TestContext } from 'node:test'
