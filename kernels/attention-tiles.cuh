@@ -241,7 +241,8 @@ template <int N> struct Sums {
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
       const bool some[2] = {l[c][0] > 0, l[c][1] > 0};
-      const float by[2] = {1 / l[c][0], 1 / l[c][1]};
+      constexpr float FACTOR = EVENS ? EVENS_FACTOR : 1;
+      const float by[2] = {FACTOR / l[c][0], FACTOR / l[c][1]};
 #pragma unroll
       for (int s = 0; s < N; s++) {
         const float x0 = some[0] ? o[c][s][0] * by[0] : 0, x1 = some[1] ? o[c][s][1] * by[1] : 0;

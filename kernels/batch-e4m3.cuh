@@ -11,15 +11,17 @@
 /** Bytes of the scales of a round's rows. */
 constexpr int SCALES_BYTES = E4M3 ? ROUND_GROUPS * 32 : 0;
 
+/** What sums are to be multiplied by besides scales: 2^120 of weights, less that of tokens. */
+constexpr float SUMS_FACTOR = 72057594037927936.f;  // 2^56
+
 /**
- * Of four numbers those at even places and those at odd ones, as pairs of bf16. Their bits are
+ * Of four numbers those at even places and those at odd ones, as pairs of bf16: their bits are
  * moved to where bf16 has them, which is 2^-120 of the number, subnormal or not.
  */
 __device__ __forceinline__ void widen(u32 x, u32 &even, u32 &odd) {
-  constexpr u32 SIGN = 0x80008000, REST = 0x07f007f0, FACTOR = 0x7b807b80;
-  const u32 low = (x << 8 & SIGN) | (x << 4 & REST), high = (x & SIGN) | (x >> 4 & REST);
-  asm volatile("mul.rn.bf16x2 %0, %1, %2;" : "=r"(even) : "r"(low), "r"(FACTOR));
-  asm volatile("mul.rn.bf16x2 %0, %1, %2;" : "=r"(odd) : "r"(high), "r"(FACTOR));
+  constexpr u32 SIGN = 0x80008000, REST = 0x07f007f0;
+  even = (x << 8 & SIGN) | (x << 4 & REST);
+  odd = (x & SIGN) | (x >> 4 & REST);
 }
 
 /** Half a page of a warp's 16 rows; `from` is the lane's. */
@@ -33,17 +35,17 @@ struct Half {
       loadMatrices(x[i], from + ((half * 4 + i * 2 + lane / 16) ^ lane % 8) * 16);
     }
   }
-  /** As operands of four products. */
-  __device__ __forceinline__ void widen(u32 (&a)[4][4]) const {
-#pragma unroll
-    for (int i = 0; i < 8; i++) ::widen(x[i / 4][i % 4], a[i / 2][i % 2], a[i / 2][i % 2 + 2]);
+  /** The operand of product k of four. */
+  __device__ __forceinline__ void widen(u32 (&a)[4], int k) const {
+    ::widen(x[k / 2][k % 2 * 2], a[0], a[2]);
+    ::widen(x[k / 2][k % 2 * 2 + 1], a[1], a[3]);
   }
 };
 
 /**
  * As multiplySteps (batch-products.cuh), of weights of e4m3. While half a page is multiplied, the
- * next is widened; pages of weights are free as soon as that is done.
- * begun: called once the first step's products are under way
+ * next is widened; pages of weights are free as soon as they are in registers.
+ * begun: called once the first tokens are there
  */
 template <bool TWO, typename Begun>
 __device__ __forceinline__ void multiplyNarrow(const Ring &ring, Place &at, const Share &share,
@@ -61,32 +63,31 @@ __device__ __forceinline__ void multiplyNarrow(const Ring &ring, Place &at, cons
   for (int i = 0; i < TOKENS / 2; i++) d[0][i] = d[1][i] = 0.f;
   awaitPages(ring, at, pages + 2);
   load(at, 0);
-  raw.widen(a[0]);
+  begun();
+#pragma unroll
+  for (int k = 0; k < 4; k++) raw.widen(a[0][k], k);
   for (int step = share.firstStep; step < share.endStep; step++) {
     const Place inputs = at.after(pages), next = at.after(pages + 2);
 #pragma unroll
     for (int part = 0; part < HALVES; part++) {
-      const u32 right = ring.at(inputs.after(part % 2));
-      // Before the products: what it waits for is not to come after them.
-      if (part + 1 < HALVES) load(at, part + 1);
-      productsBegin();
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        productHalf(d[part / 2], a[part % 2][k], descriptor(right + k * 32, 16));
-      }
-      productsCommit();
       if (part + 1 < HALVES) {
-        // Always; without a branch the assembler waits for the products first.
-        if (pages > 0) raw.widen(a[(part + 1) % 2]);
+        load(at, part + 1);
       } else {
         release(ring, at, pages);
-        if (step == share.firstStep) begun();
         if (step + 1 < share.endStep) {
           awaitPages(ring, next, pages + 2);
           load(next, 0);
-          raw.widen(a[0]);
         }
       }
+      const u64 right = descriptor(ring.at(inputs.after(part % 2)), 16);
+      productsBegin();
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        productHalf(d[part / 2], a[part % 2][k], advanced(right, k * 32));
+        // A warp waits until its product has begun. After the last step this is of no use.
+        raw.widen(a[(part + 1) % 2][k], k);
+      }
+      productsCommit();
       productsWait<0>();
     }
     release(ring, inputs, 2);
@@ -105,4 +106,5 @@ __device__ __forceinline__ void fetchScales(const Phase &p, bf16 *to, int group,
   if (p.kind == GLU) row = (group + half * p.groups) * 8;
   else if (p.kind == ROPE) row = (group + (group / p.headGroups + half) * p.headGroups) * 8;
   copy16(address(to + threadIdx.x * 8), p.scales + row);
+  if (p.kind == ADD) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + row));
 }

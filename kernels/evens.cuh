@@ -1,7 +1,11 @@
 // Owns the order that tokens' elements lie in for a product that reads e4m3 with ldmatrix
-// (batch-e4m3.cuh): of 16, those at even places and then those at odd ones.
+// (batch-e4m3.cuh): of 16, those at even places and then those at odd ones; and what they are
+// multiplied by.
 #pragma once
 #include "common.cuh"
+
+/** Weights are 2^-120 of themselves there: sums are numbers that float32 has in full. */
+constexpr float EVENS_FACTOR = 18446744073709551616.f;  // 2^64
 
 /**
  * Lanes 4·i … 4·i + 3 have 8 neighbours, two each: they end with pairs of the same order, to lie at

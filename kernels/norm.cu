@@ -79,6 +79,7 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
       v[c][j] *= scale * (EARLY ? ((const float*)w)[j] : weight[i * 8 + j]);
     }
     if (NARROW && outScales) continue;
+    for (int j = 0; EVENS && j < 8; j++) v[c][j] *= EVENS_FACTOR;
     const uint4 row = pack8(v[c]);
     if (EVENS) storeEvens((bf16*)out + at, i, row);
     else ((uint4*)((bf16*)out + at))[i] = row;

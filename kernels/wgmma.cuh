@@ -14,6 +14,11 @@ __device__ __forceinline__ u64 descriptor(u32 at, u32 across) {
   return (u64)(at >> 4) | (u64)(across >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
+/** The same tile some bytes further on, where that crosses no 128. */
+__device__ __forceinline__ u64 advanced(u64 descriptor, int bytes) {
+  return descriptor & ~0xffffffffull | ((u32)descriptor + bytes / 16);
+}
+
 __device__ __forceinline__ void productsBegin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
