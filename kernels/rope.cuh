@@ -21,13 +21,20 @@ __device__ __forceinline__ int2 pairOf(const Rope& rope, int p) {
   return make_int2(p, p + half);
 }
 
-__device__ __forceinline__ void rotate(const Rope& rope, int p, int position, float& a, float& b) {
-  if (p >= rope.dimensions >> 1) return;
+/** Cosine and sine by which pair `p` turns at a position; a pair that stays turns by nothing. */
+__device__ __forceinline__ float2 turnOf(const Rope& rope, int p, int position) {
+  if (p >= rope.dimensions >> 1) return make_float2(1.f, 0.f);
   float sine, cosine;
   sincosf(position * rope.frequencies[p], &sine, &cosine);
-  sine *= rope.magnitude;
-  cosine *= rope.magnitude;
-  float x = a * cosine - b * sine;
-  b = a * sine + b * cosine;
+  return make_float2(cosine * rope.magnitude, sine * rope.magnitude);
+}
+
+__device__ __forceinline__ void turn(float2 by, float& a, float& b) {
+  float x = a * by.x - b * by.y;
+  b = a * by.y + b * by.x;
   a = x;
+}
+
+__device__ __forceinline__ void rotate(const Rope& rope, int p, int position, float& a, float& b) {
+  if (p < rope.dimensions >> 1) turn(turnOf(rope, p, position), a, b);
 }

@@ -11,7 +11,6 @@ import { BATCH_TOKENS_MAX } from '../backends/cuda/batch-plan.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import type { Quantization } from '../backends/cuda/quantization.ts'
-import { PLACES } from '../backends/cuda/state.ts'
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
 import { dummyModel } from '../model/dummy.ts'
 import type { Model } from '../model/model.ts'
@@ -37,8 +36,8 @@ export interface DecodeOptions {
 interface DecodeResult extends DecodeCase {
   /** Median of the time between the ends of two steps. */
   stepUs: number
-  /** The same steps queued without the host looking at any. */
-  queuedUs: number
+  /** Share of the time that the GPU was between steps, by its own clock. */
+  idleShare: number
   /** Reading weights and KV at `readGBs`. */
   rooflineUs: number
   /** Of the thread that queues steps, a step, waiting excluded. */
@@ -73,7 +72,7 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
     const why = one.whyNotWhole
     const how = why === undefined ? '' : ` (a kernel a product: ${why})`
     row(`${name}: step${how}`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
-    row(`${name}: GPU idle`, Math.max(0, 100 * (1 - one.queuedUs / one.stepUs)), '%')
+    row(`${name}: GPU between steps`, 100 * one.idleShare, '%')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
     for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
     if (of.batch > BATCH_TOKENS_MAX) continue
@@ -128,7 +127,7 @@ export function benchDecode(
   options: DecodeOptions = {},
 ): DecodeResult {
   const { driver } = device
-  const tokens = of.context + 2 * of.steps + WARM_STEPS + 2
+  const tokens = of.context + of.steps + WARM_STEPS + 2
   const layout = gpuKvLayout(model.config, tokens, PAGE_BYTES)
   const bytes = layout.slotBytes * of.batch
   const address = driver.allocate(bytes)
@@ -142,7 +141,7 @@ export function benchDecode(
   })
   forward.fillRandom(address, bytes / 2, 7, 1)
   driver.synchronize()
-  const result = decode(device, forward, of)
+  const result = decode(forward, of)
   const kvBytes = of.batch * (of.context + WARM_STEPS + of.steps / 2) * layout.tokenStride
   const narrow = options.quantization ? e4m3Weights(model, device.info) : new Set<string>()
   const rooflineUs = (weightBytes(model, narrow) + kvBytes) / readGBs / 1e3
@@ -154,9 +153,8 @@ export function benchDecode(
   return { ...of, ...result, rooflineUs, profile, whyNotWhole }
 }
 
-function decode(device: CudaDevice, forward: CudaForward, { batch, context, steps }: DecodeCase) {
+function decode(forward: CudaForward, { batch, context, steps }: DecodeCase) {
   const { state } = forward
-  const { driver } = device
   const bucket = forward.bucketOf(batch)
   let position = context
   const queue = (): number => {
@@ -169,6 +167,7 @@ function decode(device: CudaDevice, forward: CudaForward, { batch, context, step
   }
   for (let i = 0; i < WARM_STEPS; i++) state.wait(queue())
   const ends: number[] = []
+  const idle: number[] = []
   const busy: number[] = []
   for (let i = 0; i < steps; i++) {
     const start = performance.now()
@@ -180,24 +179,15 @@ function decode(device: CudaDevice, forward: CudaForward, { batch, context, step
     const waited = performance.now()
     busy.push(queued + takeTokens(state.tokensOf(step - 1), batch) - waited)
     ends.push(waited)
+    idle.push(state.idleMs)
   }
   state.wait(state.steps - 1)
   const gaps = ends.slice(1).map((end, i) => end - present(ends[i], 'an end'))
   const stepUs = median(gaps) * 1e3
-  // Without looking: as many as the ring takes, again and again.
-  const events = [driver.createEvent(true), driver.createEvent(true)] as const
-  const queued: number[] = []
-  for (let round = 0; round < Math.floor(steps / (PLACES - 1)); round++) {
-    driver.recordEvent(events[0], forward.stream)
-    for (let i = 0; i < PLACES - 1; i++) queue()
-    driver.recordEvent(events[1], forward.stream)
-    driver.synchronizeEvent(events[1])
-    queued.push(driver.elapsedMs(...events) / (PLACES - 1))
-  }
-  for (const event of events) driver.destroyEvent(event)
-  const queuedUs = median(queued) * 1e3
+  const spanMs = present(ends.at(-1), 'an end') - present(ends[0], 'an end')
+  const idleShare = (present(idle.at(-1), 'a time') - present(idle[0], 'a time')) / spanMs
   const cpuUs = median(busy) * 1e3
-  return { stepUs, queuedUs, cpuUs, tokensPerSecond: (batch / stepUs) * 1e6 }
+  return { stepUs, idleShare, cpuUs, tokensPerSecond: (batch / stepUs) * 1e6 }
 }
 
 /** Looks at every token, as an engine would; gives the time when it is done. */

@@ -1,7 +1,7 @@
 // Owns the measurement of `--quantization fp8` on a GPU: decode steps against reading weights of 8
 // bits, whole requests, and a long prompt against what the tensor cores multiply of them.
 
-import { quantiseLaunch } from '../backends/cuda/e4m3-products.ts'
+import { quantiseLaunch } from '../backends/cuda/e4m3-rows.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import { Matmuls } from '../backends/cuda/matmul.ts'
 import { whyNotFp8 } from '../backends/cuda/quantization.ts'

@@ -7,7 +7,7 @@ import { GREEDY } from '../engine/api.ts'
 import { EngineCore } from '../engine/core.ts'
 import { openCuda, type OpenedCuda } from '../backends/cuda/open.ts'
 import { Matmuls } from '../backends/cuda/matmul.ts'
-import type { Quantization } from '../backends/cuda/quantization.ts'
+import { type Quantization, whyNotFp8 } from '../backends/cuda/quantization.ts'
 import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
@@ -20,11 +20,12 @@ const STEP_TOKENS = 2048
 const SEQUENCES = 256
 const KV_BYTES = 44 * 2 ** 30
 /** Sequences, and tokens of their prompts. */
-const LOADS = [
+type Requests = readonly [sequences: number, promptTokens: number]
+const LOADS: readonly Requests[] = [
   [64, 512],
   [128, 512],
   [256, 64],
-] as const
+]
 const OUTPUT_TOKENS = 128
 
 interface Load {
@@ -67,8 +68,23 @@ export function benchServe(bench: GpuBench): void {
   } finally {
     gpu.close()
   }
-  // It needs the memory that was given back.
-  compare(present(LOADS[0], 'a load'), present(rates[0], 'a rate'), row)
+  // They need the memory that was given back.
+  const load = present(LOADS[0], 'a load')
+  compare(load, { bf16: present(rates[0], 'a rate'), fp8: fp8Rate(bench, load) }, row)
+}
+
+/** Output tokens a second of the load with weights of 8 bits; undefined where there are none. */
+function fp8Rate(bench: GpuBench, [sequences, promptTokens]: Requests): number | undefined {
+  if (whyNotFp8(bench.device.info) !== undefined) return undefined
+  const gpu = openModel(bench, 'fp8')
+  try {
+    const load = { sequences, promptTokens: () => promptTokens, outputTokens: OUTPUT_TOKENS }
+    serve(gpu, load)
+    const { outputTokens, ms } = serve(gpu, load)
+    return (outputTokens / ms) * 1e3
+  } finally {
+    gpu.close()
+  }
 }
 
 /** The model, ready for all loads. */
@@ -102,8 +118,8 @@ export function profilePrompts(gpu: OpenedCuda, row: GpuBench['row']): void {
 
 /** Whole requests against Hugging Face transformers', right after ours. */
 function compare(
-  [sequences, promptTokens]: (typeof LOADS)[number],
-  rate: number,
+  [sequences, promptTokens]: Requests,
+  rates: Readonly<Record<string, number | undefined>>,
   row: GpuBench['row'],
 ): void {
   const { config } = dummyModel(MODEL)
@@ -118,14 +134,12 @@ function compare(
     },
   })
   if (!peer) return
-  const name = `${MODEL}, ${sequences} × (${promptTokens} + ${OUTPUT_TOKENS})`
-  row(
-    `${name}: output`,
-    rate,
-    'tok/s',
-    median(peer.tokensPerSecond),
-    "transformers' generate_batch",
-  )
+  const theirs = median(peer.tokensPerSecond)
+  for (const [type, rate] of Object.entries(rates)) {
+    if (rate === undefined) continue
+    const name = `${MODEL}, ${type}, ${sequences} × (${promptTokens} + ${OUTPUT_TOKENS})`
+    row(`${name}: output`, rate, 'tok/s', theirs, "transformers' generate_batch in bf16")
+  }
 }
 
 /**

@@ -120,6 +120,16 @@ export class KernelLaunch {
     this.block.setNumber(CONFIG.stream, stream)
   }
 
+  get isProgrammatic(): boolean {
+    const count = this.block.u32[CONFIG.attributeCount / 4] ?? 0
+    const ids = Array.from({ length: count }, (_, i) => this.block.u32[this.attributeAt(i) / 4])
+    return ids.includes(ATTRIBUTE.programmatic)
+  }
+
+  get dynamicSharedBytes(): number {
+    return this.block.u32[CONFIG.shared / 4] ?? 0
+  }
+
   /** Blocks in each dimension, then threads of a block in each. */
   get shape(): readonly number[] {
     return [...this.block.u32.subarray(0, 6)]

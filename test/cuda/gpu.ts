@@ -6,11 +6,15 @@ import { CudaDevice } from '../../src/backends/cuda/device.ts'
 import { Kernels } from '../../src/backends/cuda/kernels.ts'
 import { ModuleCache } from '../../src/backends/cuda/module-cache.ts'
 import { addressOf } from '../../src/ffi/block.ts'
+import { FUNCTION } from '../../src/ffi/cuda.ts'
 import { type ArgumentKind, KernelLaunch } from '../../src/ffi/kernel-launch.ts'
 import { Random } from '../support/random.ts'
 
 /** Relative error, root mean square, that bf16 explains. */
 export const BF16_ERROR = 1e-2
+
+/** Shared memory that a block has without asking, but for what may be static. */
+const UNASKED_BYTES = 40 << 10
 
 export class Gpu implements Disposable {
   readonly device = CudaDevice.open()
@@ -63,10 +67,14 @@ export class Gpu implements Disposable {
   ): void {
     const kernel = this.kernels.find(file, name, options.defines ?? {})
     const launch = new KernelLaunch(kernel, argumentKinds(kinds))
+    const { shared = 0 } = options
+    if (shared > UNASKED_BYTES) {
+      this.driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, shared)
+    }
     launch
       .grid(...grid)
       .threads(threads)
-      .sharedBytes(options.shared ?? 0)
+      .sharedBytes(shared)
     this.driver.launch(launch.setAll(...args), this.stream)
     this.driver.synchronizeStream(this.stream)
   }
@@ -85,20 +93,28 @@ function argumentKinds(kinds: string): ArgumentKind[] {
 }
 
 export function toBf16(values: ArrayLike<number>): Uint16Array {
-  const bits = new Uint32Array(Float32Array.from(values).buffer)
-  return Uint16Array.from(bits, (b) => (b + 0x7fff + ((b >>> 16) & 1)) >>> 16)
+  const bits = new Uint32Array(new Float32Array(values).buffer)
+  const narrow = new Uint16Array(bits.length)
+  for (let i = 0; i < bits.length; i++) {
+    const b = bits[i]!
+    narrow[i] = (b + 0x7fff + ((b >>> 16) & 1)) >>> 16
+  }
+  return narrow
 }
 
 export function fromBf16(values: Uint16Array): Float32Array {
-  return new Float32Array(Uint32Array.from(values, (v) => v << 16).buffer)
+  const bits = new Uint32Array(values.length)
+  for (let i = 0; i < bits.length; i++) bits[i] = values[i]! << 16
+  return new Float32Array(bits.buffer)
 }
 
 /** Numbers about normally distributed, as bf16 has them. */
 export function randomBf16(random: Random, count: number, scale = 1): Float32Array {
-  const values = Float32Array.from({ length: count }, () => {
+  const values = new Float32Array(count)
+  for (let i = 0; i < count; i++) {
     const sum = random.next() + random.next() + random.next() + random.next() - 2
-    return sum * 1.732 * scale
-  })
+    values[i] = sum * 1.732 * scale
+  }
   return fromBf16(toBf16(values))
 }
 

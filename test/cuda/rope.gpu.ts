@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict'
 import { after, test } from 'node:test'
-import { BF16_ERROR, close, Gpu, Random, randomBf16, toBf16 } from './gpu.ts'
+import { BF16_ERROR, close, fromBf16, Gpu, Random, randomBf16, toBf16 } from './gpu.ts'
 
 const gpu = new Gpu()
 after(() => gpu[Symbol.dispose]())
@@ -26,32 +26,46 @@ const CASES: Case[] = [
 ]
 
 for (const shape of CASES) {
-  test(`q, k or v of ${JSON.stringify(shape)} is wrong or misplaced`, () => check(shape))
+  for (const scaled of [false, true]) {
+    const what = `${JSON.stringify(shape)}${scaled ? ', of a product of e4m3' : ''}`
+    test(`q, k or v of ${what} is wrong or misplaced`, () => check(shape, scaled))
+  }
 }
 
-function check({ heads, kvHeads, headDim, dimensions, interleaved, norm }: Case): void {
+/** @param scaled by row of the matrix and by token, as what a product of e4m3 leaves is to be */
+function check(
+  { heads, kvHeads, headDim, dimensions, interleaved, norm }: Case,
+  scaled: boolean,
+): void {
   const [rows, layers, layer, slots, tokens] = [4, 3, 1, 3, 20]
   const [queries, keys] = [heads * headDim, kvHeads * headDim]
   const stride = queries + 2 * keys
   const tokenStride = layers * 2 * keys * 2
   const slotStride = tokens * tokenStride
   const memory = gpu.poisoned(slots * slotStride)
-  const input = randomBf16(random, rows * stride)
+  const product = randomBf16(random, rows * stride)
+  const rowScales = fromBf16(toBf16(Float32Array.from({ length: stride }, () => random.next() + 1)))
+  const tokenScales = fromBf16(toBf16(Float32Array.from({ length: rows }, () => random.next() + 1)))
+  const input = product.map((x, i) =>
+    scaled ? x * rowScales[i % stride]! * tokenScales[Math.floor(i / stride)]! : x,
+  )
   const positions = Int32Array.of(0, 7, 19, 5)
   const slotOf = [0, 2, 1, -1]
   const bases = BigUint64Array.from(slotOf, (s) => (s < 0 ? 0n : BigInt(memory + s * slotStride)))
   const frequencies = Float32Array.from({ length: dimensions / 2 }, (_, i) => 100 ** (-i / 20))
   const [magnitude, eps] = [1.25, 1e-6]
   const weights = [0, 1].map(() => Float32Array.from({ length: headDim }, () => random.next() + 1))
-  const from = gpu.put(toBf16(input))
+  const from = gpu.put(toBf16(product))
   const out = gpu.poisoned(rows * queries * 2)
   const args = [from, from + queries * 2, from + (queries + keys) * 2, stride, stride, out]
   args.push(gpu.put(positions), gpu.put(bases), gpu.put(frequencies), dimensions)
   args.push(interleaved ? 1 : 0, magnitude, ...weights.map((w) => (norm ? gpu.put(w) : 0)), eps)
   args.push(heads, kvHeads, headDim, tokenStride, layer * 2 * keys * 2)
-  const kinds = 'aaaiiaaaaiifaafiiiaa'
+  if (scaled) args.push(gpu.put(toBf16(rowScales)), gpu.put(toBf16(tokenScales)))
+  const kinds = `aaaiiaaaaiifaafiiiaa${scaled ? 'aa' : ''}`
+  const name = scaled ? 'ropeAppendScaled' : 'ropeAppend'
   // In one block a row, or in several.
-  gpu.run('rope-append.cu', 'ropeAppend', kinds, args, [rows, 1 + (heads % 3)], 128)
+  gpu.run('rope-append.cu', name, kinds, args, [rows, 1 + (heads % 3)], 128)
 
   const head = (row: number, at: number, position: number, weight: Float32Array | undefined) => {
     let x = Array.from(input.subarray(row * stride + at, row * stride + at + headDim))

@@ -2,6 +2,7 @@
 // tokens that are alone first, and logits come back to the host for those who sample there.
 
 import { present } from '../../assert.ts'
+import { LatticeError } from '../../errors.ts'
 import { viewMemory } from '../../ffi/libc.ts'
 import type { Model } from '../../model/model.ts'
 import type { SamplingParams, TokenLogprobs } from '../../engine/api.ts'
@@ -9,6 +10,9 @@ import type { Backend, KvMemory, SlotSampling, StepBatch, TokenChooser } from '.
 import type { CudaDevice } from './device.ts'
 import { MAX_TOP_LOGPROBS } from '../../limits.ts'
 import { CudaForward, type ForwardOptions } from './forward.ts'
+
+/** Rows of a launch, where they are not its first dimension. */
+const STEP_TOKENS_MOST = 65_535
 
 /** KV memory as CudaKvMemory keeps it. */
 export interface GpuKv extends KvMemory {
@@ -38,8 +42,14 @@ export class CudaBackend implements Backend, TokenChooser {
   private readonly host: number
   private readonly rows: readonly Float32Array[]
 
+  /** @throws LatticeError `usage` for steps of too many tokens, and what CudaForward does */
   constructor(model: Model, options: CudaBackendOptions) {
     const { device, kv, maxSequences, stepTokens } = options
+    if (stepTokens > STEP_TOKENS_MOST) {
+      throw new LatticeError('usage', `A GPU takes no steps of ${stepTokens} tokens.`, {
+        todo: `Give --step-tokens ${STEP_TOKENS_MOST} or fewer.`,
+      })
+    }
     this.device = device
     this.kv = kv
     this.vocab = model.config.vocab

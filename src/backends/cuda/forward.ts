@@ -2,7 +2,6 @@
 // graph that was captured once for a number of decoding sequences, or kernel by kernel when
 // prompts are among its tokens. Nothing waits here but who asks for a step's tokens.
 
-import { present } from '../../assert.ts'
 import { type CublasLt, loadCublasLt } from '../../ffi/cublaslt.ts'
 import { type ArgumentKind, KernelLaunch } from '../../ffi/kernel-launch.ts'
 import { viewMemory } from '../../ffi/libc.ts'
@@ -11,23 +10,23 @@ import { programFor } from '../../model/arch/programs.ts'
 import type { Model, RopeConfig } from '../../model/model.ts'
 import type { Program } from '../../model/program.ts'
 import { CudaAttention } from './attention.ts'
+import { bucketOf, bucketsUpTo } from './buckets.ts'
 import { Choices, choicesPath } from './choices.ts'
 import type { CudaDevice } from './device.ts'
-import { E4m3 } from './e4m3-products.ts'
+import { E4m3 } from './e4m3-rows.ts'
 import { fuse } from './fuse.ts'
-import { GEMV_TOKENS_MAX } from './gemv.ts'
-import { HOPPER_TOKENS_MAX } from './hopper-products.ts'
 import { type KernelFinder, Kernels } from './kernels.ts'
 import { Lowering } from './lower.ts'
 import type { Attention, HopperUse, LowerContext, StepShape } from './lower-context.ts'
 import { LogprobRing } from './logprobs.ts'
-import { Matmuls, paddedRows, type Product } from './matmul.ts'
+import { Matmuls, paddedRows } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import type { Quantization } from './quantization.ts'
 import { ropeTable } from './rope-table.ts'
 import { SamplingTable } from './sampling.ts'
 import type { StartTimes } from './start-times.ts'
 import { PLACES, StepState } from './state.ts'
+import { tuneProducts } from './tuning.ts'
 import { DeviceWeights } from './weights.ts'
 
 export interface ForwardOptions {
@@ -62,9 +61,6 @@ export interface ForwardOptions {
   say?: (what: string) => void
 }
 
-/** Decoding sequences that a graph is captured for; a step takes the next larger one. */
-export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
-
 /**
  * What gemv.cu brings into L2 ahead of its turn, and how many rounds of loads before its last the
  * next kernel may start: as measured on an H100 for an 8B model's single sequence. Prefetching
@@ -74,23 +70,8 @@ export const BUCKETS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 const PREFETCH_BYTES = 0
 export const RELEASE_ROUNDS = 0
 
-/** Of which the fastest counts. */
-const TIMED_GRAPHS = 4
-
-/** Compute capability 9.0, with products of warpgroups. */
+/** Compute capability 9.0, with products of warpgroups; launches may overlap from here on. */
 export const HOPPER = 90
-
-/**
- * Tokens of a step with prompts that products are tuned for: those of short prompts, and eighths of
- * the largest step, which nearly all are.
- */
-function promptRows(stepTokens: number): number[] {
-  const eighths = Array.from({ length: 8 }, (_, i) => Math.ceil((stepTokens * (i + 1)) / 8))
-  const rows = [...SHORT_PROMPTS, ...eighths].map(paddedRows)
-  return [...new Set(rows)].filter((count) => count <= paddedRows(stepTokens))
-}
-
-const SHORT_PROMPTS = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 export class CudaForward {
   readonly vocab: number
@@ -103,6 +84,8 @@ export class CudaForward {
   readonly logits: number
   readonly matmuls: Matmuls
   private readonly options: ForwardOptions
+  /** Whether kernels may start while the one before them ends. */
+  private readonly overlap: boolean
   private readonly kernels: Kernels
   private readonly attention: Attention
   private readonly choices: Choices
@@ -123,6 +106,7 @@ export class CudaForward {
     const { device, modules, kv, maxSequences, stepTokens } = options
     const { driver, info } = device
     const { config } = model
+    this.overlap = (options.overlap ?? true) && info.capability >= HOPPER
     this.vocab = config.vocab
     this.stream = driver.createStream()
     this.kernels = new Kernels(device, modules)
@@ -170,7 +154,7 @@ export class CudaForward {
       ropeTable: (rope) => this.ropeTable(rope),
       prefetchBytes: options.prefetchBytes ?? PREFETCH_BYTES,
       releaseRounds: options.releaseRounds ?? RELEASE_ROUNDS,
-      overlap: options.overlap ?? true,
+      overlap: this.overlap,
       skinny: options.skinny ?? true,
       hopperRoom: info.capability === HOPPER ? info.sharedBytesPerBlock : 0,
       hopper: this.hopper,
@@ -187,6 +171,9 @@ export class CudaForward {
     this.fetchLaunch = this.makeFetch()
     this.sampleLaunch = this.makeSample()
     this.publishLaunch = this.makePublish()
+    for (const launch of [this.fetchLaunch, this.sampleLaunch, this.publishLaunch]) {
+      if (this.overlap) launch.programmatic()
+    }
     this.decoding.prepare()
     this.mixed.prepare()
     options.times?.done('loading kernels')
@@ -195,13 +182,7 @@ export class CudaForward {
 
   /** The bucket that a number of decoding sequences falls into. */
   bucketOf(rows: number): number {
-    return Math.min(
-      present(
-        BUCKETS.find((b) => b >= rows),
-        'a bucket',
-      ),
-      this.rowsMax,
-    )
+    return bucketOf(rows, this.rowsMax)
   }
 
   /**
@@ -321,7 +302,6 @@ export class CudaForward {
         ...[s.firstRows, s.starts, s.counts, s.regions],
       )
       .threads(256)
-      .programmatic()
   }
 
   private makeSample(): KernelLaunch {
@@ -338,7 +318,6 @@ export class CudaForward {
         ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
       )
       .threads(1024)
-      .programmatic()
   }
 
   private makePublish(): KernelLaunch {
@@ -351,7 +330,6 @@ export class CudaForward {
         ...[state.counter, state.done],
       )
       .threads(256)
-      .programmatic()
   }
 
   private ropeTable(rope: RopeConfig): { address: number; magnitude: number } {
@@ -378,94 +356,20 @@ export class CudaForward {
     this.options.device.driver.launch(launch, this.stream)
   }
 
-  /** Measures every product of decode steps of any bucket, and of a step full of prompts. */
+  /** Measures products, and captures all graphs: no request is to wait for what can be done now. */
   private tune(): void {
-    const { times, say, stepTokens } = this.options
-    const buckets = BUCKETS.filter((b) => b <= paddedRows(this.rowsMax))
-    const prompts = promptRows(stepTokens).filter((rows) => rows > this.rowsMax)
-    const ofPrompts = ({ float32 }: Product) => !float32
-    const unknown =
-      this.unknownTo(this.decoding, buckets) +
-      this.unknownTo(this.mixed, buckets) +
-      this.unknownTo(this.mixed, prompts, ofPrompts)
-    if (unknown > 0) say?.(`measuring ${unknown} matrix products, once for this model and GPU`)
-    this.tuneFor(this.decoding, buckets)
-    this.tuneFor(this.mixed, buckets)
-    this.tuneFor(this.mixed, prompts, ofPrompts)
-    this.matmuls.save()
-    const few = buckets.filter((b) => b > GEMV_TOKENS_MAX && b <= HOPPER_TOKENS_MAX)
-    if (this.hopper === 'measured') this.tuneHopper(few)
-    times?.done('matrix products', unknown > 0 ? `${unknown} measured` : undefined)
-    // No request is to wait for what can be done now.
-    for (const bucket of new Set(buckets.map((b) => this.bucketOf(Math.min(b, this.rowsMax))))) {
-      this.capture(bucket)
-    }
-    times?.done('graphs')
-  }
-
-  private unknownTo(
-    of: Lowering,
-    rows: readonly number[],
-    which: (product: Product) => boolean = () => true,
-  ): number {
-    const products = of.productShapes().map(({ product }) => product)
-    const wanted = products
-      .filter(which)
-      .flatMap((product) => rows.map((count) => [product, count] as const))
-    return wanted.filter(([product, count]) => !this.matmuls.knows(product, count)).length
-  }
-
-  private tuneHopper(tokens: readonly number[]): void {
-    const { driver } = this.options.device
-    const { stream } = this
-    // Of zeros a product would be faster than it is.
-    this.fillRandom(this.arena, this.decoding.buffers.bytes / 2, 1, 1)
-    const events = [driver.createEvent(true), driver.createEvent(true)] as const
-    this.decoding.tuneHopper(tokens, (queue) => {
-      driver.beginCapture(stream)
-      queue()
-      const graph = driver.endCapture(stream)
-      const executable = driver.instantiate(graph)
-      const times = Array.from({ length: TIMED_GRAPHS }, () => {
-        driver.recordEvent(events[0], stream)
-        driver.launchGraph(executable, stream)
-        driver.recordEvent(events[1], stream)
-        driver.synchronizeEvent(events[1])
-        return driver.elapsedMs(...events) * 1e3
-      })
-      driver.destroyExecutable(executable)
-      driver.destroyGraph(graph)
-      return Math.min(...times)
+    const { device, times, say, stepTokens } = this.options
+    const { stream, decoding, mixed, matmuls, e4m3, arena, rowsMax } = this
+    const choices = this.hopper === 'measured' ? this.choices : undefined
+    const fillRandom = (address: number, elements: number) =>
+      this.fillRandom(address, elements, 1, 1)
+    const measured = tuneProducts({
+      ...{ driver: device.driver, stream, decoding, mixed, matmuls, choices, e4m3, arena },
+      ...{ rowsMax, stepTokens, fillRandom, say },
     })
-    for (const event of events) driver.destroyEvent(event)
-    this.choices.save()
-  }
-
-  private tuneFor(
-    of: Lowering,
-    rows: readonly number[],
-    which: (product: Product) => boolean = () => true,
-  ): void {
-    const { driver } = this.options.device
-    if (rows.length === 0) return
-    const shapes = of.productShapes().filter(({ product }) => which(product))
-    const rowsMax = Math.max(...rows)
-    const full = paddedRows(this.options.stepTokens)
-    const bytes = Math.max(...shapes.map(({ product: { k, m } }) => rowsMax * (k * 2 + m * 4)))
-    const scratch = driver.allocate(bytes)
-    this.fillRandom(scratch, bytes / 2, 1, 1)
-    const wide = Math.max(0, ...shapes.map(({ product: { e4m3, k } }) => (e4m3 ? k : 0)))
-    if (wide > 0) this.e4m3?.rows(scratch, this.e4m3.x, this.e4m3.scales, rowsMax, wide)
-    driver.synchronize()
-    for (const { product, weights } of shapes) {
-      const out = scratch + rowsMax * product.k * 2
-      const x = (product.e4m3 && this.e4m3?.x) || scratch
-      for (const count of rows) {
-        // Many steps that are full of prompts may follow each other.
-        const enduring = count === full && count > this.rowsMax
-        this.matmuls.tune(product, count, weights, x, out, enduring)
-      }
-    }
-    driver.free(scratch)
+    times?.done('matrix products', measured > 0 ? `${measured} measured` : undefined)
+    const buckets = [...bucketsUpTo(rowsMax), rowsMax].map((rows) => Math.min(rows, rowsMax))
+    for (const bucket of new Set(buckets)) this.capture(bucket)
+    times?.done('graphs')
   }
 }

@@ -27,6 +27,8 @@ const CHUNK = 256
 const LOADS = 8
 /** What a block has without asking; partial sums of its rows must fit. */
 const SHARED_BYTES = 48 << 10
+/** Room for the static shared memory of gemv.cu, its `scratch`. */
+export const GEMV_STATIC_BYTES = 1 << 10
 
 /**
  * The variant for rows of `k` elements, or undefined where the kernel is not made for it: rows that
@@ -82,6 +84,11 @@ export function gemvBlocks(variant: GemvVariant, rows: number, multiprocessors: 
 export function gemvSharedBytes(variant: GemvVariant, rows: number, blocks: number): number {
   const pairs = Math.ceil(rows / 2)
   return variant.inputBytes + Math.ceil(pairs / blocks) * 2 * variant.rowBytes
+}
+
+/** Whether a block that is launched with so much shared memory has to ask for it. */
+export function gemvAsks(sharedBytes: number): boolean {
+  return sharedBytes + GEMV_STATIC_BYTES > SHARED_BYTES
 }
 
 function powerOfTwo(n: number): number {

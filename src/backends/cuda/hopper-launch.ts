@@ -124,7 +124,9 @@ export class HopperProducts implements FusedProducts {
   launch(node: SkinnyNode, tokens: number): KernelLaunch | undefined {
     let ofNode = this.launches.get(node)
     if (!ofNode) this.launches.set(node, (ofNode = []))
-    const launch = (ofNode[hopperColumns(tokens) ?? 0] ??= this.chosen(node, tokens) ?? null)
+    const columns = hopperColumns(tokens) ?? 0
+    let launch = ofNode[columns]
+    if (launch === undefined) ofNode[columns] = launch = this.chosen(node, tokens) ?? null
     return launch?.set(ARGUMENT.tokens, tokens)
   }
 
@@ -153,6 +155,8 @@ export class HopperProducts implements FusedProducts {
       }
       choices.set(key, best.id)
     }
+    // What was chosen before is not what would be now.
+    this.launches.clear()
   }
 
   private chosen(node: SkinnyNode, tokens: number): KernelLaunch | undefined {

@@ -170,7 +170,7 @@ export class Lowering {
     const steps = new WholeSteps(context, config, nodes, place)
     this.wholeSteps = steps
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
-      const launch = tokens <= this.room.tokens ? steps.launch(tokens) : undefined
+      const launch = tokens <= this.rowsMax ? steps.launch(tokens) : undefined
       return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
     })
   }
@@ -299,6 +299,7 @@ export class Lowering {
       : this.kernel('rope-append.cu', 'ropeAppend', kinds)
     const { address, magnitude } = this.context.ropeTable(rope)
     const { positions, bases } = state.rows[rows]
+    checkTurning(rope.dimensions, headDim)
     launch.setAll(
       ...[this.addressOf(q?.value), this.addressOf(k?.value), this.addressOf(v)],
       ...[q ? this.place(q.value).stride : 0, k ? this.place(k.value).stride : 0],
@@ -309,9 +310,10 @@ export class Lowering {
       ...[layout.tokenStride, layer * layout.layerStride],
       ...(around ? [around.rowScales, around.tokenScales] : []),
     )
-    const warpsOfRow = (q ? heads : 0) + (k ? 2 * kvHeads : 0)
-    launch.threads(32 * Math.min(WARPS_OF_BLOCK, warpsOfRow))
-    const blocks = Math.ceil(warpsOfRow / WARPS_OF_BLOCK)
+    const lanes =
+      ((q ? heads : 0) + (k ? 2 * kvHeads : 0)) * 2 ** Math.ceil(Math.log2(headDim / 16))
+    launch.threads(Math.min(warps(lanes), TURNING_THREADS))
+    const blocks = Math.ceil(lanes / TURNING_THREADS)
     return (step) => {
       if (step[rows] > 0) this.context.driver.launch(launch.grid(step[rows], blocks), step.stream)
     }
@@ -450,8 +452,8 @@ export class Lowering {
 /** Rows that fill a device by themselves: each has fewer threads, which do more one by one. */
 const MANY_ROWS = 256
 
-/** Of the rotation: enough to fill a device with few tokens, too. */
-const WARPS_OF_BLOCK = 8
+/** Of a block of the rotation: best for 64, 512 and 2,048 rows of 48 heads of 128. */
+const TURNING_THREADS = 128
 
 type AttentionNode = Extract<Node, { kind: 'attention' }>
 
@@ -469,5 +471,14 @@ function checkWidth(width: number): void {
   if (width % 8 === 0) return
   throw new LatticeError('model_unsupported', `Rows of ${width} elements do not suit the GPU.`, {
     todo: 'Use --device cpu; the GPU takes rows of a multiple of 8 elements.',
+  })
+}
+
+/** A lane turns eight pairs. */
+function checkTurning(dimensions: number, headDim: number): void {
+  if (dimensions % 16 === 0 && headDim % 16 === 0) return
+  const what = `Heads of ${headDim}, of which ${dimensions} turn, do not suit the GPU.`
+  throw new LatticeError('model_unsupported', what, {
+    todo: 'Use --device cpu; the GPU takes multiples of 16.',
   })
 }

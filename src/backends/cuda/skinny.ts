@@ -8,7 +8,9 @@ import type { ModelConfig } from '../../model/model.ts'
 import type { Value } from '../../model/program.ts'
 import type { Node, SkinnyNode } from './fuse.ts'
 import {
+  gemvAsks,
   gemvBlocks,
+  GEMV_STATIC_BYTES,
   GEMV_TOKENS_MAX,
   type GemvEpilogue,
   gemvSharedBytes,
@@ -62,8 +64,10 @@ export class SkinnyProducts {
     const kernel = this.context.find('gemv.cu', 'gemv', variant.defines)
     const blocks = gemvBlocks(variant, matrix.rows, multiprocessors)
     const shared = gemvSharedBytes(variant, matrix.rows, blocks)
-    if (shared > DEFAULT_SHARED_BYTES) {
-      driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, shared)
+    if (gemvAsks(shared)) {
+      // The same whatever the rows: matrices of other rows may have this kernel, too.
+      const most = this.context.sharedBytes - GEMV_STATIC_BYTES
+      driver.setFunctionAttribute(kernel, FUNCTION.dynamicSharedBytesMax, most)
     }
     const launch = new KernelLaunch(kernel, e4m3 ? [...KINDS, 'u64'] : KINDS)
     if (this.context.overlap) launch.programmatic()
@@ -94,8 +98,6 @@ export class SkinnyProducts {
     return this.place(present(rope?.qOut ?? glu?.out ?? linear.outs[0], 'what a product makes'))
   }
 }
-
-const DEFAULT_SHARED_BYTES = 48 << 10
 
 /** With half the bytes a kernel's end weighs more: measured, 2 % of a block of an 8B model. */
 const E4M3_RELEASE_ROUNDS = 1

@@ -168,7 +168,8 @@ export class StepState {
 
   /** Steps that the GPU has finished. */
   get finished(): number {
-    return Atomics.load(this.doneWords, 0)
+    // Of 64 bits the lower half: it begins again after weeks, but few steps are under way.
+    return this.queued - ((this.queued - Atomics.load(this.doneWords, 0)) >>> 0)
   }
 
   /** Milliseconds that the GPU was between steps, since the first, as of the last finished one. */
