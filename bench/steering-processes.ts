@@ -8,7 +8,7 @@ import { Random } from '../test/support/random.ts'
 import { temporaryDirectory } from '../test/support/temporary.ts'
 import { cacheBytes, makeTrace, type Turn } from './steering-trace.ts'
 
-/** Requests that run at once, over all replicas. */
+/** Requests that run at once when it is measured. */
 const RUNNING = 16
 /** The longest prompt, and an answer. */
 const CONTEXT = 49_152
@@ -90,7 +90,7 @@ export async function measureProcesses(
       `${(cacheBytes(chats) / 1024).toFixed(0)} KiB of text, ${RUNNING} at once, seed ${seed}`,
   )
   for (const name of ['program', 'oracle', '  unlimited', 'round robin'] as const) {
-    const row = await replay(processes, chats, trace, name)
+    const row = await replay(processes, cacheBytes(chats), trace, name)
     const { hits, queries, spread, told, requests } = row
     const agree = told === hits ? '' : ` (clients were told of ${told})`
     console.log(
@@ -101,18 +101,23 @@ export async function measureProcesses(
   }
 }
 
-/** @param chats of the trace: they decide how large the caches are */
+/**
+ * @param cache bytes of text that each engine's cache holds
+ * @param atOnce requests that run at once, over all replicas; with one, every run of a trace is the
+ *   same
+ */
 export async function replay(
   processes: number,
-  chats: number,
+  cache: number,
   trace: readonly Turn[],
   chooser: keyof typeof CHOOSERS,
+  atOnce = RUNNING,
 ): Promise<Row> {
   const two = await twoHosts()
   const stage: Stage = { two, engines: [two.server] }
   try {
-    await open(stage, processes, cacheBytes(chats) * TOKEN_BYTES)
-    const { told, given } = await drive(stage, trace, CHOOSERS[chooser]())
+    await open(stage, processes, cache * TOKEN_BYTES)
+    const { told, given } = await drive(stage, trace, CHOOSERS[chooser](), atOnce)
     const counts = await Promise.all(stage.engines.map((engine) => engine.call('engine')))
     const hits = counts.reduce((sum, { prefixHits = 0 }) => sum + prefixHits, 0)
     const queries = counts.reduce((sum, { prefixQueries = 0 }) => sum + prefixQueries, 0)
@@ -143,6 +148,7 @@ async function drive(
   stage: Stage,
   trace: readonly Turn[],
   choose: Chooser,
+  atOnce: number,
 ): Promise<{ told: number; given: number[] }> {
   const { two, engines } = stage
   const { client, server } = two
@@ -160,7 +166,7 @@ async function drive(
   }
   while (rest.length > 0) {
     const next = rest.findIndex(({ chat }) => !busy.has(chat))
-    if (running.size >= RUNNING || next < 0) {
+    if (running.size >= atOnce || next < 0) {
       await Promise.race(running)
       continue
     }

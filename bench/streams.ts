@@ -103,6 +103,8 @@ function answer(port: number, seed: number): Promise<number> {
 
 async function measure(): Promise<void> {
   const server = fork(import.meta.filename, process.argv.slice(2))
+  // It has said why: nobody is to wait for its answers.
+  server.once('exit', (code) => process.exit(code ?? 1))
   const [url] = (await once(server, 'message')) as [string]
   const port = Number(new URL(url).port)
   const ask = async (): Promise<Times> => {
@@ -116,7 +118,7 @@ async function measure(): Promise<void> {
   const events = (await round()).reduce((sum, count) => sum + count, 0)
   const ms = performance.now() - start
   const after = await ask()
-  server.disconnect()
+  server.removeAllListeners('exit').disconnect()
   const all = streams * tokens
   const mainMs = after.mainMs - before.mainMs
   const result = {

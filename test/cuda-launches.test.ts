@@ -123,7 +123,7 @@ function run(name: string, gpu: string, limits = LIMITS, quantization?: Quantiza
     device: CudaDevice.open(0, cuda),
     modules: cuda.images(temporaryDirectory('products')),
     kv: new PlainKv(cuda, gpuKvLayout(model.config, 64, 1 << 16), maxSequences),
-    ...{ ...limits, quantization, lt: cuda.library() },
+    ...{ ...limits, quantization, lt: cuda.products() },
   })
   const { state, stream } = backend.forward
   Object.defineProperty(state, 'finished', { get: () => state.steps })

@@ -42,7 +42,6 @@ interface DecodeResult extends DecodeCase {
   rooflineUs: number
   /** Of the thread that queues steps, a step, waiting excluded. */
   cpuUs: number
-  tokensPerSecond: number
   profile: readonly KernelTime[]
   /** Of few sequences, why the step is not one kernel. */
   whyNotWhole: string | undefined
@@ -187,7 +186,7 @@ function decode(forward: CudaForward, { batch, context, steps }: DecodeCase) {
   const spanMs = present(ends.at(-1), 'an end') - present(ends[0], 'an end')
   const idleShare = (present(idle.at(-1), 'a time') - present(idle[0], 'a time')) / spanMs
   const cpuUs = median(busy) * 1e3
-  return { stepUs, idleShare, cpuUs, tokensPerSecond: (batch / stepUs) * 1e6 }
+  return { stepUs, idleShare, cpuUs }
 }
 
 /** Looks at every token, as an engine would; gives the time when it is done. */

@@ -10,7 +10,7 @@ import { info } from '../log.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { benchDecode, readBandwidth } from './gpu-decode.ts'
 import { type GpuBench, gpuMs, randomBf16 } from './gpu-measure.ts'
-import { growth, MODEL, openModel, prefillFlops, profilePrompts, serve } from './gpu-serve.ts'
+import { growth, MODEL, prefillFlops, profilePrompts, serve, withModel } from './gpu-serve.ts'
 
 const DECODES = [
   { batch: 1, context: 1024, steps: 40 },
@@ -42,8 +42,7 @@ export function benchFp8(bench: GpuBench): void {
   }
   const teraflops = matrixCeiling(bench)
   row('a matrix product of e4m3, 8,192 cubed', teraflops, 'TFLOP/s')
-  const gpu = openModel(bench, 'fp8')
-  try {
+  withModel(bench, 'fp8', (gpu) => {
     const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
     serve(gpu, prompt)
     const { ms } = serve(gpu, prompt)
@@ -54,9 +53,7 @@ export function benchFp8(bench: GpuBench): void {
       row(name.replace(MODEL, `${MODEL}, fp8`), ...rest)
     profilePrompts(gpu, named)
     for (const [sequences, tokens] of LOADS) growth(gpu, sequences, tokens, named)
-  } finally {
-    gpu.close()
-  }
+  })
 }
 
 /** TFLOP/s of the matrix library's best algorithm for a large product of random e4m3. */

@@ -51,9 +51,7 @@ export function benchServe(bench: GpuBench): void {
   const { row } = bench
   const teraflops = matrixCeiling(bench)
   row('a matrix product, 8,192 cubed', teraflops, 'TFLOP/s')
-  let rates: number[] = []
-  const gpu = openModel(bench)
-  try {
+  const rates = withModel(bench, undefined, (gpu) => {
     const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
     serve(gpu, prompt)
     const { ms } = serve(gpu, prompt)
@@ -61,13 +59,12 @@ export function benchServe(bench: GpuBench): void {
     row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
     row(`${MODEL}: the same, of the product's rate`, share, '%')
     profilePrompts(gpu, row)
-    rates = LOADS.map(([sequences, prompt]) => growth(gpu, sequences, prompt, row))
+    const rates = LOADS.map(([sequences, prompt]) => growth(gpu, sequences, prompt, row))
     const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
     const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
     row(`${MODEL}: 128 of mixed lengths, KV memory unused`, 100 * waste, '%')
-  } finally {
-    gpu.close()
-  }
+    return rates
+  })
   // They need the memory that was given back.
   const load = present(LOADS[0], 'a load')
   compare(load, { bf16: present(rates[0], 'a rate'), fp8: fp8Rate(bench, load) }, row)
@@ -76,20 +73,24 @@ export function benchServe(bench: GpuBench): void {
 /** Output tokens a second of the load with weights of 8 bits; undefined where there are none. */
 function fp8Rate(bench: GpuBench, [sequences, promptTokens]: Requests): number | undefined {
   if (whyNotFp8(bench.device.info) !== undefined) return undefined
-  const gpu = openModel(bench, 'fp8')
-  try {
+  return withModel(bench, 'fp8', (gpu) => {
     const load = { sequences, promptTokens: () => promptTokens, outputTokens: OUTPUT_TOKENS }
     serve(gpu, load)
     const { outputTokens, ms } = serve(gpu, load)
     return (outputTokens / ms) * 1e3
-  } finally {
-    gpu.close()
-  }
+  })
 }
 
-/** The model, ready for all loads. */
-export function openModel(bench: GpuBench, quantization?: Quantization): OpenedCuda {
-  return openCuda(dummyModel(MODEL), {
+/**
+ * Measures on the model, ready for all loads. It is not closed after an error: a GPU that does not
+ * go on would hold up the error's report.
+ */
+export function withModel<Result>(
+  bench: GpuBench,
+  quantization: Quantization | undefined,
+  measure: (gpu: OpenedCuda) => Result,
+): Result {
+  const gpu = openCuda(dummyModel(MODEL), {
     device: bench.device.info.index,
     contextLength: CONTEXT,
     maxSequences: SEQUENCES,
@@ -99,6 +100,9 @@ export function openModel(bench: GpuBench, quantization?: Quantization): OpenedC
     kvIdleReleaseMs: Infinity,
     ...(quantization && { quantization }),
   })
+  const result = measure(gpu)
+  gpu.close()
+  return result
 }
 
 /** The kernels of a step that is full of prompts, as it comes when many requests arrive. */

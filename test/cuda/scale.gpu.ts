@@ -52,7 +52,7 @@ const PROMPT_MAX = 300
 type Options = Omit<ForwardOptions, 'device' | 'modules' | 'kv' | 'maxSequences' | 'stepTokens'>
 
 /** The matrix library, attention by its definition, and little kernels between them. */
-function library({ config }: Model, layout: KvLayout): Options {
+function onLibrary({ config }: Model, layout: KvLayout): Options {
   const attention: Options['attention'] = (state, find) =>
     new ReferenceAttention(gpu.driver, config, layout, state, find)
   return { tune: false, skinny: false, wholeSteps: false, attention }
@@ -280,7 +280,7 @@ for (const [name, sharper] of [
     const model = shallow(name, 4, sharper)
     compileFor(model)
     const served = new Side(model, () => SERVED)
-    const reference = new Side(model, (layout) => library(model, layout))
+    const reference = new Side(model, (layout) => onLibrary(model, layout))
     const { decoding } = served.backend.forward
     const whole = name.includes('llama') ? [1, 2, 4, 5, 64] : []
     for (const rows of whole) assert.equal(decoding.whyNotWhole(rows), undefined)
@@ -296,7 +296,7 @@ test('steps in fp8 are not what their parts are one by one', (t) => {
   const model = shallow('dummy:llama-3.1-8b', 4, 1)
   const quantization = 'fp8'
   const served = new Side(model, () => ({ ...SERVED, quantization }))
-  const reference = new Side(model, (layout) => ({ ...library(model, layout), quantization }))
+  const reference = new Side(model, (layout) => ({ ...onLibrary(model, layout), quantization }))
   compare('fp8', { served, reference }, TOLERANCE.fp8, oneByOne)
   served.backend.close()
   reference.backend.close()
@@ -306,7 +306,7 @@ test('more sequences than graphs were thought of are not decoded as the library 
   const model = shallow('dummy:llama-3.1-8b', 2, 4)
   const most = 600
   const served = new Side(model, () => SERVED, most)
-  const reference = new Side(model, (layout) => library(model, layout), most)
+  const reference = new Side(model, (layout) => onLibrary(model, layout), most)
   const random = new Random(29)
   const counts = [most, most - 1, 513]
   counts.forEach((count, start) => {
@@ -351,7 +351,7 @@ test('tokens far out are not where they should be', (t) => {
   const kv = { address, layout, regions: FAR.length }
   const make = (options: Options) =>
     new CudaForward(model, { device, modules, kv, ...limits, ...options })
-  const [served, reference] = [make(SERVED), make(library(model, layout))]
+  const [served, reference] = [make(SERVED), make(onLibrary(model, layout))]
   driver.fill16(address, NAN, (slotBytes * FAR.length) / 2, served.stream)
   FAR.forEach((tokens, slot) => {
     served.fillRandom(address + slot * slotBytes, (tokens * tokenStride) / 2, slot, 1)

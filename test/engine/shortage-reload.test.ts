@@ -12,7 +12,7 @@ import { MemoryDisk } from '../support/memory-disk.ts'
 import { MockCuda } from '../support/mock-cuda.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
 import { Random } from '../support/random.ts'
-import { countUndone, moveSome, type Undone } from '../support/reloads.ts'
+import { countUndone, endUnlimited, moveSome, type Undone } from '../support/reloads.ts'
 import { loads, runLoad } from '../support/sharing-load.ts'
 
 /** 1.6 tokens a page: 80 tokens need 50 pages. A page of the host has 4 KiB at least. */
@@ -73,14 +73,7 @@ for (const shareColumns of [1, 8]) {
           })
           contended = false
           assert.equal(engine.core.snapshot().tier?.lost, 0, 'what was outside is there still')
-          for (const _ of [1, 2]) {
-            engine.nowMs += 1000
-            gpu.kv.drain()
-            engine.step()
-          }
-          engine.settle()
-          assert.equal(engine.core.snapshot().kv.limitPages, kvPages, 'the limit is what it was')
-          gpu.close()
+          endUnlimited(engine, gpu, kvPages)
           cuda.assertClean()
         }),
         { seed: 23, numRuns: 60, endOnFailure: true },

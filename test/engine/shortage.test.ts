@@ -7,6 +7,7 @@ import fc from 'fast-check'
 import { HashingBackend, mockGpu } from '../support/hashing-backend.ts'
 import { MockCuda } from '../support/mock-cuda.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
+import { endUnlimited } from '../support/reloads.ts'
 import { loads, runLoad } from '../support/sharing-load.ts'
 
 /** 1.6 tokens a page: 80 tokens need 50 pages. */
@@ -77,15 +78,7 @@ for (const shareColumns of [1, 4]) {
           finished += engine.core.snapshot().finished.length
           took += shared.took
           shared.giveBack()
-          // A refusal from before may come late, and is noticed first.
-          for (const _ of [1, 2]) {
-            engine.nowMs += 1000
-            gpu.kv.drain()
-            engine.step()
-          }
-          engine.settle()
-          assert.equal(engine.core.snapshot().kv.limitPages, kvPages, 'the limit is what it was')
-          gpu.close()
+          endUnlimited(engine, gpu, kvPages)
           shared.cuda.assertClean()
         }),
         { seed: 23, numRuns: 25, endOnFailure: true },

@@ -285,7 +285,7 @@ export class CheckedCuda extends MockCuda {
   }
 
   /** A library whose products only have to lie in memory. */
-  library(): CublasLt {
+  products(): CublasLt {
     const plans: Record<'a' | 'b' | 'd', MatrixLayout>[] = []
     const algorithm = { block: { bytes: new Uint8Array(64) }, address: 0, workspaceBytes: 0 }
     const size = ({ type }: MatrixLayout) =>

@@ -1,6 +1,8 @@
-// Owns what tests of reloads share: sessions that somebody moves by hand, and a count of what was
-// on its way back into memory that was refused.
+// Owns what tests of reloads share: sessions that somebody moves by hand, a count of what was on
+// its way back into memory that was refused, and what must be so once nobody refuses it.
 
+import assert from 'node:assert/strict'
+import type { HashingBackend } from './hashing-backend.ts'
 import type { Bench } from './null-engine.ts'
 import type { Random } from './random.ts'
 
@@ -38,4 +40,17 @@ export function moveSome({ core }: Bench, random: Random): void {
       core.answer({ kind: outPages > 0 ? 'reload' : 'offload', tenant, id })
     }
   }
+}
+
+/** Nobody takes memory any more: the engine and its backend may have all of it again. */
+export function endUnlimited(engine: Bench, gpu: HashingBackend, kvPages: number): void {
+  // A refusal from before may come late, and is noticed first.
+  for (const _ of [1, 2]) {
+    engine.nowMs += 1000
+    gpu.kv.drain()
+    engine.step()
+  }
+  engine.settle()
+  assert.equal(engine.core.snapshot().kv.limitPages, kvPages, 'the limit is what it was')
+  gpu.close()
 }
