@@ -4,6 +4,7 @@
 //
 // Before: -D HEAD_DIM GROUP KV_HEADS WARPS [SOFTCAP]
 #pragma once
+#include "evens.cuh"
 #include "tensor-core.cuh"
 
 constexpr int COLUMNS = (GROUP + 7) / 8;  // tiles of 8 query heads
@@ -230,24 +231,30 @@ template <int N> struct Sums {
     }
   }
 
-  /** `to`: the group's first head; from 64 of its elements to the next 64 are `stride`. */
+  /**
+   * `to`: the group's first head; from 64 of its elements to the next 64 are `stride`; EVENS: for a
+   * product that wants elements as evens.cuh says.
+   */
+  template <bool EVENS = false>
   __device__ __forceinline__ void output(bf16 *to, int first, int stride = 64) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) {
       const bool some[2] = {l[c][0] > 0, l[c][1] > 0};
-      const float by[2] = {1 / l[c][0], 1 / l[c][1]};
+      constexpr float FACTOR = EVENS ? EVENS_FACTOR : 1;
+      const float by[2] = {FACTOR / l[c][0], FACTOR / l[c][1]};
 #pragma unroll
       for (int s = 0; s < N; s++) {
         const float x0 = some[0] ? o[c][s][0] * by[0] : 0, x1 = some[1] ? o[c][s][1] * by[1] : 0;
         const float x2 = some[0] ? o[c][s][2] * by[0] : 0, x3 = some[1] ? o[c][s][3] * by[1] : 0;
-        const u32 low = transpose(pack(x0, x1)), high = transpose(pack(x2, x3));
+        u32 low = transpose(pack(x0, x1)), high = transpose(pack(x2, x3));
+        if (EVENS) low = evensApart(low), high = evensApart(high);
         const int head = c * 8 + lane / 4;
         if (head >= GROUP || first + s >= STEPS) continue;
         const int place = head * HEAD_DIM + (first + s) * 16;
-        u32 *const at = (u32 *)(to + place / 64 * stride + place % 64 + lane % 4 * 2);
-        at[0] = low;
-        at[4] = high;
+        u32 *const at = (u32 *)(to + place / 64 * stride + place % 64);
+        at[EVENS ? evensPlace() : lane % 4] = low;
+        at[EVENS ? evensPlace() + 2 : lane % 4 + 4] = high;
       }
     }
   }

@@ -279,7 +279,7 @@ __device__ __forceinline__ void attendStretch(const Phase &p, const Attending &a
       const u32 last = walk.blockOf(piece.start + piece.all - 1);
       for (u32 w = walk.worker + 1; w <= last; w++) receive(partOf(w), sums, tag);
     }
-    sums.output(a.out + inputPlace(piece.row, firstK), first, TOKENS * STEP);
+    sums.output<E4M3>(a.out + inputPlace(piece.row, firstK), first, TOKENS * STEP);
   }
   at.advanceFar((tiles + others) * TILE_PAGES);
 }

@@ -8,7 +8,7 @@
 /** How long L2 is to keep what the copy engine reads. */
 constexpr u64 OFTEN = 0x14F0000000000000ull;
 
-/** A box of 64 elements by 8 rows by both halves of groups. */
+/** A box of 128 bytes by 8 rows by both halves of groups. */
 __device__ __forceinline__ void loadGroups(u32 to, const void *map, int k, int group, int head,
                                            u32 barrier) {
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -29,13 +29,14 @@ __device__ __forceinline__ void feedPage(const Phase &p, const Ring &ring, const
   ring.awaitEmpty(place);
   barrierExpect(full, groups * GROUP_BYTES);
   const int heads = p.headGroups;
+  const int k = step * STEP * p.inputs();
   if (groups == PAGE_GROUPS && (heads == 0 || group % PAGE_GROUPS == 0)) {
     const int head = heads ? group / heads : 0;
-    return loadGroups(to, p.four, step * STEP, group - head * heads, head, full);
+    return loadGroups(to, p.four, k, group - head * heads, head, full);
   }
   for (int i = 0; i < groups; i++, group++) {
     const int head = heads ? group / heads : 0;
-    loadGroups(to + i * GROUP_BYTES, p.one, step * STEP, group - head * heads, head, full);
+    loadGroups(to + i * GROUP_BYTES, p.one, k, group - head * heads, head, full);
   }
 }
 
@@ -84,7 +85,7 @@ __device__ __forceinline__ void feedWeights(const Phase *phases, int first, int 
           feedPage(p, ring, at.after(lane), group + lane * PAGE_GROUPS, mine, step);
         }
         __syncwarp();
-        at.advance(pages + 1);
+        at.advance(pages + p.inputs());
       }
     }
   }
@@ -109,14 +110,14 @@ __device__ __forceinline__ void feedTokens(const Phase *phases, int first, int e
     for (int group = share.from; group < share.to; group += ROUND_GROUPS) {
       const int pages = (min(ROUND_GROUPS, share.to - group) + PAGE_GROUPS - 1) / PAGE_GROUPS;
       for (int step = share.firstStep; step < share.endStep; step++) {
-        if (threadIdx.x % 32 == 0) {
-          const Place place = at.after(pages);
+        for (int i = 0; i < p.inputs() && threadIdx.x % 32 == 0; i++) {
+          const Place place = at.after(pages + i);
           ring.awaitEmpty(place);
           barrierExpect(ring.fullOf(place), INPUT_BYTES);
-          loadTokens(ring.at(place), p.in, step, ring.fullOf(place));
+          loadTokens(ring.at(place), p.in, step * p.inputs() + i, ring.fullOf(place));
         }
         __syncwarp();
-        at.advance(pages + 1);
+        at.advance(pages + p.inputs());
       }
     }
   }

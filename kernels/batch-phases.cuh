@@ -2,7 +2,7 @@
 // the ring of shared memory that everything a block reads comes through, and how blocks tell each
 // other that a phase is done.
 //
-// Before: -D TOKENS PAGES
+// Before: -D TOKENS PAGES [E4M3 1]
 #pragma once
 #include "rope.cuh"
 #include "signals.cuh"
@@ -14,7 +14,10 @@
 #define ROPE 4       // rows are [q | k | v]: q is rotated into out, k too and v into the slot
 #define ATTENTION 5  // of the queries `q`, over each token's slot; no weights
 
-constexpr int STEP = 64;  // elements of K
+#ifndef E4M3
+#define E4M3 0  // weights are of 8 bits, but for those of the logits
+#endif
+constexpr int STEP = 64;  // elements of K in a page of bf16
 constexpr int PAGE = 64 * STEP * 2;
 constexpr int INPUT_BYTES = TOKENS * STEP * 2;
 /** Of 16 rows each: 8 and their partners (gate and up, halves of a head), or 16 neighbours. */
@@ -35,8 +38,12 @@ struct __align__(16) Phase {
   /** ADD: the next product's input, as `inputPlace` says; float32 weights by row that are in it. */
   bf16 *next;
   const float *norm;
-  /** ATTENTION */
-  const bf16 *q;
+  union {
+    /** ATTENTION */
+    const bf16 *q;
+    /** Products of e4m3: of each row of the matrix. */
+    const bf16 *scales;
+  };
   /** ROPE: bytes from a token's start to the layer's keys. */
   u64 layerOffset;
   /** Groups and steps of K of the matrix; tiles of groups, and blocks that share a tile's K. */
@@ -57,7 +64,12 @@ struct __align__(16) Phase {
    * this, and how often in a whole step, both as the last bit of that number.
    */
   u32 turns;
-  int unused;
+  /** ADD: the next product is of e4m3, whose input lies as evens.cuh says. */
+  int evens;
+
+  __device__ __forceinline__ bool narrow() const { return E4M3 && kind != LOGITS; }
+  /** Pages of tokens beside those of weights in a step of K. */
+  __device__ __forceinline__ int inputs() const { return narrow() ? 2 : 1; }
 };
 static_assert(sizeof(Phase) == 128, "the host writes phases");
 

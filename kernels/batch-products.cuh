@@ -9,10 +9,10 @@
 // and who wants it looks until that bit has changed. (2^-24 of a part of a sum is lost.)
 #pragma once
 #include "batch-attention.cuh"
+#include "batch-e4m3.cuh"
 
 constexpr int FRAGMENTS = TOKENS / 8;
 constexpr int SPLIT = 4;  // blocks that share a tile, if any do
-constexpr int SCALE_PARTS = CONSUMERS / TOKENS;
 
 /** What a block's products need besides the table. */
 struct Products {
@@ -27,8 +27,10 @@ struct Products {
   float *squares;
   /** [TOKENS, pairs of a head]: cosine and sine. */
   const float2 *turns;
-  /** In shared memory: [SCALE_PARTS, TOKENS]; [warp, TOKENS]; [TOKENS]. */
-  float *scaleParts, *warpSquares, *scales;
+  /** In shared memory: what attention has in other phases; [warp, TOKENS]; [TOKENS]. */
+  float *area, *warpSquares, *scales;
+  /** Of a round's rows in their groups, in shared memory; see fetchScales. */
+  bf16 *rowScales;
 };
 
 __device__ __forceinline__ void give(uint4 *to, const float *v, u32 turn) {
@@ -51,34 +53,29 @@ __device__ __forceinline__ bool isThere(uint4 v, u32 turn) {
   return (((v.x ^ turn) | (v.y ^ turn) | (v.z ^ turn) | (v.w ^ turn)) & 1) == 0;
 }
 
-/** Sums of squares of a token's row so far, by every SCALE_PARTS-th tile. */
-__device__ __forceinline__ void loadScales(const Phase &p, const Products &a) {
-  const int token = threadIdx.x % TOKENS, part = threadIdx.x / TOKENS;
-  float sum = 0.f;
-  for (int first = part; first < p.squares; first += 8 * SCALE_PARTS) {
-    u32 x[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int tile = first + i * SCALE_PARTS;
-      x[i] = tile < p.squares ? freshWord(a.squares + tile * TOKENS + token) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum += __uint_as_float(x[i]);
+/** Asks for sums of squares of tokens' rows so far, by tile. By all that multiply. */
+__device__ __forceinline__ void fetchSquares(const Phase &p, const Products &a) {
+  for (int i = threadIdx.x * 4; i < p.squares * TOKENS; i += CONSUMERS * 4) {
+    copy16(address(a.area + i), a.squares + i);
   }
-  a.scaleParts[part * TOKENS + token] = sum;
 }
 
 /** What each token's products are multiplied by; for all threads that multiply. */
 __device__ __forceinline__ void computeScales(const Phase &p, const Products &a) {
-  const int thread = threadIdx.x;
-  if (p.squares > 0) meet();
-  if (thread < TOKENS) {
-    float sum = 0.f;
-    if (p.squares > 0) {
+  constexpr int PARTS = CONSUMERS / TOKENS;
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  meet();
+  if (threadIdx.x < TOKENS) {
+    float sum = 0.f, parts[PARTS] = {};
+    for (int first = 0; first < p.squares; first += PARTS) {
 #pragma unroll
-      for (int i = 0; i < SCALE_PARTS; i++) sum += a.scaleParts[i * TOKENS + thread];
+      for (int i = 0; i < PARTS; i++) {
+        if (first + i < p.squares) parts[i] += a.area[(first + i) * TOKENS + threadIdx.x];
+      }
     }
-    a.scales[thread] = p.squares > 0 ? rsqrtf(sum / p.k + p.eps) : 1.f;
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) sum += parts[i];
+    a.scales[threadIdx.x] = p.squares > 0 ? rsqrtf(sum / p.k + p.eps) : 1.f;
   }
   meet();
 }
@@ -128,13 +125,19 @@ __device__ __forceinline__ void storePair(bf16 *to, u32 x, bool real) {
   if (real) *(u32 *)to = mine;
 }
 
+/** The same for an input of e4m3's products: `to` is the 16 that it is the first or second 8 of. */
+__device__ __forceinline__ void storeEvens(bf16 *to, int half, u32 x, bool real) {
+  const u32 mine = evensApart(transpose(x));
+  if (real) *((u32 *)to + half * 2 + evensPlace()) = mine;
+}
+
 /** @param squares of the two tokens, added to */
 __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, const Piece16 &at,
                                           const float (&v)[4], const Ahead &ahead,
                                           float (&squares)[2]) {
   const bool real = at.ownToken() < a.tokens;
   const u64 place = (u64)at.ownToken() * p.outStride + at.group * 16 + at.ownRow();
-  bf16 *const next = p.next + inputPlace(at.ownToken(), at.group * 16 + at.ownRow());
+  bf16 *const next = p.next + inputPlace(at.ownToken(), at.group * 16);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u32 old = transpose(__float_as_uint(ahead.word[half]));
@@ -142,16 +145,27 @@ __device__ __forceinline__ void finishAdd(const Phase &p, const Products &a, con
     const float x = low(sum), y = high(sum), weight = ahead.word[2 + half];
     squares[0] += x * x, squares[1] += y * y;
     storePair((bf16 *)p.out + place + half * 8, sum, real);
-    storePair(next + half * 8, pack(x * weight, y * weight), real);
+    if (E4M3 && p.evens) {
+      const float more = weight * EVENS_FACTOR;
+      storeEvens(next, half, pack(x * more, y * more), real);
+    } else {
+      storePair(next + at.ownRow() + half * 8, pack(x * weight, y * weight), real);
+    }
   }
 }
 
 __device__ __forceinline__ void finishGlu(const Phase &p, const Products &a, const Piece16 &at,
                                           const float (&v)[4]) {
-  const u32 y = pack(activate(rounded(v[0]), p.gelu) * rounded(v[2]),
-                     activate(rounded(v[1]), p.gelu) * rounded(v[3]));
-  bf16 *to = (bf16 *)p.out + inputPlace(at.ownToken(), at.group * 8 + at.ownRow());
-  storePair(to, y, at.ownToken() < a.tokens);
+  constexpr float FACTOR = E4M3 ? EVENS_FACTOR : 1.f;
+  const u32 y = pack(activate(rounded(v[0]), p.gelu) * rounded(v[2]) * FACTOR,
+                     activate(rounded(v[1]), p.gelu) * rounded(v[3]) * FACTOR);
+  const bool real = at.ownToken() < a.tokens;
+  if (E4M3) {
+    bf16 *to = (bf16 *)p.out + inputPlace(at.ownToken(), at.group / 2 * 16);
+    storeEvens(to, at.group % 2, y, real);
+  } else {
+    storePair((bf16 *)p.out + inputPlace(at.ownToken(), at.group * 8 + at.ownRow()), y, real);
+  }
 }
 
 __device__ __forceinline__ void finishRope(const Phase &p, const Products &a, const Piece16 &at,
@@ -209,20 +223,36 @@ struct Scaled {
   }
 };
 
+/** What sums of products of e4m3 are multiplied by, in the fragments of a page. */
+struct RowScales {
+  float row = 1.f, partner = 1.f;
+
+  __device__ __forceinline__ RowScales(const Products &a, const End &end, int j) {
+    if (!E4M3) return;
+    const bf16 *at = a.rowScales + (end.groupOf(j) - end.group) * 16 + threadIdx.x % 32 / 4;
+    row = widen(at[0]) * SUMS_FACTOR, partner = widen(at[8]) * SUMS_FACTOR;
+  }
+  __device__ __forceinline__ void apply(float (&v)[4]) const {
+    if (E4M3) v[0] *= row, v[1] *= row, v[2] *= partner, v[3] *= partner;
+  }
+};
+
 /** The end of a tile whose sums `d` [page of two, fragment, 4] this block has alone. */
 template <int KIND>
 __device__ __forceinline__ void finishWhole(const Phase &phase, const Products &a, const End &end,
                                             const float (&d)[2][FRAGMENTS * 4]) {
-  const Phase p = phase;
+  const Phase &p = phase;
 #pragma unroll 1
   for (int j = 0; j < 2; j++) {
     if (!end.real(j)) continue;
+    const RowScales rows(a, end, j);
 #pragma unroll
     for (int u = 0; u < FRAGMENTS; u++) {
       const Piece16 at = {end.groupOf(j), u * 8};
       float sums[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[i] = j ? d[1][u * 4 + i] : d[0][u * 4 + i];
+      if (KIND == GLU) rows.apply(sums);
       const Scaled y(a, at, sums);
       if (KIND == GLU) finishGlu(p, a, at, y.x);
       else finishLogits(p, a, at, y.x);
@@ -248,8 +278,10 @@ __device__ __forceinline__ void addSquares(const Products &a, int tile, int firs
 template <int KIND>
 __device__ __forceinline__ void finishShared(const Phase &phase, const Products &a, const End &end,
                                              const float (&d)[2][FRAGMENTS * 4]) {
+  // What it adds up itself a block keeps, unless that would need registers that it has not.
+  constexpr bool KEEP = !E4M3;
   constexpr int OWN = FRAGMENTS / SPLIT, ROUNDS = KIND == ADD ? 1 : 2;
-  const Phase p = phase;
+  const Phase &p = phase;
   const int thread = threadIdx.x, peer = end.share.peer;
   constexpr int OF_PEER = 2 * FRAGMENTS * CONSUMERS;
   const u32 turn[2] = {(p.turns ^ (p.turns >> 1 & a.step)) & 1,
@@ -261,9 +293,12 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
     if (j > 0 && end.page(j) >= end.pages) continue;
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; i++) {
-      if (i / OWN != peer) give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
+      if (KEEP && i / OWN == peer) continue;
+      give(given + (j * FRAGMENTS + i) * CONSUMERS, d[j] + i * 4, turn[j]);
     }
   }
+  // While the others' sums are on their way.
+  computeScales(p, a);
   float own[ROUNDS][OWN][4];
 #pragma unroll
   for (int j = 0; j < ROUNDS; j++) {
@@ -295,29 +330,33 @@ __device__ __forceinline__ void finishShared(const Phase &phase, const Products 
       for (int r = 0; r < SPLIT; r++) {
 #pragma unroll
         for (int u = 0; u < OWN; u++) {
-          if (r != peer) seen[r][u] = look(source(r, u));
+          if (!KEEP || r != peer) seen[r][u] = look(source(r, u));
         }
       }
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
 #pragma unroll
-        for (int u = 0; u < OWN; u++) all = (r == peer || isThere(seen[r][u], turn[j])) && all;
+        for (int u = 0; u < OWN; u++) {
+          all = ((KEEP && r == peer) || isThere(seen[r][u], turn[j])) && all;
+        }
       }
       if (spins == SPINS_MAX) __trap();
     }
+    const RowScales rows(a, end, j);
 #pragma unroll
     for (int u = 0; u < OWN; u++) {
       // In the order of their parts of K.
       float sum[4] = {};
 #pragma unroll
       for (int r = 0; r < SPLIT; r++) {
-        const bool mine = r == peer;
+        const bool mine = KEEP && r == peer;
         sum[0] += mine ? own[j][u][0] : __uint_as_float(seen[r][u].x);
         sum[1] += mine ? own[j][u][1] : __uint_as_float(seen[r][u].y);
         sum[2] += mine ? own[j][u][2] : __uint_as_float(seen[r][u].z);
         sum[3] += mine ? own[j][u][3] : __uint_as_float(seen[r][u].w);
       }
       if (!end.real(j)) continue;
+      rows.apply(sum);
       const Piece16 at = {end.groupOf(j), (peer * OWN + u) * 8};
       if (KIND == ADD) finishAdd(p, a, at, sum, ahead[u], squares[u]);
       else finishRope(p, a, at, Scaled(a, at, sum).x, ahead[u]);
@@ -368,7 +407,7 @@ __device__ __forceinline__ void multiplySteps(const Phase &p, const Products &a,
     // The products of the step before are done: its pages are free.
     productsWait<1>();
     if (step > share.firstStep) release(ring, last, pages + 1);
-    else if (scales) loadScales(p, a);
+    else if (scales) fetchSquares(p, a);
     last = at;
     at.advance(pages + 1);
   }
@@ -387,9 +426,23 @@ __device__ __forceinline__ void multiplyShare(const Phase &p, const Products &a,
     const int pages = (groups + PAGE_GROUPS - 1) / PAGE_GROUPS;
     const bool scales = p.squares > 0 && group == share.from;
     float d[2][FRAGMENTS * 4];
-    if (threadIdx.x / 128 + 2 < pages) multiplySteps<true>(p, a, ring, at, share, scales, pages, d);
-    else multiplySteps<false>(p, a, ring, at, share, scales, pages, d);
-    if (group == share.from) computeScales(p, a);
+    const bool two = threadIdx.x / 128 + 2 < pages;
+    if (p.narrow()) {
+      if (group > share.from) meet();
+      fetchScales(p, a.rowScales, group, groups);
+      auto begun = [&] {
+        if (scales) fetchSquares(p, a);
+      };
+      if (two) multiplyNarrow<true>(ring, at, share, pages, d, begun);
+      else multiplyNarrow<false>(ring, at, share, pages, d, begun);
+    } else if (two) {
+      multiplySteps<true>(p, a, ring, at, share, scales, pages, d);
+    } else {
+      multiplySteps<false>(p, a, ring, at, share, scales, pages, d);
+    }
+    // Before a tile that is shared is finished, what it is made of is handed on.
+    const bool shared = p.kind == ADD || p.kind == ROPE;
+    if (!shared && (group == share.from || p.narrow())) computeScales(p, a);
     const End end = {share, group, pages};
     if (p.kind == ADD) finishShared<ADD>(p, a, end, d);
     else if (p.kind == ROPE) finishShared<ROPE>(p, a, end, d);

@@ -11,12 +11,16 @@
 // row, which is rounded before it is scaled. Launched cooperatively: blocks wait for each other.
 //
 // -D TOKENS 32|64, PAGES of the ring, HOLD of these, HEADS, KV_HEADS, HEAD_DIM, GROUP, WARPS of an
-// attention worker (4). Dynamic shared memory: the ring, AREA_BYTES, SCRATCH floats, barriers.
+// attention worker (4); E4M3 1: weights of blocks are of 8 bits (batch-e4m3.cuh), the first norm's
+// output lies as evens.cuh says. Dynamic shared memory: the ring, AREA_BYTES, SCRATCH floats,
+// barriers.
 // Oracle: kernels one by one, test/cuda/batch-step.gpu.ts.
 #include "batch-feed.cuh"
 #include "batch-products.cuh"
 
-constexpr int SCRATCH = (2 * CONSUMERS / 32 + 1) * TOKENS;  // floats; SCALE_PARTS is less
+// In floats.
+constexpr int ROW_SCALES = (CONSUMERS / 32 + 1) * TOKENS;
+constexpr int SCRATCH = ROW_SCALES + SCALES_BYTES / 4;
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -106,8 +110,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     awaitInputs();
     const Counters counters(all);
     const Products products = {counters.step, tokens, positions, bases, tokenStride, exchange,
-                               squares, turns, scratch, scratch + CONSUMERS / 32 * TOKENS,
-                               scratch + 2 * (CONSUMERS / 32 * TOKENS)};
+                               squares, turns, (float *)area, scratch,
+                               scratch + CONSUMERS / 32 * TOKENS, (bf16 *)(scratch + ROW_SCALES)};
     computeTurns(turns, products, {frequencies, HEAD_DIM, 0, magnitude});
     meet();
     work(phases, first, end, counters, products, attending, ring, done, area);

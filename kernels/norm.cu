@@ -3,6 +3,7 @@
 // Zhang & Sennrich 2019, arXiv:1910.07467. Moves 2–5 rows of 2·width bytes: launch-bound for a
 // decode batch (2–3 µs), bandwidth-bound for a prefill. Relative error 2^-8. Oracle:
 // test/cuda/elementwise.gpu.ts.
+#include "evens.cuh"
 #include "fp8.cuh"
 
 #define PER_THREAD 4  // groups of 8 that a thread keeps: width ≤ 1024 · 8 · 4
@@ -11,9 +12,10 @@
  * One row, after an optional sum. x: the residual stream; added: what a block computed.
  *   postWeight null: x' = x + added     else x' = x + norm(added)·postWeight
  *   added null: x' = x;   out null: only the sum is wanted;   x is written if there was a sum.
- * GROUPS: of 8 elements that a thread keeps; NARROW: between products of e4m3.
+ * GROUPS: of 8 elements that a thread keeps; NARROW: between products of e4m3; EVENS: a row of bf16
+ *   that lies as evens.cuh says.
  */
-template <bool NARROW, int GROUPS>
+template <bool NARROW, int GROUPS, bool EVENS = false>
 __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* postWeight,
                                      const float* weight, void* out, int width, float eps,
                                      bf16* outScales, Scales scales) {
@@ -76,7 +78,11 @@ __device__ __forceinline__ void norm(bf16* x, const bf16* added, const float* po
     for (int j = 0; j < 8; j++) {
       v[c][j] *= scale * (EARLY ? ((const float*)w)[j] : weight[i * 8 + j]);
     }
-    if (!NARROW || !outScales) ((uint4*)((bf16*)out + at))[i] = pack8(v[c]);
+    if (NARROW && outScales) continue;
+    for (int j = 0; EVENS && j < 8; j++) v[c][j] *= EVENS_FACTOR;
+    const uint4 row = pack8(v[c]);
+    if (EVENS) storeEvens((bf16*)out + at, i, row);
+    else ((uint4*)((bf16*)out + at))[i] = row;
   }
   if (!NARROW || !outScales) return;
   storeE4m3<GROUPS>(v, count, (e4m3*)out + at, outScales + blockIdx.x, scratch);
@@ -86,6 +92,13 @@ extern "C" __global__ void __launch_bounds__(1024)
     normRow(bf16* x, const bf16* added, const float* postWeight, const float* weight, bf16* out,
             int width, float eps) {
   norm<false, PER_THREAD>(x, added, postWeight, weight, out, width, eps, nullptr, {});
+}
+
+/** The same for a product of e4m3 in batch-step.cu; width is a multiple of 16. */
+extern "C" __global__ void __launch_bounds__(1024)
+    normRowEvens(bf16* x, const bf16* added, const float* postWeight, const float* weight,
+                 bf16* out, int width, float eps) {
+  norm<false, PER_THREAD, true>(x, added, postWeight, weight, out, width, eps, nullptr, {});
 }
 
 /**

@@ -14,6 +14,11 @@ __device__ __forceinline__ u64 descriptor(u32 at, u32 across) {
   return (u64)(at >> 4) | (u64)(across >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
+/** The same tile some bytes further on, where that crosses no 128. */
+__device__ __forceinline__ u64 advanced(u64 descriptor, int bytes) {
+  return descriptor & ~0xffffffffull | ((u32)descriptor + bytes / 16);
+}
+
 __device__ __forceinline__ void productsBegin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -79,6 +84,12 @@ __device__ __forceinline__ void publishShared() {
   __device__ __forceinline__ void productRegisters(float (&d)[COUNT], const u32 (&a)[4], u64 b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##COUNT \
                  "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", 1, 1, 1, 1;" \
+                 : SUMS_##COUNT(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  } \
+  /** d [64, COLUMNS] += a [64, 16] · bᵀ, a from registers, b rows of 16. */ \
+  __device__ __forceinline__ void productHalf(float (&d)[COUNT], const u32 (&a)[4], u64 b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" NAMES_##COUNT \
+                 "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", 1, 1, 1, 0;" \
                  : SUMS_##COUNT(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
 

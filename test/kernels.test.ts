@@ -61,8 +61,10 @@ function shaped(capability: number, room: number): Shaped[] {
   ].flatMap((variant) => ('reason' in variant ? [] : { file: 'decode-step.cu', ...variant }))
   const sharing = { groups: 256, steps: 64, tiles: 32, split: 4 }
   const batches = [64, 128].flatMap((headDim) =>
-    [32, 64].map((tokens) =>
-      batchVariant({ phases: [], sharings: [sharing] }, { ...heads, headDim }, tokens, 132, room),
+    [32, 64].flatMap((tokens) =>
+      [false, true].map((e4m3) =>
+        batchVariant({ e4m3, sharings: [sharing] }, { ...heads, headDim }, tokens, 132, room),
+      ),
     ),
   )
   const manyTokens = batches.flatMap((variant) =>

@@ -27,12 +27,18 @@ export function benchFp8(bench: GpuBench): void {
   const readGBs = readBandwidth(device, modules)
   const model = dummyModel(MODEL)
   for (const of of DECODES) {
-    const options = { quantization: 'fp8', profile: true } as const
-    const one = benchDecode(device, modules, model, of, readGBs, options)
+    const options = { quantization: 'fp8' } as const
+    const one = benchDecode(device, modules, model, of, readGBs, { ...options, profile: true })
     const name = `${MODEL}, fp8, ${of.batch} × ${of.context}`
-    row(`${name}: step`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
+    const why = one.whyNotWhole
+    const how = why === undefined ? '' : ` (a kernel a product: ${why})`
+    row(`${name}: step${how}`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
     for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+    if (why !== undefined) continue
+    const parts = { ...options, wholeSteps: false }
+    const apart = benchDecode(device, modules, model, of, readGBs, parts)
+    row(`${name}: step, a kernel a product`, apart.stepUs, 'µs', apart.rooflineUs)
   }
   const teraflops = matrixCeiling(bench)
   row('a matrix product of e4m3, 8,192 cubed', teraflops, 'TFLOP/s')

@@ -35,20 +35,37 @@ function modelOf(name: string) {
   return { config: model.config, phases, matrix }
 }
 
-function planOf(name: string): BatchPlan {
+function planOf(name: string, e4m3 = false): BatchPlan {
   const { config, phases, matrix } = modelOf(name)
-  const plan = planBatch(phases, config, matrix, BLOCKS, true)
+  const narrow = (weights: readonly string[]) => ({
+    ...matrix(weights),
+    e4m3: e4m3 && inBlock(weights),
+  })
+  const plan = planBatch(phases, config, narrow, BLOCKS, true)
   assert.ok(!('reason' in plan), name)
   return plan
 }
 
-for (const name of ['dummy:llama-3.1-8b', 'dummy:llama-3.2-1b']) {
-  test(`${name}: blocks read unequal parts, or parts that the kernel has no room for`, () => {
-    const { phases, sharings } = planOf(name)
+function inBlock([name]: readonly string[]): boolean {
+  return name?.startsWith('blk.') ?? false
+}
+
+for (const [name, e4m3] of [
+  ['dummy:llama-3.1-8b', false],
+  ['dummy:llama-3.2-1b', false],
+  ['dummy:llama-3.1-8b', true],
+  ['dummy:llama-3.2-1b', true],
+] as const) {
+  const what = `${name}${e4m3 ? ', fp8' : ''}`
+  test(`${what}: blocks read unequal parts, or parts that the kernel has no room for`, () => {
+    const { matrix } = modelOf(name)
+    const { phases, sharings } = planOf(name, e4m3)
     sharings.forEach((sharing, i) => {
-      const { kind } = present(phases[i], 'a phase')
+      const { kind, weights } = present(phases[i], 'a phase')
       if (!sharing) return assert.equal(kind, 'attention')
       const { groups, steps, tiles, split } = sharing
+      const elements = e4m3 && kind !== 'logits' ? 128 : 64
+      assert.equal(steps, matrix(weights).k / elements, `${kind}: all of K`)
       assert.ok(tiles * split <= BLOCKS && tiles <= groups && steps >= split, kind)
       const busiest = Math.ceil(groups / tiles) * Math.ceil(steps / split)
       assert.ok((groups * steps) / BLOCKS / busiest > 0.94, `${kind}: ${busiest} for the busiest`)
@@ -59,9 +76,16 @@ for (const name of ['dummy:llama-3.1-8b', 'dummy:llama-3.2-1b']) {
 
 test('a variant takes more shared memory than a block has', () => {
   const { config } = modelOf('dummy:llama-3.1-8b')
-  for (const tokens of [32, 64]) {
-    const variant = batchVariant(planOf('dummy:llama-3.1-8b'), config, tokens, BLOCKS, ROOM)
+  for (const [tokens, e4m3] of [
+    [32, false],
+    [64, false],
+    [32, true],
+    [64, true],
+  ] as const) {
+    const plan = planOf('dummy:llama-3.1-8b', e4m3)
+    const variant = batchVariant(plan, config, tokens, BLOCKS, ROOM)
     assert.ok(!('reason' in variant))
+    assert.equal(variant.defines['E4M3'], e4m3 ? 1 : undefined)
     // A kilobyte of it is static.
     assert.ok(variant.sharedBytes + 1024 <= ROOM)
     assert.ok(present(variant.defines['PAGES'], 'pages') >= 20)
@@ -74,6 +98,19 @@ test('a model whose blocks are small has steps of one kernel', () => {
   const { config, phases, matrix } = modelOf('dummy:llama-3.2-1b')
   const plan = planBatch(phases, config, matrix, BLOCKS)
   assert.deepEqual(plan, { reason: 'its blocks have 116 MiB of weights only' })
+})
+
+test('a model in fp8 is taken for one of bf16, or some of it is bf16', () => {
+  const reasonOf = (name: string, e4m3: (weights: readonly string[]) => boolean) => {
+    const { config, phases, matrix } = modelOf(name)
+    const of = (weights: readonly string[]) => ({ ...matrix(weights), e4m3: e4m3(weights) })
+    const plan = planBatch(phases, config, of, BLOCKS)
+    return 'reason' in plan ? plan.reason : undefined
+  }
+  assert.equal(reasonOf('dummy:llama-3.1-8b', inBlock), undefined)
+  assert.equal(reasonOf('dummy:llama-3.2-1b', inBlock), undefined)
+  const mixed = reasonOf('dummy:llama-3.1-8b', ([name]) => !!name?.includes('ffn'))
+  assert.equal(mixed, 'some of its matrices are fp8, others are not')
 })
 
 test('numbers of rows have no columns, or too few', () => {
@@ -103,13 +140,16 @@ test('what the kernel cannot do is planned all the same', () => {
 
 const INPUTS = { first: 0x6000, add: 0x6001, attention: 0x6002, glu: 0x6003 }
 
-test('the table has other addresses, counts or maps than the plan', () => {
+/** The table for a plan, and how it is read. */
+function tableOf(plan: BatchPlan) {
   const { config, matrix } = modelOf('dummy:llama-3.1-8b')
-  const plan = planOf('dummy:llama-3.1-8b')
   const table = new BatchTable(plan, {
     ...{ blocks: BLOCKS, config, tokens: 64, logits: 0x7000, inputs: INPUTS },
     place: (value) => ({ address: 0x100000 * (value + 1), stride: 4096, width: 4096 }),
-    matrix: (names) => ({ address: 0x5000, ...matrix(names) }),
+    matrix: (names) => {
+      const scales = plan.e4m3 && inBlock(names) ? 0x2000 : 0
+      return { address: 0x5000, ...matrix(names), scales }
+    },
     vector: () => 0x4000,
     layerStride: 4096,
     kvMap: { dataType: 9, address: 0x3000, dimensions: [128], strides: [], box: [64] },
@@ -120,6 +160,12 @@ test('the table has other addresses, counts or maps than the plan', () => {
   const address = (phase: number, i: number) => Number(view.getBigUint64(phase * 128 + i * 8, true))
   const integer = (phase: number, i: number) => view.getInt32(phase * 128 + 64 + i * 4, true)
   const mapOf = (phase: number, i: number) => table.maps[(address(phase, i) - mapsAt) / 128]
+  return { address, integer, mapOf, matrix }
+}
+
+test('the table has other addresses, counts or maps than the plan', () => {
+  const plan = planOf('dummy:llama-3.1-8b')
+  const { address, integer, mapOf, matrix } = tableOf(plan)
   plan.phases.forEach((phase, i) => {
     const sharing = plan.sharings[i]
     assert.equal(integer(i, 8), i === 0 ? 0 : arrivalsOf(plan, i - 1, BLOCKS))
@@ -151,5 +197,28 @@ test('the table has other addresses, counts or maps than the plan', () => {
     const squares = phase.norm && i > 0 ? present(plan.sharings[i - 1], 'a sum').tiles : 0
     assert.deepEqual([integer(i, 9), integer(i, 3)], [squares, sharing.tiles])
     assert.equal(address(i, 4) !== 0, phase.kind === 'add')
+  })
+})
+
+test('matrices of fp8 are read as others, unscaled, or next to rows in another order', () => {
+  const plan = planOf('dummy:llama-3.1-8b', true)
+  const { address, integer, mapOf, matrix } = tableOf(plan)
+  plan.phases.forEach(({ kind, weights }, i) => {
+    if (kind === 'attention') return
+    const narrow = kind !== 'logits'
+    assert.equal(address(i, 6), narrow ? 0x2000 : 0, 'scales')
+    const { rows, k } = matrix(weights)
+    for (const map of [mapOf(i, 0), mapOf(i, 1)]) {
+      assert.deepEqual([map?.dataType, map?.box[0]], narrow ? [0, 128] : [9, 64], kind)
+      assert.equal(map?.strides[0], narrow ? k : 2 * k)
+      assert.equal(
+        map?.dimensions.reduce((a, b) => a * b),
+        rows * k,
+      )
+    }
+    const input = mapOf(i, 2)
+    assert.deepEqual([input?.dataType, input?.box], [9, [64, 64, 1]], 'tokens are bf16')
+    const last = plan.phases[i + 1]?.kind === 'logits'
+    assert.equal(integer(i, 15), kind === 'add' && !last ? 1 : 0, 'evens first')
   })
 })

@@ -10,7 +10,7 @@ import type { Phase, PhaseKind, Unplanned } from './decode-step.ts'
 export interface Sharing {
   /** Of 16 rows each. */
   groups: number
-  /** Of 64 elements of K. */
+  /** Of 64 elements of K, or 128 of e4m3. */
   steps: number
   tiles: number
   /** Blocks that share a tile's K. */
@@ -31,6 +31,8 @@ export interface BatchVariant {
 
 export interface BatchPlan {
   phases: readonly Phase[]
+  /** Whether the matrices of blocks are, all of them. */
+  e4m3: boolean
   /** By phase; undefined for attention. */
   sharings: readonly (Sharing | undefined)[]
 }
@@ -40,13 +42,18 @@ export interface BatchPlan {
  * waits the one kernel was not measured to be faster.
  */
 const BLOCK_BYTES_MIN = 256 << 20
+/** Of e4m3: with 58 MiB steps of 8 rows are shorter by a ninth, those of 64 are as long. */
+const E4M3_BLOCK_BYTES_MIN = 48 << 20
 /** The most rows of a step. */
 export const BATCH_TOKENS_MAX = 64
 /** Fewer have decode-step.cu. */
 const FEWEST = 5
 const COLUMNS = [32, BATCH_TOKENS_MAX]
 const GROUP_ROWS = 16
-const STEP = 64
+/** Of K, in bytes of a row of weights. */
+const STEP_BYTES = 128
+/** Elements of a token's input that lie together. */
+const PIECE = 64
 /** Of a round, which is all that a block's registers hold. */
 const ROUND_GROUPS = 16
 /** Of a tile that is added to the residual stream. */
@@ -63,6 +70,16 @@ const PAGES_MIN = 12
 /** What is read ahead of a phase's end, in pages. */
 const HOLD = 8
 const GROUP_MAX = 16
+/** Scales of a round's rows of e4m3, in shared memory. */
+const SCALES_BYTES = ROUND_GROUPS * GROUP_ROWS * 2
+
+/** Matrices that are side by side. */
+export interface BatchMatrix {
+  rows: number
+  /** Elements of a row. */
+  k: number
+  e4m3?: boolean
+}
 
 /** The kernel's columns for so many rows; undefined if they are too few or too many. */
 export function batchColumns(rows: number): number | undefined {
@@ -77,24 +94,26 @@ export function columnsUpTo(rowsMax: number): number[] {
 
 /**
  * @param phases as `planStep` makes them
- * @param matrixOf rows and their elements of matrices that are side by side
  * @param blocks one for each multiprocessor
  * @param small also where there is nothing to be won; for tests
  */
 export function planBatch(
   phases: readonly Phase[],
   { heads, kvHeads, headDim }: Pick<ModelConfig, 'heads' | 'kvHeads' | 'headDim'>,
-  matrixOf: (weights: readonly string[]) => { rows: number; k: number },
+  matrixOf: (weights: readonly string[]) => BatchMatrix,
   blocks: number,
   small = false,
 ): BatchPlan | Unplanned {
-  const bytes = phases.reduce((sum, { kind, weights }) => {
-    if (kind === 'attention' || kind === 'logits') return sum
-    const { rows, k } = matrixOf(weights)
-    return sum + rows * k * 2
-  }, 0)
+  const ofBlocks = phases.flatMap(({ kind, weights }) =>
+    kind === 'attention' || kind === 'logits' ? [] : matrixOf(weights),
+  )
+  const e4m3 = ofBlocks.every((matrix) => matrix.e4m3)
+  if (!e4m3 && ofBlocks.some((matrix) => matrix.e4m3)) {
+    return { reason: 'some of its matrices are fp8, others are not' }
+  }
+  const bytes = ofBlocks.reduce((sum, { rows, k }) => sum + rows * k * (e4m3 ? 1 : 2), 0)
   const layers = phases.filter(({ kind }) => kind === 'attention').length
-  if (bytes / layers < BLOCK_BYTES_MIN && !small) {
+  if (bytes / layers < (e4m3 ? E4M3_BLOCK_BYTES_MIN : BLOCK_BYTES_MIN) && !small) {
     return { reason: `its blocks have ${Math.round(bytes / layers / 2 ** 20)} MiB of weights only` }
   }
   if ((headDim !== 64 && headDim !== 128) || heads / kvHeads > GROUP_MAX) {
@@ -109,17 +128,18 @@ export function planBatch(
       continue
     }
     const { rows, k } = matrixOf(phase.weights)
-    if (rows % (2 * GROUP_ROWS) !== 0 || k % STEP !== 0) {
+    if (rows % (2 * GROUP_ROWS) !== 0 || k % PIECE !== 0) {
       return { reason: `a matrix of ${rows} rows of ${k} is not made of whole groups` }
     }
-    const sharing = sharingOf(rows, k, blocks, phase.kind)
+    const rowBytes = e4m3 && phase.kind !== 'logits' ? k : 2 * k
+    const sharing = sharingOf(rows, rowBytes, blocks, phase.kind)
     if (!sharing) return { reason: `a matrix of ${rows} rows of ${k} is cut into no good parts` }
     sharings.push(sharing)
   }
   const shared = sharings.flatMap((sharing) => (sharing && sharing.split > 1 ? sharing.tiles : []))
   if (new Set(shared).size > 1)
     return { reason: 'its matrices are cut into different numbers of tiles' }
-  return { phases, sharings }
+  return { phases, e4m3, sharings }
 }
 
 /** Why the kernel cannot do a phase between its neighbours. */
@@ -148,9 +168,14 @@ function whyNot(
 }
 
 /** As evenly as whole groups allow; undefined if a tile that is shared does not fit in a round. */
-function sharingOf(rows: number, k: number, blocks: number, kind: PhaseKind): Sharing | undefined {
+function sharingOf(
+  rows: number,
+  rowBytes: number,
+  blocks: number,
+  kind: PhaseKind,
+): Sharing | undefined {
   const groups = rows / GROUP_ROWS
-  const steps = Math.ceil(k / STEP)
+  const steps = Math.ceil(rowBytes / STEP_BYTES)
   const split = kind === 'glu' || kind === 'logits' ? 1 : SPLIT
   const most = Math.ceil(groups / Math.floor(blocks / split))
   const room = kind === 'add' ? SUM_GROUPS : ROUND_GROUPS
@@ -160,7 +185,7 @@ function sharingOf(rows: number, k: number, blocks: number, kind: PhaseKind): Sh
 
 /** @param room shared memory that a block may have */
 export function batchVariant(
-  { sharings }: BatchPlan,
+  { e4m3, sharings }: Omit<BatchPlan, 'phases'>,
   { heads, kvHeads, headDim }: Pick<ModelConfig, 'heads' | 'kvHeads' | 'headDim'>,
   tokens: number,
   blocks: number,
@@ -171,15 +196,16 @@ export function batchVariant(
   const steps = headDim / 16
   const fragments = tokens / 8
   const area = CONSUMERS * columns * (steps + 1) * 16
-  const scratch = (2 * (CONSUMERS / 32) + 1) * tokens * 4
+  const scratch = (CONSUMERS / 32 + 1) * tokens * 4 + (e4m3 ? SCALES_BYTES : 0)
   const pages = Math.floor((room - OTHER_BYTES - area - scratch - 8) / (PAGE_BYTES + 16))
   if (pages < PAGES_MIN) return { reason: `${room} bytes of shared memory are too few` }
   const tiles = Math.max(...sharings.map((of) => (of && of.split > 1 ? of.tiles : 0)))
+  if (area < tiles * tokens * 4) return { reason: `sums of squares of ${tiles} tiles` }
   const share = Math.ceil(steps / WARPS)
   return {
     defines: {
       ...{ TOKENS: tokens, PAGES: pages, HOLD, HEADS: heads, KV_HEADS: kvHeads },
-      ...{ HEAD_DIM: headDim, GROUP: group, WARPS },
+      ...{ HEAD_DIM: headDim, GROUP: group, WARPS, ...(e4m3 && { E4M3: 1 }) },
     },
     tokens,
     threads: THREADS,

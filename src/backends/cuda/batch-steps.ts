@@ -19,7 +19,7 @@ import {
   widthAfter,
 } from './batch-plan.ts'
 import { type BatchPlaces, BatchTable, MAP_BYTES } from './batch-table.ts'
-import { type PhaseKind, planStep, type Unplanned } from './decode-step.ts'
+import { type Phase, type PhaseKind, planStep, type Unplanned } from './decode-step.ts'
 import { fuseSkinny, type Node } from './fuse.ts'
 import type { LowerContext } from './lower-context.ts'
 
@@ -97,12 +97,15 @@ export class BatchSteps {
   private readonly k = (names: readonly string[]): number => this.context.weights.joined(names).k
 
   private makePlan(nodes: readonly Node[]): BatchPlan | Unplanned {
-    const { wholeSteps, hopperRoom, hopper, weights, multiprocessors } = this.context
-    if (!wholeSteps || hopper === 'never') return { reason: 'it is switched off' }
+    const { wholeSteps, hopperRoom, hopper, weights, multiprocessors, e4m3 } = this.context
+    if (!wholeSteps || (hopper === 'never' && !e4m3)) return { reason: 'it is switched off' }
     if (hopperRoom === 0) return { reason: 'the GPU is no Hopper' }
     const phases = planStep(fuseSkinny(nodes))
     if ('reason' in phases) return phases
-    const matrixOf = (names: readonly string[]) => weights.joined(names)
+    const matrixOf = (names: readonly string[]) => {
+      const { rows, k, scales } = weights.joined(names)
+      return { rows, k, e4m3: scales !== 0 }
+    }
     return planBatch(phases, this.config, matrixOf, multiprocessors, hopper === 'always')
   }
 
@@ -150,13 +153,15 @@ export class BatchSteps {
       ...[this.filled(variant.exchangeBytes, 0xff), this.filled(multiprocessors * columns * 4, 0)],
       ...[this.filled(columns * headDim * 4, 0), turn.address, turn.magnitude],
     )
-    return { norm: this.norm(present(first.norm, 'a norm'), first.in, inputs.first), step }
+    return { norm: this.norm(plan, first, inputs.first), step }
   }
 
-  private norm({ weight, eps }: { weight: string; eps: number }, x: Value, out: number) {
+  private norm({ e4m3 }: BatchPlan, first: Phase, out: number) {
     const { find, weights, overlap } = this.context
-    const { address, width } = this.place(x)
-    const launch = new KernelLaunch(find('norm.cu', 'normRow'), NORM_KINDS)
+    const { weight, eps } = present(first.norm, 'a norm')
+    const { address, width } = this.place(first.in)
+    const kernel = find('norm.cu', e4m3 ? 'normRowEvens' : 'normRow')
+    const launch = new KernelLaunch(kernel, NORM_KINDS)
     launch.setAll(address, 0, 0, weights.vector(weight), out, width, eps)
     launch.threads(Math.min(1024, Math.ceil(width / 8 / 32) * 32))
     return overlap ? launch.programmatic() : launch

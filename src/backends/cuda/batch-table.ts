@@ -14,15 +14,19 @@ export const MAP_BYTES = 128
 const NO_WINDOW = 0x7fffffff
 
 /** cuTensorMapEncodeTiled's numbers (cuda.h). */
-const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
+const TENSOR_MAP = { bytes: 0, bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
 const BF16 = 2
 const STEP = 64
+/** Of the rows of boxes. */
+const BOX_BYTES = 128
 const BOX_GROUPS = [4, 1]
 
 export interface Matrix {
   address: number
   rows: number
   k: number
+  /** Of e4m3: the address of a bf16 for each row; 0 of a matrix of bf16. */
+  scales: number
 }
 
 /** What the table refers to, on the device. */
@@ -87,26 +91,30 @@ export class BatchTable {
       const maps = present(this.mapsOfPhases[i], 'maps')
       const mapAt = (map: number) => mapsAt + map * MAP_BYTES
       const sharing = sharings[i]
-      const matrix = sharing ? places.matrix(phase.weights) : { rows: 0, k: 0 }
+      const matrix = sharing ? places.matrix(phase.weights) : { rows: 0, k: 0, scales: 0 }
       const out = this.outOf(phase, matrix)
       const adds = phase.kind === 'add'
       const attends = phase.kind === 'attention'
-      const next = phases[i + 1]?.norm
+      const after = phases[i + 1]
+      const next = after?.norm
       const addresses = [
         ...[mapAt(maps.weights), mapAt(attends ? maps.weights : maps.weights + 1)],
         ...[mapAt(maps.in), out.address, adds ? places.inputs.add : 0],
         ...[adds && next ? places.vector(next.weight) : 0],
-        ...[attends ? places.place(phase.in).address : 0, phase.layer * places.layerStride],
+        ...[attends ? places.place(phase.in).address : matrix.scales],
+        phase.layer * places.layerStride,
       ]
       addresses.forEach((value, j) => view.setBigUint64(at + j * 8, BigInt(value), true))
       const { groups, steps, tiles, split } = sharing ?? { groups: 0, steps: 0, tiles: 0, split: 1 }
       const { kvHeads, headDim } = places.config
+      const evens = adds && this.plan.e4m3 && after?.kind !== 'logits'
       const normed = phase.norm && i > 0 ? present(sharings[i - 1], 'a sum').tiles : 0
       const integers = [
         ...[PHASE[phase.kind], groups, steps, tiles, split],
         ...[phase.kind === 'rope' ? headDim / 16 : 0, out.stride, phase.gelu ? 1 : 0],
         ...[i > 0 ? arrivalsOf(this.plan, i - 1, places.blocks) : 0, normed, matrix.k, 0],
-        ...[phase.window ?? NO_WINDOW, phase.layer * 2 * kvHeads, turnsOf(this.plan, i), 0],
+        ...[phase.window ?? NO_WINDOW, phase.layer * 2 * kvHeads, turnsOf(this.plan, i)],
+        evens ? 1 : 0,
       ]
       integers.forEach((value, j) => view.setInt32(at + 64 + j * 4, value, true))
       view.setFloat32(at + 108, phase.norm?.eps ?? 0, true)
@@ -146,11 +154,12 @@ const COMMON = {
 /** [heads, groups, 2, 8, k]: rows of a group and their partners, whatever lies between them. */
 function weightMap(
   { kind }: Phase,
-  { address, rows, k }: Matrix,
+  { address, rows, k, scales }: Matrix,
   headDim: number,
   boxGroups: number,
 ): TensorMapTiled {
-  const row = k * BF16
+  const element = scales === 0 ? BF16 : 1
+  const row = k * element
   const shape =
     kind === 'rope'
       ? { half: headDim / 2, group: 8, groups: headDim / 16, heads: rows / headDim }
@@ -159,6 +168,7 @@ function weightMap(
         : { half: 8, group: 16, groups: rows / 16, heads: 1 }
   return {
     ...COMMON,
+    dataType: scales === 0 ? TENSOR_MAP.bfloat16 : TENSOR_MAP.bytes,
     address,
     dimensions: [k, 8, 2, shape.groups, shape.heads],
     strides: [
@@ -167,7 +177,7 @@ function weightMap(
       shape.group * row,
       kind === 'rope' ? headDim * row : rows * row,
     ],
-    box: [STEP, 8, 2, boxGroups, 1],
+    box: [BOX_BYTES / element, 8, 2, boxGroups, 1],
   }
 }
 

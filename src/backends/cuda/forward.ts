@@ -233,8 +233,8 @@ export class CudaForward {
   }
 
   private get hopper(): HopperUse {
-    if (this.e4m3) return 'never'
     if (this.options.hopperAlways) return 'always'
+    if (this.e4m3) return 'never'
     return (this.options.skinny ?? true) ? 'measured' : 'never'
   }
 

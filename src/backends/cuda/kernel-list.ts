@@ -61,7 +61,7 @@ export function kernelsOf(
   const own = quantization ? [] : nodes
   const [decoding = []] = own
   const steps = wholeSteps(decoding, model, info, maxSequences)
-  const batches = batchSteps(decoding, model, info, maxSequences)
+  const batches = batchSteps(nodes[0] ?? [], model, narrow, info, maxSequences)
   const tiles = hopperTiles(own, model, info, maxSequences)
   // The longest to compile come first: nobody waits for one that began last.
   const list = [
@@ -96,13 +96,17 @@ function wholeSteps(
 function batchSteps(
   nodes: readonly Node[],
   model: Model,
+  narrow: ReadonlySet<string>,
   { capability, multiprocessors, sharedBytesPerBlock: room }: GpuDevice,
   maxSequences: number,
 ): KernelSource[] {
   const phases = planStep(fuseSkinny(nodes))
   if (capability !== HOPPER || 'reason' in phases) return []
   const { config } = programFor(model)
-  const plan = planBatch(phases, config, (names) => matrixOf(model, names), multiprocessors)
+  const matrix = (names: readonly string[]) => {
+    return { ...matrixOf(model, names), e4m3: names.every((name) => narrow.has(name)) }
+  }
+  const plan = planBatch(phases, config, matrix, multiprocessors)
   if ('reason' in plan) return []
   return columnsUpTo(maxSequences).flatMap((tokens) => {
     const variant = batchVariant(plan, config, tokens, multiprocessors, room)

@@ -105,9 +105,8 @@ export class Lowering {
 
   /** Why steps of so many tokens are more than one kernel; undefined if they are not. */
   whyNotWhole(tokens: number): string | undefined {
-    if (this.e4m3) return 'its weights are fp8'
-    const { wholeSteps, batchSteps } = this
-    return tokens > GEMV_TOKENS_MAX ? batchSteps?.whyNot(tokens) : wholeSteps?.reasons[tokens]
+    if (tokens > GEMV_TOKENS_MAX) return this.batchSteps?.whyNot(tokens)
+    return this.e4m3 ? 'its weights are fp8' : this.wholeSteps?.reasons[tokens]
   }
 
   close(): void {
@@ -129,9 +128,9 @@ export class Lowering {
   /** What `queue` runs for so many tokens, one by one; for measurements. */
   commandsFor(tokens: number): readonly NamedCommand[] {
     const { skinny, hopper } = this.context
-    if (this.e4m3) return skinny && this.few[tokens] ? this.skinny : this.commands
     const whole = this.whole[tokens] ?? this.batch(tokens)
     if (whole) return whole
+    if (this.e4m3) return skinny && this.few[tokens] ? this.skinny : this.commands
     if (tokens <= GEMV_TOKENS_MAX) return skinny ? this.skinny : this.commands
     return hopper === 'never' || tokens > HOPPER_TOKENS_MAX ? this.commands : this.hopper
   }
@@ -160,16 +159,16 @@ export class Lowering {
   private lowerWhole(): (NamedCommand[] | undefined)[] {
     const { driver, skinny } = this.context
     const [first] = this.nodes
-    if (!skinny || this.e4m3 || first?.kind !== 'embed') return []
-    const embed = { name: nameOf(first), run: this.lower(first) }
-    const steps = new WholeSteps(this.context, this.program.config, this.nodes, (value) =>
-      this.place(value),
-    )
-    this.wholeSteps = steps
-    this.batchSteps = new BatchSteps(this.context, this.program.config, this.nodes, (value) =>
-      this.place(value),
-    )
+    if (!skinny || first?.kind !== 'embed') return []
+    const { context, nodes } = this
+    const { config } = this.program
+    const place = (value: Value) => this.place(value)
+    this.batchSteps = new BatchSteps(context, config, nodes, place)
     this.batchSteps.prepare(this.rowsMax)
+    if (this.e4m3) return []
+    const embed = { name: nameOf(first), run: this.lower(first) }
+    const steps = new WholeSteps(context, config, nodes, place)
+    this.wholeSteps = steps
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
       const launch = tokens <= this.rowsMax ? steps.launch(tokens) : undefined
       return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
