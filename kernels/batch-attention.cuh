@@ -15,7 +15,7 @@ constexpr int AREA_BYTES = WORKERS * WARPS * WHOLE * 16;
 
 static_assert(PANEL == PAGE && HEAD_DIM % 64 == 0, "a panel is a page");
 
-/** Tokens that the copy engine brings at once: those of a warp. */
+/** Tokens that the copy engine brings at once of a tile that is not full: those of a warp. */
 constexpr int BOX_TOKENS = 16;
 
 /** Read once: it leaves L2 first, where what blocks hand each other has to stay. */
@@ -133,9 +133,14 @@ __device__ __forceinline__ void feedKeys(const Phase &p, int n, bool first,
         const int boxes = (seen + BOX_TOKENS - 1) / BOX_TOKENS;
         ring.awaitEmpty(place);
         barrierExpect(ring.fullOf(place), boxes * BOX_TOKENS * 128);
-        for (int i = 0; i < boxes; i++) {
-          loadKeys(ring.at(place) + i * BOX_TOKENS * 128, a.map, lane % PANELS * 64, headRow,
-                   token + i * BOX_TOKENS, a.slots[s.piece.row], ring.fullOf(place));
+        const int slot = a.slots[s.piece.row], x = lane % PANELS * 64;
+        if (boxes == TILE / BOX_TOKENS) {
+          loadKeys(ring.at(place), p.four, x, headRow, token, slot, ring.fullOf(place));
+        } else {
+          for (int i = 0; i < boxes; i++) {
+            loadKeys(ring.at(place) + i * BOX_TOKENS * 128, a.map, x, headRow,
+                     token + i * BOX_TOKENS, slot, ring.fullOf(place));
+          }
         }
       }
       __syncwarp();

@@ -31,7 +31,10 @@ static_assert(TOKENS == 32 || TOKENS == 64, "tokens of a step are a page at most
 
 /** As src/backends/cuda/batch-table.ts writes it. */
 struct __align__(16) Phase {
-  /** Weights as [heads, groups, 2, 8, k] in boxes of four groups, and of one; the input. */
+  /**
+   * Weights as [heads, groups, 2, 8, k] in boxes of four groups, and of one; the input. ATTENTION:
+   * keys and values in boxes of a tile, and of 16 tokens twice.
+   */
   const TensorMap *four, *one, *in;
   /** ATTENTION, GLU: as `inputPlace` says. */
   void *out;

@@ -13,6 +13,7 @@ import type { ModuleCache } from '../backends/cuda/module-cache.ts'
 import type { Quantization } from '../backends/cuda/quantization.ts'
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
 import { dummyModel } from '../model/dummy.ts'
+import { GREEDY } from '../engine/api.ts'
 import type { Model } from '../model/model.ts'
 import { type GpuBench, median } from './gpu-measure.ts'
 import { type KernelTime, profiled } from './gpu-profile.ts'
@@ -154,6 +155,10 @@ export function benchDecode(
 
 function decode(forward: CudaForward, { batch, context, steps }: DecodeCase) {
   const { state } = forward
+  // Otherwise every row's log-probabilities are reported, too: a table of zeros asks for them.
+  const none = new Int32Array()
+  const greedy = { params: GREEDY, prompt: none, output: none }
+  for (let slot = 0; slot < batch; slot++) forward.sampling.begin(slot, greedy, forward.stream)
   const bucket = forward.bucketOf(batch)
   let position = context
   const queue = (): number => {

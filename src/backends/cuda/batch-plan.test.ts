@@ -138,6 +138,7 @@ test('what the kernel cannot do is planned all the same', () => {
   assert.ok('reason' in plan((phase) => phase, { ...config, headDim: 96 }), 'heads of 96')
 })
 
+const KV_MAP = { dataType: 9, address: 0x3000, dimensions: [128], strides: [], box: [64] }
 const INPUTS = { first: 0x6000, add: 0x6001, attention: 0x6002, glu: 0x6003 }
 
 /** The table for a plan, and how it is read. */
@@ -152,7 +153,7 @@ function tableOf(plan: BatchPlan) {
     },
     vector: () => 0x4000,
     layerStride: 4096,
-    kvMap: { dataType: 9, address: 0x3000, dimensions: [128], strides: [], box: [64] },
+    kvMaps: { tile: KV_MAP, warp: { ...KV_MAP, box: [16] } },
   })
   const view = new DataView(new ArrayBuffer(table.bytes))
   const mapsAt = 0x900000
@@ -175,7 +176,8 @@ test('the table has other addresses, counts or maps than the plan', () => {
     if (kind === 'add') assert.equal(address(i, 4), INPUTS.add)
     if (!sharing) {
       assert.equal(integer(i, 13), phase.layer * 16)
-      return assert.equal(mapOf(i, 2)?.address, 0x3000)
+      assert.equal(mapOf(i, 2)?.address, 0x3000)
+      return assert.deepEqual([mapOf(i, 0)?.box, mapOf(i, 2)?.box], [[64], [16]])
     }
     const { rows, k } = matrix(phase.weights)
     const [four, one, input] = [mapOf(i, 0), mapOf(i, 1), mapOf(i, 2)]

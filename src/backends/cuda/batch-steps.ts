@@ -33,8 +33,8 @@ const TENSOR_MAP = { bfloat16: 9, swizzle128: 3, promotion256: 3 } as const
 /** Of the GPU's large pages. */
 const PAGE_BYTES = 2 << 20
 const ALIGNMENT = 256
-/** Tokens of a box of the KV memory. */
-const BOX_TOKENS = 16
+/** Tokens of boxes of the KV memory: a tile's, and a warp's. */
+const BOX_TOKENS = { tile: 64, warp: 16 } as const
 
 type Place = { address: number; stride: number; width: number }
 
@@ -179,7 +179,7 @@ export class BatchSteps {
       logits,
       inputs,
       layerStride: layout.layerStride,
-      kvMap: this.kvMap(),
+      kvMaps: { tile: this.kvMap(BOX_TOKENS.tile), warp: this.kvMap(BOX_TOKENS.warp) },
     })
     const mapBytes = table.maps.length * MAP_BYTES
     const bytes = mapBytes + table.bytes
@@ -194,7 +194,7 @@ export class BatchSteps {
   }
 
   /** The whole reservation; the copy engine reads only boxes that the kernel asks for. */
-  private kvMap() {
+  private kvMap(boxTokens: number) {
     const { kv, layout } = this.context
     const { headDim } = this.config
     const headBytes = headDim * 2
@@ -204,7 +204,7 @@ export class BatchSteps {
       dimensions: [
         ...[headDim, tokenStride / headBytes, Math.floor(slotBytes / tokenStride), kv.regions],
       ],
-      ...{ strides: [headBytes, tokenStride, slotBytes], box: [64, 1, BOX_TOKENS, 1] },
+      ...{ strides: [headBytes, tokenStride, slotBytes], box: [64, 1, boxTokens, 1] },
       ...{ swizzle: TENSOR_MAP.swizzle128, l2Promotion: TENSOR_MAP.promotion256 },
     }
   }

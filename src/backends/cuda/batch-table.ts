@@ -45,7 +45,8 @@ export interface BatchPlaces {
    */
   inputs: Readonly<Record<'first' | 'add' | 'attention' | 'glu', number>>
   layerStride: number
-  kvMap: TensorMapTiled
+  /** Keys and values, in boxes of a tile's tokens and of a warp's. */
+  kvMaps: Readonly<Record<'tile' | 'warp', TensorMapTiled>>
 }
 
 /** Tensor maps in their order, and the table's bytes for a device address of the first map. */
@@ -61,8 +62,8 @@ export class BatchTable {
     this.places = places
     this.mapsOfPhases = plan.phases.map((phase) => {
       if (phase.kind === 'attention') {
-        const map = this.mapOf('kv', () => places.kvMap)
-        return { in: map, weights: map }
+        const { tile, warp } = places.kvMaps
+        return { in: this.mapOf('warp', () => warp), weights: this.mapOf('tile', () => tile) }
       }
       const matrix = places.matrix(phase.weights)
       const weights = this.maps.length
