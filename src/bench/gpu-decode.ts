@@ -15,8 +15,9 @@ import { KernelLaunch } from '../ffi/kernel-launch.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { GREEDY } from '../engine/api.ts'
 import type { Model } from '../model/model.ts'
-import { type GpuBench, median } from './gpu-measure.ts'
-import { type KernelTime, profiled } from './gpu-profile.ts'
+import { StepWork } from './gpu-floors.ts'
+import { type GpuBench, matrixCeiling, median } from './gpu-measure.ts'
+import { type KernelTime, profiled, rowKernels } from './gpu-profile.ts'
 
 export interface DecodeCase {
   batch: number
@@ -30,8 +31,8 @@ export interface DecodeOptions {
   overlap?: boolean
   wholeSteps?: boolean
   quantization?: Quantization
-  /** Also times each kind of kernel by itself. */
-  profile?: boolean
+  /** Also times each kind of kernel by itself, beside what it takes at TFLOP/s of products. */
+  profile?: { teraflops: number }
 }
 
 interface DecodeResult extends DecodeCase {
@@ -61,11 +62,14 @@ const CASES: readonly DecodeCase[] = [
 ]
 
 /** The part `decode` of `lattice bench gpu`. */
-export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
+export function benchDecodeSteps(bench: GpuBench): void {
+  const { device, modules, row } = bench
   const readGBs = readBandwidth(device, modules)
+  const teraflops = matrixCeiling(bench)
   row('memory read by a plain kernel', readGBs, 'GB/s')
+  row('a matrix product, 8,192 cubed', teraflops, 'TFLOP/s')
   const model = dummyModel(MODEL)
-  const options = { profile: true }
+  const options = { profile: { teraflops } }
   for (const of of CASES) {
     const one = benchDecode(device, modules, model, of, readGBs, options)
     const name = `${MODEL}, ${one.batch} × ${one.context}`
@@ -74,7 +78,7 @@ export function benchDecodeSteps({ device, modules, row }: GpuBench): void {
     row(`${name}: step${how}`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
     row(`${name}: GPU between steps`, 100 * one.idleShare, '%')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
-    for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+    rowKernels(one.profile, name, row)
     if (of.batch > BATCH_TOKENS_MAX) continue
     const apart = benchDecode(device, modules, model, of, readGBs, { wholeSteps: false })
     row(`${name}: step, a kernel a product`, apart.stepUs, 'µs', apart.rooflineUs)
@@ -146,8 +150,14 @@ export function benchDecode(
   const narrow = options.quantization ? e4m3Weights(model, device.info) : new Set<string>()
   const rooflineUs = (weightBytes(model, narrow) + kvBytes) / readGBs / 1e3
   const shape = { tokens: of.batch, outputs: of.batch, singles: of.batch, segments: 0 }
-  const profile = options.profile ? profiled(device.driver, forward, forward.decoding, shape) : []
-  const whyNotWhole = forward.decoding.whyNotWhole(of.batch)
+  const { decoding } = forward
+  const seen = of.batch * (of.context + WARM_STEPS + of.steps)
+  const rows = { tokens: of.batch, outputs: of.batch, seen, pairs: seen }
+  const work = new StepWork(decoding.program, model.tensors, narrow, rows)
+  const profile = options.profile
+    ? profiled(device.driver, forward, decoding, shape, work, { readGBs, ...options.profile })
+    : []
+  const whyNotWhole = decoding.whyNotWhole(of.batch)
   forward.close()
   driver.free(address)
   return { ...of, ...result, rooflineUs, profile, whyNotWhole }

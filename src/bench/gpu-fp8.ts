@@ -2,6 +2,7 @@
 // bits, whole requests, and a long prompt against what the tensor cores multiply of them.
 
 import { quantiseLaunch } from '../backends/cuda/e4m3-rows.ts'
+import { e4m3Weights } from '../backends/cuda/e4m3.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
 import { Matmuls } from '../backends/cuda/matmul.ts'
 import { whyNotFp8 } from '../backends/cuda/quantization.ts'
@@ -10,6 +11,7 @@ import { info } from '../log.ts'
 import { dummyModel } from '../model/dummy.ts'
 import { benchDecode, readBandwidth } from './gpu-decode.ts'
 import { type GpuBench, gpuMs, randomBf16 } from './gpu-measure.ts'
+import { rowKernels } from './gpu-profile.ts'
 import { growth, MODEL, prefillFlops, profilePrompts, serve, withModel } from './gpu-serve.ts'
 
 const DECODES = [
@@ -25,23 +27,25 @@ export function benchFp8(bench: GpuBench): void {
   const problem = whyNotFp8(device.info)
   if (problem !== undefined) return info(`no fp8 on ${device.info.name}: ${problem}`)
   const readGBs = readBandwidth(device, modules)
+  const teraflops = matrixCeiling(bench)
+  row('memory read by a plain kernel', readGBs, 'GB/s')
+  row('a matrix product of e4m3, 8,192 cubed', teraflops, 'TFLOP/s')
   const model = dummyModel(MODEL)
+  const profile = { teraflops }
   for (const of of DECODES) {
     const options = { quantization: 'fp8' } as const
-    const one = benchDecode(device, modules, model, of, readGBs, { ...options, profile: true })
+    const one = benchDecode(device, modules, model, of, readGBs, { ...options, profile })
     const name = `${MODEL}, fp8, ${of.batch} × ${of.context}`
     const why = one.whyNotWhole
     const how = why === undefined ? '' : ` (a kernel a product: ${why})`
     row(`${name}: step${how}`, one.stepUs, 'µs', one.rooflineUs, 'reading weights and KV')
     row(`${name}: CPU a step`, one.cpuUs, 'µs')
-    for (const { name: kind, us } of one.profile) row(`${name}: ${kind}`, us, 'µs')
+    rowKernels(one.profile, name, row)
     if (why !== undefined) continue
     const parts = { ...options, wholeSteps: false }
     const apart = benchDecode(device, modules, model, of, readGBs, parts)
     row(`${name}: step, a kernel a product`, apart.stepUs, 'µs', apart.rooflineUs)
   }
-  const teraflops = matrixCeiling(bench)
-  row('a matrix product of e4m3, 8,192 cubed', teraflops, 'TFLOP/s')
   withModel(bench, 'fp8', (gpu) => {
     const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
     serve(gpu, prompt)
@@ -51,7 +55,8 @@ export function benchFp8(bench: GpuBench): void {
     row(`${MODEL}, fp8: the same, of the product's rate`, share, '%')
     const named: GpuBench['row'] = (name, ...rest) =>
       row(name.replace(MODEL, `${MODEL}, fp8`), ...rest)
-    profilePrompts(gpu, named)
+    const narrow = e4m3Weights(model, device.info)
+    profilePrompts(gpu, { teraflops, readGBs }, named, narrow)
     for (const [sequences, tokens] of LOADS) growth(gpu, sequences, tokens, named)
   })
 }

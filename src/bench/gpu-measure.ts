@@ -2,8 +2,10 @@
 
 import type { CudaDevice } from '../backends/cuda/device.ts'
 import { Kernels } from '../backends/cuda/kernels.ts'
+import { Matmuls } from '../backends/cuda/matmul.ts'
 import type { Pager } from '../backends/cuda/pager.ts'
 import type { ModuleCache } from '../backends/cuda/module-cache.ts'
+import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { KernelLaunch } from '../ffi/kernel-launch.ts'
 
 export interface GpuRow {
@@ -67,4 +69,22 @@ export function randomBf16({ device, modules, stream }: GpuBench, at: number, co
   device.driver.launch(fill, stream)
   device.driver.synchronizeStream(stream)
   kernels.close()
+}
+
+/** TFLOP/s of the matrix library's best algorithm for a large product of random numbers. */
+export function matrixCeiling(bench: GpuBench): number {
+  const { device, modules, stream } = bench
+  const { driver, info } = device
+  const size = 8192
+  const bytes = size * size * 2
+  const memory = driver.allocate(3 * bytes)
+  randomBf16(bench, memory, (2 * bytes) / 2)
+  const matmuls = new Matmuls(driver, loadCublasLt(), info, modules.folder)
+  const product = { m: size, k: size, stride: size, float32: false, accumulate: false }
+  const [weight, x, out] = [memory, memory + bytes, memory + 2 * bytes]
+  matmuls.tune(product, size, [weight], x, out)
+  const ms = gpuMs(bench, 20, () => matmuls.run(product, size, size, weight, x, out, stream))
+  matmuls.close()
+  driver.free(memory)
+  return (2 * size ** 3) / ms / 1e9
 }

@@ -6,12 +6,12 @@ import type { SequenceRequest } from '../engine/api.ts'
 import { GREEDY } from '../engine/api.ts'
 import { EngineCore } from '../engine/core.ts'
 import { openCuda, type OpenedCuda } from '../backends/cuda/open.ts'
-import { Matmuls } from '../backends/cuda/matmul.ts'
 import { type Quantization, whyNotFp8 } from '../backends/cuda/quantization.ts'
-import { loadCublasLt } from '../ffi/cublaslt.ts'
 import { dummyModel } from '../model/dummy.ts'
-import { type GpuBench, gpuMs, median, quantile, randomBf16 } from './gpu-measure.ts'
-import { profiled } from './gpu-profile.ts'
+import { type Ceilings, StepWork } from './gpu-floors.ts'
+import { type GpuBench, matrixCeiling, median, quantile } from './gpu-measure.ts'
+import { profiled, rowKernels } from './gpu-profile.ts'
+import { readBandwidth } from './gpu-decode.ts'
 import { askPython } from './python-peer.ts'
 
 export const MODEL = 'dummy:llama-3.1-8b'
@@ -50,7 +50,9 @@ interface Served {
 export function benchServe(bench: GpuBench): void {
   const { row } = bench
   const teraflops = matrixCeiling(bench)
+  const readGBs = readBandwidth(bench.device, bench.modules)
   row('a matrix product, 8,192 cubed', teraflops, 'TFLOP/s')
+  row('memory read by a plain kernel', readGBs, 'GB/s')
   const rates = withModel(bench, undefined, (gpu) => {
     const prompt = { sequences: 1, promptTokens: () => 8192, outputTokens: 1 }
     serve(gpu, prompt)
@@ -58,7 +60,7 @@ export function benchServe(bench: GpuBench): void {
     const share = (100 * prefillFlops(8192)) / ms / 1e9 / teraflops
     row(`${MODEL}: a prompt of 8,192`, ms, 'ms')
     row(`${MODEL}: the same, of the product's rate`, share, '%')
-    profilePrompts(gpu, row)
+    profilePrompts(gpu, { teraflops, readGBs }, row)
     const rates = LOADS.map(([sequences, prompt]) => growth(gpu, sequences, prompt, row))
     const mixed = { sequences: 128, promptTokens: (i: number) => 32 + ((i * 397) % 1900) }
     const { waste } = serve(gpu, { ...mixed, outputTokens: 64 })
@@ -106,7 +108,12 @@ export function withModel<Result>(
 }
 
 /** The kernels of a step that is full of prompts, as it comes when many requests arrive. */
-export function profilePrompts(gpu: OpenedCuda, row: GpuBench['row']): void {
+export function profilePrompts(
+  gpu: OpenedCuda,
+  ceilings: Ceilings,
+  row: GpuBench['row'],
+  narrow: ReadonlySet<string> = new Set(),
+): void {
   const { backend, device } = gpu
   const { forward } = backend
   const sequences = 4
@@ -115,9 +122,11 @@ export function profilePrompts(gpu: OpenedCuda, row: GpuBench['row']): void {
   const { decodeMs } = serve(gpu, load)
   assert(decodeMs.length === 0, 'the last step was that of the prompts')
   const shape = { tokens: STEP_TOKENS, outputs: sequences, singles: 0, segments: sequences }
-  for (const { name, count, us } of profiled(device.driver, forward, forward.mixed, shape)) {
-    row(`${MODEL}, ${sequences} prompts of ${promptTokens}: ${count} × ${name}`, us, 'µs')
-  }
+  const pairs = (sequences * promptTokens * (promptTokens + 1)) / 2
+  const rows = { tokens: STEP_TOKENS, outputs: sequences, seen: STEP_TOKENS, pairs }
+  const work = new StepWork(forward.mixed.program, dummyModel(MODEL).tensors, narrow, rows)
+  const kernels = profiled(device.driver, forward, forward.mixed, shape, work, ceilings)
+  rowKernels(kernels, `${MODEL}, ${sequences} prompts of ${promptTokens}`, row)
 }
 
 /** Whole requests against Hugging Face transformers', right after ours. */
@@ -264,22 +273,4 @@ export function prefillFlops(tokens: number): number {
   const weights = keysAndValues + 2 * hidden * heads * headDim + 3 * hidden * feedForward
   const attention = (4 * heads * headDim * tokens * tokens) / 2
   return (layers - 1) * (2 * weights * tokens + attention) + 2 * keysAndValues * tokens
-}
-
-/** TFLOP/s of the matrix library's best algorithm for a large product of random numbers. */
-function matrixCeiling(bench: GpuBench): number {
-  const { device, modules, stream } = bench
-  const { driver, info } = device
-  const size = 8192
-  const bytes = size * size * 2
-  const memory = driver.allocate(3 * bytes)
-  randomBf16(bench, memory, (2 * bytes) / 2)
-  const matmuls = new Matmuls(driver, loadCublasLt(), info, modules.folder)
-  const product = { m: size, k: size, stride: size, float32: false, accumulate: false }
-  const [weight, x, out] = [memory, memory + bytes, memory + 2 * bytes]
-  matmuls.tune(product, size, [weight], x, out)
-  const ms = gpuMs(bench, 20, () => matmuls.run(product, size, size, weight, x, out, stream))
-  matmuls.close()
-  driver.free(memory)
-  return (2 * size ** 3) / ms / 1e9
 }

@@ -31,6 +31,8 @@ export type Command = (step: StepShape) => void
 /** What a command does: its node's kind, and its matrix without the block's number. */
 export interface NamedCommand {
   name: string
+  /** More than one where a kernel does them together. */
+  nodes: readonly (Node | SkinnyNode)[]
   run: Command
 }
 
@@ -52,7 +54,7 @@ export class Lowering {
   batchSteps: BatchSteps | undefined
   private embedding: Command | undefined
   private readonly context: LowerContext
-  private readonly program: Program
+  readonly program: Program
   private readonly nodes: readonly Node[]
   private arena = 0
   private commands: readonly NamedCommand[] = []
@@ -89,11 +91,13 @@ export class Lowering {
     this.whole = this.lowerWhole()
     this.commands = this.nodes.map((node) => ({
       name: nameOf(node),
+      nodes: [node],
       run: this.lower(node, this.e4m3),
     }))
     const fused = (nodes: readonly (Node | SkinnyNode)[], products: FusedProducts) =>
       nodes.map((node) => ({
         name: nameOf(node.kind === 'skinny' ? node.linear : node),
+        nodes: [node],
         run: this.lowerFused(node, products),
       }))
     this.skinnyNodes = fuseSkinny(this.nodes)
@@ -142,23 +146,23 @@ export class Lowering {
 
   /** The embedding, its norm, and one kernel for all the rest. */
   private batch(tokens: number): NamedCommand[] | undefined {
-    const [first] = this.nodes
+    const [first, second, ...nodes] = this.nodes
     const { batchSteps } = this
-    if (!batchSteps?.launch(tokens) || first?.kind !== 'embed') return undefined
+    if (!batchSteps?.launch(tokens) || first?.kind !== 'embed' || !second) return undefined
     const { driver } = this.context
     const launch = (part: 'norm' | 'step') => (step: StepShape) =>
       driver.launch(present(batchSteps.launch(step.tokens), 'a launch')[part], step.stream)
     return [
-      { name: nameOf(first), run: (this.embedding ??= this.lower(first)) },
-      { name: 'norm', run: launch('norm') },
-      { name: 'step', run: launch('step') },
+      { name: nameOf(first), nodes: [first], run: (this.embedding ??= this.lower(first)) },
+      { name: 'norm', nodes: [second], run: launch('norm') },
+      { name: 'step', nodes, run: launch('step') },
     ]
   }
 
   /** By number of tokens: the embedding, and one kernel for all the rest. */
   private lowerWhole(): (NamedCommand[] | undefined)[] {
     const { driver, skinny } = this.context
-    const [first] = this.nodes
+    const [first, ...rest] = this.nodes
     if (!skinny || first?.kind !== 'embed') return []
     const { context, nodes } = this
     const { config } = this.program
@@ -166,12 +170,13 @@ export class Lowering {
     this.batchSteps = new BatchSteps(context, config, nodes, place)
     this.batchSteps.prepare(this.rowsMax)
     if (this.e4m3) return []
-    const embed = { name: nameOf(first), run: this.lower(first) }
+    const embed = { name: nameOf(first), nodes: [first], run: this.lower(first) }
     const steps = new WholeSteps(context, config, nodes, place)
     this.wholeSteps = steps
     return Array.from({ length: 1 + GEMV_TOKENS_MAX }, (_, tokens) => {
       const launch = tokens <= this.rowsMax ? steps.launch(tokens) : undefined
-      return launch && [embed, { name: 'step', run: ({ stream }) => driver.launch(launch, stream) }]
+      const run = ({ stream }: StepShape) => launch && driver.launch(launch, stream)
+      return launch && [embed, { name: 'step', nodes: rest, run }]
     })
   }
 
