@@ -42,8 +42,11 @@ struct Attending {
     return {p.q, (bf16 *)p.out, p.in, kv, slots, lengths, rows, p.window, p.headRow, slotStride,
             tokenStride, scale, 0.f, nullptr, nullptr};
   }
+  /** Of a few workers less, if equal sequences' heads are then whole: nothing is to be merged. */
   __device__ __forceinline__ Walk walk(const Arguments &a, int worker) const {
-    return Walk(a, blockIdx.x * WORKERS + worker, gridDim.x * WORKERS);
+    const u32 all = gridDim.x * WORKERS, heads = rows * KV_HEADS;
+    const u32 each = (heads + all - 1) / all, some = (heads + each - 1) / each;
+    return Walk(a, blockIdx.x * WORKERS + worker, some * 25 >= all * 24 ? some : all);
   }
 };
 

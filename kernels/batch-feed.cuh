@@ -6,14 +6,14 @@
 #include "batch-attention.cuh"
 
 /** How long L2 is to keep what the copy engine reads. */
-constexpr u64 OFTEN = 0x14F0000000000000ull;
+constexpr u64 OFTEN = 0x14F0000000000000ull, AS_USUAL = 0x1000000000000000ull;
 
 /** A box of 128 bytes by 8 rows by both halves of groups. */
 __device__ __forceinline__ void loadGroups(u32 to, const void *map, int k, int group, int head,
-                                           u32 barrier) {
+                                           u32 barrier, u64 keep) {
   asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to), "l"(map),
-               "r"(k), "r"(0), "r"(0), "r"(group), "r"(head), "r"(barrier), "l"(ONCE) : "memory");
+               "r"(k), "r"(0), "r"(0), "r"(group), "r"(head), "r"(barrier), "l"(keep) : "memory");
 }
 
 __device__ __forceinline__ void loadTokens(u32 to, const void *map, int step, u32 barrier) {
@@ -29,14 +29,16 @@ __device__ __forceinline__ void feedPage(const Phase &p, const Ring &ring, const
   ring.awaitEmpty(place);
   barrierExpect(full, groups * GROUP_BYTES);
   const int heads = p.headGroups;
+  // Beside what leaves L2 first, logits are written a tenth slower: 414 µs instead of 377.
+  const u64 keep = p.kind == LOGITS ? AS_USUAL : ONCE;
   const int k = step * STEP * p.inputs();
   if (groups == PAGE_GROUPS && (heads == 0 || group % PAGE_GROUPS == 0)) {
     const int head = heads ? group / heads : 0;
-    return loadGroups(to, p.four, k, group - head * heads, head, full);
+    return loadGroups(to, p.four, k, group - head * heads, head, full, keep);
   }
   for (int i = 0; i < groups; i++, group++) {
     const int head = heads ? group / heads : 0;
-    loadGroups(to + i * GROUP_BYTES, p.one, k, group - head * heads, head, full);
+    loadGroups(to + i * GROUP_BYTES, p.one, k, group - head * heads, head, full, keep);
   }
 }
 
