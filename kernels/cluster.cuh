@@ -1,0 +1,117 @@
+// Owns how the blocks that share a row talk: through each other's shared memory, as a cluster, from
+// compute capability 9.0 on (PTX ISA 8.0: mapa, barrier.cluster); before, a row has one block. What
+// every warp has to tell costs it one store, and all of them one meeting, 0.5 to 1 µs.
+#pragma once
+#include "sample.cuh"
+
+#define CLUSTER_MAX 8
+
+/** All threads of all blocks pass `clusterWait` once all have arrived. */
+__device__ __forceinline__ void clusterArrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void clusterWait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+/** Where block `rank` has what this one has at `mine`, in the window of the cluster. */
+__device__ __forceinline__ u32 placeIn(int rank, const void* mine) {
+  u32 place = (u32)__cvta_generic_to_shared(mine);
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(place) : "r"(rank));
+#endif
+  return place;
+}
+__device__ __forceinline__ void storeIn(int rank, u64* mine, u64 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(placeIn(rank, mine)), "l"(value)
+               : "memory");
+#else
+  *mine = value;
+#endif
+}
+__device__ __forceinline__ u64 loadFrom(int rank, const u64* mine) {
+#if __CUDA_ARCH__ >= 900
+  u64 value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(placeIn(rank, mine))
+               : "memory");
+  return value;
+#else
+  return *mine;
+#endif
+}
+
+__device__ __forceinline__ u32 dynamicSharedBytes() {
+  u32 bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
+static __device__ __noinline__ u64 sumUpTo(const u64* told, int end) {
+  u64 sum = 0;
+  for (int i = threadIdx.x & 31; i < end; i += 32) sum += told[i];
+  return warpSum64(sum);
+}
+
+/**
+ * The blocks of a row, and what their warps told each other: in two turns, so that a block may tell
+ * what is next while others still hear what was last. Memory of others may be read between two
+ * meetings; who does that has to meet once more before it ends.
+ */
+struct Team {
+  int rank, size;
+  u64 (*told)[CLUSTER_MAX * WARPS];
+  int turn;
+
+  /** Others may not have begun before the first `meet`; `begin` and `begun` do not wait long. */
+  __device__ void begin() const { clusterArrive(); }
+  __device__ void begun() const { clusterWait(); }
+
+  /** `value` of lane 0 goes to all blocks. All lanes call it. */
+  __device__ void tell(u64 value) const {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    value = __shfl_sync(~0u, value, 0);
+    if (lane < size) storeIn(lane, &told[turn][rank * WARPS + warp], value);
+  }
+  __device__ void meet() {
+    clusterArrive();
+    clusterWait();
+    turn ^= 1;
+  }
+  /** What warp `i` of all told before the last meeting. */
+  __device__ u64 heard(int i) const { return told[turn ^ 1][i]; }
+
+  /** This warp among all of them, in order of the tokens that they look at. */
+  __device__ int self() const { return rank * WARPS + (threadIdx.x >> 5); }
+
+  __device__ u64 sum() const { return sumBefore(size * WARPS); }
+  __device__ u64 sumBefore(int end) const { return sumUpTo(told[turn ^ 1], end); }
+  __device__ u64 most() const {
+    u64 most = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x & 31; i < size * WARPS; i += 32) most = max(most, heard(i));
+    return warpMax64(most);
+  }
+  /** The n-th largest of what was told, n ≤ size · WARPS; `place` is shared memory. */
+  __device__ u64 nth(int n, u64* place) const {
+#pragma unroll 1
+    for (int k = 0; k < size; k++) {
+      u64 one = heard((threadIdx.x >> 5) * size + k);
+      int above = 0, same = 0;
+#pragma unroll 1
+      for (int i = threadIdx.x & 31; i < size * WARPS; i += 32) {
+        above += __popc(__ballot_sync(~0u, heard(i) > one));
+        same += __popc(__ballot_sync(~0u, heard(i) == one));
+      }
+      if (above < n && above + same >= n) *place = one;
+    }
+    __syncthreads();
+    return *place;
+  }
+};

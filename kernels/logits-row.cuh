@@ -1,0 +1,133 @@
+// Owns a row of logits as the threads of its blocks see it: every warp has a run of it, in order of
+// ids, which it alone looks at, four tokens a lane. As much of a run as there is room for lies in
+// shared memory; the rest is read again in each pass, from L2. So a row costs its 513 KB (of
+// 128,256 tokens) once if its blocks can hold it: from 4 blocks on.
+#pragma once
+#include "cluster.cuh"
+
+#define AHEAD 4  // loads of a lane that are under way at once
+
+/** Rare, so it is not to be everywhere: rows that do not begin at multiples of 16 bytes. */
+static __device__ __noinline__ float4 oneByOne(const float* row, int i, int vocab) {
+  return make_float4(row[i], i + 1 < vocab ? row[i + 1] : -INFINITY,
+                     i + 2 < vocab ? row[i + 2] : -INFINITY,
+                     i + 3 < vocab ? row[i + 3] : -INFINITY);
+}
+
+struct Row {
+  /** The model's logits; those that biases and penalties made, or null if they are the same. */
+  const float* raw;
+  float* adjusted;
+  /** Of all warps, and what of it this one has; where a token is in it: `placeOf`. */
+  float4* held;
+  int vocab;
+  /** Groups of four tokens: of a run, held of a run, this run's; up to `heldEnd` they are held. */
+  int perRun, perHeld, first, last, heldEnd;
+
+  __device__ Row(const float* raw, int vocab, float4* held, u32 bytes, const Team& team)
+      : raw(raw), adjusted(nullptr), held(held), vocab(vocab) {
+    int groups = (vocab + 3) / 4, runs = team.size * WARPS;
+    // Runs begin at multiples of 128 bytes.
+    perRun = ((groups + runs - 1) / runs + 7) & ~7;
+    int room = bytes / (WARPS * sizeof(float4));
+    perHeld = room >= perRun ? perRun : room & ~31;
+    first = min(groups, team.self() * perRun), last = min(groups, first + perRun);
+    heldEnd = min(last, first + perHeld);
+  }
+
+  __device__ __forceinline__ float4& heldAt(int g) const {
+    return held[(threadIdx.x >> 5) * perHeld + g - first];
+  }
+
+  /** A group of the model's logits; -Infinity where there are no tokens. */
+  __device__ __forceinline__ float4 rawAt(int g) const {
+    if (vocab % 4) return oneByOne(raw, 4 * g, vocab);
+    uint4 x = loadStream((const float4*)raw + g);
+    return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
+                       __uint_as_float(x.w));
+  }
+  __device__ __forceinline__ float4 at(int g) const {
+    if (g < heldEnd) return heldAt(g);
+    return adjusted ? oneByOne(adjusted, 4 * g, vocab) : rawAt(g);
+  }
+  /** Only what changes needs to be written where it is not held. */
+  __device__ __forceinline__ void put(int g, float4 x) const {
+    if (g < heldEnd) {
+      heldAt(g) = x;
+    } else if (adjusted) {
+      auto one = [&](int i, float value) {
+        if (i < vocab) adjusted[i] = value;
+      };
+      one(4 * g, x.x), one(4 * g + 1, x.y), one(4 * g + 2, x.z), one(4 * g + 3, x.w);
+    }
+  }
+  /** Where a token of this block is; null if it is another block's. */
+  __device__ float* placeOf(int token, const Team& team) const {
+    int g = token / 4, run = g / perRun, inRun = g - run * perRun, warp = run - team.rank * WARPS;
+    if (warp < 0 || warp >= WARPS) return nullptr;
+    if (inRun >= perHeld) return adjusted + token;
+    return &held[warp * perHeld + inRun].x + token % 4;
+  }
+
+  /** look(logit, id) for all tokens of this thread, and those of -Infinity that fill its last. */
+  template <typename Look>
+  __device__ __forceinline__ void each(Look look) const {
+    int g = first + (threadIdx.x & 31);
+    if (g >= last) return;
+    float4 x = at(g);
+#pragma unroll 1
+    for (;;) {
+      float4 next = x;
+      if (g + 32 < last) next = at(g + 32);
+      look(x.x, 4 * g), look(x.y, 4 * g + 1), look(x.z, 4 * g + 2), look(x.w, 4 * g + 3);
+      g += 32;
+      if (g >= last) return;
+      x = next;
+    }
+  }
+};
+
+/** AHEAD groups of a lane, 32 apart, that are on their way from memory. */
+struct Batch {
+  float4 x[AHEAD];
+  __device__ __forceinline__ void load(const Row& row, int g) {
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      if (g + 32 * k < row.last) x[k] = row.rawAt(g + 32 * k);
+    }
+  }
+};
+
+/**
+ * In order of ids, the token at which the sum of mass(logit, id) exceeds targetOf(sum of all): in
+ * all lanes of the warp that has it, -1 in others. Meets once.
+ */
+template <typename Mass, typename Target>
+__device__ __forceinline__ int locate(Team& team, const Row& row, Mass mass, Target targetOf) {
+  u64 sum = 0;
+  row.each([&](float x, int id) { sum += mass(x, id); });
+  sum = warpSum64(sum);
+  team.tell(sum);
+  team.meet();
+  u64 target = targetOf(team.sum()), before = team.sumBefore(team.self());
+  if (target < before || target - before >= sum) return -1;
+  int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int base = row.first;; base += 32) {
+    int g = base + lane;
+    u64 a = 0, b = 0, c = 0, d = 0;
+    if (g < row.last) {
+      float4 x = row.at(g);
+      a = mass(x.x, 4 * g), b = mass(x.y, 4 * g + 1);
+      c = mass(x.z, 4 * g + 2), d = mass(x.w, 4 * g + 3);
+    }
+    u64 prefix = before + warpPrefix64(a + b + c + d);
+    u32 reached = __ballot_sync(~0u, prefix > target);
+    if (reached) {
+      prefix -= d;
+      int id = 4 * g + (prefix - c - b > target ? 0 : prefix - c > target ? 1 : prefix > target ? 2 : 3);
+      return __shfl_sync(~0u, id, __ffs(reached) - 1);
+    }
+    before = __shfl_sync(~0u, prefix, 31);
+  }
+}
