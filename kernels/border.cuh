@@ -96,8 +96,7 @@ __device__ __forceinline__ Border border(Team& team, const Row& row, Search& s, 
     };
     /** A pass has ended: the first one's sum is that of all. */
     auto meet = [&](u64 sum) {
-      team.tell(warpSum64(sum));
-      team.meet();
+      team.meet(warpSum64(sum));
       if (known) return true;
       known = true;
       u64 total = team.sum();

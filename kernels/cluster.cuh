@@ -6,6 +6,12 @@
 
 #define CLUSTER_MAX 8
 
+/** As `clusterArrive`, of threads that have nothing to show yet. */
+__device__ __forceinline__ void clusterBegin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 /** All threads of all blocks pass `clusterWait` once all have arrived. */
 __device__ __forceinline__ void clusterArrive() {
 #if __CUDA_ARCH__ >= 900
@@ -20,9 +26,12 @@ __device__ __forceinline__ void clusterWait() {
 #endif
 }
 
+__device__ __forceinline__ u32 placeOf(const void* mine) {
+  return (u32)__cvta_generic_to_shared(mine);
+}
 /** Where block `rank` has what this one has at `mine`, in the window of the cluster. */
 __device__ __forceinline__ u32 placeIn(int rank, const void* mine) {
-  u32 place = (u32)__cvta_generic_to_shared(mine);
+  u32 place = placeOf(mine);
 #if __CUDA_ARCH__ >= 900
   asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(place) : "r"(rank));
 #endif
@@ -59,6 +68,12 @@ static __device__ __noinline__ u64 sumUpTo(const u64* told, int end) {
   return warpSum64(sum);
 }
 
+/** In shared memory: what all warps told this block, in two turns, and barriers that count it. */
+struct Mail {
+  u64 told[2][CLUSTER_MAX * WARPS];
+  u64 arrived[2];
+};
+
 /**
  * The blocks of a row, and what their warps told each other: in two turns, so that a block may tell
  * what is next while others still hear what was last. Memory of others may be read between two
@@ -66,32 +81,72 @@ static __device__ __noinline__ u64 sumUpTo(const u64* told, int end) {
  */
 struct Team {
   int rank, size;
-  u64 (*told)[CLUSTER_MAX * WARPS];
+  Mail& mail;
   int turn;
+  u32 phases;
 
   /** Others may not have begun before the first `meet`; `begin` and `begun` do not wait long. */
-  __device__ void begin() const { clusterArrive(); }
+  __device__ void begin() const {
+#ifdef MAIL
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(placeOf(&mail.arrived[0])) : "memory");
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(placeOf(&mail.arrived[1])) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#endif
+    clusterBegin();
+  }
   __device__ void begun() const { clusterWait(); }
 
-  /** `value` of lane 0 goes to all blocks. All lanes call it. */
-  __device__ void tell(u64 value) const {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    value = __shfl_sync(~0u, value, 0);
-    if (lane < size) storeIn(lane, &told[turn][rank * WARPS + warp], value);
-  }
-  __device__ void meet() {
+  /** Tells all blocks `value` of lane 0, and meets: their shared memory can be read then. */
+  __device__ void meet(u64 value) {
+    tell(value);
     clusterArrive();
     clusterWait();
     turn ^= 1;
   }
+  /** As `meet`, but that nothing is known of other memory than what was told. */
+  __device__ void exchange(u64 value) {
+#ifdef MAIL
+    int lane = threadIdx.x & 31;
+    value = __shfl_sync(~0u, value, 0);
+    if (lane < size) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(
+                       placeIn(lane, &mail.told[turn][self()])),
+                   "l"(value), "r"(placeIn(lane, &mail.arrived[turn]))
+                   : "memory");
+    }
+    u32 arrived = placeOf(&mail.arrived[turn]);
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived),
+                   "r"(size * WARPS * 8)
+                   : "memory");
+    }
+    asm volatile(
+        "{\n.reg .pred p;\nwait_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra wait_%=;\n}" ::"r"(arrived),
+        "r"(phases >> turn & 1)
+        : "memory");
+    phases ^= 1 << turn;
+    turn ^= 1;
+#else
+    meet(value);
+#endif
+  }
+  __device__ void tell(u64 value) const {
+    int lane = threadIdx.x & 31;
+    value = __shfl_sync(~0u, value, 0);
+    if (lane < size) storeIn(lane, &mail.told[turn][self()], value);
+  }
   /** What warp `i` of all told before the last meeting. */
-  __device__ u64 heard(int i) const { return told[turn ^ 1][i]; }
+  __device__ u64 heard(int i) const { return mail.told[turn ^ 1][i]; }
 
   /** This warp among all of them, in order of the tokens that they look at. */
   __device__ int self() const { return rank * WARPS + (threadIdx.x >> 5); }
 
   __device__ u64 sum() const { return sumBefore(size * WARPS); }
-  __device__ u64 sumBefore(int end) const { return sumUpTo(told[turn ^ 1], end); }
+  __device__ u64 sumBefore(int end) const { return sumUpTo(mail.told[turn ^ 1], end); }
   __device__ u64 most() const {
     u64 most = 0;
 #pragma unroll 1

@@ -50,8 +50,7 @@ struct ByTypicality {
 __device__ inline int nthEqual(Team& team, const Row& row, u32 key, u64 n) {
   int id = locate(
       team, row, [&](float x, int) { return (u64)(keyOf(x) == key); }, [&](u64) { return n - 1; });
-  team.tell(id + 1);
-  team.meet();
+  team.exchange(id + 1);
   return (int)team.most() - 1;
 }
 
@@ -86,8 +85,7 @@ __device__ inline void keepTypical(Team& team, const Row& row, const Scale& scal
     mass += weight, moment += whole, fraction += (u64)((product - (double)whole) * 4294967296.0);
   });
   auto sumOf = [&](u64 x) {
-    team.tell(warpSum64(x));
-    team.meet();
+    team.exchange(warpSum64(x));
     return team.sum();
   };
   double total = (double)sumOf(mass), wholes = (double)sumOf(moment);

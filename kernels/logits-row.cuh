@@ -107,8 +107,7 @@ __device__ __forceinline__ int locate(Team& team, const Row& row, Mass mass, Tar
   u64 sum = 0;
   row.each([&](float x, int id) { sum += mass(x, id); });
   sum = warpSum64(sum);
-  team.tell(sum);
-  team.meet();
+  team.exchange(sum);
   u64 target = targetOf(team.sum()), before = team.sumBefore(team.self());
   if (target < before || target - before >= sum) return -1;
   int lane = threadIdx.x & 31;

@@ -39,11 +39,12 @@ __device__ inline float report(Team& team, Row row, List& list, u64 best, int wa
                                u64* cut) {
   if (row.adjusted) {
     row.adjusted = nullptr, row.heldEnd = row.first;
-    team.tell(largestBelow(row, ~0ull));
-    team.meet();
+    team.exchange(largestBelow(row, ~0ull));
     best = team.most();
   }
   u64 least = wanted > 0 ? team.nth(wanted, cut) : ~0ull;
+  // A run of nothing but -Infinity says that of its first token.
+  if (least >> 32 <= LEAST_KEY) least = 0;
   Scale scale = {logitOf(best), 1.f};
   u64 sum = 0;
   row.each([&](float x, int id) {
@@ -51,8 +52,7 @@ __device__ inline float report(Team& team, Row row, List& list, u64 best, int wa
     u64 entry = entryOf(x, id);
     if (entry >= least && id < row.vocab) list.add(entry, 0);
   });
-  team.tell(warpSum64(sum));
-  team.meet();
+  team.meet(warpSum64(sum));
   float norm = scale.max + logf((float)team.sum() * (1.f / WEIGHT_ONE));
   auto write = [&](int n, u64 entry) {
     to->topTokens[n] = idOf(entry), to->topLogprobs[n] = logitOf(entry) - norm;
@@ -69,14 +69,13 @@ __device__ inline float report(Team& team, Row row, List& list, u64 best, int wa
     // Many of them lie in one run: one after the other, then.
     for (int n = 0; n < wanted; n++) {
       if (n > 0) {
-        team.tell(largestBelow(row, best));
-        team.meet();
+        team.exchange(largestBelow(row, best));
         best = team.most();
       }
       if (team.rank == 0 && threadIdx.x == 0) write(n, best);
     }
   }
   // Lists of other blocks have been read.
-  team.meet();
+  team.exchange(0);
   return norm;
 }

@@ -15,7 +15,7 @@
 #define BIASES_MAX 1024
 
 struct Shared {
-  u64 told[2][CLUSTER_MAX * WARPS];
+  Mail mail;
   Search search;
   u64 cuts[2];
   double uniform;
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
   awaitInputs();
   releaseDependents();
   const int output = blockIdx.y;
-  Team team = {(int)blockIdx.x, (int)gridDim.x, s.told, 0};
+  Team team = {(int)blockIdx.x, (int)gridDim.x, s.mail, 0, 0};
   Row row(logits + (u64)output * vocab, vocab, held, dynamicSharedBytes(), team);
   // Under way while it becomes known what to do with it.
   Batch ahead;
@@ -169,8 +169,9 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     if (p.minP > 0) s.logMinP = (float)log(p.minP);
   }
   team.begun();
-  team.tell(best);
-  team.meet();
+  // What the first thread has written is for all of the block.
+  __syncthreads();
+  team.exchange(best);
   best = team.most();
   int token = best == ~0ull || logitOf(best) == -INFINITY ? -1 : idOf(best);
   bool mine = team.self() == 0;

@@ -28,9 +28,9 @@ struct Sampling {
   u64 unused;
 };
 
-/** Larger floats have larger keys. */
+/** Larger floats have larger keys; the two zeros are one. */
 __device__ __forceinline__ u32 keyOf(float x) {
-  int bits = __float_as_int(x);
+  int bits = __float_as_int(x + 0.f);
   return bits ^ (bits >> 31 | 0x80000000);
 }
 __device__ __forceinline__ float ofKey(u32 key) {
