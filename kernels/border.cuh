@@ -29,18 +29,23 @@ struct Search {
   Lists lists;
 };
 
-/** 64-bit additions to shared memory are a loop; two of 32 bits, and mostly one, are none. */
-__device__ __forceinline__ void add(u64* sum, u64 mass) {
+/**
+ * 64-bit additions to shared memory are a loop; two of 32 bits, and mostly one, are none. Lower
+ * halves come first, so that neighbours lie in different banks.
+ */
+__device__ __forceinline__ void add(Search& s, int bucket, u64 mass) {
+  u32* lower = (u32*)s.mass + bucket;
   u32 low = (u32)mass, high = (u32)(mass >> 32);
-  u32 before = atomicAdd((u32*)sum, low);
+  u32 before = atomicAdd(lower, low);
   high += before + low < before;
-  if (high) atomicAdd((u32*)sum + 1, high);
+  if (high) atomicAdd(lower + BUCKETS, high);
 }
 
 /** Turns this block's buckets into sums. */
 static __device__ __noinline__ void sumBuckets(Search& s) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  u64 a = s.mass[2 * threadIdx.x], b = s.mass[2 * threadIdx.x + 1];
+  uint2 low = ((uint2*)s.mass)[threadIdx.x], high = ((uint2*)s.mass)[BUCKETS / 2 + threadIdx.x];
+  u64 a = (u64)high.x << 32 | low.x, b = (u64)high.y << 32 | low.y;
   u64 prefix = warpPrefix64(a + b);
   if (lane == 31) s.warps[warp] = prefix;
   __syncthreads();
@@ -70,29 +75,36 @@ static __device__ __noinline__ void findBucket(int blocks, Search& s, u64 target
   s.before = half < target ? half : earlier;
 }
 
+/** Rounded down by an addition: a conversion takes longer. */
+__device__ __forceinline__ int bucketAt(float distance) {
+  float at = fminf(distance * BUCKETS_PER_NAT, BUCKETS - 1);
+  return (int)(__float_as_uint(__fadd_rz(at, 8388608.f)) & (BUCKETS - 1));
+}
+
 /**
  * The largest key at which the masses of all tokens with keys not below it reach targetOf(sum of
  * all); LEAST_KEY if they never do.
- * view: takes(x, id), key(x), distance(x) ≥ 0, which falls as keys rise, and mass(x).
- * bound, farthest: the border has a larger or equal key, a smaller distance.
- * few: tokens from `bound` on are probably few enough to be ranked at once.
+ * view: takes(x, id), key(x), distance(x) ≥ 0, which falls as keys rise, distanceOf(key), mass(x).
+ * bound: if not 0, no border is below this key, and tokens from it on are probably few.
+ * farthest: no border is at a larger distance.
  */
 template <typename View, typename Target>
 __device__ __forceinline__ Border border(Team& team, const Row& row, Search& s, List& list,
-                                         const View& view, u32 bound, float farthest, bool few,
+                                         const View& view, u32 bound, float farthest,
                                          Target targetOf) {
   u32 low = bound, high = ~0u;
+  // Distances of those keys; who is outside is not looked at.
+  float near = 0, far = bound ? view.distanceOf(bound) : farthest;
   u64 before = 0, target = 0;
-  bool histogram = !few, byDistance = true, known = false;
+  bool histogram = !bound, byDistance = true, known = false;
   for (;;) {
     int shift = max(0, 21 - __clz(high - low)), bucket = 0;
-    auto within = [&](float x) {
+    /** -1: nowhere. */
+    auto bucketOf = [&](float x, float distance) {
+      if (!histogram) return view.key(x) >= low ? 0 : -1;
+      if (byDistance) return bucketAt(distance);
       u32 key = view.key(x);
-      return key >= low && key <= high;
-    };
-    auto bucketOf = [&](float x) {
-      if (byDistance) return (int)fminf(view.distance(x) * BUCKETS_PER_NAT, BUCKETS - 1);
-      return (int)((high - view.key(x)) >> shift);
+      return key < low || key > high ? -1 : (int)((high - key) >> shift);
     };
     /** A pass has ended: the first one's sum is that of all. */
     auto meet = [&](u64 sum) {
@@ -108,10 +120,14 @@ __device__ __forceinline__ Border border(Team& team, const Row& row, Search& s, 
       __syncthreads();
       u64 sum = 0;
       row.each([&](float x, int id) {
-        if (!view.takes(x, id)) return;
+        float distance = view.distance(x);
+        bool inside = distance >= near && distance <= far;
+        if ((known && !inside) || !view.takes(x, id)) return;
         u64 mass = view.mass(x);
         sum += mass;
-        if (within(x) && view.distance(x) <= farthest) add(&s.mass[bucketOf(x)], mass);
+        if (!inside) return;
+        int at = bucketOf(x, distance);
+        if (at >= 0) add(s, at, mass);
       });
       __syncthreads();
       sumBuckets(s);
@@ -119,15 +135,21 @@ __device__ __forceinline__ Border border(Team& team, const Row& row, Search& s, 
       if (threadIdx.x < 32) findBucket(team.size, s, target - before);
       __syncthreads();
       bucket = s.bucket, before += s.before;
+      if (byDistance) {
+        near = bucket / BUCKETS_PER_NAT;
+        far = bucket == BUCKETS - 1 ? INFINITY : (bucket + 1) / BUCKETS_PER_NAT;
+      }
     }
     u64 sum = 0;
     u32 lowest = ~0u, highest = 0;
     row.each([&](float x, int id) {
+      float distance = view.distance(x);
+      if (distance < near || distance > far || bucketOf(x, distance) != bucket) return;
       if (!view.takes(x, id)) return;
-      if (!known) sum += view.mass(x);
-      if (!within(x) || (histogram && bucketOf(x) != bucket)) return;
       u32 key = view.key(x);
-      list.add(key, view.mass(x));
+      u64 mass = view.mass(x);
+      sum += mass;
+      list.add(key, mass);
       lowest = min(lowest, key), highest = max(highest, key);
     });
     list.range(lowest, highest);
@@ -145,6 +167,7 @@ __device__ __forceinline__ Border border(Team& team, const Row& row, Search& s, 
     }
     low = found.low, high = found.high;
     if (low == high) return {low, MANY, before, target};
+    near = view.distanceOf(high), far = view.distanceOf(low);
     byDistance = !histogram;
     histogram = true;
   }

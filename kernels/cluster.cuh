@@ -37,12 +37,44 @@ __device__ __forceinline__ u32 placeIn(int rank, const void* mine) {
 #endif
   return place;
 }
-__device__ __forceinline__ void storeIn(int rank, u64* mine, u64 value) {
+/**
+ * A word with its own notice: an mbarrier of the block that it goes to counts bytes. Blocks need not
+ * wait for more than that, nor writes to global memory be waited for.
+ */
+__device__ __forceinline__ void mailInit(u64* arrived) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(placeIn(rank, mine)), "l"(value)
+  for (int turn = 0; turn < 2; turn++) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(placeOf(arrived + turn)) : "memory");
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void mailTo(int rank, u64* mine, u64 value, u64* arrived) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(
+                   placeIn(rank, mine)),
+               "l"(value), "r"(placeIn(rank, arrived))
                : "memory");
 #else
   *mine = value;
+#endif
+}
+/** All threads of the block call it. */
+__device__ __forceinline__ void mailAwait(u64* arrived, int bytes, u32 phase) {
+#if __CUDA_ARCH__ >= 900
+  u32 place = placeOf(arrived);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(place), "r"(bytes)
+                 : "memory");
+  }
+  asm volatile(
+      "{\n.reg .pred p;\nWAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra WAIT;\n}" ::"r"(place),
+      "r"(phase)
+      : "memory");
+#else
+  __syncthreads();
 #endif
 }
 __device__ __forceinline__ u64 loadFrom(int rank, const u64* mine) {
@@ -85,59 +117,34 @@ struct Team {
   int turn;
   u32 phases;
 
-  /** Others may not have begun before the first `meet`; `begin` and `begun` do not wait long. */
+  /** Others may not have begun before `begun`, which does not wait long if `begin` was early. */
   __device__ void begin() const {
-#ifdef MAIL
-    if (threadIdx.x == 0) {
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(placeOf(&mail.arrived[0])) : "memory");
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(placeOf(&mail.arrived[1])) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-#endif
+    if (threadIdx.x == 0) mailInit(mail.arrived);
     clusterBegin();
   }
   __device__ void begun() const { clusterWait(); }
 
-  /** Tells all blocks `value` of lane 0, and meets: their shared memory can be read then. */
+  /** All blocks are told `value` of lane 0, and hear what other warps say. */
+  __device__ void exchange(u64 value) {
+    tell(value);
+    hear();
+  }
+  /** As `exchange`; what is in shared memory of others can be read then. */
   __device__ void meet(u64 value) {
     tell(value);
     clusterArrive();
+    hear();
     clusterWait();
-    turn ^= 1;
-  }
-  /** As `meet`, but that nothing is known of other memory than what was told. */
-  __device__ void exchange(u64 value) {
-#ifdef MAIL
-    int lane = threadIdx.x & 31;
-    value = __shfl_sync(~0u, value, 0);
-    if (lane < size) {
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(
-                       placeIn(lane, &mail.told[turn][self()])),
-                   "l"(value), "r"(placeIn(lane, &mail.arrived[turn]))
-                   : "memory");
-    }
-    u32 arrived = placeOf(&mail.arrived[turn]);
-    if (threadIdx.x == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(arrived),
-                   "r"(size * WARPS * 8)
-                   : "memory");
-    }
-    asm volatile(
-        "{\n.reg .pred p;\nwait_%=:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-        "@!p bra wait_%=;\n}" ::"r"(arrived),
-        "r"(phases >> turn & 1)
-        : "memory");
-    phases ^= 1 << turn;
-    turn ^= 1;
-#else
-    meet(value);
-#endif
   }
   __device__ void tell(u64 value) const {
     int lane = threadIdx.x & 31;
     value = __shfl_sync(~0u, value, 0);
-    if (lane < size) storeIn(lane, &mail.told[turn][self()], value);
+    if (lane < size) mailTo(lane, &mail.told[turn][self()], value, &mail.arrived[turn]);
+  }
+  __device__ void hear() {
+    mailAwait(&mail.arrived[turn], size * WARPS * 8, phases >> turn & 1);
+    phases ^= 1 << turn;
+    turn ^= 1;
   }
   /** What warp `i` of all told before the last meeting. */
   __device__ u64 heard(int i) const { return mail.told[turn ^ 1][i]; }

@@ -3,16 +3,15 @@
 #pragma once
 #include "border.cuh"
 
-/** What filters leave: keys from `least` on, of those equal to `least` ids up to `lastId`. */
+/** What filters leave: logits from `least` on, of those equal to it ids up to `lastId`. */
 struct Kept {
-  u32 least;
+  float least;
   int lastId;
   // typical_p: how far from `center`, nats below the maximum, a token may be.
   float surprise, center;
 
   __device__ __forceinline__ bool has(const Scale& scale, float x, int id) const {
-    u32 key = keyOf(x);
-    if (key < least || (key == least && id > lastId)) return false;
+    if (x < least || (x == least && id > lastId)) return false;
     return fabsf(scale.distance(x) - center) <= surprise;
   }
 };
@@ -22,15 +21,17 @@ struct ByCount {
   __device__ __forceinline__ bool takes(float x, int) const { return x != -INFINITY; }
   __device__ __forceinline__ u32 key(float x) const { return keyOf(x); }
   __device__ __forceinline__ float distance(float x) const { return scale.distance(x); }
+  __device__ __forceinline__ float distanceOf(u32 key) const { return distance(ofKey(key)); }
   __device__ __forceinline__ u64 mass(float) const { return 1; }
 };
 
 struct ByWeight {
   Scale scale;
-  u32 least;
-  __device__ __forceinline__ bool takes(float x, int) const { return keyOf(x) >= least; }
+  float least;
+  __device__ __forceinline__ bool takes(float x, int) const { return x >= least; }
   __device__ __forceinline__ u32 key(float x) const { return keyOf(x); }
   __device__ __forceinline__ float distance(float x) const { return scale.distance(x); }
+  __device__ __forceinline__ float distanceOf(u32 key) const { return distance(ofKey(key)); }
   __device__ __forceinline__ u64 mass(float x) const { return scale.weight(x); }
 };
 
@@ -43,13 +44,14 @@ struct ByTypicality {
   __device__ __forceinline__ float distance(float x) const {
     return fabsf(scale.distance(x) - center);
   }
+  __device__ __forceinline__ float distanceOf(u32 key) const { return -ofKey(key); }
   __device__ __forceinline__ u64 mass(float x) const { return scale.weight(x); }
 };
 
-/** The id of the n-th token (from 1) with this key, in order of ids. Meets twice. */
-__device__ inline int nthEqual(Team& team, const Row& row, u32 key, u64 n) {
+/** The id of the n-th token (from 1) with this logit, in order of ids. Meets twice. */
+__device__ inline int nthEqual(Team& team, const Row& row, float logit, u64 n) {
   int id = locate(
-      team, row, [&](float x, int) { return (u64)(keyOf(x) == key); }, [&](u64) { return n - 1; });
+      team, row, [&](float x, int) { return (u64)(x == logit); }, [&](u64) { return n - 1; });
   team.exchange(id + 1);
   return (int)team.most() - 1;
 }
@@ -59,16 +61,16 @@ __device__ inline void keepNucleus(Team& team, const Row& row, const Scale& scal
                                    Kept& kept, Search& s, List& list) {
   // Beyond this all tokens together weigh less than what may be left out.
   float farthest = fminf(logf(row.vocab / (float)(1 - share)) + 0.1f, NOTHING_BEYOND);
-  bool few = kept.least > LEAST_KEY;
-  Border at = border(team, row, s, list, ByWeight{scale, kept.least}, kept.least, farthest, few,
+  u32 bound = kept.least > -INFINITY ? keyOf(kept.least) : 0;
+  Border at = border(team, row, s, list, ByWeight{scale, kept.least}, bound, farthest,
                      [&](u64 total) { return max((u64)ceil(share * (double)total), 1ull); });
   if (at.key == LEAST_KEY) return;
-  kept.least = at.key;
+  kept.least = ofKey(at.key);
   if (at.equal == 1) return;
   // Of equal logits at the border only as many stay as are needed, by id.
-  u64 each = scale.weight(ofKey(at.key));
+  u64 each = scale.weight(kept.least);
   u64 needed = each && at.target > at.above ? (at.target - at.above + each - 1) / each : 1;
-  if (needed < at.equal) kept.lastId = nthEqual(team, row, at.key, needed);
+  if (needed < at.equal) kept.lastId = nthEqual(team, row, kept.least, needed);
 }
 
 /** typical_p (Meister et al. 2023): the tokens nearest to the entropy that hold `share`. */
@@ -92,7 +94,7 @@ __device__ inline void keepTypical(Team& team, const Row& row, const Scale& scal
   double sum = wholes + (double)sumOf(fraction) / 4294967296.0;
   // −ln p = distance + ln(total): its mean is the entropy, so distances are compared with theirs.
   float center = (float)(sum / total);
-  Border at = border(team, row, s, list, ByTypicality{scale, kept, center}, 0, INFINITY, false,
+  Border at = border(team, row, s, list, ByTypicality{scale, kept, center}, 0, INFINITY,
                      [&](u64 all) { return (u64)ceil(share * (double)all); });
   kept.surprise = at.key == LEAST_KEY ? INFINITY : -ofKey(at.key);
   kept.center = center;
@@ -104,16 +106,16 @@ __device__ inline void keepTypical(Team& team, const Row& row, const Scale& scal
  */
 __device__ inline Kept filter(Team& team, const Row& row, const Scale& scale, const Sampling& p,
                               u32 topBound, float logMinP, Search& s, List& list) {
-  Kept kept = {LEAST_KEY, row.vocab, INFINITY, 0.f};
+  Kept kept = {-INFINITY, row.vocab, INFINITY, 0.f};
   if (p.topK > 0 && p.topK < row.vocab) {
-    Border at = border(team, row, s, list, ByCount{scale}, topBound, INFINITY, topBound > 0,
+    Border at = border(team, row, s, list, ByCount{scale}, topBound, INFINITY,
                        [&](u64) { return (u64)p.topK; });
-    kept.least = at.key;
+    kept.least = ofKey(at.key);
   }
   if (p.topP < 1) keepNucleus(team, row, scale, p.topP, kept, s, list);
   if (p.minP > 0) {
     // The likeliest token weighs 1: the border is a logit.
-    u32 least = keyOf(scale.max + logMinP / scale.inverse);
+    float least = scale.max + logMinP / scale.inverse;
     if (least > kept.least) kept.least = least, kept.lastId = row.vocab;
   }
   if (p.typicalP < 1) keepTypical(team, row, scale, p.typicalP, kept, s, list);

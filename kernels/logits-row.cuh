@@ -14,6 +14,19 @@ static __device__ __noinline__ float4 oneByOne(const float* row, int i, int voca
                      i + 3 < vocab ? row[i + 3] : -INFINITY);
 }
 
+__device__ __forceinline__ void copyAsync(float4* to, const float4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(placeOf(to)), "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void copiesOrdered() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/** Waits for this thread's copies: for all, or for those of the first half. */
+__device__ __forceinline__ void copiesDone(bool all) {
+  if (all) asm volatile("cp.async.wait_group 0;" ::: "memory");
+  else asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+
 struct Row {
   /** The model's logits; those that biases and penalties made, or null if they are the same. */
   const float* raw;
@@ -50,6 +63,26 @@ struct Row {
     if (g < heldEnd) return heldAt(g);
     return adjusted ? oneByOne(adjusted, 4 * g, vocab) : rawAt(g);
   }
+  /** Orders what will be held; `arrived` of this thread's part, first half (1) or all of it (0). */
+  __device__ void order() const {
+    for (int half = 0; half < 2; half++) {
+#pragma unroll 4
+      for (int g = start(half); g < endOf(half); g += 32) {
+        if (vocab % 4) heldAt(g) = oneByOne(raw, 4 * g, vocab);
+        else copyAsync(&heldAt(g), (const float4*)raw + g);
+      }
+      copiesOrdered();
+    }
+  }
+  /** Where this thread's groups begin in either half of what is held, and where that half ends. */
+  __device__ __forceinline__ int start(int half) const {
+    return (half ? endOf(0) : first) + (threadIdx.x & 31);
+  }
+  __device__ __forceinline__ int endOf(int half) const {
+    return half ? heldEnd : min(first + perHeld / 64 * 32, heldEnd);
+  }
+  /** The first of this thread's groups that is not held. */
+  __device__ __forceinline__ int tail() const { return heldEnd + (threadIdx.x & 31); }
   /** Only what changes needs to be written where it is not held. */
   __device__ __forceinline__ void put(int g, float4 x) const {
     if (g < heldEnd) {
@@ -90,10 +123,10 @@ struct Row {
 /** AHEAD groups of a lane, 32 apart, that are on their way from memory. */
 struct Batch {
   float4 x[AHEAD];
-  __device__ __forceinline__ void load(const Row& row, int g) {
+  __device__ __forceinline__ void load(const Row& row, int g, bool held = false) {
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      if (g + 32 * k < row.last) x[k] = row.rawAt(g + 32 * k);
+      if (g + 32 * k < row.last) x[k] = held ? row.at(g + 32 * k) : row.rawAt(g + 32 * k);
     }
   }
 };

@@ -54,16 +54,9 @@ struct Changes {
 };
 
 /** Biases are of any tokens, so that the whole block has to have its part of the row first. */
-__device__ inline void addBiases(const Team& team, const Row& row, const Changes& of,
-                                 const Batch& ahead) {
-  int g = row.first + (threadIdx.x & 31);
-#pragma unroll 1
-  for (Batch batch = ahead; g < row.last; batch.load(row, g)) {
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++, g += 32) {
-      if (g < row.last) row.put(g, batch.x[k]);
-    }
-  }
+__device__ inline void addBiases(const Team& team, const Row& row, const Changes& of) {
+  copiesDone(true);
+  for (int g = row.tail(); g < row.last; g += 32) row.put(g, row.rawAt(g));
   __syncthreads();
   for (int i = threadIdx.x; i < of.p.biases; i += SAMPLE_THREADS) {
     float* place = row.placeOf(of.biasTokens[i], team);
@@ -73,50 +66,73 @@ __device__ inline void addBiases(const Team& team, const Row& row, const Changes
 }
 
 /**
- * Brings the row in, changed. `keep`: it will be looked at again.
- * @returns this thread's largest entry; more than any if no token can be chosen
+ * Takes what was ordered as it comes, and changes it.
+ * @param ahead the first of what is not held
+ * @returns this warp's largest entry in all lanes; more than any if no token can be chosen
  */
-__device__ inline u64 takeIn(const Team& team, const Row& row, const Changes& of,
-                             const Batch& ahead, bool keep) {
-  bool usable = true;
+__device__ inline u64 takeIn(const Team& team, const Row& row, const Changes& of, Batch& ahead) {
   float best = -INFINITY;
-  int id = 0;
-  auto look = [&](float x, int i) {
-    usable = usable && x < INFINITY;
-    if (x > best) best = x, id = i;
-  };
-  auto take = [&](int g, float4 x, uint2 counts) {
-    if (counts.x | counts.y) x = of.penalised(x, counts);
-    if (keep) row.put(g, x);
-    look(x.x, 4 * g), look(x.y, 4 * g + 1), look(x.z, 4 * g + 2), look(x.w, 4 * g + 3);
-  };
-  bool biased = of.p.biases > 0;
-  if (biased) addBiases(team, row, of, ahead);
-  int g = row.first + (threadIdx.x & 31);
-  Batch batch = ahead;
-#pragma unroll 1
-  while (g < row.last) {
+  int bestGroup = row.first;
+  const bool biased = of.p.biases > 0, penalised = of.p.penalised;
+  /** Up to AHEAD groups, 32 apart, which `of` has brought. */
+  auto take = [&](int g, int end, Batch& batch) {
     uint2 counts[AHEAD];
+    if (penalised) {
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-      bool some = g + 32 * k < row.last;
-      counts[k] = some && of.p.penalised ? of.countsAt(g + 32 * k, row.vocab) : make_uint2(0, 0);
-      if (some && biased) batch.x[k] = row.at(g + 32 * k);
+      for (int k = 0; k < AHEAD; k++) {
+        if (g + 32 * k < end) counts[k] = of.countsAt(g + 32 * k, row.vocab);
+      }
     }
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      if (g + 32 * k < row.last) take(g + 32 * k, batch.x[k], counts[k]);
+      if (g + 32 * k >= end) break;
+      float4 x = batch.x[k];
+      if (penalised && (counts[k].x | counts[k].y)) {
+        x = of.penalised(x, counts[k]);
+        row.put(g + 32 * k, x);
+      } else if (penalised && !biased && g >= row.heldEnd) {
+        row.put(g + 32 * k, x);
+      }
+      float most = maxOrNan(maxOrNan(x.x, x.y), maxOrNan(x.z, x.w));
+      if (most > best) bestGroup = g + 32 * k;
+      best = maxOrNan(best, most);
     }
-    g += 32 * AHEAD;
-    if (!biased) batch.load(row, g);
+  };
+  if (biased) addBiases(team, row, of);
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+    copiesDone(half);
+    int end = row.endOf(half);
+#pragma unroll 1
+    for (int g = row.start(half); g < end; g += 32 * AHEAD) {
+      Batch batch;
+#pragma unroll
+      for (int k = 0; k < AHEAD; k++) {
+        if (g + 32 * k < end) batch.x[k] = row.heldAt(g + 32 * k);
+      }
+      take(g, end, batch);
+    }
   }
-  return usable ? entryOf(best, id) : ~0ull;
+#pragma unroll 1
+  for (int g = row.tail(); g < row.last; g += 32 * AHEAD) {
+    if (biased || g != row.tail()) ahead.load(row, g, biased);
+    take(g, row.last, ahead);
+  }
+  u64 mine = best < INFINITY ? entryOf(best, 4 * bestGroup) : ~0ull, most = warpMax64(mine);
+  if (most == ~0ull || most >> 32 <= LEAST_KEY) return most;
+  u32 winner = __ffs(__ballot_sync(~0u, mine == most)) - 1;
+  if (mine == most) {
+    float4 x = row.at(bestGroup);
+    mine -= x.x == best ? 0 : x.y == best ? 1 : x.z == best ? 2 : 3;
+  }
+  return __shfl_sync(~0u, mine, winner);
 }
 
-/** One draw from what the filters keep, as `locate`. */
+/** One draw from what the filters keep, as `locate`; `none`: they keep nothing. */
 __device__ inline int draw(Team& team, const Row& row, const Scale& scale, const Sampling& p,
-                           Shared& s, List& list, u32 topBound) {
+                           Shared& s, List& list, u32 topBound, bool& none) {
   auto targetOf = [&](u64 total) {
+    none = total == 0;
     u64 target = (u64)(s.uniform * (double)total);
     return target >= total ? total - 1 : target;
   };
@@ -152,10 +168,14 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
   Team team = {(int)blockIdx.x, (int)gridDim.x, s.mail, 0, 0};
   Row row(logits + (u64)output * vocab, vocab, held, dynamicSharedBytes(), team);
   // Under way while it becomes known what to do with it.
+  row.order();
   Batch ahead;
-  ahead.load(row, row.first + (threadIdx.x & 31));
+  ahead.load(row, row.tail());
   const int slot = slotOf[output];
-  if (slot < 0) return;
+  if (slot < 0) {
+    copiesDone(true);
+    return;
+  }
   team.begin();
   const Sampling p = table[slot];
   List list(s.search.lists);
@@ -163,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
   Changes changes = {biasTokens + (u64)slot * BIASES_MAX, biases + (u64)slot * BIASES_MAX,
                      counts + (u64)slot * vocab, p};
   const bool draws = p.temperature > 0;
-  u64 best = warpMax64(takeIn(team, row, changes, ahead, draws || p.logprobs >= 0));
+  u64 best = takeIn(team, row, changes, ahead);
   if (threadIdx.x == 0 && draws) {
     s.uniform = uniform(p.seedLow, p.seedHigh, p.drawn);
     if (p.minP > 0) s.logMinP = (float)log(p.minP);
@@ -181,6 +201,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     u32 topBound = 0;
     if (draws && p.topK > 0 && p.topK <= team.size * WARPS) {
       topBound = (u32)(team.nth(p.topK, &s.cuts[0]) >> 32);
+      if (topBound <= LEAST_KEY) topBound = 0;
     }
     if (p.logprobs >= 0) {
       to = reports + *steps % places * entries + output;
@@ -188,8 +209,9 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     }
     if (draws) {
       Scale scale = {logitOf(best), (float)fmin(1 / p.temperature, 3.0e38)};
-      token = draw(team, row, scale, p, s, list, topBound);
-      mine = token >= 0;
+      bool none = false;
+      token = draw(team, row, scale, p, s, list, topBound, none);
+      mine = token >= 0 || (none && mine);
     }
   }
   if (!mine || (threadIdx.x & 31)) return;

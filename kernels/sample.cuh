@@ -44,6 +44,13 @@ __device__ __forceinline__ u64 entryOf(float x, int id) {
 __device__ __forceinline__ int idOf(u64 entry) { return (int)(0xffffffffu - (u32)entry); }
 __device__ __forceinline__ float logitOf(u64 entry) { return ofKey((u32)(entry >> 32)); }
 
+/** The larger; NaN if one is that. */
+__device__ __forceinline__ float maxOrNan(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+}
+
 /** 2^x, 0 for what would be less than 2^-126; as __expf has it, but for that. */
 __device__ __forceinline__ float exp2Fast(float x) {
   float y;
@@ -54,7 +61,8 @@ __device__ __forceinline__ float exp2Fast(float x) {
 /** How far logits are from the largest, in nats once the temperature has been applied. */
 struct Scale {
   float max, inverse;
-  __device__ __forceinline__ float distance(float x) const { return (max - x) * inverse; }
+  /** Rounded before anything is subtracted from it: the same wherever it is asked for. */
+  __device__ __forceinline__ float distance(float x) const { return __fmul_rn(max - x, inverse); }
 
   /**
    * (u64)(e^-distance · 2^40). Conversions to 64 bits run at an eighth of the rate of additions, so
