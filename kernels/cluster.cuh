@@ -15,7 +15,12 @@ __device__ __forceinline__ void clusterBegin() {
 /** All threads of all blocks pass `clusterWait` once all have arrived. */
 __device__ __forceinline__ void clusterArrive() {
 #if __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208 && !defined(WHOLE)
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
 #endif
 }
 __device__ __forceinline__ void clusterWait() {

@@ -7,8 +7,9 @@
 
 #define AHEAD 4  // loads of a lane that are under way at once
 
-/** Rare, so it is not to be everywhere: rows that do not begin at multiples of 16 bytes. */
-static __device__ __noinline__ float4 oneByOne(const float* row, int i, int vocab) {
+/** Four logits from memory; rows need not begin at multiples of 16 bytes, nor end there. */
+__device__ __forceinline__ float4 fourOf(const float* row, int i, int vocab) {
+  if (vocab % 4 == 0) return *(const float4*)(row + i);
   return make_float4(row[i], i + 1 < vocab ? row[i + 1] : -INFINITY,
                      i + 2 < vocab ? row[i + 2] : -INFINITY,
                      i + 3 < vocab ? row[i + 3] : -INFINITY);
@@ -17,6 +18,9 @@ static __device__ __noinline__ float4 oneByOne(const float* row, int i, int voca
 __device__ __forceinline__ void copyAsync(float4* to, const float4* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(placeOf(to)), "l"(from)
                : "memory");
+}
+__device__ __forceinline__ void intoL2(const float* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 __device__ __forceinline__ void copiesOrdered() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -52,27 +56,21 @@ struct Row {
     return held[(threadIdx.x >> 5) * perHeld + g - first];
   }
 
-  /** A group of the model's logits; -Infinity where there are no tokens. */
-  __device__ __forceinline__ float4 rawAt(int g) const {
-    if (vocab % 4) return oneByOne(raw, 4 * g, vocab);
-    uint4 x = loadStream((const float4*)raw + g);
-    return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
-                       __uint_as_float(x.w));
-  }
+  /** A group of four; -Infinity where there are no tokens. */
   __device__ __forceinline__ float4 at(int g) const {
-    if (g < heldEnd) return heldAt(g);
-    return adjusted ? oneByOne(adjusted, 4 * g, vocab) : rawAt(g);
+    return g < heldEnd ? heldAt(g) : fourOf(adjusted ? adjusted : raw, 4 * g, vocab);
   }
   /** Orders what will be held; `arrived` of this thread's part, first half (1) or all of it (0). */
   __device__ void order() const {
     for (int half = 0; half < 2; half++) {
 #pragma unroll 4
       for (int g = start(half); g < endOf(half); g += 32) {
-        if (vocab % 4) heldAt(g) = oneByOne(raw, 4 * g, vocab);
+        if (vocab % 4) heldAt(g) = fourOf(raw, 4 * g, vocab);
         else copyAsync(&heldAt(g), (const float4*)raw + g);
       }
       copiesOrdered();
     }
+    for (int g = tail(); g < last; g += 32) intoL2(raw + 4 * g);
   }
   /** Where this thread's groups begin in either half of what is held, and where that half ends. */
   __device__ __forceinline__ int start(int half) const {
@@ -123,10 +121,10 @@ struct Row {
 /** AHEAD groups of a lane, 32 apart, that are on their way from memory. */
 struct Batch {
   float4 x[AHEAD];
-  __device__ __forceinline__ void load(const Row& row, int g, bool held = false) {
+  __device__ __forceinline__ void load(const float* from, const Row& row, int g) {
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      if (g + 32 * k < row.last) x[k] = held ? row.at(g + 32 * k) : row.rawAt(g + 32 * k);
+      if (g + 32 * k < row.last) x[k] = fourOf(from, 4 * (g + 32 * k), row.vocab);
     }
   }
 };

@@ -18,17 +18,25 @@ struct Shared {
   Mail mail;
   Search search;
   u64 cuts[2];
+  /** The sequence's, and what is computed of them only once. */
+  Sampling params;
   double uniform;
   float logMinP;
 };
 
-/** Of a token that has come up, and was generated `count` times. Rare. */
-static __device__ __noinline__ float penalisedLogit(float logit, int count, double repetition,
-                                                    double presence, double frequency) {
-  double x = logit;
-  x = x < 0 ? x * repetition : x / repetition;
-  if (count > 0) x -= presence + frequency * count;
-  return (float)x;
+/** Of tokens some of which have come up, `counts` as in sequences' memory. Rare. */
+static __device__ __noinline__ float4 penalisedGroup(float4 x, uint2 counts, double repetition,
+                                                     double presence, double frequency) {
+  auto one = [&](float logit, int count) {
+    if (count == 0) return logit;
+    double x = logit;
+    x = x < 0 ? x * repetition : x / repetition;
+    count &= 0x7fff;
+    if (count > 0) x -= presence + frequency * count;
+    return (float)x;
+  };
+  return make_float4(one(x.x, counts.x & 0xffff), one(x.y, counts.x >> 16),
+                     one(x.z, counts.y & 0xffff), one(x.w, counts.y >> 16));
 }
 
 /** As each sequence has them, in its slot; see sampling.ts. */
@@ -44,19 +52,12 @@ struct Changes {
     auto one = [&](int i) { return i < vocab ? (u32)counts[i] : 0; };
     return make_uint2(one(4 * g) | one(4 * g + 1) << 16, one(4 * g + 2) | one(4 * g + 3) << 16);
   }
-  __device__ __forceinline__ float4 penalised(float4 x, uint2 n) const {
-    auto one = [&](float& logit, int count) {
-      if (count) logit = penalisedLogit(logit, count & 0x7fff, p.repetition, p.presence, p.frequency);
-    };
-    one(x.x, n.x & 0xffff), one(x.y, n.x >> 16), one(x.z, n.y & 0xffff), one(x.w, n.y >> 16);
-    return x;
-  }
 };
 
 /** Biases are of any tokens, so that the whole block has to have its part of the row first. */
 __device__ inline void addBiases(const Team& team, const Row& row, const Changes& of) {
   copiesDone(true);
-  for (int g = row.tail(); g < row.last; g += 32) row.put(g, row.rawAt(g));
+  for (int g = row.tail(); g < row.last; g += 32) row.put(g, fourOf(row.raw, 4 * g, row.vocab));
   __syncthreads();
   for (int i = threadIdx.x; i < of.p.biases; i += SAMPLE_THREADS) {
     float* place = row.placeOf(of.biasTokens[i], team);
@@ -67,10 +68,9 @@ __device__ inline void addBiases(const Team& team, const Row& row, const Changes
 
 /**
  * Takes what was ordered as it comes, and changes it.
- * @param ahead the first of what is not held
  * @returns this warp's largest entry in all lanes; more than any if no token can be chosen
  */
-__device__ inline u64 takeIn(const Team& team, const Row& row, const Changes& of, Batch& ahead) {
+__device__ inline u64 takeIn(const Team& team, const Row& row, const Changes& of) {
   float best = -INFINITY;
   int bestGroup = row.first;
   const bool biased = of.p.biases > 0, penalised = of.p.penalised;
@@ -88,7 +88,7 @@ __device__ inline u64 takeIn(const Team& team, const Row& row, const Changes& of
       if (g + 32 * k >= end) break;
       float4 x = batch.x[k];
       if (penalised && (counts[k].x | counts[k].y)) {
-        x = of.penalised(x, counts[k]);
+        x = penalisedGroup(x, counts[k], of.p.repetition, of.p.presence, of.p.frequency);
         row.put(g + 32 * k, x);
       } else if (penalised && !biased && g >= row.heldEnd) {
         row.put(g + 32 * k, x);
@@ -115,8 +115,9 @@ __device__ inline u64 takeIn(const Team& team, const Row& row, const Changes& of
   }
 #pragma unroll 1
   for (int g = row.tail(); g < row.last; g += 32 * AHEAD) {
-    if (biased || g != row.tail()) ahead.load(row, g, biased);
-    take(g, row.last, ahead);
+    Batch batch;
+    batch.load(biased ? row.adjusted : row.raw, row, g);
+    take(g, row.last, batch);
   }
   u64 mine = best < INFINITY ? entryOf(best, 4 * bestGroup) : ~0ull, most = warpMax64(mine);
   if (most == ~0ull || most >> 32 <= LEAST_KEY) return most;
@@ -169,30 +170,30 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
   Row row(logits + (u64)output * vocab, vocab, held, dynamicSharedBytes(), team);
   // Under way while it becomes known what to do with it.
   row.order();
-  Batch ahead;
-  ahead.load(row, row.tail());
   const int slot = slotOf[output];
   if (slot < 0) {
     copiesDone(true);
     return;
   }
   team.begin();
-  const Sampling p = table[slot];
+  const Sampling& early = table[slot];
   List list(s.search.lists);
-  if (p.biases || p.penalised) row.adjusted = adjusted + (u64)output * vocab;
+  if (early.biases || early.penalised) row.adjusted = adjusted + (u64)output * vocab;
   Changes changes = {biasTokens + (u64)slot * BIASES_MAX, biases + (u64)slot * BIASES_MAX,
-                     counts + (u64)slot * vocab, p};
-  const bool draws = p.temperature > 0;
-  u64 best = takeIn(team, row, changes, ahead);
-  if (threadIdx.x == 0 && draws) {
-    s.uniform = uniform(p.seedLow, p.seedHigh, p.drawn);
-    if (p.minP > 0) s.logMinP = (float)log(p.minP);
+                     counts + (u64)slot * vocab, early};
+  u64 best = takeIn(team, row, changes);
+  if (threadIdx.x == 0) {
+    s.params = early;
+    s.uniform = uniform(early.seedLow, early.seedHigh, early.drawn);
+    if (early.minP > 0) s.logMinP = (float)log(early.minP);
   }
   team.begun();
   // What the first thread has written is for all of the block.
   __syncthreads();
   team.exchange(best);
   best = team.most();
+  const Sampling& p = s.params;
+  const bool draws = p.temperature > 0;
   int token = best == ~0ull || logitOf(best) == -INFINITY ? -1 : idOf(best);
   bool mine = team.self() == 0;
   float norm = 0;

@@ -15,8 +15,8 @@ const WARPS = THREADS / 32
 
 /** Compute capability from which on blocks may form clusters. */
 const CLUSTERS = 90
-/** Multiprocessors that clusters of up to 8 blocks fill: a multiple of this, of those there are. */
-const CLUSTERED = 16
+/** Of the multiprocessors, how many clusters of 4 or 8 blocks can fill: the rest is too scattered. */
+const CLUSTERED = 7 / 8
 /** Tokens of a row that make one more block worth its while. */
 const TOKENS_OF_BLOCK = 4096
 
@@ -34,7 +34,7 @@ type Shape = Pick<GpuDevice, 'capability' | 'multiprocessors'>
  */
 export function blocksOfRow(rows: number, vocab: number, gpu: Shape): number {
   if (gpu.capability < CLUSTERS) return 1
-  const room = Math.floor(gpu.multiprocessors / CLUSTERED) * CLUSTERED
+  const room = gpu.multiprocessors * CLUSTERED
   let blocks = 1
   const more = () => blocks < 2 || rows * 2 * blocks <= room
   while (blocks < CLUSTER_MAX && vocab > blocks * TOKENS_OF_BLOCK && more()) blocks *= 2
