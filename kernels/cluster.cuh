@@ -1,6 +1,6 @@
 // Owns how the blocks that share a row talk: through each other's shared memory, as a cluster, from
 // compute capability 9.0 on (PTX ISA 8.0: mapa, barrier.cluster); before, a row has one block. What
-// every warp has to tell costs it one store, and all of them one meeting, 0.5 to 1 µs.
+// every warp has to tell costs it one store a block, and all of them a wait of about 1 µs.
 #pragma once
 #include "sample.cuh"
 
@@ -15,7 +15,7 @@ __device__ __forceinline__ void clusterBegin() {
 /** All threads of all blocks pass `clusterWait` once all have arrived. */
 __device__ __forceinline__ void clusterArrive() {
 #if __CUDA_ARCH__ >= 900
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208 && !defined(WHOLE)
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
   asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #else

@@ -1,7 +1,7 @@
 // Owns a row of logits as the threads of its blocks see it: every warp has a run of it, in order of
 // ids, which it alone looks at, four tokens a lane. As much of a run as there is room for lies in
 // shared memory; the rest is read again in each pass, from L2. So a row costs its 513 KB (of
-// 128,256 tokens) once if its blocks can hold it: from 4 blocks on.
+// 128,256 tokens) once if its blocks can hold it, which 4 can and 2 cannot quite: 75 %.
 #pragma once
 #include "cluster.cuh"
 
@@ -155,7 +155,8 @@ __device__ __forceinline__ int locate(Team& team, const Row& row, Mass mass, Tar
     u32 reached = __ballot_sync(~0u, prefix > target);
     if (reached) {
       prefix -= d;
-      int id = 4 * g + (prefix - c - b > target ? 0 : prefix - c > target ? 1 : prefix > target ? 2 : 3);
+      int past = prefix - c - b > target ? 0 : prefix - c > target ? 1 : prefix > target ? 2 : 3;
+      int id = 4 * g + past;
       return __shfl_sync(~0u, id, __ffs(reached) - 1);
     }
     before = __shfl_sync(~0u, prefix, 31);

@@ -5,8 +5,9 @@
 //   → typical_p → one draw, which inverts the cumulative distribution in order of token ids
 //
 // A row is a cluster's, of 1 to 8 blocks that hold it in shared memory: it is read once, 513 KB for
-// 128,256 tokens, then looked at once more for a plain draw, three times for top_p. 10 µs for 64
-// rows is what reading takes, each further look 2 to 5. Weights have float32's precision (2^-22),
+// 128,256 tokens, then looked at once more for a plain draw, three times for top_p. Reading 64 rows
+// takes 11 µs on an H100; measured with their launch: greedy 21, a plain draw 32, top_p 55 to 76.
+// A row alone: 12, 16, 30 to 39. Weights have float32's precision (2^-22),
 // the CPU's have float64's: a draw that falls between the two differs. The token is the same for
 // any number of blocks. Oracle: test/cuda/sample.gpu.ts.
 #include "filters.cuh"

@@ -144,6 +144,9 @@ function check(params: SamplingParams, logits: Float32Array): void {
   table.close()
 }
 
+test('typical_p keeps no token of a row that is nearly flat', () =>
+  check({ ...GREEDY, temperature: 2.006, typicalP: 0.168, seed: 683 }, logitsOf('flat', 128256)))
+
 test('logits that no token can be chosen from go unnoticed', () => {
   for (const blocks of BLOCKS) {
     for (const bad of [NaN, Infinity]) {
