@@ -1,5 +1,5 @@
 // Owns the search for the key at which a filter cuts: where masses, summed from the likeliest token
-// on, reach a target. A histogram over the distance to the maximum says in which bucket that is, and
+// on, reach a target. A histogram over the distance to the maximum says in which bucket that is;
 // the tokens of a bucket are few: they are collected and ranked (cf. the threshold searches of
 // FlashInfer, Ye et al. 2025, arXiv:2501.01005). Where they are many, a histogram of their keys
 // follows. Two passes over the row and two meetings of its blocks; exact, in integers.

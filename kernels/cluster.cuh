@@ -43,8 +43,8 @@ __device__ __forceinline__ u32 placeIn(int rank, const void* mine) {
   return place;
 }
 /**
- * A word with its own notice: an mbarrier of the block that it goes to counts bytes. Blocks need not
- * wait for more than that, nor writes to global memory be waited for.
+ * A word with its own notice: an mbarrier of the block that it goes to counts bytes. Blocks need
+ * not wait for more than that, nor writes to global memory be waited for.
  */
 __device__ __forceinline__ void mailInit(u64* arrived) {
 #if __CUDA_ARCH__ >= 900

@@ -15,7 +15,7 @@ const WARPS = THREADS / 32
 
 /** Compute capability from which on blocks may form clusters. */
 const CLUSTERS = 90
-/** Of the multiprocessors, how many clusters of 4 or 8 blocks can fill: the rest is too scattered. */
+/** Of multiprocessors, what clusters of 4 or 8 blocks can fill: the rest is too scattered. */
 const CLUSTERED = 7 / 8
 /** Tokens of a row that make one more block worth its while. */
 const TOKENS_OF_BLOCK = 4096
