@@ -1,8 +1,8 @@
 // Owns log-probabilities under the model's own distribution, of the chosen token and the likeliest
 // ones (ties by id), as src/engine/sampler.ts reports them: the part of sample.cu for outputs whose
 // sequence asks. One pass over the row and one meeting of its blocks sum weights, which are those
-// of temperature 1, and collect all tokens not below the n-th largest of the warps' largest: they are
-// few. Another for rows that biases or penalties changed. Absolute error under 1e-5. Oracle:
+// of temperature 1, and collect all tokens not below the n-th largest of the warps' largest: they
+// are few. Another for rows that biases or penalties changed. Absolute error under 1e-5. Oracle:
 // test/cuda/sample.gpu.ts.
 #pragma once
 #include "logits-row.cuh"
