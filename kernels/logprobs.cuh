@@ -1,10 +1,12 @@
 // Owns log-probabilities under the model's own distribution, of the chosen token and the likeliest
 // ones (ties by id), as src/engine/sampler.ts reports them: the part of sample.cu for outputs whose
-// sequence asks. A row is read twice (513 KB each for 128,256 tokens); for each of the likeliest
-// the warp that had the last one reads 1/1,024 of it again. float32, sums in a fixed order:
-// absolute error under 1e-5. Oracle: test/cuda/sample.gpu.ts.
+// sequence asks. One pass over the row and one meeting of its blocks sum weights, which are those
+// of temperature 1, and collect all tokens not below the n-th largest of the warps' largest: they
+// are few. Another for rows that biases or penalties changed. Absolute error under 1e-5. Oracle:
+// test/cuda/sample.gpu.ts.
 #pragma once
-#include "sample.cuh"
+#include "logits-row.cuh"
+#include "token-list.cuh"
 
 #define TOP_MAX 20
 
@@ -16,41 +18,64 @@ struct Report {
   float topLogprobs[TOP_MAX];
 };
 
-/** Of logits first, first + stride …: the largest entry below `last`; larger logits, lower ids. */
-__device__ __forceinline__ u64 largestBelow(const float* row, int vocab, int first, int stride,
-                                            u64 last) {
+/** This warp's largest entry below `last`. */
+__device__ inline u64 largestBelow(const Row& row, u64 last) {
   u64 best = 0;
-#pragma unroll 4
-  for (int i = first; i < vocab; i += stride) {
-    u64 entry = (u64)keyOf(row[i]) << 32 | (0xffffffffu - i);
+  row.each([&](float x, int id) {
+    u64 entry = entryOf(x, id);
     if (entry < last && entry > best) best = entry;
-  }
-  return best;
+  });
+  return warpMax64(best);
 }
 
-/** All threads of the block call it; `to` lies in host memory. */
-__device__ inline void report(const float* row, int vocab, int token, int wanted, Report* to,
-                              u64* scratch) {
-  u64 own = largestBelow(row, vocab, threadIdx.x, SAMPLE_THREADS, ~0ull);
-  u64 best = blockMax64(own, scratch);
-  float max = ofKey((u32)(best >> 32));
-  double sum = 0;
-  for (int i = threadIdx.x; i < vocab; i += SAMPLE_THREADS) sum += __expf(row[i] - max);
-  float norm = max + (float)log(blockSumDouble(sum, scratch));
-  if (threadIdx.x == 0) to->logprob = row[token] - norm;
-  for (int n = 0; n < wanted; n++) {
-    u32 id = 0xffffffffu - (u32)best;
-    if (threadIdx.x == 0) {
-      to->topTokens[n] = (int)id;
-      to->topLogprobs[n] = ofKey((u32)(best >> 32)) - norm;
-    }
-    int owner = id % SAMPLE_THREADS;
-    if (threadIdx.x >> 5 == owner >> 5) {
-      int lane = threadIdx.x & 31;
-      u64 next = largestBelow(row, vocab, owner + lane * SAMPLE_THREADS, 32 * SAMPLE_THREADS, best);
-      next = warpMax64(next);
-      if (threadIdx.x == owner) own = next;
-    }
-    best = blockMax64(own, scratch);
+/**
+ * After a meeting at which each warp told its largest entry. All threads of all blocks call it.
+ * @param best the largest entry of the row that tokens are chosen from
+ * @param to in host memory; the likeliest `wanted` are written, the chosen token's is left out
+ * @param cut shared memory
+ * @returns what a logit exceeds its log-probability by
+ */
+__device__ inline float report(Team& team, Row row, List& list, u64 best, int wanted, Report* to,
+                               u64* cut) {
+  if (row.adjusted) {
+    row.adjusted = nullptr, row.heldEnd = row.first;
+    team.exchange(largestBelow(row, ~0ull));
+    best = team.most();
   }
+  u64 least = wanted > 0 ? team.nth(wanted, cut) : ~0ull;
+  // A run of nothing but -Infinity says that of its first token.
+  if (least >> 32 <= LEAST_KEY) least = 0;
+  Scale scale = {logitOf(best), 1.f};
+  u64 sum = 0;
+  row.each([&](float x, int id) {
+    sum += scale.weight(x);
+    u64 entry = entryOf(x, id);
+    if (entry >= least && id < row.vocab) list.add(entry, 0);
+  });
+  team.meet(warpSum64(sum));
+  float norm = scale.max + logf((float)team.sum() * (1.f / WEIGHT_ONE));
+  auto write = [&](int n, u64 entry) {
+    to->topTokens[n] = idOf(entry), to->topLogprobs[n] = logitOf(entry) - norm;
+  };
+  if (wanted == 0) return norm;
+  int count = list.gather(team).count;
+  if (count <= LISTED) {
+    if (team.rank == 0) {
+      list.rank(count, [&](Entry entry, u64, u64, int larger, int) {
+        if (larger < wanted) write(larger, entry.key);
+      });
+    }
+  } else {
+    // Many of them lie in one run: one after the other, then.
+    for (int n = 0; n < wanted; n++) {
+      if (n > 0) {
+        team.exchange(largestBelow(row, best));
+        best = team.most();
+      }
+      if (team.rank == 0 && threadIdx.x == 0) write(n, best);
+    }
+  }
+  // Lists of other blocks have been read.
+  team.exchange(0);
+  return norm;
 }

@@ -134,7 +134,7 @@ const KERNELS: Readonly<Record<string, Touched>> = {
     ),
     [a[14]!, a[6]! * KV_HEADS * WARPS * 4],
   ],
-  sample: ([logits, vocab, slots, , , , , , tokens], [outputs]) => [
+  sample: ([logits, vocab, slots, , , , , , tokens], [, outputs]) => [
     [logits!, outputs! * vocab! * 4],
     [slots!, outputs! * 4],
     [tokens!, outputs! * 4],

@@ -39,7 +39,7 @@ export class MockKernels {
       selectRows: (a, [rows]) => this.selectRows(a, rows!),
       addBias: (a, [rows]) => this.addBias(a, rows!),
       ropeAppend: (a, [rows]) => this.ropeAppend(a, rows!),
-      sample: (a, [outputs]) => this.sample(a, outputs!),
+      sample: (a, [, outputs]) => this.sample(a, outputs!),
       skinny: (a) => this.skinny(a),
     }
     this.register(kernels)

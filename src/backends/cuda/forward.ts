@@ -23,6 +23,7 @@ import { Matmuls, paddedRows } from './matmul.ts'
 import type { ModuleCache } from './module-cache.ts'
 import type { Quantization } from './quantization.ts'
 import { ropeTable } from './rope-table.ts'
+import { SampleLaunch } from './sample-launch.ts'
 import { SamplingTable } from './sampling.ts'
 import type { StartTimes } from './start-times.ts'
 import { PLACES, StepState } from './state.ts'
@@ -97,7 +98,7 @@ export class CudaForward {
   readonly mixed: Lowering
   private readonly graphs = new Map<number, number>()
   private readonly fetchLaunch: KernelLaunch
-  private readonly sampleLaunch: KernelLaunch
+  private readonly sampleLaunch: SampleLaunch
   private readonly publishLaunch: KernelLaunch
 
   /** @throws LatticeError `backend_unavailable`, `kernel_compile_failed`, `gpu_call_failed` */
@@ -171,7 +172,7 @@ export class CudaForward {
     this.fetchLaunch = this.makeFetch()
     this.sampleLaunch = this.makeSample()
     this.publishLaunch = this.makePublish()
-    for (const launch of [this.fetchLaunch, this.sampleLaunch, this.publishLaunch]) {
+    for (const launch of [this.fetchLaunch, this.sampleLaunch.launch, this.publishLaunch]) {
       if (this.overlap) launch.programmatic()
     }
     this.decoding.prepare()
@@ -261,7 +262,7 @@ export class CudaForward {
       .grid(Math.ceil(fetched / 256))
     driver.launch(this.fetchLaunch, stream)
     lowering.queue(shape)
-    if (sample && outputs > 0) driver.launch(this.sampleLaunch.grid(outputs), stream)
+    if (sample && outputs > 0) driver.launch(this.sampleLaunch.of(outputs), stream)
     driver.launch(this.publishLaunch.set(1, outputs), stream)
   }
 
@@ -304,20 +305,14 @@ export class CudaForward {
       .threads(256)
   }
 
-  private makeSample(): KernelLaunch {
-    const { state, sampling } = this
-    const kinds: ArgumentKind[] = [
-      ...(['u64', 'i32', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64', 'u64'] as const),
-      ...(['u64', 'i32', 'i32', 'u64'] as const),
-    ]
-    const launch = new KernelLaunch(this.kernels.find('sample.cu', 'sample'), kinds)
-    return launch
-      .setAll(
-        ...[this.logits, this.vocab, state.outputSlots, sampling.table, sampling.biasTokens],
-        ...[sampling.biases, sampling.counts, this.adjusted, state.sampled, state.lastTokens],
-        ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
-      )
-      .threads(1024)
+  private makeSample(): SampleLaunch {
+    const { state, sampling, options } = this
+    const { driver, info } = options.device
+    return new SampleLaunch(driver, this.kernels.find, info, [
+      ...[this.logits, this.vocab, state.outputSlots, sampling.table, sampling.biasTokens],
+      ...[sampling.biases, sampling.counts, this.adjusted, state.sampled, state.lastTokens],
+      ...[this.logprobs.address, PLACES, state.limits.outputs, state.counter],
+    ])
   }
 
   private makePublish(): KernelLaunch {
