@@ -267,6 +267,24 @@ test('beams that pinned prefixes leave no room begin again for ever', () => {
   assert.deepEqual(engine.outcome(3).tokens, expectedOutcome(sequenceRequest()).tokens)
 })
 
+test('beams that wait for what others leave give way themselves', () => {
+  // Three columns: the beams' prompt has one, and the others' two are what its forks lack.
+  const sizes = { maxSequences: 4, stepTokens: 4, kvPages: 2 * 3, tierColumns: 20 }
+  const beams = sequenceRequest({
+    prompt: Int32Array.of(5),
+    maxTokens: 2,
+    beams: { ...BEAMS, width: 3 },
+  })
+  const late = sequenceRequest({ prompt: Int32Array.of(1, 2, 3, 4, 6), maxTokens: 1 })
+  const engine = bench(sizes)
+  engine.submitChoices([1], beams, [GREEDY])
+  engine.submit(2, late)
+  engine.runAll(100)
+  assertBeams(engine, beams, [1])
+  assert.deepEqual(engine.outcome(2).tokens, expectedOutcome(late).tokens)
+  assert.equal(engine.core.snapshot().preemptions, 1)
+})
+
 test('an answer that nobody waits for ends the others, or beams run on for nobody', () => {
   const request = sequenceRequest({ maxTokens: 20, beams: BEAMS })
   const engine = bench()

@@ -116,8 +116,9 @@ export class Scheduler<S extends Schedulable> {
     // Mostly all of them decode.
     const prompts = this.planned < this.running.length ? this.planPrompts(budget) : 0
     this.admit(budget - prompts)
-    // Who came back with nothing to wait for.
-    if (this.planned === 0) this.planDecodes()
+    // Who came back with nothing to wait for. Who waits for memory that others leave has it coming:
+    // asked again it would be counted twice, and give way itself.
+    if (this.planned === 0 && this.owedPages === 0) this.planDecodes()
     this.parts.length = this.planned
     return this.parts
   }
