@@ -328,6 +328,7 @@ export class EngineCore {
   private hear(nowMs: number): void {
     this.shortage?.notice(nowMs)
     this.scheduler.settle(nowMs)
+    this.shortage?.letGo()
   }
 
   /**

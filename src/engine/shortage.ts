@@ -71,13 +71,7 @@ export class Shortage {
    */
   notice(nowMs: number): boolean {
     const lacking = this.memory.lacking()
-    if (lacking.length === 0) {
-      // What there was for those that let go since may have been found.
-      if (this.slots.limitPages > this.pages) {
-        this.limit(Math.max(this.pages, this.memory.obtainablePages(0)))
-      }
-      return false
-    }
+    if (lacking.length === 0) return false
     // The last first: so the queue keeps their order.
     for (const sequence of this.scheduler.running.toReversed()) {
       if (sequence.slot < 0) continue
@@ -92,6 +86,17 @@ export class Shortage {
       this.warnedMs = nowMs
     }
     return true
+  }
+
+  /**
+   * The limit was held up by those who held more than there is; some may have let go. This is after
+   * they were asked, and before anybody is let in: else there seems to be room where there is none,
+   * step after step.
+   */
+  letGo(): void {
+    if (this.slots.limitPages <= this.pages) return
+    // What there was for them may have been found.
+    this.limit(Math.max(this.pages, this.memory.obtainablePages(0)))
   }
 
   /**

@@ -4,6 +4,10 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
+import { NullBackend } from '../../src/backends/null/backend.ts'
+import type { NullKvMemory } from '../../src/backends/null/kv-memory.ts'
+import { GREEDY } from '../../src/engine/api.ts'
+import { ContendedColumns } from '../sim/contended.ts'
 import { HashingBackend, mockGpu } from '../support/hashing-backend.ts'
 import { MockCuda } from '../support/mock-cuda.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
@@ -119,3 +123,52 @@ test('whoever waits for memory that never comes is not told, or takes others wit
   gpu.close()
   shared.cuda.assertClean()
 })
+
+test('what waits outside with its prompt in memory is let in where there is no room, for ever', () => {
+  // Four tokens a page: two choices of 20 tokens share two pages and lack two, so that one goes.
+  const kv = { layers: 1, rowBytes: 64, pageBytes: 256 }
+  const [kvPages, maxSequences, stepTokens, tierColumns] = [6, 2, 10, 10]
+  const sizes = { vocab: VOCAB, contextLength: 20, maxSequences, stepTokens, kv, tierColumns }
+  const backend = new NullBackend(sizes)
+  const memory = contend(backend.kv, kvPages)
+  const engine = new Bench(backend, { maxSequences, kvPages, greedy: true, comeBack: 'moved' })
+  const request = sequenceRequest({ prompt: new Int32Array(8).fill(3), maxTokens: 12 })
+  engine.submitChoices([0, 1], request, [GREEDY, GREEDY])
+  for (let i = 0; engine.outcome(0).reason === undefined; i++) {
+    engine.step()
+    assert.ok(i < 100, 'the one that stays ends')
+  }
+  assert.equal(engine.core.snapshot().tier?.offloads, 1)
+  memory.take(1)
+  let refusals = 0
+  for (let i = 0; i < 11_000; i++) {
+    engine.step()
+    engine.core.check()
+    memory.take(1)
+    if (i === 100) refusals = memory.refusals
+  }
+  assert.equal(memory.refusals, refusals, 'it asks for what is known to be taken')
+  assert.equal(engine.outcome(1).error?.code, 'gpu_memory_taken')
+  memory.taken = 0
+  engine.submit(2, request)
+  engine.runAll()
+  assert.deepEqual(engine.outcome(2).tokens, expectedOutcome(request).tokens)
+})
+
+/** Lets another process take some of a simulated memory. */
+function contend(kv: NullKvMemory, pages: number): ContendedColumns {
+  const columns = new ContendedColumns(kv.layout, pages)
+  const { grow, discard } = kv
+  Object.assign(kv, {
+    contended: columns,
+    grow(region: number, first: number, end: number): void {
+      grow.call(kv, region, first, end)
+      columns.grow(region, first, end)
+    },
+    discard(region: number, first: number, end: number): void {
+      discard.call(kv, region, first, end)
+      columns.discard(region, first, end)
+    },
+  })
+  return columns
+}
