@@ -4,9 +4,21 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
-import { referenceBeams } from '../../test/support/beam-reference.ts'
-import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
-import { NullBackend, nullLogits } from '../backends/null/backend.ts'
+import {
+  assertBeams,
+  beamArrivals,
+  columnsNeeded,
+  runBeamLoad,
+} from '../../test/support/beam-load.ts'
+import {
+  Bench,
+  expectedBeams,
+  expectedOutcome,
+  logprobsAfter,
+  sequenceRequest,
+  VOCAB,
+} from '../../test/support/null-engine.ts'
+import { NullBackend } from '../backends/null/backend.ts'
 import { extendHash } from '../backends/null/kv-memory.ts'
 import { LatticeError } from '../errors.ts'
 import { type BeamParams, GREEDY, type SequenceRequest } from './api.ts'
@@ -34,43 +46,9 @@ function bench(options: Partial<Options> = {}): Bench {
   return new Bench(new NullBackend(sizes), { ...memory, comeBack: 'moved' })
 }
 
-function logprobsAfter(hash: number): number[] {
-  const row = new Float32Array(VOCAB)
-  nullLogits(hash, row)
-  const sum = Math.log(row.reduce((total, logit) => total + Math.exp(logit), 0))
-  return Array.from(row, (logit) => logit - sum)
-}
-
 function columns(tokens: number): number {
   return Math.ceil((tokens * KV.rowBytes) / KV.pageBytes)
 }
-
-function expectedBeams({ prompt, maxTokens, stopTokens, beams }: SequenceRequest) {
-  const hash = prompt.reduce(extendHash, 0)
-  return referenceBeams(beams!, maxTokens, stopTokens, (tokens) =>
-    logprobsAfter(tokens.reduce(extendHash, hash)),
-  )
-}
-
-function assertBeams(engine: Bench, request: SequenceRequest, ids: readonly number[]): void {
-  const expected = expectedBeams(request)
-  ids.forEach((id, i) => {
-    const { tokens, stopped, score } = expected[i]!
-    const found = engine.outcome(id)
-    assert.deepEqual(found.tokens, stopped ? tokens.slice(0, -1) : tokens)
-    assert.equal(found.outputTokens, tokens.length)
-    assert.equal(found.reason, stopped ? 'stop' : 'length')
-    assert.ok(Math.abs(found.score! - score) < 1e-5, `${found.score} for ${score}`)
-    assert.equal(found.started, 1)
-  })
-}
-
-const params = fc.record({
-  width: fc.integer({ min: 2, max: 5 }),
-  lengthPenalty: fc.constantFrom(0, 0.5, 1, 2, -1),
-  earlyStopping: fc.constantFrom(true, false, 'never' as const),
-})
-const prompts = fc.array(fc.nat(VOCAB - 1), { minLength: 1, maxLength: 20 })
 
 const loads = fc.record({
   maxSequences: fc.integer({ min: 5, max: 9 }),
@@ -80,91 +58,31 @@ const loads = fc.record({
   tierColumns: fc.constantFrom(0, 50),
   // Few regions may be mixed in a slot of so many layers: then beams are copied in part.
   layers: fc.constantFrom(2, 2, 700),
-  arrivals: fc.array(
-    fc.record({
-      prompt: prompts,
-      beams: fc
-        .constantFrom(undefined, 0, 0)
-        .chain((no) => (no === undefined ? fc.constant(no) : params)),
-      maxTokens: fc.integer({ min: 1, max: 25 }),
-      more: fc.nat(35),
-      stopTokens: fc.constantFrom([], [7], [7, 11, 30]),
-      gap: fc.nat(4),
-      abortAfter: fc.nat(30).chain((at) => fc.constantFrom(at, ...Array(4).fill(undefined))),
-    }),
-    { minLength: 3, maxLength: 8 },
-  ),
+  arrivals: beamArrivals,
 })
 
 test('pressure, aborts or others beside them change the hypotheses of a beam search', () => {
-  let [preemptions, compactions, searches] = [0, 0, 0]
+  const seen = { searches: 0, preemptions: 0, compactions: 0 }
   fc.assert(
     fc.property(loads, ({ extraBudget, extraColumns, arrivals, layers, ...options }) => {
-      const needs = arrivals.map(({ prompt, maxTokens, more, beams }) =>
-        beams
-          ? columns(prompt.length) + beams.width * columns(maxTokens + 4)
-          : columns(prompt.length + maxTokens + more),
-      )
-      const kvPages = (Math.max(...needs) + extraColumns) * layers
+      const kvPages = (columnsNeeded(arrivals, columns) + extraColumns) * layers
       const stepTokens = options.maxSequences + extraBudget
-      const engine = bench({
-        ...options,
-        prefixPages: options.prefixPages * layers,
-        layers,
-        kvPages,
-        stepTokens,
-      })
-      const events: { at: number; act: () => void }[] = []
-      const asked: { request: SequenceRequest; ids: number[] }[] = []
-      let at = 0
-      let id = 0
-      for (const { beams, gap, abortAfter, prompt, more, ...rest } of arrivals) {
-        at += gap
-        const request = sequenceRequest({ ...rest, prompt: Int32Array.from(prompt) })
-        if (beams) request.beams = beams
-        else request.maxTokens += more
-        const ids = Array.from({ length: beams ? beams.width - 1 : 1 }, () => id++)
-        asked.push({ request, ids })
-        const samplings = ids.map(() => GREEDY)
-        events.push({ at, act: () => engine.submitChoices(ids, request, samplings) })
-        if (abortAfter === undefined) continue
-        const abort = (): void => ids.forEach((one) => engine.core.abort(one))
-        events.push({ at: at + abortAfter, act: abort })
-      }
-      for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
-        for (const event of events.filter((event) => event.at === step)) {
-          events.splice(events.indexOf(event), 1)
-          event.act()
-        }
-        engine.step()
-        engine.core.check()
-        const { usedPages, pageBytes, residentBytes } = engine.core.snapshot().kv
+      const prefixPages = options.prefixPages * layers
+      const engine = bench({ ...options, prefixPages, layers, kvPages, stepTokens })
+      runBeamLoad(engine, arrivals, seen, ({ usedPages, pageBytes, residentBytes }) => {
         assert.ok(usedPages <= kvPages, 'the limit is exceeded')
         assert.ok(residentBytes <= usedPages * pageBytes, 'memory is used that nobody counted')
-        assert.ok(step < 5000, 'it does not end')
-      }
+      })
       engine.settle()
-      const { kv, preemptions: preempted, running, beamCopies } = engine.core.snapshot()
-      preemptions += preempted
-      compactions += beamCopies
+      const { kv, running } = engine.core.snapshot()
       assert.equal(running, 0)
-      assert.ok(kv.usedPages <= options.prefixPages * layers, 'pages are left behind')
+      assert.ok(kv.usedPages <= prefixPages, 'pages are left behind')
       assert.equal(kv.residentBytes, kv.usedPages * kv.pageBytes)
-      for (const { request, ids } of asked) {
-        if (engine.outcome(ids[0]!).reason === 'abort') continue
-        if (request.beams) {
-          searches++
-          assertBeams(engine, request, ids)
-          continue
-        }
-        const { tokens, reason, outputTokens } = engine.outcome(ids[0]!)
-        assert.deepEqual({ tokens, reason, outputTokens }, expectedOutcome(request))
-      }
     }),
     { seed: 23, numRuns: 300 },
   )
-  const seen = `${searches} ${preemptions} ${compactions}`
-  assert.ok(searches > 300 && preemptions > 50 && compactions > 50, seen)
+  const { searches, preemptions, compactions } = seen
+  assert.ok(searches > 300 && preemptions > 50 && compactions > 50, JSON.stringify(seen))
 })
 
 test('a beam search gives way in part, or goes on with the memory of a beam that is gone', () => {

@@ -79,8 +79,7 @@ export class EngineCore {
       this.offload,
     )
     const { contended } = backend.kv
-    this.shortage =
-      contended && new Shortage(contended, this.slots, this.scheduler, this.offload?.cold)
+    this.shortage = contended && new Shortage(contended, this.slots, this.scheduler, this.offload)
     this.ahead = backend.chooser && new StepsAhead(backend, backend.chooser)
     this.batch = new StepBatch(backend.stepTokensMax, options.maxSequences)
     const { scheduler, sharing } = this

@@ -5,11 +5,11 @@
 import { present } from '../assert.ts'
 import type { KvMemory } from '../backends/backend.ts'
 import { LatticeError } from '../errors.ts'
-import type { ColdPrefixes } from '../kv/cold.ts'
-import type { KvColumns } from '../kv/regions.ts'
+import { overlapAny } from '../kv/regions.ts'
 import type { SlotTable } from '../kv/slots.ts'
 import { warn } from '../log.ts'
 import type { ScheduledPart, Scheduler } from '../scheduler/scheduler.ts'
+import type { Offload } from './offload.ts'
 import type { Sequence } from './sequence.ts'
 
 /** How often to look whether there is more memory, while there is too little. */
@@ -27,7 +27,7 @@ export class Shortage {
   private readonly memory: Contended
   private readonly slots: SlotTable
   private readonly scheduler: Scheduler<Sequence>
-  private readonly cold: ColdPrefixes | undefined
+  private readonly offload: Offload | undefined
   private readonly askedPages: number
   /** That there are; the limit is higher while somebody still holds more than that. */
   private pages: number
@@ -39,12 +39,12 @@ export class Shortage {
     memory: Contended,
     slots: SlotTable,
     scheduler: Scheduler<Sequence>,
-    cold: ColdPrefixes | undefined,
+    offload: Offload | undefined,
   ) {
     this.memory = memory
     this.slots = slots
     this.scheduler = scheduler
-    this.cold = cold
+    this.offload = offload
     this.askedPages = slots.limitPages
     this.pages = slots.limitPages
   }
@@ -75,11 +75,13 @@ export class Shortage {
     // The last first: so the queue keeps their order.
     for (const sequence of this.scheduler.running.toReversed()) {
       if (sequence.slot < 0) continue
-      const held = this.slots.columnsHeld(sequence.slot)
-      if (!held.some((columns) => lacking.some((lack) => overlap(columns, lack)))) continue
+      if (!overlapAny(this.slots.columnsHeld(sequence.slot), lacking)) continue
       this.scheduler.giveWay(sequence)
     }
-    for (const { region } of lacking) this.cold?.undo(region)
+    // Beams that grew in part have made room for others since: what they left behind is of no use.
+    while (this.slots.reclaim(-Infinity) >= 0);
+    this.offload?.tiers.undo(lacking)
+    for (const { region } of lacking) this.offload?.cold?.undo(region)
     this.limit(this.memory.obtainablePages(0))
     if (nowMs - this.warnedMs > WARN_MS) {
       warn('another process has taken GPU memory: KV makes do with what is left')
@@ -130,10 +132,6 @@ export class Shortage {
     this.slots.regions.limitPages = Math.max(pages, this.slots.usedPages)
     this.memory.limit(this.slots.limitPages)
   }
-}
-
-function overlap(one: KvColumns, other: KvColumns): boolean {
-  return one.region === other.region && one.first < other.end && other.first < one.end
 }
 
 /** What who waits in vain is told. */

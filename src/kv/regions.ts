@@ -363,3 +363,10 @@ export class RegionTable {
     })
   }
 }
+
+/** Whether any column is in both lists. */
+export function overlapAny(some: readonly KvColumns[], others: readonly KvColumns[]): boolean {
+  return some.some(({ region, first, end }) =>
+    others.some((other) => other.region === region && first < other.end && other.first < end),
+  )
+}

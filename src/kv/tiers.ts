@@ -17,7 +17,14 @@ import {
   shownIn,
   tokensBefore,
 } from './image.ts'
-import { clipSpans, type KvColumns, mergeSpans, sharedColumns, spannedColumns } from './regions.ts'
+import {
+  clipSpans,
+  type KvColumns,
+  mergeSpans,
+  overlapAny,
+  sharedColumns,
+  spannedColumns,
+} from './regions.ts'
 import type { SlotTable } from './slots.ts'
 import type { TransferKind, Transfers } from './transfers.ts'
 
@@ -132,6 +139,17 @@ export class Tiers {
     assert(image.state === 'coming', 'what is stopped was coming')
     image.state = 'leaving'
     image.refused = refused
+  }
+
+  /** Of what is leaving, some was given columns just before that have no memory. */
+  undo(lacking: readonly KvColumns[]): void {
+    for (const image of this.images) {
+      if (image.state !== 'leaving') continue
+      const held = image.slots.flatMap((slot) => this.slots.columnsHeld(slot))
+      if (overlapAny(held, lacking)) image.refused = true
+      // What was on its way back is in its places still; what is written out is nowhere else.
+      if (image.pinned && overlapAny(image.parts.pieces, lacking)) image.failed = true
+    }
   }
 
   /** Forgets an image, at once or when what is under way has ended. */

@@ -5,9 +5,11 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { NullBackend } from '../../src/backends/null/backend.ts'
-import type { NullKvMemory } from '../../src/backends/null/kv-memory.ts'
+import { NullTier } from '../../src/backends/null/tier.ts'
 import { GREEDY } from '../../src/engine/api.ts'
 import { ContendedColumns } from '../sim/contended.ts'
+import { SimMemory } from '../sim/memory.ts'
+import { assertBeams } from '../support/beam-load.ts'
 import { HashingBackend, mockGpu } from '../support/hashing-backend.ts'
 import { MockCuda } from '../support/mock-cuda.ts'
 import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../support/null-engine.ts'
@@ -124,14 +126,24 @@ test('whoever waits for memory that never comes is not told, or takes others wit
   shared.cuda.assertClean()
 })
 
-test('what waits outside with its prompt in memory is let in where there is no room, for ever', () => {
-  // Four tokens a page: two choices of 20 tokens share two pages and lack two, so that one goes.
+/** An engine on five or so pages of four tokens each, and who else may have some of them. */
+function fewPages(kvPages: number, maxSequences: number) {
   const kv = { layers: 1, rowBytes: 64, pageBytes: 256 }
-  const [kvPages, maxSequences, stepTokens, tierColumns] = [6, 2, 10, 10]
-  const sizes = { vocab: VOCAB, contextLength: 20, maxSequences, stepTokens, kv, tierColumns }
+  const sizes = { vocab: VOCAB, contextLength: 20, maxSequences, stepTokens: 10, kv }
   const backend = new NullBackend(sizes)
-  const memory = contend(backend.kv, kvPages)
-  const engine = new Bench(backend, { maxSequences, kvPages, greedy: true, comeBack: 'moved' })
+  const { layout, slots, regions } = backend.kv
+  const memory = new SimMemory(layout, slots, regions)
+  memory.tier = new NullTier(memory, { capacity: 20 })
+  const columns = new ContendedColumns(layout, kvPages)
+  memory.contended = columns
+  Object.assign(backend, { kv: memory })
+  const options = { maxSequences, kvPages, greedy: true, comeBack: 'moved' } as const
+  return { engine: new Bench(backend, options), columns }
+}
+
+test('what waits outside with its prompt in memory is let in where there is no room, for ever', () => {
+  // Two choices of 20 tokens share two pages and lack two, so that one goes.
+  const { engine, columns } = fewPages(6, 2)
   const request = sequenceRequest({ prompt: new Int32Array(8).fill(3), maxTokens: 12 })
   engine.submitChoices([0, 1], request, [GREEDY, GREEDY])
   for (let i = 0; engine.outcome(0).reason === undefined; i++) {
@@ -139,36 +151,39 @@ test('what waits outside with its prompt in memory is let in where there is no r
     assert.ok(i < 100, 'the one that stays ends')
   }
   assert.equal(engine.core.snapshot().tier?.offloads, 1)
-  memory.take(1)
+  columns.take(1)
   let refusals = 0
   for (let i = 0; i < 11_000; i++) {
     engine.step()
     engine.core.check()
-    memory.take(1)
-    if (i === 100) refusals = memory.refusals
+    columns.take(1)
+    if (i === 100) refusals = columns.refusals
   }
-  assert.equal(memory.refusals, refusals, 'it asks for what is known to be taken')
+  assert.equal(columns.refusals, refusals, 'it asks for what is known to be taken')
   assert.equal(engine.outcome(1).error?.code, 'gpu_memory_taken')
-  memory.taken = 0
+  columns.taken = 0
   engine.submit(2, request)
   engine.runAll()
   assert.deepEqual(engine.outcome(2).tokens, expectedOutcome(request).tokens)
 })
 
-/** Lets another process take some of a simulated memory. */
-function contend(kv: NullKvMemory, pages: number): ContendedColumns {
-  const columns = new ContendedColumns(kv.layout, pages)
-  const { grow, discard } = kv
-  Object.assign(kv, {
-    contended: columns,
-    grow(region: number, first: number, end: number): void {
-      grow.call(kv, region, first, end)
-      columns.grow(region, first, end)
-    },
-    discard(region: number, first: number, end: number): void {
-      discard.call(kv, region, first, end)
-      columns.discard(region, first, end)
-    },
-  })
-  return columns
-}
+test('beams that were refused a part of what they grew by move it out as theirs', () => {
+  // When the beams fork, the one beside them has two of five pages and they have two: the first
+  // fork is promised the last one, which is another process's by then, and the second finds none.
+  const { engine, columns } = fewPages(5, 4)
+  const beside = sequenceRequest({ prompt: Int32Array.of(1, 2, 3), maxTokens: 5 })
+  const beams = { width: 3, lengthPenalty: 1, earlyStopping: false as const }
+  const asked = sequenceRequest({ prompt: Int32Array.of(6, 13, 4, 1, 2), maxTokens: 3, beams })
+  engine.submit(0, beside)
+  engine.step()
+  engine.submitChoices([1, 2, 3], asked, [])
+  engine.step()
+  columns.taken = 1
+  engine.step()
+  assert.equal(columns.refusals, 1)
+  assert.equal(engine.core.snapshot().tier?.offloads, 3)
+  columns.taken = 0
+  engine.runAll()
+  assert.deepEqual(engine.outcome(0).tokens, expectedOutcome(beside).tokens)
+  assertBeams(engine, asked, [1, 2, 3])
+})

@@ -15,6 +15,7 @@ import type { Backend } from '../../src/backends/backend.ts'
 import { nullLogits } from '../../src/backends/null/backend.ts'
 import { extendHash } from '../../src/backends/null/kv-memory.ts'
 import type { LatticeError } from '../../src/errors.ts'
+import { referenceBeams } from './beam-reference.ts'
 
 export const VOCAB = 50
 
@@ -159,4 +160,20 @@ export function expectedOutcome(
       return { tokens, reason: 'length', outputTokens: tokens.length }
     }
   }
+}
+
+/** What a beam search on it must find, the best first. */
+export function expectedBeams({ prompt, maxTokens, stopTokens, beams }: SequenceRequest) {
+  const hash = prompt.reduce(extendHash, 0)
+  return referenceBeams(beams!, maxTokens, stopTokens, (tokens) =>
+    logprobsAfter(tokens.reduce(extendHash, hash)),
+  )
+}
+
+/** Of every token after all that a hash is of. */
+export function logprobsAfter(hash: number): number[] {
+  const row = new Float32Array(VOCAB)
+  nullLogits(hash, row)
+  const sum = Math.log(row.reduce((total, logit) => total + Math.exp(logit), 0))
+  return Array.from(row, (logit) => logit - sum)
 }
