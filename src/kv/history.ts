@@ -83,6 +83,7 @@ export class KvHistory {
 /** The mover, with forks and copies written into the history. */
 export function watched(mover: KvMover, layout: KvLayout, history: KvHistory): KvMover {
   return {
+    inPlace: mover.inPlace ?? false,
     map(slot: number, region: number, shared: readonly KvSpan[]): void {
       mover.map(slot, region, shared)
       const tokens = spannedTokens(shared)

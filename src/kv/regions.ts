@@ -29,6 +29,11 @@ export interface KvColumns {
 /** Whoever moves the memory that is accounted for here. */
 export interface KvMover {
   /**
+   * A slot shows its region where that lies, and nowhere else: what others hold of it must not be
+   * covered by what is mapped there.
+   */
+  readonly inPlace?: boolean
+  /**
    * Lets a slot's tokens be those of `shared`, which begin at 0 without gaps, and everything from
    * there on lie in `region`. Whole groups of columns are shared; what the shared tokens have of
    * the group after them is nobody's to read until `copy`. Whatever was mapped there before is no

@@ -412,7 +412,7 @@ export class SlotTable {
     const from = shareableColumns(this.layout, spannedTokens(shared))
     const { region } = slot
     const own = { region, first: slot.first, end: slot.end }
-    if (this.regions.isHeldFrom(own, from)) {
+    if (this.regions.isHeldFrom(own, this.regions.mover.inPlace ? 0 : from)) {
       const other = this.regions.take(-1)
       if (other < 0) return -1
       this.regions.leave(region)

@@ -92,6 +92,7 @@ export class CudaKvMemory implements KvMemory {
   /** Columns whose memory was refused, since somebody asked. */
   private refused: KvColumns[] = []
   private readonly stream: number
+  readonly inPlace = true
   /** Where steps are queued. */
   private lastStream: number
 
