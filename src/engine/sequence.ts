@@ -25,6 +25,8 @@ export class Sequence {
   slot = -1
   image: Image | undefined
   preemptions = 0
+  /** It had to give way though nobody else ran: what it shares with the cache is what it lacks. */
+  cramped = false
   /** What is cached of its prompt outside of memory: on its way, or no matter any more. */
   fetched: 'coming' | 'done' | undefined
   /** Tokens of its prompt that were in memory when it first left the queue. */

@@ -164,6 +164,34 @@ test('memory that a cached prefix cannot give back passes for the error of a seq
   assert.equal(engine.outcome(1).reason, undefined)
 })
 
+test('who lacks what it shares with the cache, with nobody beside it, lacks it twice', () => {
+  // Memory for the one sequence, and no page more: what its prompt ends in, it copies.
+  const context = Int32Array.from({ length: 20 }, (_, i) => i)
+  const kv = { layers: 1, rowBytes: 64, pageBytes: 256 }
+  const sizes = { vocab: VOCAB, contextLength: 20, maxSequences: 1, stepTokens: 32, kv }
+  const asked = (tokens: number, maxTokens: number): SequenceRequest =>
+    sequenceRequest({ prompt: context.slice(0, tokens), maxTokens })
+  let preemptions = 0
+  for (let short = 2; short < 8; short++) {
+    for (let long = short; long < 10; long++) {
+      for (let tokens = long; tokens < 12; tokens++) {
+        const options = { maxSequences: 1, kvPages: 5, prefixPages: 3 }
+        const engine = new Bench(new NullBackend(sizes), options)
+        const last = asked(tokens, 20 - tokens)
+        for (const [id, request] of [asked(short, 1), asked(long, 1), last].entries()) {
+          engine.submit(id, request)
+          engine.runAll()
+        }
+        assert.deepEqual(engine.outcome(2).tokens, expectedOutcome(last).tokens)
+        const times = engine.core.snapshot().preemptions
+        assert.ok(times <= 1, `after ${short} and ${long} of ${tokens}, ${times} times`)
+        preemptions += times
+      }
+    }
+  }
+  assert.ok(preemptions > 0)
+})
+
 test('a watched prefix goes unnoticed, or is said to have gone while it is there', () => {
   let [found, gone] = [0, 0]
   const requests = fc.array(

@@ -45,7 +45,7 @@ export class PromptSharing implements Sharing<Sequence> {
 
   prefixOf(sequence: Sequence): readonly KvSpan[] | 'wait' | 'coming' {
     const { tokens, promptLength, request, unit } = sequence
-    if (unit?.restarted) return []
+    if (unit?.restarted || sequence.cramped) return []
     let spans: KvSpan[] = []
     if (this.waits(sequence)) return 'wait'
     const sibling = inMemory(sequence)
@@ -96,8 +96,9 @@ export class PromptSharing implements Sharing<Sequence> {
     return this.cache?.evict() ?? false
   }
 
-  preempted({ slot }: Sequence): void {
-    this.options.onPreempt?.(this.slots.pagesOf(slot))
+  preempted(sequence: Sequence, alone: boolean): void {
+    this.options.onPreempt?.(this.slots.pagesOf(sequence.slot))
+    if (alone) sequence.cramped = true
   }
 
   /** A sequence leaves the queue for the first time, its slot beginning with what it shares. */

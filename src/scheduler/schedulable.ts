@@ -50,8 +50,11 @@ export interface Sharing<S> {
   prefixOf(sequence: S): readonly KvSpan[] | 'wait' | 'coming'
   /** Lets go of a cached prefix, to make room. False if there is none. */
   evict(): boolean
-  /** A sequence is about to lose its slot to make room; it will wait again. */
-  preempted?(sequence: S): void
+  /**
+   * A sequence is about to lose its slot to make room; it will wait again.
+   * @param alone nobody else runs
+   */
+  preempted?(sequence: S, alone: boolean): void
 }
 
 /** How a sequence that makes room comes back. */

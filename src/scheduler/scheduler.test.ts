@@ -274,6 +274,35 @@ test('a prompt is let in whose first output throws it out again', () => {
   assert.deepEqual(scheduler.waiting, [second])
 })
 
+test('who makes room with its last token on the way is let in for one more', () => {
+  // 16 pages of 4 tokens each in two layers, for 64 tokens; the first one's third page is full.
+  const slots = slotTable(2, 2 * 19)
+  const [first, last] = [newItem(0, 11, 20), newItem(1, 63, 1)]
+  let cached = false
+  const prefixOf = ({ id }: Item) => (cached && id === 1 ? slots.spansOf(first.slot, 8) : [])
+  const scheduler = new Scheduler<Item>(
+    slots,
+    { stepTokens: 100, maxSequences: 2, chunkTokensMin: 1, greedy: true },
+    { prefixOf, evict: () => false },
+  )
+  // As steps that are queued ahead do: a token follows whose value is not known yet.
+  const step = () =>
+    scheduler.plan().map(({ sequence, count }) => {
+      sequence.computed += count
+      if (sequence.computed === sequence.length) sequence.length++
+      return sequence.id
+    })
+  scheduler.waiting.push(first)
+  assert.deepEqual(step(), [0])
+  scheduler.waiting.push(last)
+  assert.deepEqual(step(), [0, 1])
+  cached = true
+  assert.deepEqual(step(), [0])
+  assert.deepEqual(scheduler.waiting, [last])
+  scheduler.remove(last, 0)
+  assert.deepEqual(step(), [0])
+})
+
 test('who waits for the prompt of another one holds up others, or loses a place to them', () => {
   const slots = slotTable(4, 100)
   const items = [0, 1, 2, 3, 4].map((id) => newItem(id, 4, 4))

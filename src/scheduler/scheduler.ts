@@ -183,6 +183,11 @@ export class Scheduler<S extends Schedulable> {
     while (left > 0 && this.owedPages === 0) {
       const sequence = this.waiting[at]
       if (!sequence) return
+      // It made room while its last token was on its way, and ends with that.
+      if (hasAll(sequence)) {
+        at++
+        continue
+      }
       while (!this.mayEnter(sequence, kept)) if (!this.unblock()) return
       if (!sequence.image && this.chunkOf(sequence, left) === 0) return
       let entry = this.letIn(sequence, at)
@@ -406,8 +411,9 @@ export class Scheduler<S extends Schedulable> {
   private preempt(sequence: S, refused = false): void {
     const members = membersOf(sequence)
     const first = present(members[0], 'a member')
+    const alone = members.length === this.running.length
     for (const member of members) {
-      this.sharing.preempted?.(member)
+      this.sharing.preempted?.(member, alone && !refused)
       this.running.splice(this.running.indexOf(member), 1)
     }
     if (!this.residence.vacate(members, refused)) sequence.unit?.restart()
