@@ -46,10 +46,6 @@ function bench(options: Partial<Options> = {}): Bench {
   return new Bench(new NullBackend(sizes), { ...memory, comeBack: 'moved' })
 }
 
-function columns(tokens: number): number {
-  return Math.ceil((tokens * KV.rowBytes) / KV.pageBytes)
-}
-
 const loads = fc.record({
   maxSequences: fc.integer({ min: 5, max: 9 }),
   extraBudget: fc.nat(30),
@@ -65,7 +61,9 @@ test('pressure, aborts or others beside them change the hypotheses of a beam sea
   const seen = { searches: 0, preemptions: 0, compactions: 0 }
   fc.assert(
     fc.property(loads, ({ extraBudget, extraColumns, arrivals, layers, ...options }) => {
-      const kvPages = (columnsNeeded(arrivals, columns) + extraColumns) * layers
+      const kvPages =
+        (columnsNeeded(arrivals, { bytes: KV.rowBytes, pageBytes: KV.pageBytes }) + extraColumns) *
+        layers
       const stepTokens = options.maxSequences + extraBudget
       const prefixPages = options.prefixPages * layers
       const engine = bench({ ...options, prefixPages, layers, kvPages, stepTokens })

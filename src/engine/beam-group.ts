@@ -5,7 +5,7 @@
 import { present } from '../assert.ts'
 import { LatticeError } from '../errors.ts'
 import type { KvLayout } from '../kv/layout.ts'
-import { columnsFor, fullColumns } from '../kv/regions.ts'
+import { columnsFor, shareableColumns } from '../kv/regions.ts'
 import type { Scheduler, SchedulingUnit } from '../scheduler/scheduler.ts'
 import type { BeamParams, SequenceRequest } from './api.ts'
 import { BeamSearch, type Hypothesis } from './beams.ts'
@@ -127,9 +127,9 @@ export class BeamGroup implements SchedulingUnit<Sequence> {
   }
 }
 
-/** Pages of beams that have nothing in common but the pages that the prompt fills. */
+/** Pages of beams that have nothing in common but the pages of the prompt that can be shared. */
 function pagesOf(layout: KvLayout, prompt: number, output: number, width: number): number {
-  const shared = fullColumns(layout, prompt)
+  const shared = shareableColumns(layout, prompt)
   const own = columnsFor(layout, prompt + output) - shared
   return (shared + width * own) * layout.ranges
 }

@@ -38,13 +38,21 @@ export const beamArrivals = fc.array(
 
 type Arrivals = typeof beamArrivals extends fc.Arbitrary<infer T> ? T : never
 
-/** Columns that the largest of them takes, on its own. */
-export function columnsNeeded(arrivals: Arrivals, columns: (tokens: number) => number): number {
-  const needs = arrivals.map(({ prompt, maxTokens, more, beams }) =>
-    beams
-      ? columns(prompt.length) + beams.width * columns(maxTokens + 4)
-      : columns(prompt.length + maxTokens + more),
-  )
+/**
+ * Columns that the largest of them takes, on its own.
+ * @param bytes of a token in a column's range; pages are shared in groups of `group`
+ */
+export function columnsNeeded(
+  arrivals: Arrivals,
+  { bytes, pageBytes, group = 1 }: { bytes: number; pageBytes: number; group?: number },
+): number {
+  const needs = arrivals.map(({ prompt, maxTokens, more, beams }) => {
+    const pages = ((prompt.length + maxTokens + (beams ? 0 : more)) * bytes) / pageBytes
+    if (!beams) return Math.ceil(pages)
+    const full = Math.floor((prompt.length * bytes) / pageBytes)
+    const shared = full - (full % group)
+    return shared + beams.width * (Math.ceil(pages) - shared)
+  })
   return Math.max(...needs)
 }
 
