@@ -72,7 +72,7 @@ for (const shareColumns of [1, 4]) {
   })
 }
 
-test('beams of which no whole group of pages can be shared are let in where they have no room', () => {
+test('beams that share no whole group of pages are let in where they have no room', () => {
   // Five tokens end in the fourth page: a group of four, of which each beam needs its own.
   const kv = { ...KV, shareColumns: 4 }
   const [kvPages, maxSequences, stepTokens] = [5 * 5 - 1, 5, 10]

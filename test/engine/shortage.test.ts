@@ -141,7 +141,7 @@ function fewPages(kvPages: number, maxSequences: number) {
   return { engine: new Bench(backend, options), columns }
 }
 
-test('what waits outside with its prompt in memory is let in where there is no room, for ever', () => {
+test('what waits outside with its prompt in memory is let in where there is no room', () => {
   // Two choices of 20 tokens share two pages and lack two, so that one goes.
   const { engine, columns } = fewPages(6, 2)
   const request = sequenceRequest({ prompt: new Int32Array(8).fill(3), maxTokens: 12 })

@@ -1,5 +1,5 @@
-// Owns random loads of beam searches beside other requests, some of which leave early, and what must
-// come out of them on any memory.
+// Owns random loads of beam searches beside other requests, some of which leave early, and what
+// must come out of them on any memory.
 
 import assert from 'node:assert/strict'
 import fc from 'fast-check'
