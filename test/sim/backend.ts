@@ -26,6 +26,8 @@ export class SimBackend implements Backend {
   readonly chooser?: SimChooser
   private readonly rows: Float32Array[]
   private batch: StepBatch | undefined
+  /** Of the GPU's, the one launched last. */
+  step = -1
 
   constructor(config: SimConfig, kv: SimMemory) {
     this.vocab = config.vocab
@@ -40,6 +42,7 @@ export class SimBackend implements Backend {
     this.fail('launch')
     this.onLaunch()
     let token = 0
+    const touched: { slot: number; tokens: number }[] = []
     for (let s = 0; s < batch.segments; s++) {
       const slot = batch.slots[s] ?? 0
       const start = batch.starts[s] ?? 0
@@ -49,8 +52,10 @@ export class SimBackend implements Backend {
         this.kv.append(slot, t, this.chooser?.known(slot, next) ?? next)
       }
       this.kv.beginReading(slot, end)
+      touched.push({ slot, tokens: end })
     }
     this.batch = batch
+    this.step = this.kv.shadow?.launch(touched) ?? -1
   }
 
   collect(): readonly Float32Array[] {
@@ -59,6 +64,7 @@ export class SimBackend implements Backend {
       if (this.fault === 'nan') for (const row of this.rows) row.fill(Number.NaN)
       return this.rows
     }
+    this.kv.shadow?.wait(this.step)
     this.read((right) => right())
     if (this.fault === 'nan') for (const row of this.rows) row.fill(Number.NaN)
     return this.rows
@@ -96,6 +102,8 @@ export class SimBackend implements Backend {
 class SimChooser extends NullChooser {
   private readonly backend: SimBackend
   private readonly checks = new Map<number, (() => void)[]>()
+  /** By step, which one it is on the GPU. */
+  private readonly shadowSteps = new Map<number, number>()
   private reading: (() => void)[] = []
 
   constructor(backend: SimBackend) {
@@ -113,11 +121,14 @@ class SimChooser extends NullChooser {
     this.reading = []
     const step = super.launchChoosing(batch, logits)
     this.checks.set(step, this.reading)
+    this.shadowSteps.set(step, this.backend.step)
     return step
   }
 
   override tokensOf(step: number): Int32Array {
     this.backend.fail('collect')
+    this.backend.kv.shadow?.wait(this.shadowSteps.get(step) ?? -1)
+    this.shadowSteps.delete(step)
     const tokens = super.tokensOf(step)
     if (this.backend.fault === 'nan') return tokens.fill(-1)
     for (const check of this.checks.get(step) ?? []) check()

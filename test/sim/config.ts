@@ -38,6 +38,8 @@ export interface SimConfig {
   sequencesMax: number
   /** How often an operation comes in a step, by its name; 0 is never. */
   rates: ReadonlyMap<string, number>
+  /** Its memory is a GPU's, too. */
+  gpu: boolean
   /** The backend chooses tokens, and steps are queued before the last one's are known. */
   ahead: boolean
   /** Another process takes memory, and gives it back. */
@@ -46,7 +48,8 @@ export interface SimConfig {
 
 export function drawConfig(random: Random, operations: readonly Operation[]): SimConfig {
   const vocab = random.between(6, 24)
-  const layout = drawLayout(random)
+  const gpu = random.chance(0.4)
+  const layout = drawLayout(random, gpu)
   const slots = random.between(1, 6)
   const maxSequences = random.chance(0.8) ? slots : random.between(1, slots)
   const chunkTokensMin = random.chance(0.7) ? 1 : random.between(2, 7)
@@ -60,6 +63,7 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
   return {
     vocab,
     layout,
+    gpu,
     slots,
     maxSequences,
     regions: random.chance(0.5) ? regionsFor(slots) : random.between(slots, 2 * slots + 8),
@@ -90,7 +94,7 @@ export function drawConfig(random: Random, operations: readonly Operation[]): Si
 }
 
 /** Rows that fill a page evenly, that lie across pages, and that are longer than a page. */
-function drawLayout(random: Random): KvLayout {
+function drawLayout(random: Random, gpu: boolean): KvLayout {
   const [rowBytes = 0, pageBytes = 0] = random.pick([
     [64, 256],
     [80, 256],
@@ -101,6 +105,8 @@ function drawLayout(random: Random): KvLayout {
   ])
   const maxTokens = random.between(12, 72)
   const shape = { layers: random.between(1, 2), rowBytes, pageBytes, maxTokens }
+  // There a column is one page, and pages are shared in groups.
+  if (gpu) return tokenMajor({ ...shape, shareColumns: random.pick([1, 1, 2, 4]) })
   return random.chance(0.7) ? layerMajor(shape) : tokenMajor(shape)
 }
 

@@ -3,8 +3,9 @@
 
 import { assert } from '../../src/assert.ts'
 import { extendHash, type NullColumn, NullKvMemory } from '../../src/backends/null/kv-memory.ts'
-import { fullColumns, type KvSpan, spannedTokens } from '../../src/kv/regions.ts'
+import { shareableColumns, type KvSpan, spannedTokens } from '../../src/kv/regions.ts'
 import type { ContendedColumns } from './contended.ts'
+import type { GpuShadow } from './gpu-shadow.ts'
 import type { Insides } from './insides.ts'
 
 /** What a sequence of no tokens hashes to: another number for each tenant. */
@@ -25,6 +26,8 @@ export function digestOf(salt: number, tokens: ArrayLike<number>, count: number)
 }
 
 export class SimMemory extends NullKvMemory {
+  /** Set where the memory is a GPU's. */
+  shadow?: GpuShadow
   /** Set where another process takes memory, too. */
   contended?: ContendedColumns
   /** Columns that were brought back to where there was no memory. */
@@ -36,7 +39,7 @@ export class SimMemory extends NullKvMemory {
 
   override map(slot: number, region: number, shared: readonly KvSpan[]): void {
     this.onMove('map')
-    const first = fullColumns(this.layout, spannedTokens(shared))
+    const first = shareableColumns(this.layout, spannedTokens(shared))
     const dirty = this.region(region).touched.indexOf(1, first)
     const inPlace = this.own[slot] === region
     assert(
@@ -44,22 +47,42 @@ export class SimMemory extends NullKvMemory {
       `column ${dirty} of region ${region} is zeroed before it is used again`,
     )
     super.map(slot, region, shared)
+    this.shadow?.kv.map(slot, region, shared)
   }
 
   override copy(slot: number, first: number, shared: readonly KvSpan[]): void {
     this.onMove('copy')
     super.copy(slot, first, shared)
+    this.shadow?.kv.copy(slot, first, shared)
   }
 
   override discard(region: number, first: number, end: number): void {
     this.onMove('discard')
     super.discard(region, first, end)
+    this.shadow?.kv.discard(region, first, end)
     this.contended?.discard(region, first, end)
   }
 
   override grow(region: number, first: number, end: number): void {
     super.grow(region, first, end)
+    this.shadow?.kv.grow(region, first, end)
     this.contended?.grow(region, first, end)
+  }
+
+  get inPlace(): boolean {
+    return this.shadow !== undefined
+  }
+
+  expect(region: number, first: number, end: number): void {
+    this.shadow?.kv.expect(region, first, end)
+  }
+
+  unshare(region: number): void {
+    this.shadow?.kv.unshare(region)
+  }
+
+  settle(nowMs: number): number | undefined {
+    return this.shadow?.kv.settle(nowMs)
   }
 
   override restore(region: number, column: number, parts: NullColumn): void {
@@ -114,7 +137,7 @@ export class SimMemory extends NullKvMemory {
   /** Throws unless a slot writes to `region` and reads `shared` before that. */
   checkMapped(slot: number, region: number, shared: readonly KvSpan[]): void {
     assert(this.own[slot] === region, `slot ${slot} is mapped to region ${region}`)
-    const whole = fullColumns(this.layout, spannedTokens(shared))
+    const whole = shareableColumns(this.layout, spannedTokens(shared))
     const mapped = this.sharedEnd[slot] === whole
     assert(mapped, `slot ${slot} is mapped to the ${whole} columns that it shares`)
   }

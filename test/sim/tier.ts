@@ -2,9 +2,11 @@
 // for good once it dies.
 
 import { LatticeError } from '../../src/errors.ts'
-import { extendHash, type NullKvMemory } from '../../src/backends/null/kv-memory.ts'
+import { extendHash } from '../../src/backends/null/kv-memory.ts'
 import { NullTier } from '../../src/backends/null/tier.ts'
 import type { KvTier } from '../../src/kv/tier.ts'
+import type { GpuShadow } from './gpu-shadow.ts'
+import type { SimMemory } from './memory.ts'
 
 export interface Disk {
   /** A transfer takes up to so many polls. */
@@ -18,8 +20,9 @@ export interface Disk {
 
 export class SimTier extends NullTier {
   readonly disk: Disk
+  private readonly shadow: GpuShadow | undefined
 
-  constructor(memory: NullKvMemory, capacity: number) {
+  constructor(memory: SimMemory, capacity: number) {
     const disk: Disk = { slowness: 1, errors: 0, failed: 0, dead: false }
     super(memory, {
       capacity,
@@ -32,20 +35,25 @@ export class SimTier extends NullTier {
       },
     })
     this.disk = disk
+    this.shadow = memory.shadow
   }
 
   override save(...transfer: Parameters<KvTier['save']>): number {
     this.check()
+    this.shadow?.transfer('save', transfer[0])
     return super.save(...transfer)
   }
 
   override load(...transfer: Parameters<KvTier['load']>): number {
     this.check()
+    this.shadow?.transfer('load', transfer[0])
     return super.load(...transfer)
   }
 
   override poll(): ReturnType<KvTier['poll']> {
-    return this.disk.dead ? [] : super.poll()
+    if (this.disk.dead) return []
+    this.shadow?.endTransfers()
+    return super.poll()
   }
 
   override check(): void {

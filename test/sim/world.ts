@@ -15,6 +15,7 @@ import type { SimConfig } from './config.ts'
 import type { PrefixNode } from '../../src/kv/prefix-node.ts'
 import { type Insides, insidesOf, tokensOf } from './insides.ts'
 import { ContendedColumns } from './contended.ts'
+import { GpuShadow } from './gpu-shadow.ts'
 import { digestOf, saltOf, SimMemory } from './memory.ts'
 import type { Failure } from './operations/fail.ts'
 import { ExpectedBeam } from './oracle-beams.ts'
@@ -297,6 +298,7 @@ export class World implements CoreSink {
     this.check()
     assert(regionTable.usedPages === 0, 'no page is left behind')
     assert(this.memory.residentBytes() === 0, 'no memory is left behind')
+    this.memory.shadow?.close()
     const places = new Set([...(cache?.nodes() ?? [])].flatMap((node) => [...(node.places ?? [])]))
     const { ranges, shape } = this.config.layout
     const used = this.core.snapshot().tier?.usedBytes ?? 0
@@ -403,6 +405,7 @@ export class World implements CoreSink {
     const { config, parts } = this
     const { layout, slots, regions, maxSequences, kvPages, prefixPages, spansMax } = config
     this.memory = new parts.memory(layout, slots, regions)
+    if (config.gpu) this.memory.shadow = new GpuShadow(layout, slots, regions, kvPages)
     this.tier = config.tierColumns > 0 ? new SimTier(this.memory, config.tierColumns) : undefined
     if (this.tier) this.memory.tier = this.tier
     this.slownessMax = 1
