@@ -24,6 +24,7 @@ export class Sequence {
   computed = 0
   slot = -1
   image: Image | undefined
+  turn = 0
   preemptions = 0
   /** It had to give way though nobody else ran: what it shares with the cache is what it lacks. */
   cramped = false

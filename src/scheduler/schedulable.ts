@@ -19,6 +19,8 @@ export interface Schedulable {
   slot: number
   /** What it has outside of memory, or on the way; it does not run meanwhile. */
   image: Image | undefined
+  /** In which order it was first let in; 0: it never was. The scheduler sets it. */
+  turn: number
   /** How often it had to make room. */
   preemptions: number
   /** Those it goes together with, if any. */

@@ -29,6 +29,7 @@ interface Item {
   readonly promptLength: number
   readonly lengthMax: number
   image: undefined
+  turn: number
   preemptions: number
   output: number
   /** Steps after its arrival at which it is aborted. */
@@ -41,7 +42,7 @@ interface Item {
 
 function newItem(id: number, prompt: number, output: number): Item {
   const lengths = { length: prompt, promptLength: prompt, lengthMax: prompt + output }
-  const state = { computed: 0, slot: -1, image: undefined, preemptions: 0 }
+  const state = { computed: 0, slot: -1, image: undefined, turn: 0, preemptions: 0 }
   return { id, prompt, output, abortAfter: undefined, arriveAt: 0, ...lengths, ...state }
 }
 
@@ -301,6 +302,21 @@ test('who makes room with its last token on the way is let in for one more', () 
   assert.deepEqual(scheduler.waiting, [last])
   scheduler.remove(last, 0)
   assert.deepEqual(step(), [0])
+})
+
+test('who came first waits behind who came later and gave way later', () => {
+  const options = { stepTokens: 64, maxSequences: 3, chunkTokensMin: 1 }
+  const scheduler = new Scheduler<Item>(slotTable(3, 100), options, ALONE)
+  const [first, second, third, never] = [0, 1, 2, 3].map((id) => newItem(id, 4, 4))
+  const order = () => scheduler.waiting.map(({ id }) => id)
+  scheduler.waiting.push(first!, second!, third!, never!)
+  scheduler.plan()
+  assert.deepEqual(order(), [3])
+  for (const sequence of [first!, third!, second!]) scheduler.giveWay(sequence)
+  assert.deepEqual(order(), [0, 1, 2, 3])
+  scheduler.plan()
+  for (const sequence of [third!, second!, first!]) scheduler.giveWay(sequence)
+  assert.deepEqual(order(), [0, 1, 2, 3])
 })
 
 test('who waits for the prompt of another one holds up others, or loses a place to them', () => {

@@ -44,7 +44,7 @@ export function stepTokensNeeded(maxSequences: number, chunkTokensMin: number): 
 }
 
 export class Scheduler<S extends Schedulable> {
-  /** First come, first served; preempted sequences return to the front. */
+  /** First come, first served; who was let in before returns to the front, in that order. */
   readonly waiting: S[] = []
   /** In order of admission: the last one gives way first. */
   readonly running: S[] = []
@@ -58,6 +58,8 @@ export class Scheduler<S extends Schedulable> {
   private readonly preemption: Preemption | undefined
   private readonly residence: Residence<S>
   private readonly lengths = new OutputLengths()
+  /** Sequences, or units of them, that were let in. */
+  private turns = 0
   /** Pages that sequences of this step wait for while others leave. */
   private owedPages = 0
   /** The first `planned` are the next step's; an array that shrinks to nothing grows anew. */
@@ -199,7 +201,7 @@ export class Scheduler<S extends Schedulable> {
         continue
       }
       this.waiting.splice(at, 1)
-      this.running.push(...membersOf(sequence))
+      this.run(membersOf(sequence))
       if (sequence.image) continue
       if (!isDecoding(sequence)) left -= this.planChunk(sequence, left)
       else if (!sequence.unit) {
@@ -278,7 +280,7 @@ export class Scheduler<S extends Schedulable> {
     const shared = this.slots.spansOf(source.slot, source.computed)
     if (!this.residence.place(sequence, shared, 'grow later')) return false
     if (at >= 0) this.waiting.splice(at, 1)
-    this.running.push(sequence)
+    this.run([sequence])
     return true
   }
 
@@ -295,6 +297,7 @@ export class Scheduler<S extends Schedulable> {
         return false
       }
       if (member.slot < 0) running.splice(running.indexOf(parent) + 1, 0, member)
+      member.turn = parent.turn
       member.slot = slot
       member.computed = parent.computed
       return true
@@ -417,7 +420,21 @@ export class Scheduler<S extends Schedulable> {
       this.running.splice(this.running.indexOf(member), 1)
     }
     if (!this.residence.vacate(members, refused)) sequence.unit?.restart()
-    this.waiting.unshift(first)
+    this.waitAgain(first)
+  }
+
+  private run(members: readonly S[]): void {
+    const [first] = members
+    if (first?.turn === 0) this.turns++
+    for (const member of members) member.turn ||= this.turns
+    this.running.push(...members)
+  }
+
+  /** Others may have made room since whose turn was later. */
+  private waitAgain(sequence: S): void {
+    const { waiting } = this
+    const at = waiting.findIndex(({ turn }) => turn === 0 || turn > sequence.turn)
+    waiting.splice(at < 0 ? waiting.length : at, 0, sequence)
   }
 
   /** Of an image that was on its way nothing is left. */
@@ -433,7 +450,7 @@ export class Scheduler<S extends Schedulable> {
     }
     if (at >= 0) {
       this.running.splice(at, members.length)
-      this.waiting.unshift(first)
+      this.waitAgain(first)
     }
     first.unit?.restart()
   }
