@@ -44,7 +44,10 @@ async function work(): Promise<void> {
     while (next < seeds) {
       const result = await ask(worker, seed + next++)
       done++
-      if (result.failed) failed.push(result.seed)
+      if (result.failed) {
+        failed.push(result.seed)
+        console.log(`seed ${result.seed} failed`)
+      }
       for (const [name, count] of Object.entries({ ...result.coverage, steps: result.steps })) {
         totals[name] = (totals[name] ?? 0) + count
       }

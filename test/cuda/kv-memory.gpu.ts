@@ -5,6 +5,7 @@ import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { NativeCuda } from '../../src/ffi/cuda-native.ts'
+import { beamArrivals, columnsNeeded, runBeamLoad } from '../support/beam-load.ts'
 import { HashingBackend } from '../support/hashing-backend.ts'
 import { Bench, VOCAB } from '../support/null-engine.ts'
 import { loads, runLoad } from '../support/sharing-load.ts'
@@ -54,3 +55,26 @@ for (const shareColumns of [1, 8]) {
     console.log(JSON.stringify({ shareColumns, ...seen, splits }))
   })
 }
+
+test('beams find something else on real pages, or stop the engine', { skip }, () => {
+  const seen = { searches: 0, preemptions: 0, compactions: 0 }
+  const kv = { ...KV, shareColumns: 2 }
+  const sizesOf = { bytes: KV.layers * KV.rowBytes, pageBytes: KV.pageBytes, group: 2 }
+  fc.assert(
+    fc.property(beamArrivals, (arrivals) => {
+      const kvPages = columnsNeeded(arrivals, sizesOf)
+      const [maxSequences, stepTokens] = [6, 20]
+      const sizes = { vocab: VOCAB, contextLength: 80, maxSequences, stepTokens, kvPages, kv }
+      const gpu = new HashingBackend(realGpu(driver!), sizes)
+      try {
+        const engine = new Bench(gpu, { maxSequences, kvPages, greedy: true })
+        runBeamLoad(engine, arrivals, seen, () => gpu.kv.check())
+      } finally {
+        gpu.close()
+      }
+    }),
+    { seed: 17, numRuns: 8, endOnFailure: true },
+  )
+  console.log(JSON.stringify(seen))
+  assert.ok(seen.searches > 10, JSON.stringify(seen))
+})
