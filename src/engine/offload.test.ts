@@ -4,7 +4,13 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
-import { Bench, expectedOutcome, sequenceRequest, VOCAB } from '../../test/support/null-engine.ts'
+import {
+  Bench,
+  type BenchEvent,
+  expectedOutcome,
+  sequenceRequest,
+  VOCAB,
+} from '../../test/support/null-engine.ts'
 import { Random } from '../../test/support/random.ts'
 import { NullBackend } from '../backends/null/backend.ts'
 import { NullTier, type NullTierOptions } from '../backends/null/tier.ts'
@@ -88,7 +94,7 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
       const tier = { capacity, ...disorder(seed, pollsMax, faults) }
       const engine = bench({ ...core, stepTokens }, tier)
       const requests: SequenceRequest[] = []
-      const events: { at: number; act: () => void }[] = []
+      const events: BenchEvent[] = []
       let at = 0
       arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, ...arrival }) => {
         at += gap
@@ -105,18 +111,10 @@ test('a sequence that makes room is answered otherwise, or leaves something behi
           events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
         }
       })
-      for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
-        for (const event of events.filter((event) => event.at === step)) {
-          events.splice(events.indexOf(event), 1)
-          event.act()
-        }
-        engine.step()
-        engine.core.check()
-        const { usedPages, pageBytes, residentBytes } = engine.core.snapshot().kv
+      engine.play(events, ({ usedPages, pageBytes, residentBytes }) => {
         assert.ok(usedPages <= core.kvPages, 'the limit is exceeded')
         assert.ok(residentBytes <= usedPages * pageBytes, 'memory is used that nobody counted')
-        assert.ok(step < 10_000, 'it does not end')
-      }
+      })
       engine.settle()
       const { kv, preemptions, tier: after } = engine.core.snapshot()
       seen.offloads += after!.offloads

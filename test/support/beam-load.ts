@@ -6,6 +6,7 @@ import fc from 'fast-check'
 import { GREEDY, type EngineSnapshot, type SequenceRequest } from '../../src/engine/api.ts'
 import {
   type Bench,
+  type BenchEvent,
   expectedBeams,
   expectedOutcome,
   sequenceRequest,
@@ -70,7 +71,7 @@ export function runBeamLoad(
   seen: BeamsSeen,
   check: (kv: EngineSnapshot['kv']) => void,
 ): void {
-  const events: { at: number; act: () => void }[] = []
+  const events: BenchEvent[] = []
   const asked: { request: SequenceRequest; ids: number[] }[] = []
   let at = 0
   let id = 0
@@ -87,16 +88,7 @@ export function runBeamLoad(
     const abort = (): void => ids.forEach((one) => engine.core.abort(one))
     events.push({ at: at + abortAfter, act: abort })
   }
-  for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
-    for (const event of events.filter((event) => event.at === step)) {
-      events.splice(events.indexOf(event), 1)
-      event.act()
-    }
-    engine.step()
-    engine.core.check()
-    check(engine.core.snapshot().kv)
-    assert.ok(step < 5000, 'it does not end')
-  }
+  engine.play(events, check)
   const { preemptions, beamCopies } = engine.core.snapshot()
   seen.preemptions += preemptions
   seen.compactions += beamCopies

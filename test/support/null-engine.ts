@@ -2,6 +2,7 @@
 // its own, and what a sequence's tokens must be, found without any engine.
 
 import type {
+  EngineSnapshot,
   FinishReason,
   SamplingParams,
   SequenceRequest,
@@ -42,6 +43,12 @@ export interface Outcome {
   outputTokens: number
   error: LatticeError | undefined
   score: number | undefined
+}
+
+/** What happens before a step; the first is 0. */
+export interface BenchEvent {
+  at: number
+  act: () => void
 }
 
 /** An engine core whose clock moves a millisecond a step. */
@@ -121,6 +128,20 @@ export class Bench {
   runAll(stepsMax = 100_000): void {
     for (let i = 0; this.step() || !this.core.idle; i++)
       if (i > stepsMax) throw new Error('the engine never ends')
+  }
+
+  /** Steps until all that is to happen has, and nothing is left to do. `check` sees each step. */
+  play(events: BenchEvent[], check: (kv: EngineSnapshot['kv']) => void, stepsMax = 10_000): void {
+    for (let step = 0; events.length > 0 || !this.core.idle; step++) {
+      for (const event of events.filter(({ at }) => at === step)) {
+        events.splice(events.indexOf(event), 1)
+        event.act()
+      }
+      this.step()
+      this.core.check()
+      check(this.core.snapshot().kv)
+      if (step > stepsMax) throw new Error('the engine never ends')
+    }
   }
 
   /** Lets time pass until all memory is back. */

@@ -5,7 +5,7 @@ import assert from 'node:assert/strict'
 import fc from 'fast-check'
 import type { ErrorCode } from '../../src/errors.ts'
 import { GREEDY, type EngineSnapshot, type SequenceRequest } from '../../src/engine/api.ts'
-import { type Bench, expectedOutcome, sequenceRequest } from './null-engine.ts'
+import { type Bench, type BenchEvent, expectedOutcome, sequenceRequest } from './null-engine.ts'
 
 /** Prompts of a few words, so that they begin alike. */
 export const prompts = fc
@@ -66,7 +66,7 @@ export function runLoad(
   mayEndWith?: ErrorCode,
 ): void {
   const requests: SequenceRequest[] = []
-  const events: { at: number; act: () => void }[] = []
+  const events: BenchEvent[] = []
   let at = 0
   arrivals.forEach(({ choices, gap, abortAfter, temperature, seed, pinned, ...arrival }) => {
     at += gap
@@ -82,18 +82,10 @@ export function runLoad(
       events.push({ at: at + abortAfter, act: () => engine.core.abort(id) })
     }
   })
-  for (let step = 0; events.length > 0 || !engine.core.idle; step++) {
-    for (const event of events.filter((event) => event.at === step)) {
-      events.splice(events.indexOf(event), 1)
-      event.act()
-    }
-    engine.step()
-    engine.core.check()
-    const { kv } = engine.core.snapshot()
+  engine.play(events, (kv) => {
     assert.ok(kv.usedPages <= options.kvPages, 'the limit is exceeded')
     check(kv)
-    assert.ok(step < 5000, 'it does not end')
-  }
+  })
   engine.settle()
   const { kv, prefixHits, preemptions, promptTokens } = engine.core.snapshot()
   seen.hits += prefixHits
