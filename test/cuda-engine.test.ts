@@ -3,7 +3,7 @@
 
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { GREEDY, type SamplingParams } from '../src/engine/api.ts'
+import { type BeamParams, GREEDY, type SamplingParams } from '../src/engine/api.ts'
 import { CudaBackend } from '../src/backends/cuda/backend.ts'
 import type { CoreOptions } from '../src/engine/core-contract.ts'
 import { CudaDevice } from '../src/backends/cuda/device.ts'
@@ -13,13 +13,15 @@ import { CudaKvMemory } from '../src/backends/cuda/kv-memory.ts'
 import type { ModuleCache } from '../src/backends/cuda/module-cache.ts'
 import { warmUp } from '../src/backends/cuda/warm-up.ts'
 import { InlinePager } from '../src/backends/cuda/pager.ts'
+import { tokenMajor } from '../src/kv/layout.ts'
 import { regionsFor } from '../src/kv/regions.ts'
 import { Golden } from './arch/golden.ts'
+import { referenceBeams } from './support/beam-reference.ts'
 import { MockCuda } from './support/mock-cuda.ts'
 import { MockAttention, MockKernels } from './support/mock-kernels.ts'
 import { Bench, sequenceRequest } from './support/null-engine.ts'
 
-const SLOTS = 3
+const SLOTS = 4
 const CONTEXT = 48
 const PAGE_BYTES = 1 << 12
 
@@ -47,13 +49,15 @@ class MockedBackend extends CudaBackend {
 function engine(
   golden: Golden,
   kvPages: number,
-  { prefixPages = 0, hostFrames = 0, hosted = false } = {},
+  options: { prefixPages?: number; hostFrames?: number; hosted?: boolean; group?: number } = {},
 ): { bench: Bench; end(): void } {
+  const { prefixPages = 0, hostFrames = 0, hosted = false, group } = options
   const cuda = new MockCuda({ pageBytes: PAGE_BYTES, totalBytes: 1 << 28 })
   const device = CudaDevice.open(0, cuda)
   const { config } = golden.model
   const kernels = new MockKernels(cuda, config)
-  const layout = gpuKvLayout(config, CONTEXT, PAGE_BYTES)
+  const { shape } = gpuKvLayout(config, CONTEXT, PAGE_BYTES)
+  const layout = tokenMajor(group === undefined ? shape : { ...shape, shareColumns: group })
   const kv = new CudaKvMemory(device, layout, new InlinePager(device, false), {
     slots: SLOTS,
     regions: regionsFor(SLOTS),
@@ -77,8 +81,8 @@ function engine(
   // As at every start: whoever comes first notices nothing.
   warmUp(backend)
   kv.check()
-  const options = { maxSequences: SLOTS, kvPages, prefixPages, greedy: true, comeBack: 'moved' }
-  const bench = new Bench(backend, options as CoreOptions)
+  const memory = { maxSequences: SLOTS, kvPages, prefixPages, greedy: true, comeBack: 'moved' }
+  const bench = new Bench(backend, memory as CoreOptions)
   const end = (): void => {
     backend.close()
     device.close()
@@ -143,6 +147,39 @@ test('choices of one prompt compute it each, or say different things', () => {
   const first = bench.outcome(0).tokens
   for (const id of [1, 2]) assert.deepEqual(bench.outcome(id).tokens, first)
   assert.ok(bench.core.snapshot().promptTokens < 3 * prompt.length, 'the prompt is shared')
+  end()
+})
+
+test('beams on a GPU find other answers than a plain search, or stop it', () => {
+  const golden = new Golden('llama3')
+  const { vocab } = golden.model.config
+  const prompt = golden.sequence(1).tokens.slice(0, 7)
+  const beams: BeamParams = { width: 3, lengthPenalty: 1, earlyStopping: false }
+  const plain = engine(golden, 400, { hosted: true })
+  let asked = 0
+  const logprobsAfter = (tokens: readonly number[]): number[] => {
+    const request = { prompt: Int32Array.of(...prompt, ...tokens), maxTokens: 1 }
+    plain.bench.submit(asked, sequenceRequest({ ...request, topLogprobs: vocab }))
+    plain.bench.runAll()
+    const { top } = plain.bench.outcome(asked++).logprobs[0]!
+    const logprobs = new Array<number>(vocab).fill(-Infinity)
+    for (const { token, logprob } of top) logprobs[token] = logprob
+    return logprobs
+  }
+  const expected = referenceBeams(beams, 6, [], logprobsAfter)
+  plain.end()
+  // Of pages of a token each, two are shared at a time.
+  const { bench, end } = engine(golden, 400, { group: 2 })
+  // One beside them goes on where they fork.
+  bench.submit(3, sequenceRequest({ prompt: Int32Array.from(prompt), maxTokens: 20 }))
+  const search = sequenceRequest({ prompt: Int32Array.from(prompt), maxTokens: 6, beams })
+  bench.submitChoices([0, 1, 2], search, [])
+  bench.runAll()
+  expected.forEach(({ tokens, score }, id) => {
+    const found = bench.outcome(id)
+    assert.deepEqual(found.tokens, tokens, `answer ${id}`)
+    assert.ok(Math.abs(found.score! - score) < 1e-4, `${found.score} for ${score}`)
+  })
   end()
 })
 
