@@ -162,7 +162,7 @@ test('beams on a GPU find other answers than a plain search, or stop it', () => 
     plain.bench.submit(asked, sequenceRequest({ ...request, topLogprobs: vocab }))
     plain.bench.runAll()
     const { top } = plain.bench.outcome(asked++).logprobs[0]!
-    const logprobs = new Array<number>(vocab).fill(-Infinity)
+    const logprobs = Array.from({ length: vocab }, () => -Infinity)
     for (const { token, logprob } of top) logprobs[token] = logprob
     return logprobs
   }
