@@ -410,7 +410,7 @@ export class Scheduler<S extends Schedulable> {
     this.preempt(sequence, true)
   }
 
-  /** Sends a sequence, and those that go with it, back to the queue's front. */
+  /** Sends a sequence, and those that go with it, back to its place in the queue. */
   private preempt(sequence: S, refused = false): void {
     const members = membersOf(sequence)
     const first = present(members[0], 'a member')
@@ -423,6 +423,7 @@ export class Scheduler<S extends Schedulable> {
     this.waitAgain(first)
   }
 
+  /** Whoever is let in for the first time has the next turn, a unit one for all. */
   private run(members: readonly S[]): void {
     const [first] = members
     if (first?.turn === 0) this.turns++

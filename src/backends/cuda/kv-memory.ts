@@ -70,6 +70,7 @@ export class CudaKvMemory implements KvMemory {
   readonly address: number
   readonly fence: StepFence
   readonly contended = this
+  readonly inPlace = true
   private readonly device: CudaDevice
   readonly pager: Pager
   /** Where columns go, if anywhere; set by whoever opens it. */
@@ -92,7 +93,6 @@ export class CudaKvMemory implements KvMemory {
   /** Columns whose memory was refused, since somebody asked. */
   private refused: KvColumns[] = []
   private readonly stream: number
-  readonly inPlace = true
   /** Where steps are queued. */
   private lastStream: number
 
